@@ -1,0 +1,42 @@
+# `make demo` and `make test` need only Python and a network with PyPI; they make the environment they run in.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: demo test lint format train-sudoku train-sudoku-quick bench results clean
+
+# torch first and alone: with it in place no other package's open range pulls a CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed        ## solve a Sudoku with the bundled model
+	$(BIN)/prism sudoku
+
+test: $(VENV)/.installed        ## the whole test suite, under 10 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed        ## style, formatting and the downward-imports rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/test_imports.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-sudoku: $(VENV)/.installed        ## the shipped weights from nothing; at most two hours on two cores, resumable
+	BIN=$(BIN) RUNS=$(RUNS) examples/sudoku/train.sh
+
+train-sudoku-quick: $(VENV)/.installed  ## a weaker model in ten minutes
+	BIN=$(BIN) RUNS=$(RUNS) examples/sudoku/train.sh --quick
+
+bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes
+	$(BIN)/python benchmarks/sudoku_cost.py
+	$(BIN)/python benchmarks/sudoku.py --quick
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,102 @@
+"""What does sampling cost beside the forward passes it consists of?
+
+Held fixed: bundled Sudoku model, 64 puzzles as one batch, 52 forwards, seed, dtype, device. Varied: the scheduler.
+Reference: as many bare forwards of the same transformers model on the same ids, with all its logits. The runs of all
+rows alternate, so that a slow spell of the machine falls on all of them. Goal: a ratio of at most 1.25.
+The last line of stdout is one JSON object: rows, device, versions, commit, seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
+from prism_pipelines.evaluation import pipeline_solver
+
+
+def seconds(runs: dict, repeats: int) -> dict[str, list[float]]:
+    """Wall seconds of each run in `runs` (name -> callable), `repeats` times in turn after one warm-up each."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    for run in runs.values():
+        run()
+    took = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            sync()
+            start = time.perf_counter()
+            run()
+            sync()
+            took[name].append(time.perf_counter() - start)
+    return took
+
+
+def main(argv=None) -> int:
+    """Time every scheduler beside the bare forwards and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="saved pipeline folder (default: the bundled one)")
+    parser.add_argument("--puzzles", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=52)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    args = parser.parse_args(argv)
+
+    pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku")).to(args.device)
+    pipe.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    puzzles, _ = sudoku.make_puzzles(args.puzzles, clues=30, seed=10_000)
+    ids = torch.from_numpy(sudoku.to_ids(puzzles)).to(args.device)
+    same = {"order": "random", "temperature": 1.0}
+    schedulers = {
+        "MDLM": MDLMScheduler(**same),
+        "self-confidence": SelfConfidenceScheduler(**same, num_remask=4),
+        "PRISM": PrismScheduler(**same, num_remask=4),
+        "PRISM as shipped": pipe.scheduler,
+    }
+
+    def bare():
+        with torch.inference_mode():
+            for _ in range(args.steps):
+                pipe.model(input_ids=ids)
+
+    def sampling(scheduler):
+        def run():
+            pipe.scheduler = scheduler
+            pipeline_solver(pipe, args.steps - scheduler.config.get("loop_steps", 0))(puzzles)
+
+        return run
+
+    runs = {"bare forwards": bare} | {name: sampling(scheduler) for name, scheduler in schedulers.items()}
+    took = seconds(runs, args.repeats)
+    floor = {"median": statistics.median(took["bare forwards"]), "min": min(took["bare forwards"])}
+    rows = []
+    print(f"{'':18}{'median s':>10}{'min s':>8}{'max s':>8}{'ratio of medians':>18}{'of minima':>11}")
+    for name, times in took.items():
+        row = {"name": name, "median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
+        row |= {"ratio_median": row["median_s"] / floor["median"], "ratio_min": row["min_s"] / floor["min"]}
+        rows.append(row)
+        print(
+            f"{name:18}{row['median_s']:10.3f}{row['min_s']:8.3f}{row['max_s']:8.3f}"
+            f"{row['ratio_median']:18.3f}{row['ratio_min']:11.3f}"
+        )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    told = {"puzzles": args.puzzles, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats, "seed": 10_000}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    facts = {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": commit}
+    print(json.dumps({"rows": rows, "settings": told, **facts}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

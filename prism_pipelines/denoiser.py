@@ -1,0 +1,117 @@
+"""A backbone behind one contract: token ids -> the input of its output head -> logits at chosen positions.
+
+The last hidden state is defined as the *input of the output head*. It is caught by a forward-pre-hook, which also hands
+the head zero rows: one forward of the model then costs the body alone, and logits are made later, only where read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .families import MDMSpec
+
+
+class MaskedDenoiser(nn.Module):
+    """A masked language model as `ids -> hidden -> logits at positions`, with forbidden ids at -inf.
+
+    Args:
+        model: transformers model that has output embeddings.
+        spec: facts about it, see `MDMSpec`.
+        num_tokens: ids at and above this are not in the tokenizer and never predicted; None keeps all of them.
+        suppressed: further ids that are never predicted (padding); the mask id always is.
+    Raises:
+        ValueError: the model has no output head; or the spec asks for a route that is not built.
+    """
+
+    def __init__(self, model: nn.Module, spec: MDMSpec, num_tokens: int | None = None, suppressed=()):
+        super().__init__()
+        self.model, self.spec = model, spec
+        if spec.attention != "bidirectional" or spec.mask_format != "padding" or spec.extra_inputs:
+            raise ValueError(
+                "Only bidirectional models that take a 2-D padding mask and no extra inputs are supported, got "
+                f"attention={spec.attention!r}, mask_format={spec.mask_format!r}, extra_inputs={spec.extra_inputs!r}."
+            )
+        head = self._output_head()
+        vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
+        forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=head.weight.device)
+        forbidden[list({spec.mask_token_id, *suppressed})] = True
+        forbidden[vocab_size if num_tokens is None else num_tokens :] = True
+        self.register_buffer("forbidden", forbidden, persistent=False)  # (V,)
+
+    def _output_head(self) -> nn.Module:
+        head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
+        head = head or self.model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no output head (get_output_embeddings() is None). "
+                "Load it with its language-model head, or name the head in MDMSpec(output_head=...)."
+            )
+        return head
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the output head."""
+        return self.forbidden.shape[0]
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The input of the output head, by one forward of the model in which that head gets no row.
+
+        Args:
+            input_ids: int64 of shape (B, L).
+            attention_mask: 1 for tokens and 0 for padding, of shape (B, L); None for no padding.
+        Returns:
+            (B, L, H) in the model's dtype.
+        """
+        caught = []
+
+        def catch(module, args):
+            caught.append(args[0])
+            return (args[0][:, :0], *args[1:])
+
+        handle = self._output_head().register_forward_pre_hook(catch)
+        try:
+            self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
+        return self._output_head()(rows).masked_fill(self.forbidden, -torch.inf)
+
+    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Logits that predict the tokens at `positions`.
+
+        Args:
+            hidden: (B, L, H) from `hidden`.
+            positions: bool of shape (B, L), N of them true.
+        Returns:
+            (N, V), in row-major order of `positions`, in the model's dtype.
+        """
+        row, column = positions.nonzero(as_tuple=True)
+        # A shifted model predicts token i at i - 1; token 0 has nothing before it and keeps its own row.
+        return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+
+
+class LazyLogits:
+    """Logits of one forward that are computed when indexed, at just the positions asked for.
+
+    `lazy[positions]` with a boolean (B, L) mask gives (N, V), as a dense (B, L, V) tensor would.
+    """
+
+    def __init__(self, denoiser: MaskedDenoiser, hidden: Tensor):
+        self.denoiser, self.hidden = denoiser, hidden
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.denoiser.logits(self.hidden, positions)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, L, V), the shape of the dense logits that are never made."""
+        return torch.Size((*self.hidden.shape[:2], self.denoiser.vocab_size))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits will be."""
+        return self.hidden.device

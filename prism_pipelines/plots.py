@@ -1,0 +1,62 @@
+"""Figures of the benchmarks, as PNG files. Needs matplotlib, which the extra `eval` installs."""
+
+from __future__ import annotations
+
+
+def _figure(columns: int):
+    """A figure with one row of `columns` axes; drawn without pyplot, so no display and no global state is touched."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "prism-pipelines[eval]"') from error
+    figure = Figure(figsize=(5.2 * columns, 4.2), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def success_figure(panels: dict, path) -> None:
+    """Success against number of forwards, one panel a puzzle set, one line an arm, bars for the intervals.
+
+    Args:
+        panels: {title: {arm: [(forwards, success, low, high), ...]}}; shares in [0, 1].
+        path: PNG file to write.
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(len(panels))
+    markers = "osD^vPX*"
+    for axis, (title, arms) in zip(axes, panels.items(), strict=True):
+        for k, (arm, points) in enumerate(arms.items()):
+            forwards, success, low, high = (list(column) for column in zip(*sorted(points), strict=True))
+            below = [100 * (s - a) for s, a in zip(success, low, strict=True)]
+            above = [100 * (b - s) for s, b in zip(success, high, strict=True)]
+            height = [100 * s for s in success]
+            axis.errorbar(
+                forwards, height, yerr=[below, above], marker=markers[k % 8], markersize=5, capsize=2, label=arm
+            )
+        ticks = sorted({point[0] for points in arms.values() for point in points})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set(title=title, xlabel="forward passes", ylabel="solved (%)", ylim=(-3, 103))
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def reliability_figure(curves: dict, path) -> None:
+    """Share of right tokens against claimed quality, one panel a set of states.
+
+    Args:
+        curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration`.
+        path: PNG file to write.
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(len(curves))
+    for axis, (title, points) in zip(axes, curves.items(), strict=True):
+        claimed, found, _ = zip(*points, strict=True)
+        axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
+        axis.plot(claimed, found, marker="o")
+        axis.set(title=title, xlabel="quality claimed by the head", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

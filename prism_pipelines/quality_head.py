@@ -1,0 +1,140 @@
+"""The head that predicts, from a backbone's last hidden states, which visible tokens are right."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+ARCHITECTURES = ("linear", "mlp", "block")
+
+
+class TransformerBlock(nn.Module):
+    """One bidirectional pre-norm transformer block: attention, then a GELU network of four times the width.
+
+    It has no position encoding: hidden states of a backbone carry their positions.
+
+    Args:
+        hidden_size: H.
+        num_heads: attention heads; divides H.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.attention_out = nn.Linear(hidden_size, hidden_size)
+        self.mlp_norm = nn.LayerNorm(hidden_size)
+        self.mlp_in = nn.Linear(hidden_size, 4 * hidden_size)
+        self.mlp_out = nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, L, H) to (B, L, H); positions with `attention_mask` 0 are not attended to."""
+        batch, length, width = hidden.shape
+        heads = self.query_key_value(self.attention_norm(hidden)).view(batch, length, 3, self.num_heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, heads, L, H / heads)
+        allowed = None
+        if attention_mask is not None:
+            allowed = attention_mask.bool()
+            # A row of padding alone attends to all of it: some attention kernels give NaN for a softmax over nothing.
+            allowed = (allowed | ~allowed.any(-1, keepdim=True))[:, None, None, :]
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        hidden = hidden + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
+        return hidden + self.mlp_out(gelu(self.mlp_in(self.mlp_norm(hidden))))
+
+
+class QualityHead(ModelMixin, ConfigMixin):
+    """Quality of each visible token, `p(x_i = y_i | all other tokens)`, as a logit.
+
+    Parameters are float32 and stay so, whatever dtype the head is cast to or loaded in: it is tiny, and it ranks tokens
+    whose qualities differ by less than bfloat16 resolves. Moves between devices work as usual.
+
+    Args:
+        hidden_size: H of the backbone's last hidden states.
+        architecture: "linear" (LayerNorm, Linear), "mlp" (LayerNorm, Linear, GELU, Linear) or "block" (one
+            bidirectional transformer block, LayerNorm, Linear).
+        base_model: Hub id of the backbone it was trained on; kept in the config so that a shared head finds its base.
+        base_revision: revision of that backbone, or None.
+        mdm_spec: `MDMSpec.to_dict()` of that backbone, or None.
+        num_attention_heads: of "block"; None for heads about 64 wide.
+    Raises:
+        ValueError: unknown architecture; or a number of attention heads that does not divide `hidden_size`.
+        TypeError: `mdm_spec` is not a dict; the config is JSON.
+    Source: PRISM (arXiv 2510.01384); "linear" is its head for Sudoku, "block" for text, "mlp" for LLaDA-8B.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int,
+        architecture: str = "linear",
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        mdm_spec: dict | None = None,
+        num_attention_heads: int | None = None,
+    ):
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"`architecture` must be one of {ARCHITECTURES}, got {architecture!r}.")
+        if mdm_spec is not None and not isinstance(mdm_spec, dict):
+            raise TypeError(f"`mdm_spec` must be a dict (MDMSpec.to_dict()), got {type(mdm_spec).__name__}.")
+        if architecture == "block":
+            widest = max(1, hidden_size // 64)
+            heads = num_attention_heads or next(n for n in range(widest, 0, -1) if hidden_size % n == 0)
+            if hidden_size % heads:
+                raise ValueError(f"`num_attention_heads` must divide hidden_size {hidden_size}, got {heads}.")
+            self.block = TransformerBlock(hidden_size, heads)
+        self.norm = nn.LayerNorm(hidden_size)
+        if architecture == "mlp":
+            self.inner = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+        super()._apply(Tensor.float)  # torch.set_default_dtype may have made them otherwise
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the quality of every token.
+
+        Args:
+            hidden: last hidden states (the input of the output head), (B, L, H), any floating dtype.
+            attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding. Only "block" looks at other
+                positions, so only it reads this.
+        Returns:
+            float32 of shape (B, L), also under autocast; the sigmoid is the caller's. Values at padding mean nothing.
+        Raises:
+            ValueError: the width of `hidden` is not `hidden_size`.
+        """
+        if hidden.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"This quality head reads hidden states of size {self.config.hidden_size}"
+                f"{f' (of {self.config.base_model})' if self.config.base_model else ''}, got {hidden.shape[-1]}. "
+                "Load the head that was trained for this backbone."
+            )
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            if self.config.architecture == "block":
+                hidden = self.block(hidden, attention_mask)
+            hidden = self.norm(hidden)
+            if self.config.architecture == "mlp":
+                hidden = gelu(self.inner(hidden))
+            return self.out(hidden).squeeze(-1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As `ModelMixin.from_pretrained`, but in float32 whatever `torch_dtype` or `dtype` is asked for."""
+        kwargs.pop("dtype", None)
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "torch_dtype": torch.float32})
+
+    def to(self, *args, **kwargs):
+        """As `nn.Module.to`, except that a dtype is ignored."""
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # as nn.Module.to reads its arguments
+        return self if device is None else super().to(device=device, non_blocking=non_blocking)
+
+    def _apply(self, fn, recurse=True):
+        # The one gate of .half(), .double(), .bfloat16(), and of a parent's .to(): take its device, leave its dtype.
+        def without_cast(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(without_cast, recurse)

@@ -1,0 +1,258 @@
+"""Sudoku: seeded grids and puzzles, an exact solver, a checker and the tokenizer of the bundled model.
+
+In bulk a grid is int64 of shape (81,), row by row, 0 for a blank cell. For people it is 81 characters, "." for a blank.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+PAD_ID, MASK_ID, VOCAB_SIZE, CELLS = 0, 10, 11, 81  # the digits 1-9 are their own token ids
+# 30 clues, unique: what `prism sudoku` solves when it is given nothing
+DEMO_PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+HARD_PUZZLE = "8..........36......7..9.2...5...7.......457.....1...3...1....68..85...1..9....4.."
+
+# Units 0-8 are rows, 9-17 columns, 18-26 boxes: the three units of each cell, and the (27, 9) cells of each unit
+_UNITS_OF = [(i // 9, 9 + i % 9, 18 + i // 27 * 3 + i % 9 // 3) for i in range(CELLS)]
+UNITS = np.array([[i for i in range(CELLS) if unit in _UNITS_OF[i]] for unit in range(27)])
+_ALL = 0b111111111
+_DIGITS = [[d + 1 for d in range(9) if bits >> d & 1] for bits in range(512)]  # digits of a candidate set
+_COUNT = [len(digits) for digits in _DIGITS]
+
+
+def _branch(blanks: list[int], free: list[int]) -> tuple[int, int]:
+    """Where to go on: an index into `blanks` and the digits to try there, as a bit set; the empty set is a dead end.
+
+    A cell with one candidate comes first, then a digit with one place in a unit, then the cell with fewest candidates.
+    """
+    candidates, where, fewest = [], 0, 10
+    for k, i in enumerate(blanks):
+        r, c, b = _UNITS_OF[i]
+        bits = free[r] & free[c] & free[b]
+        if _COUNT[bits] < fewest:
+            where, fewest = k, _COUNT[bits]
+            if fewest <= 1:
+                return k, bits
+        candidates.append(bits)
+    once, twice = [0] * 27, [0] * 27  # digits with at least one and at least two places left in each unit
+    for i, bits in zip(blanks, candidates, strict=True):
+        for unit in _UNITS_OF[i]:
+            twice[unit] |= once[unit] & bits
+            once[unit] |= bits
+    if any(need & ~have for need, have in zip(free, once, strict=True)):
+        return 0, 0
+    for k, (i, bits) in enumerate(zip(blanks, candidates, strict=True)):
+        r, c, b = _UNITS_OF[i]
+        only = bits & ((once[r] & ~twice[r]) | (once[c] & ~twice[c]) | (once[b] & ~twice[b]))
+        if only:
+            return k, only if _COUNT[only] == 1 else 0
+    return where, candidates[where]
+
+
+def _solutions(cells: list[int], limit: int, rng: random.Random | None = None) -> list[list[int]]:
+    """Up to `limit` solutions of a grid without conflicts, depth-first; `rng` orders the digits that are tried."""
+    grid, found = list(cells), []
+    free = [_ALL] * 27  # digits still to be placed in each unit, as bit sets
+
+    def flip(i, digit):
+        for unit in _UNITS_OF[i]:
+            free[unit] ^= 1 << (digit - 1)
+
+    def search():
+        if not blanks:
+            found.append(list(grid))
+            return
+        where, bits = _branch(blanks, free)
+        i = blanks[where]
+        blanks[where] = blanks[-1]
+        blanks.pop()
+        digits = _DIGITS[bits]
+        for digit in rng.sample(digits, len(digits)) if rng else digits:
+            grid[i] = digit
+            flip(i, digit)
+            search()
+            flip(i, digit)
+            if len(found) >= limit:
+                break
+        blanks.append(i)
+        blanks[where], blanks[-1] = blanks[-1], blanks[where]
+
+    for i, digit in enumerate(grid):
+        if digit:
+            flip(i, digit)
+    blanks = [i for i, digit in enumerate(grid) if not digit]
+    search()
+    return found
+
+
+def conflicts(puzzle) -> list[tuple[int, int]]:
+    """Pairs of cells (i, j), i < j, that hold the same digit in one row, column or box; empty for a consistent grid."""
+    cells = [int(digit) for digit in puzzle]
+    pairs = set()
+    for unit in UNITS.tolist():
+        for a, i in enumerate(unit):
+            pairs.update((i, j) for j in unit[a + 1 :] if cells[i] and cells[i] == cells[j])
+    return sorted(pairs)
+
+
+def count_solutions(puzzle, limit: int = 2) -> int:
+    """How many solutions a puzzle has, exactly, counting no further than `limit` (2 proves or refutes uniqueness)."""
+    cells = [int(digit) for digit in puzzle]
+    return 0 if conflicts(cells) else len(_solutions(cells, limit))
+
+
+def solve(puzzle) -> np.ndarray | None:
+    """The first solution of a puzzle, int64 of shape (81,), or None where there is none."""
+    cells = [int(digit) for digit in puzzle]
+    found = [] if conflicts(cells) else _solutions(cells, 1)
+    return np.array(found[0], dtype=np.int64) if found else None
+
+
+def is_valid_grid(grids) -> np.ndarray:
+    """Whether each grid is complete and every row, column and box holds 1-9 once.
+
+    Args:
+        grids: integers of shape (N, 81) or (81,).
+    Returns:
+        bool of shape (N,) or ().
+    """
+    units = np.sort(np.asarray(grids)[..., UNITS], axis=-1)  # (..., 27, 9)
+    return (units == np.arange(1, 10)).all(axis=(-2, -1))
+
+
+def is_solved(grids, puzzles) -> np.ndarray:
+    """Whether each grid is valid AND keeps every clue of its puzzle; shapes as `is_valid_grid`."""
+    grids, puzzles = np.asarray(grids), np.asarray(puzzles)
+    return is_valid_grid(grids) & ((puzzles == 0) | (grids == puzzles)).all(axis=-1)
+
+
+def complete_grids(n: int, seed: int) -> np.ndarray:
+    """`n` complete valid grids by randomised search from nothing, uint8 of shape (n, 81); the same for the same seed."""
+    rng = random.Random(seed)
+    return np.array([_solutions([0] * CELLS, 1, rng)[0] for _ in range(n)], dtype=np.uint8).reshape(n, CELLS)
+
+
+def shuffle_symmetries(grids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random image of every grid under the symmetries of Sudoku; validity and uniqueness are kept.
+
+    Relabels digits (blanks stay blank), permutes bands, stacks, the rows of a band and the columns of a stack, and
+    transposes half of the grids: 9! * 6^8 * 2 images.
+
+    Args:
+        grids: integers of shape (N, 81).
+        rng: source of the randomness.
+    Returns:
+        A new array of the same shape and dtype.
+    """
+    n = len(grids)
+    labels = np.zeros((n, 10), dtype=grids.dtype)
+    labels[:, 1:] = rng.permuted(np.tile(np.arange(1, 10), (n, 1)), axis=1)
+
+    def lines():  # (n, 9): an order of the nine rows that keeps bands together
+        bands = rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1)
+        inside = rng.permuted(np.tile(np.arange(3), (n, 3, 1)), axis=2)
+        return (bands[:, :, None] * 3 + inside).reshape(n, 9)
+
+    row, column = lines(), lines()
+    cells = row[:, :, None] * 9 + column[:, None, :]  # (n, 9, 9)
+    flip = rng.random(n) < 0.5
+    cells[flip] = cells[flip].transpose(0, 2, 1)
+    images = np.take_along_axis(grids, cells.reshape(n, CELLS), axis=1)
+    return np.take_along_axis(labels, images.astype(np.int64), axis=1)
+
+
+def _dig(solution: list[int], clues: int, rng: random.Random) -> list[int] | None:
+    """Blank cells of a grid in random order while the solution stays unique; None if `clues` cannot be reached so."""
+    puzzle, left = list(solution), CELLS
+    for i in rng.sample(range(CELLS), CELLS):
+        if left == clues:
+            break
+        digit, puzzle[i] = puzzle[i], 0
+        if len(_solutions(puzzle, 2)) == 1:
+            left -= 1
+        else:
+            puzzle[i] = digit
+    return puzzle if left == clues else None
+
+
+def make_puzzles(n: int, clues: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`n` puzzles of exactly `clues` clues, each with a unique solution (proved by the solver).
+
+    Cells are blanked in random order, so the clues form no pattern. Grids that do not reach `clues` are dropped: 30 is
+    quick, 24 takes about a second a puzzle, below 22 the search may take very long.
+
+    Args:
+        n: number of puzzles.
+        clues: 20 to 81.
+        seed: the same seed gives the same puzzles.
+    Returns:
+        (puzzles, solutions), int64 of shape (n, 81) each; blanks are 0.
+    Raises:
+        ValueError: `clues` outside 20 to 81.
+    """
+    if not 20 <= clues <= CELLS:
+        raise ValueError(f"`clues` must be between 20 and 81, got {clues}.")
+    rng = random.Random(f"puzzles-{clues}-{seed}")
+    puzzles, solutions = [], []
+    while len(puzzles) < n:
+        solution = _solutions([0] * CELLS, 1, rng)[0]
+        puzzle = _dig(solution, clues, rng)
+        if puzzle is not None:
+            puzzles.append(puzzle)
+            solutions.append(solution)
+    shape = (n, CELLS)
+    return np.array(puzzles, dtype=np.int64).reshape(shape), np.array(solutions, dtype=np.int64).reshape(shape)
+
+
+def parse_puzzle(text: str) -> np.ndarray:
+    """A puzzle from 81 characters: digits, and any of `.`, `0` or `_` for a blank; white space is ignored.
+
+    Returns:
+        int64 of shape (81,), 0 for a blank.
+    Raises:
+        ValueError: another length or character, or two clues that contradict each other; one line that says where.
+    """
+    marks = "".join(text.split())
+    for place, mark in enumerate(marks):
+        if mark not in "123456789.0_":
+            raise ValueError(f"puzzle has {mark!r} at character {place + 1}; use the digits 1-9 and '.' for a blank")
+    if len(marks) != CELLS:
+        raise ValueError(f"puzzle has {len(marks)} cells; 81 are needed, row by row")
+    puzzle = np.array([int(mark) if mark.isdigit() else 0 for mark in marks], dtype=np.int64)
+    if clash := conflicts(puzzle):
+        i, j = clash[0]
+        raise ValueError(
+            f"puzzle contradicts itself: two {puzzle[i]}s see each other at row {i // 9 + 1} column {i % 9 + 1} "
+            f"and row {j // 9 + 1} column {j % 9 + 1}"
+        )
+    return puzzle
+
+
+def format_grid(grid) -> str:
+    """A grid as 81 characters, `.` for a blank; `parse_puzzle` reads it back."""
+    return "".join(str(int(digit)) if digit else "." for digit in grid)
+
+
+def to_ids(grids) -> np.ndarray:
+    """Token ids of grids, int64 of the same shape: a blank becomes the mask token, a digit its own id."""
+    grids = np.asarray(grids, dtype=np.int64)
+    return np.where(grids == 0, MASK_ID, grids)
+
+
+def sudoku_tokenizer():
+    """The tokenizer of the Sudoku model: one token a cell, "." is the mask token; "0" and "_" are read as "."."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"[PAD]": PAD_ID, **{str(digit): digit for digit in range(1, 10)}, ".": MASK_ID}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[PAD]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"\s+"), ""), normalizers.Replace(Regex("[0_]"), ".")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", mask_token=".", model_max_length=CELLS, padding_side="right"
+    )

@@ -1,0 +1,132 @@
+"""A Sudoku run in the terminal: every cell's state told by a colour and, for those who see no colours, by a mark."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from .sudoku import CELLS, MASK_ID
+
+# kind: (mark before the digit, style, words of the legend); a blank or remasked cell shows its mark in place of a digit
+KINDS = {
+    "given": (" ", "bold", "given"),
+    "kept": ("·", "cyan", "written before"),
+    "written": ("+", "bold green", "just written"),
+    "doubtful": ("?", "yellow", "low quality"),
+    "remasked": ("×", "bold white on red", "remasked"),
+    "blank": ("_", "dim", "blank"),
+    "conflict": ("!", "bold red", "in conflict"),
+}
+LOW_QUALITY = 0.5
+_ASCII = str.maketrans("·×│─┼", "~x|-+")
+
+
+def cell_kinds(given, before, after, quality=None, remasked=None) -> list[str]:
+    """The kind of each cell after one step.
+
+    Args:
+        given: whether a cell is a clue, 81 bools.
+        before, after: token ids of the 81 cells around the step.
+        quality: of the tokens in `before`, 81 floats, or None; those kept below `LOW_QUALITY` are doubtful.
+        remasked: whether the step masked a cell again, 81 bools, or None.
+    Returns:
+        81 keys of `KINDS`.
+    """
+    kinds = []
+    for i in range(CELLS):
+        if given[i]:
+            kinds.append("given")
+        elif remasked is not None and remasked[i]:
+            kinds.append("remasked")
+        elif after[i] == MASK_ID:
+            kinds.append("blank")
+        elif before[i] == MASK_ID:
+            kinds.append("written")
+        else:
+            kinds.append("doubtful" if quality is not None and quality[i] < LOW_QUALITY else "kept")
+    return kinds
+
+
+def board(ids, kinds: list[str]) -> Text:
+    """The grid as 11 lines of text with a mark and a colour for every cell.
+
+    Args:
+        ids: token ids of the 81 cells; blanks may be 0 or the mask id.
+        kinds: 81 keys of `KINDS`.
+    """
+    text = Text()
+    for row in range(9):
+        if row in (3, 6):
+            text.append("─────────┼─────────┼─────────\n", style="dim")
+        for column in range(9):
+            i = row * 9 + column
+            mark, style, _ = KINDS[kinds[i]]
+            if column in (3, 6):
+                text.append("│", style="dim")
+            text.append(f" {mark} " if kinds[i] in ("blank", "remasked") else f"{mark}{int(ids[i])} ", style=style)
+        text.append("\n")
+    return text
+
+
+def legend() -> Text:
+    """One line that names every mark, in its colour."""
+    text = Text("legend: ")
+    for mark, style, words in KINDS.values():
+        text.append(f"{mark.strip()}5" if words not in ("blank", "remasked") else mark, style=style)
+        text.append(f" {words}  ")
+    return text
+
+
+def printable(console: Console, text: Text) -> Text:
+    """`text`, with plain ASCII marks and lines where the terminal cannot show others."""
+    if not console.options.ascii_only:
+        return text
+    plain = Text(text.plain.translate(_ASCII))
+    plain.spans = text.spans  # one character became one character, so the colours still fit
+    return plain
+
+
+class SudokuView:
+    """A live view of one puzzle's run; `step` is the pipeline's `callback_on_step_end`.
+
+    Args:
+        console: rich console of a terminal.
+        puzzle: int64 (81,), 0 for a blank.
+        delay: seconds to hold each frame, >= 0.
+    """
+
+    def __init__(self, console: Console, puzzle, delay: float = 0.08):
+        self.console, self.delay = console, delay
+        self.given = [digit > 0 for digit in puzzle]
+        self.ids = [int(digit) or MASK_ID for digit in puzzle]
+        self.blanks, self.remasked_so_far = self.given.count(False), 0
+        self.live = Live(console=console, auto_refresh=False)
+
+    def __enter__(self) -> SudokuView:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.live.__exit__(*error)
+
+    def step(self, pipe, i: int, t, state: dict) -> dict:
+        """Show row 0 of the sample after step `i`; `state` holds "sample", "quality" and "remasked"."""
+        after = state["sample"][0].tolist()
+        quality = None if state.get("quality") is None else state["quality"][0].tolist()
+        remasked = None if state.get("remasked") is None else state["remasked"][0].tolist()
+        kinds = cell_kinds(self.given, self.ids, after, quality, remasked)
+        now = kinds.count("remasked")
+        self.remasked_so_far += now
+        shown = self.blanks - after.count(MASK_ID)
+        counter = Text(
+            f"step {i + 1}/{len(pipe.scheduler.timesteps)}   {shown}/{self.blanks} written   "
+            f"{now} remasked now, {self.remasked_so_far} so far"
+        )
+        parts = [counter, board(after, kinds), legend()]
+        self.live.update(Group(*(printable(self.console, part) for part in parts)), refresh=True)
+        self.ids = after
+        time.sleep(self.delay)
+        return {}

@@ -1,0 +1,101 @@
+"""What users pass to schedulers: checked where it enters, with errors that say what would be right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .functional import ORDERS
+
+
+def require(valid: bool, name: str, value: object, allowed: str) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed, unless `valid`."""
+    if not valid:
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def is_int(value: object, low: int) -> bool:
+    """Is it an integer (no bool) of at least `low`?"""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_number(value: object, low: float, high: float = math.inf) -> bool:
+    """Is it a finite number (no bool) in [low, high]?"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
+
+
+def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:
+    """Raise a ValueError for settings that `sample_tokens` cannot follow."""
+    require(is_number(temperature, 0), "temperature", temperature, "a number of at least 0")
+    require(top_p is None or (is_number(top_p, 0, 1) and top_p > 0), "top_p", top_p, "None or a number in (0, 1]")
+    require(top_k is None or is_int(top_k, 1), "top_k", top_k, "None or an integer of at least 1")
+
+
+def check_config(config: Mapping) -> None:
+    """Raise a ValueError for wrong values of the config fields that all our schedulers share."""
+    require(config["order"] in ORDERS, "order", config["order"], f"one of {ORDERS}")
+    check_sampling(config["temperature"], config["top_p"], config["top_k"])
+    token = config["mask_token_id"]
+    require(token is None or is_int(token, 0), "mask_token_id", token, "None or a token id of at least 0")
+
+
+def check_run(num_inference_steps: int, block_length: int | None) -> None:
+    """Raise a ValueError for arguments of `set_timesteps` that are no integers of at least 1."""
+    require(is_int(num_inference_steps, 1), "num_inference_steps", num_inference_steps, "an integer of at least 1")
+    valid = block_length is None or is_int(block_length, 1)
+    require(valid, "block_length", block_length, "None or an integer of at least 1")
+
+
+def read_sampling(
+    config: Mapping, temperature: float | None, top_p: float | None, top_k: int | None
+) -> tuple[float, float | None, int | None]:
+    """The sampling settings of one step: the arguments, or where they are None the config.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    temperature = config["temperature"] if temperature is None else temperature
+    top_p = config["top_p"] if top_p is None else top_p
+    top_k = config["top_k"] if top_k is None else top_k
+    check_sampling(temperature, top_p, top_k)
+    return temperature, top_p, top_k
+
+
+def read_step(
+    config: Mapping,
+    timesteps: Tensor | None,
+    model_output,
+    timestep: int | Tensor,
+    sample: Tensor,
+    generation_mask: Tensor | None,
+    mask_token_id: int | None,
+) -> tuple[int, Tensor, int]:
+    """Check what every `step` is given and fill in what was left out.
+
+    Returns:
+        the timestep as an int, the generation mask (all true if it was None), and the mask token (the config's if it
+        was None).
+    Raises:
+        ValueError: a wrong shape or dtype, a timestep outside the schedule, or no mask token.
+    """
+    if timesteps is None:
+        raise ValueError("There are no timesteps yet: call `set_timesteps(num_inference_steps)` before `step`.")
+    index = int(timestep)
+    require(0 <= index < len(timesteps), "timestep", index, f"one of `timesteps`, which are 0 to {len(timesteps) - 1}")
+    integers = sample.ndim == 2 and not (sample.is_floating_point() or sample.dtype == torch.bool)
+    require(integers, "sample", f"{sample.dtype} {tuple(sample.shape)}", "token ids of shape (B, L)")
+    if isinstance(model_output, Tensor):
+        aligned = model_output.ndim == 3 and model_output.shape[:2] == sample.shape
+        shape = tuple(model_output.shape)
+        require(aligned, "model_output", shape, f"logits (B, L, V) with (B, L) = {tuple(sample.shape)}")
+    if generation_mask is None:
+        generation_mask = torch.ones_like(sample, dtype=torch.bool)
+    given = f"{generation_mask.dtype} {tuple(generation_mask.shape)}"
+    fits = generation_mask.dtype == torch.bool and generation_mask.shape == sample.shape
+    require(fits, "generation_mask", given, f"torch.bool {tuple(sample.shape)}, as `sample`")
+    mask_token_id = config["mask_token_id"] if mask_token_id is None else mask_token_id
+    require(is_int(mask_token_id, 0), "mask_token_id", mask_token_id, "a token id, here or in the scheduler's config")
+    return index, generation_mask, mask_token_id

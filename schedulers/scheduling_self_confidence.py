@@ -1,0 +1,109 @@
+"""Training-free remasking: the backbone judges the visible tokens itself."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from .arguments import check_config, check_run, read_sampling, read_step
+from .functional import token_probability
+from .scheduling_prism import PrismSchedulerOutput, check_remasking, remask_and_reveal, remasks_by_quality
+
+
+class SelfConfidenceScheduler(SchedulerMixin, ConfigMixin):
+    """`PrismScheduler`'s rule with the backbone's own probability of a visible token as its quality.
+
+    It needs no trained head and so runs on every masked diffusion model. But a backbone is trained to predict masked
+    tokens only: its logits at a visible position, where it sees the token, were never trained, and tend to just
+    repeat the token. They are a poor proxy for the exact quality p(token | the others), which would take one forward
+    pass for each token. That gap is what PRISM's head closes.
+
+    In steps that remask, the output head also runs at the visible generated tokens.
+
+    Args:
+        As `PrismScheduler`, so `from_config` turns one into the other.
+    Raises:
+        ValueError: a field out of its range, or both `num_remask` and `eta`.
+    Source: the training-free baseline of PRISM (arXiv 2510.01384).
+    """
+
+    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
+    needs_quality = False
+
+    @register_to_config
+    def __init__(
+        self,
+        order: str = "random",
+        num_remask: int | None = None,
+        eta: float | None = None,
+        eta_schedule: str = "constant",
+        eta_reference_steps: int | None = None,
+        remask_start: float = 0.0,
+        remask_end: float = 1.0,
+        loop_steps: int = 0,
+        loop_num_remask: int = 0,
+        loop_at: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        mask_token_id: int | None = None,
+    ):
+        check_config(self.config)
+        check_remasking(self.config)
+        self.num_inference_steps: int | None = None
+        self.timesteps: Tensor | None = None
+
+    @property
+    def can_remask(self) -> bool:
+        """Would this configuration ever remask a token?"""
+        return remasks_by_quality(self.config) or self.config.loop_steps > 0
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        block_length: int | None = None,
+    ) -> None:
+        """Begin a run of `num_inference_steps` steps and `loop_steps` more. As `PrismScheduler.set_timesteps`."""
+        check_run(num_inference_steps, block_length)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.arange(num_inference_steps + self.config.loop_steps)
+
+    def step(
+        self,
+        model_output,
+        timestep: int | Tensor,
+        sample: Tensor,
+        *,
+        quality: Tensor | None = None,
+        generation_mask: Tensor | None = None,
+        mask_token_id: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
+        """Remask the visible tokens that the model finds least likely, fill masks, from one forward pass on `sample`.
+
+        As `PrismScheduler.step`, but `quality` is not read: the score comes from `model_output`, at temperature 1. A
+        visible token at -inf has probability 0 and so goes first.
+        """
+
+        def own_probability(visible: Tensor) -> Tensor:
+            probs = token_probability(model_output[visible], sample[visible])
+            return torch.zeros(sample.shape, device=sample.device).masked_scatter(visible, probs)
+
+        output = remask_and_reveal(
+            self.config,
+            self.num_inference_steps,
+            read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id),
+            read_sampling(self.config, temperature, top_p, top_k),
+            model_output,
+            sample,
+            own_probability,
+            generator,
+        )
+        return output if return_dict else output.to_tuple()

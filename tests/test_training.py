@@ -1,0 +1,197 @@
+"""The training command: what it saves, that an interrupted run goes on exactly, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prism_pipelines import PrismPipeline
+from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
+from prism_pipelines.sudoku import is_valid_grid, to_ids
+from prism_pipelines.training import main, parse_arguments, train
+from prism_pipelines.training_data import SudokuGrids
+
+TINY = [
+    "--dataset=sudoku",
+    "--config_overrides=hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64",
+    "--num_base_grids=8",
+    "--num_train_examples=64",
+    "--num_eval_examples=8",
+    "--per_device_train_batch_size=8",
+    "--learning_rate=1e-3",
+    "--logging_steps=1",
+    "--disable_tqdm=true",
+    "--use_cpu",
+]
+
+
+def arguments(folder, *flags):
+    return [*TINY, f"--output_dir={folder}", *flags]
+
+
+def run(folder, *flags):
+    return train(*parse_arguments(arguments(folder, *flags)))
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, step):
+    """Makes the next run die at the first log after `step`, as a crash would: no final save, no cleaning up."""
+    from prism_pipelines.training import MetricsLog
+
+    original = MetricsLog.on_log
+
+    def on_log(self, args, state, control, logs=None, **_):
+        original(self, args, state, control, logs)
+        if state.global_step > step:
+            raise Stop
+
+    monkeypatch.setattr(MetricsLog, "on_log", on_log)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A saved pipeline of a tiny MDM, and its folder."""
+    folder = tmp_path_factory.mktemp("mdm")
+    run(folder, "--objective=mdm", "--max_steps=4", "--optimizer=muon", "--save_steps=2", "--weighting=uniform")
+    return folder
+
+
+def weights(folder):
+    return {path.parent.name: load_file(path) for path in sorted(folder.glob("*/*.safetensors"))}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys() and a
+    for part in a:
+        assert a[part].keys() == b[part].keys()
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), f"{part}/{name}"
+
+
+@pytest.mark.parametrize("flags", [("--optimizer=muon",), ("--optimizer=adamw", "--lr_scheduler_type=cosine")])
+def test_an_interrupted_pretraining_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, flags):
+    flags = ("--objective=mdm", "--max_steps=6", "--save_steps=2", "--resume_from_checkpoint=latest", *flags)
+    run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(Stop):
+            run(tmp_path / "cut", *flags)
+    assert latest_checkpoint(tmp_path / "cut").endswith("checkpoint-4")
+    assert not weights(tmp_path / "cut" / "none")
+    run(tmp_path / "cut", *flags)
+    assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_an_interrupted_prism_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--num_revealed=4", "--max_steps=4", "--save_steps=2")
+    flags += ("--head=mlp", "--optimizer=muon", "--resume_from_checkpoint=latest")
+    run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(Stop):
+            run(tmp_path / "cut", *flags)
+    run(tmp_path / "cut", *flags)
+    assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert set(weights(tmp_path / "whole")) == {"model", "quality_head"}
+
+
+def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    """SIGKILL, at whatever it is doing; then the same command again."""
+    flags = arguments(tmp_path / "run", "--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest")
+    command = [sys.executable, "-m", "prism_pipelines.training", *flags, "--save_total_limit=2"]
+    process = subprocess.Popen([*command, "--max_steps=100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while latest_checkpoint(tmp_path / "run") is None:
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    step = int(latest_checkpoint(tmp_path / "run").rsplit("-", 1)[1])
+    flags = ("--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest", f"--max_steps={step + 1}")
+    run(tmp_path / "run", *flags)
+    assert latest_checkpoint(tmp_path / "run").endswith(f"checkpoint-{step + 1}")
+    assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
+    run(tmp_path, "--objective=mdm", "--max_steps=4", "--save_steps=2")
+    newest = tmp_path / "checkpoint-4" / WEIGHTS
+    assert is_whole(tmp_path / "checkpoint-4")
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    assert not is_whole(tmp_path / "checkpoint-4")
+    assert latest_checkpoint(tmp_path).endswith("checkpoint-2")
+    assert "checkpoint-4 is damaged" in caplog.text
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_of_other_flags_are_refused(tmp_path, pretrained):
+    run(tmp_path, "--objective=mdm", "--max_steps=2", "--save_steps=2")
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=4", "--resume_from_checkpoint=latest")
+    with pytest.raises(ValueError, match="other trainable tensors"):
+        run(tmp_path, *flags)
+
+
+def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained):
+    run(tmp_path, "--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--head=linear")
+    pipe = PrismPipeline.from_pretrained(str(tmp_path))
+    out = pipe(infill="1" + "." * 80, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
+    assert out.texts[0][0] == "1" and set(out.texts[0]) <= set("123456789") and len(out.texts[0]) == 81
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert {"loss", "loss_prism", "loss_mdm", "quality_right"} <= set(log[0])
+
+
+def test_a_frozen_backbone_keeps_its_weights(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone=true")
+    run(tmp_path, *flags)
+    before, after = weights(pretrained)["model"], weights(tmp_path)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_loss_falls(tmp_path):
+    flags = ("--max_steps=60", "--learning_rate=3e-3", "--weighting=uniform", "--num_base_grids=1")
+    run(tmp_path, "--objective=mdm", *flags)
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.01
+
+
+def test_an_example_depends_on_seed_and_index_alone():
+    a, b, other = SudokuGrids(100, 0, 4), SudokuGrids(50, 0, 4), SudokuGrids(100, 1, 4)
+    grids = torch.stack([a[i]["input_ids"] for i in range(20)])
+    assert is_valid_grid(grids.numpy()).all()
+    assert torch.equal(grids[7], b[7]["input_ids"]) and torch.equal(grids[7], a[7]["input_ids"])
+    assert not torch.equal(grids[7], other[7]["input_ids"])
+    assert len({tuple(grid) for grid in grids.tolist()}) == 20
+    assert np.array_equal(to_ids(grids.numpy()), grids.numpy())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--objective=critics"], "`--objective` must be mdm or prism, got 'critics'"),
+        (["--objective=mdm", "--dataset=owt"], "`--dataset` must be sudoku, got 'owt'"),
+        (["--objective=prism"], "pass --base_model"),
+        (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be adamw or muon"),
+        (["--objective=mdm", "--mask_rate_min=0.9", "--mask_rate_max=0.1"], "mask_rate_min=0.9"),
+        (["--objective=mdm", "--no_such_flag=1"], "no_such_flag"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_status_2(tmp_path, capsys, flags, words):
+    assert main(arguments(tmp_path, *flags)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and words in error[0]
