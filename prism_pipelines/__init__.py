@@ -1,0 +1,62 @@
+"""Self-correcting inference for masked diffusion models. Public names load on first use, so the import is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it
+    "PrismPipeline": "pipeline_prism",
+    "PrismPipelineOutput": "pipeline_prism",
+    "PrismScheduler": "schedulers",
+    "PrismSchedulerOutput": "schedulers",
+    "MDLMScheduler": "schedulers",
+    "SelfConfidenceScheduler": "schedulers",
+    "QualityHead": "quality_head",
+    "MDMSpec": "families",
+    "FAMILIES": "families",
+    "resolve_spec": "families",
+}
+# Classes that a saved pipeline may name; diffusers loads only what stands in its own table of libraries.
+_COMPONENTS = ("PrismScheduler", "MDLMScheduler", "SelfConfidenceScheduler", "QualityHead")
+__all__ = ["__version__", "bundled", *_HOME]
+
+
+def _register_with_diffusers() -> None:
+    from diffusers.pipelines import pipeline_loading_utils as table
+
+    methods = {name: ["save_pretrained", "from_pretrained"] for name in _COMPONENTS}
+    table.LOADABLE_CLASSES.setdefault(__name__, methods)
+    table.ALL_IMPORTABLE_CLASSES.update(methods)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register_with_diffusers()
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(__all__)
+
+
+def bundled(name: str) -> str:
+    """The folder of a pipeline that ships with the package; give it to `PrismPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: no pipeline of that name ships.
+    """
+    folder = Path(__file__).parent / "bundled"
+    names = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
+    if name not in names:
+        raise ValueError(f"No bundled pipeline is called {name!r}; there are: {', '.join(names) or 'none'}.")
+    return str(folder / name)
+
+
+# Importing diffusers takes seconds, so it is not imported for this alone; each of our names registers too.
+if "diffusers" in sys.modules:
+    _register_with_diffusers()

@@ -85,7 +85,7 @@ def read_puzzles(text: str | None) -> tuple[np.ndarray, bool]:
     if text is None:
         return sudoku.parse_puzzle(sudoku.DEMO_PUZZLE)[None], False
     try:
-        is_file = Path(text).exists()
+        is_file = bool(text) and Path(text).exists()
     except (OSError, ValueError):  # too long for a file name, or a NUL in it
         is_file = False
     if not is_file:
@@ -270,7 +270,7 @@ def _run_one(pipe, puzzles, args, console) -> int:
             for i, (clue, digit) in enumerate(zip(outcome.puzzle, outcome.grid, strict=True))
         ]
         console.print(printable(console, board(outcome.grid, kinds)), end="")
-        console.print(printable(console, legend()))
+        console.print(printable(console, legend(kinds)))
         console.print(outcome.sentence(), style="bold green" if outcome.solved else "bold red")
         console.print(f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}.")
     return 0 if outcome.solved else 1

@@ -13,12 +13,12 @@ from .sudoku import CELLS, MASK_ID
 # kind: (mark before the digit, style, words of the legend); a blank or remasked cell shows its mark in place of a digit
 KINDS = {
     "given": (" ", "bold", "given"),
-    "kept": ("·", "cyan", "written before"),
-    "written": ("+", "bold green", "just written"),
+    "kept": ("·", "cyan", "written"),
+    "written": ("+", "bold green", "new"),
     "doubtful": ("?", "yellow", "low quality"),
     "remasked": ("×", "bold white on red", "remasked"),
     "blank": ("_", "dim", "blank"),
-    "conflict": ("!", "bold red", "in conflict"),
+    "conflict": ("!", "bold red", "conflict"),
 }
 LOW_QUALITY = 0.5
 _ASCII = str.maketrans("·×│─┼", "~x|-+")
@@ -71,10 +71,10 @@ def board(ids, kinds: list[str]) -> Text:
     return text
 
 
-def legend() -> Text:
-    """One line that names every mark, in its colour."""
+def legend(kinds) -> Text:
+    """One line that names the marks of these keys of `KINDS`, each in its colour."""
     text = Text("legend: ")
-    for mark, style, words in KINDS.values():
+    for mark, style, words in (KINDS[kind] for kind in KINDS if kind in kinds):
         text.append(f"{mark.strip()}5" if words not in ("blank", "remasked") else mark, style=style)
         text.append(f" {words}  ")
     return text
@@ -103,7 +103,7 @@ class SudokuView:
         self.given = [digit > 0 for digit in puzzle]
         self.ids = [int(digit) or MASK_ID for digit in puzzle]
         self.blanks, self.remasked_so_far = self.given.count(False), 0
-        self.live = Live(console=console, auto_refresh=False)
+        self.live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> SudokuView:
         self.live.__enter__()
@@ -125,7 +125,7 @@ class SudokuView:
             f"step {i + 1}/{len(pipe.scheduler.timesteps)}   {shown}/{self.blanks} written   "
             f"{now} remasked now, {self.remasked_so_far} so far"
         )
-        parts = [counter, board(after, kinds), legend()]
+        parts = [counter, board(after, kinds), legend(set(KINDS) - {"conflict"})]
         self.live.update(Group(*(printable(self.console, part) for part in parts)), refresh=True)
         self.ids = after
         time.sleep(self.delay)

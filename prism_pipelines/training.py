@@ -229,11 +229,20 @@ def train(run: RunArguments, args: transformers.TrainingArguments) -> PrismPipel
     if checkpoint == "latest":
         checkpoint = latest_checkpoint(args.output_dir)
         logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and finished(checkpoint, args.max_steps):
+        trainer._load_from_checkpoint(checkpoint)  # Trainer.train would take one step more
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         objective.eval()
         pipe.save_pretrained(args.output_dir)
     return pipe
+
+
+def finished(checkpoint: str, max_steps: int) -> bool:
+    """Whether a checkpoint is the last one of a run of `max_steps` steps (not above 0: a run counted in epochs)."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 
 def build_pipeline(objective: MDMObjective, tokenizer) -> PrismPipeline:

@@ -152,6 +152,7 @@ class PrismScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a wrong shape or dtype, a timestep outside the schedule, no mask token, a value out of range.
         """
+        place = read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id)
         if quality is not None:
             given = f"{quality.dtype} {tuple(quality.shape)}"
             fits = quality.is_floating_point() and quality.shape == sample.shape
@@ -166,7 +167,7 @@ class PrismScheduler(SchedulerMixin, ConfigMixin):
         output = remask_and_reveal(
             self.config,
             self.num_inference_steps,
-            read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id),
+            place,
             read_sampling(self.config, temperature, top_p, top_k),
             model_output,
             sample,

@@ -53,13 +53,14 @@ def knowing(monkeypatch):
     pipe = tiny_pipeline()
     answer = torch.tensor([int(digit) for digit in SOLUTION])
 
-    def hidden(input_ids, **inputs):
-        return torch.nn.functional.one_hot(answer, 16).float().expand(len(input_ids), -1, -1)
-
-    monkeypatch.setattr(pipe.model, "forward", lambda input_ids, **inputs: pipe.model.lm_head(hidden(input_ids)))
-    monkeypatch.setattr(pipe.model, "lm_head", torch.nn.Linear(16, sudoku.VOCAB_SIZE, bias=False))
+    head = pipe.model.get_output_embeddings()
     with torch.no_grad():
-        pipe.model.lm_head.weight.copy_(100 * torch.eye(sudoku.VOCAB_SIZE, 16))
+        head.weight.copy_(100 * torch.eye(sudoku.VOCAB_SIZE, 16))
+
+    def forward(input_ids, **inputs):
+        return head(torch.nn.functional.one_hot(answer, 16).float().expand(len(input_ids), -1, -1))
+
+    monkeypatch.setattr(pipe.model, "forward", forward)
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(cli_sudoku, "load_pipeline", lambda args: pipe)
     return pipe
@@ -157,7 +158,7 @@ def test_a_model_of_another_language_is_refused(capsys, tmp_path):
     pipe.model.resize_token_embeddings(20)
     pipe.save_pretrained(tmp_path)
     status, _, err = run(capsys, PUZZLE, "--model", tmp_path)
-    assert status == 2 and "no Sudoku model" in err and len(err.splitlines()) == 1
+    assert status == 2 and "not a Sudoku model" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_kinds_of_cells_follow_from_the_two_states():
 def test_every_kind_has_its_own_mark_and_colour_and_stands_in_the_legend():
     marks, styles, words = zip(*sudoku_view.KINDS.values(), strict=True)
     assert len(set(marks)) == len(set(styles)) == len(sudoku_view.KINDS)
-    assert all(word in sudoku_view.legend().plain for word in words)
+    assert all(word in sudoku_view.legend(sudoku_view.KINDS).plain for word in words)
 
 
 def test_board_shows_each_digit_once_at_its_place():

@@ -46,7 +46,7 @@ class OraclePipeline:
     def __call__(self, *, infill, num_inference_steps, generator, output_type, callback_on_step_end=None):
         assert output_type == "seq"
         puzzles = np.where(infill.numpy() == sudoku.MASK_ID, 0, infill.numpy())
-        self.runs.append([one.initial_seed() for one in generator])
+        self.runs.append([torch.rand(1, generator=one).item() for one in generator])
         self.truth, full = exact(puzzles), torch.from_numpy(self.answer(puzzles))
         sample = infill.clone()
         for i in range(num_inference_steps):

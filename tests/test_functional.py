@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from prism_pipelines.schedulers.functional import (
     binomial,
     choose,

@@ -20,7 +20,8 @@ ALLOWED = {
     "losses": {"denoiser", "quality_head", "schedulers"},
     "hub": {"families", "denoiser", "quality_head"},
     "trace": set(),
-    "pipeline_prism": {"families", "denoiser", "quality_head", "schedulers", "hub", "trace"},
+    "canvas": set(),
+    "pipeline_prism": {"canvas", "denoiser", "families", "hub", "quality_head", "schedulers", "trace"},
     "training": {
         "checkpointing",
         "denoiser",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from prism_pipelines.schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
 
 VOCAB, MASK = 5, 3
@@ -424,18 +425,20 @@ def test_staged_remasking_keeps_to_its_window(start, end, steps):
 # --- loop refinement --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loop_at,entry", [(1.0, 9), (0.5, 4), (0.51, 5), (0.7, 6), (0.01, 0)])
-def test_the_loop_stays_n_below_the_level_it_entered_at_and_then_goes_on(loop_at, entry):
+LOOP_ENTRIES = [(1.0, 10, 9), (0.5, 10, 4), (0.51, 10, 5), (0.7, 10, 6), (0.2, 10, 1), (0.55, 100, 54)]
+
+
+@pytest.mark.parametrize("loop_at,num_steps,entry", LOOP_ENTRIES)
+def test_the_loop_stays_n_below_the_level_it_entered_at_and_then_goes_on(loop_at, num_steps, entry):
     scheduler = PrismScheduler(num_remask=0, loop_steps=4, loop_num_remask=3, loop_at=loop_at)
-    case = make_case(scheduler, [30], 10, width=30)
+    case = make_case(scheduler, [3 * num_steps], num_steps)
     trace = case.run()
-    shown = [int((step.prev_sample != MASK).sum()) for *_, step, _ in trace]
-    level = 3 * (entry + 1)
-    n = 3 if entry else 0  # nothing is there to be remasked in the very first step
-    steps = [3 * (i + 1) for i in range(10)]
-    assert shown == [*steps[:entry], level - n, *[level - 3] * 3, level, *steps[entry + 1 :]]
+    shown = [int((case.generation_mask & (step.prev_sample != MASK)).sum()) for *_, step, _ in trace]
+    steps = [3 * (i + 1) for i in range(num_steps)]
+    level = steps[entry]
+    assert shown == [*steps[:entry], *[level - 3] * 4, level, *steps[entry + 1 :]]
     remasked = [int(step.remasked.sum()) for *_, step, _ in trace]
-    assert remasked == [0] * entry + [n, 3, 3, 3, 0] + [0] * (9 - entry)
+    assert remasked == [0] * entry + [3, 3, 3, 3, 0] + [0] * (num_steps - 1 - entry)
 
 
 def test_a_loop_over_a_full_canvas_refills_what_it_remasked_and_remasks_others():

@@ -78,6 +78,15 @@ def assert_identical(a, b):
             assert torch.equal(a[part][name], b[part][name]), f"{part}/{name}"
 
 
+def test_a_finished_run_is_left_as_it_is_when_started_again(tmp_path):
+    flags = ("--objective=mdm", "--max_steps=2", "--save_steps=2", "--resume_from_checkpoint=latest")
+    run(tmp_path, *flags)
+    before = weights(tmp_path)
+    run(tmp_path, *flags)
+    assert_identical(before, weights(tmp_path))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 @pytest.mark.parametrize("flags", [("--optimizer=muon",), ("--optimizer=adamw", "--lr_scheduler_type=cosine")])
 def test_an_interrupted_pretraining_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, flags):
     flags = ("--objective=mdm", "--max_steps=6", "--save_steps=2", "--resume_from_checkpoint=latest", *flags)

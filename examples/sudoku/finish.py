@@ -109,7 +109,8 @@ Scheduler settings ({metrics["forwards"]} forwards), chosen on puzzles of their 
 
 ## Solved, by number of clues
 
-{count} generated puzzles each, unique solution, never seen in training; {metrics["forwards"]} forwards; 95 % Wilson intervals.
+{count} generated puzzles each, unique solution, never seen in training; {metrics["forwards"]} forwards; 95 %
+Wilson intervals.
 
 | clues | PRISM, shipped settings | no remasking, confidence order | no remasking, random order |
 | --- | --- | --- | --- |
@@ -151,7 +152,11 @@ def main() -> None:
         "parameters": sum(p.numel() for part in (pipe.model, pipe.quality_head) for p in part.parameters()),
         "seeds": {"choose": CHOOSE_SEED, "judge": JUDGE_SEED},
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'cpu'}",
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(pipe.device),
+        },
     }
     pipe.scheduler = PrismScheduler(**settings)
     pipe.save_pretrained(output)

@@ -74,9 +74,9 @@ def evaluate_sudoku(solve, puzzles, *, batch_size: int = 250, on_batch=None) -> 
 
 def row_generators(puzzles, seed: int) -> list[torch.Generator]:
     """One CPU generator a puzzle, seeded by its clues and `seed`: its run does not depend on its batch."""
-    return [
-        torch.Generator().manual_seed((seed << 32) + zlib.crc32(format_grid(puzzle).encode())) for puzzle in puzzles
-    ]
+    # torch's CPU generator reads only the low 32 bits of its seed, so both must be hashed into them.
+    keys = [zlib.crc32(f"{seed} {format_grid(puzzle)}".encode()) for puzzle in puzzles]
+    return [torch.Generator().manual_seed(key) for key in keys]
 
 
 def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0):

@@ -1,0 +1,171 @@
+"""Canvases: what goes into the model, and which of its positions are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A batch ready for sampling.
+
+    Args:
+        sample: int64 (B, L); masks where tokens will be generated, and wherever the user's own prompt has one.
+        generated: true where tokens are generated, bool (B, L). Everything else never changes.
+        attention_mask: 1 for tokens and 0 for padding, (B, L); None without padding.
+        whole: decode whole rows (infilling), not the generated part alone.
+    """
+
+    sample: Tensor
+    generated: Tensor
+    attention_mask: Tensor | None
+    whole: bool
+
+    def to(self, device) -> Canvas:
+        """The same on another device."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return replace(self, sample=self.sample.to(device), generated=self.generated.to(device), attention_mask=mask)
+
+
+def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: int) -> Canvas:
+    """`num_samples` rows of `gen_length` masks.
+
+    Raises:
+        ValueError: no `gen_length`.
+    """
+    if gen_length is None:
+        raise ValueError("`gen_length` is needed: without `prompt` or `infill` it is the length of each sample.")
+    sample = torch.full((num_samples, gen_length), mask_token_id)
+    return Canvas(sample, torch.ones_like(sample, dtype=torch.bool), None, whole=False)
+
+
+def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | None, attention_mask=None) -> Canvas:
+    """Prompts, padded on the left to one length, followed by `gen_length` masks.
+
+    Args:
+        source: a text, texts, or ids (B, P).
+        tokenizer: needed for texts.
+        mask_token_id: written where tokens are generated; a prompt may hold it too and keeps it.
+        gen_length: tokens to generate, at least 1.
+        attention_mask: (B, P) with ids, or None.
+    Raises:
+        ValueError, TypeError: as `read_ids`; or no `gen_length`.
+    """
+    if gen_length is None:
+        raise ValueError("`gen_length` is needed: how many tokens shall continue the prompt?")
+    ids, mask = read_ids("prompt", source, tokenizer, attention_mask, side="left")
+    tail = torch.full((len(ids), gen_length), mask_token_id)
+    generated = torch.cat([torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(tail, dtype=torch.bool)], dim=1)
+    if mask is not None:
+        mask = torch.cat([mask, torch.ones_like(tail)], dim=1)
+    return Canvas(torch.cat([ids, tail], dim=1), generated, mask, whole=False)
+
+
+def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None, needs_mask: bool = True) -> Canvas:
+    """Texts or ids whose mask tokens are to be filled.
+
+    Args:
+        source: a text, texts, or ids (B, L).
+        tokenizer, mask_token_id, attention_mask: as `canvas_of_prompt`.
+        needs_mask: refuse a row that has nothing to fill.
+    Raises:
+        ValueError, TypeError: as `read_ids`; or a row without a mask token.
+    """
+    ids, mask = read_ids("infill", source, tokenizer, attention_mask, side="right")
+    generated = ids == mask_token_id
+    if mask is not None:
+        generated = generated & mask.bool()
+    empty = (~generated.any(-1)).nonzero().flatten().tolist()
+    if needs_mask and empty:
+        shown = f" ({tokenizer.mask_token!r})" if tokenizer is not None and tokenizer.mask_token else ""
+        raise ValueError(f"`infill` row {empty[0]} holds no mask token{shown}, id {mask_token_id}: nothing to fill.")
+    return Canvas(ids, generated, mask, whole=True)
+
+
+def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[Tensor, Tensor | None]:
+    """Ids int64 (B, L) of texts or of ids, and their attention mask, None where nothing is padded.
+
+    Args:
+        name: what the argument is called in errors.
+        source: a text, a list of texts, ids as a tensor (L,) or (B, L), or as nested lists.
+        tokenizer: needed for texts; pads them.
+        attention_mask: (B, L) or None; with ids only.
+        side: which side texts of different length are padded on, "left" or "right".
+    Raises:
+        ValueError: nothing given, rows of different length as ids, a wrong mask, no tokenizer, or no pad token.
+        TypeError: neither texts nor integer ids.
+    """
+    texts = [source] if isinstance(source, str) else source
+    if isinstance(texts, (list, tuple)) and not texts:
+        raise ValueError(f"`{name}` is empty; pass at least one text or row of ids.")
+    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+        if tokenizer is None:
+            raise ValueError(f"`{name}` is text, but the pipeline has no tokenizer. Pass ids, or load a tokenizer.")
+        rows = tokenizer(list(texts)).input_ids
+        if len({len(row) for row in rows}) == 1:
+            return torch.tensor(rows), None
+        if tokenizer.pad_token_id is None:
+            lengths = sorted({len(row) for row in rows})
+            raise ValueError(
+                f"`{name}` has texts of {lengths} tokens, and the tokenizer has no pad token to even them."
+            )
+        padded = tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+    try:
+        ids = torch.as_tensor(source)
+    except (ValueError, TypeError) as error:
+        raise TypeError(f"`{name}` must be text, texts, or integer ids in rows of one length: {error}") from None
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be text or integer ids, got {ids.dtype}.")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"`{name}` must be ids of shape (B, L) with at least one token, got {tuple(ids.shape)}.")
+    if attention_mask is not None:
+        attention_mask = torch.as_tensor(attention_mask).long()
+        if attention_mask.shape != ids.shape:
+            shapes = f"{tuple(attention_mask.shape)} and {tuple(ids.shape)}"
+            raise ValueError(f"`attention_mask` must have the shape of the ids, got {shapes}.")
+        attention_mask = None if attention_mask.all() else attention_mask
+    return ids.long(), attention_mask
+
+
+def repeat_rows(canvas: Canvas, times: int) -> Canvas:
+    """Each row `times` times, next to each other."""
+    mask = None if canvas.attention_mask is None else canvas.attention_mask.repeat_interleave(times, 0)
+    return replace(
+        canvas,
+        sample=canvas.sample.repeat_interleave(times, 0),
+        generated=canvas.generated.repeat_interleave(times, 0),
+        attention_mask=mask,
+    )
+
+
+def split_blocks(generated: Tensor, block_length: int | None, num_steps: int) -> list[tuple[Tensor, int]]:
+    """Blocks of generated positions, left to right, with the forward passes each gets.
+
+    Block b of a row holds its generated positions b * block_length up to (b + 1) * block_length, wherever they stand.
+    The steps are spread evenly over the blocks, the remainder to the first ones.
+
+    Args:
+        generated: bool (B, L).
+        block_length: positions of one block, at least 1; None for one block.
+        num_steps: of the whole run.
+    Returns:
+        list of (bool (B, L), int).
+    Raises:
+        ValueError: fewer steps than blocks.
+    """
+    if block_length is None:
+        return [(generated, num_steps)]
+    block = (generated.cumsum(-1) - 1) // block_length
+    count = max(1, -(-int(generated.sum(-1).max()) // block_length))
+    if num_steps < count:
+        raise ValueError(
+            f"`num_inference_steps` is {num_steps}, but there are {count} blocks of {block_length} tokens, and each "
+            f"needs a step. Pass at least {count} steps or a larger `block_length`."
+        )
+    steps = [num_steps // count + (b < num_steps % count) for b in range(count)]
+    return [(generated & (block == b), steps[b]) for b in range(count)]

@@ -1,0 +1,398 @@
+"""PrismPipeline: prompt or infill -> canvas of masks -> the sampling loop -> decoded output."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from . import hub
+from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_prompt, repeat_rows, split_blocks
+from .denoiser import LazyLogits, MaskedDenoiser
+from .families import resolve_spec
+from .quality_head import QualityHead
+from .schedulers import MDLMScheduler, PrismScheduler
+from .trace import TraceStep
+
+DEFAULT_STEPS = 64
+
+
+@dataclass
+class PrismPipelineOutput(BaseOutput):
+    """What a call of `PrismPipeline` returns.
+
+    Args:
+        sequences: the whole canvas, prompt and padding included, int64 (B, L).
+        texts: the generated part of each row, or the whole row for `infill`; None with output_type="seq".
+        quality: P(token is right) of every token, float32 (B, L) in [0, 1], 1 where nothing was generated; None unless
+            `return_quality`.
+        nfe: forward passes made.
+        nfe_per_row: the same for each row, list of B ints.
+        trace: list of `TraceStep`, or None unless `return_trace`.
+    """
+
+    sequences: Tensor
+    texts: list[str] | None = None
+    quality: Tensor | None = None
+    nfe: int = 0
+    nfe_per_row: list[int] | None = None
+    trace: list[TraceStep] | None = None
+
+
+class PrismPipeline(DiffusionPipeline):
+    """Sampling from a masked diffusion model that may revise its own tokens.
+
+    Args:
+        model: transformers masked language model with an output head.
+        tokenizer: its tokenizer; without one, ids go in and ids come out.
+        quality_head: `QualityHead` for remasking by PRISM, or None.
+        scheduler: decoding rule; default `PrismScheduler()` with a head, `MDLMScheduler()` without.
+        mdm_spec: `MDMSpec` or its dict; default what `resolve_spec` finds.
+    Raises:
+        ValueError: no mask token is known, or the head does not fit the model.
+    """
+
+    model_cpu_offload_seq = "model->quality_head"
+    _optional_components = ["tokenizer", "quality_head", "scheduler"]  # noqa: RUF012  diffusers reads the list
+    _callback_tensor_inputs = ["sample", "quality", "remasked", "unmasked"]  # noqa: RUF012
+
+    def __init__(self, model, tokenizer=None, quality_head=None, scheduler=None, mdm_spec=None):
+        super().__init__()
+        spec = resolve_spec(model.config, tokenizer, mdm_spec=mdm_spec)
+        if scheduler is None:
+            scheduler = MDLMScheduler() if quality_head is None else PrismScheduler()
+        hub.check_head(quality_head, model)
+        self.register_modules(model=model, tokenizer=tokenizer, quality_head=quality_head, scheduler=scheduler)
+        self.register_to_config(mdm_spec=spec.to_dict())
+        model.eval()
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token."""
+        return self.config.mdm_spec["mask_token_id"]
+
+    @property
+    def denoiser(self) -> MaskedDenoiser:
+        """The model behind the contract of `MaskedDenoiser`; made anew at each use, so never on a stale device."""
+        spec = resolve_spec(self.model.config, self.tokenizer, mdm_spec=self.config.mdm_spec)
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return MaskedDenoiser(self.model, spec)
+        pad = tokenizer.pad_token_id
+        suppressed = () if pad is None or pad == tokenizer.eos_token_id else (pad,)
+        return MaskedDenoiser(self.model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        messages: list | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        infill: str | list[str] | Tensor | None = None,
+        num_samples: int = 1,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        num_inference_steps: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        return_quality: bool = False,
+        return_trace: bool = False,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> PrismPipelineOutput | tuple:
+        """Generate: continue a prompt, fill in masks, or sample from nothing.
+
+        Args:
+            prompt: text or texts to continue by `gen_length` tokens.
+            messages: a chat, or a list of chats, put through the tokenizer's chat template and continued.
+            input_ids: prompt ids, int64 (B, P), in place of `prompt`; a mask token in it is kept as it is.
+            attention_mask: 1 for tokens and 0 for padding, (B, P), with `input_ids`.
+            infill: text, texts or ids (B, L) holding mask tokens. They are filled, everything else is kept exactly.
+            num_samples: samples of each row, next to each other; how many rows if nothing else is given.
+            gen_length: tokens to generate; needed for all but `infill`.
+            block_length: generate blocks of this many tokens from left to right; None for all at once.
+            num_inference_steps: forward passes of the whole run, spread over the blocks, the remainder first. Default:
+                one per generated token of the longest row, at most 64.
+            temperature, top_p, top_k: of sampling; None for the scheduler's.
+            generator: one, or a list of one per row: then a row's result does not depend on the other rows.
+            output_type: "text", or "seq" for ids only.
+            return_dict: False for a plain tuple.
+            return_quality: also give the quality of the result; one more forward, counted in `nfe`.
+            return_trace: also give a `TraceStep` for each step.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
+                {"sample": ids} to change the canvas.
+            callback_on_step_end_tensor_inputs: which of sample, quality, remasked, unmasked it gets; default all.
+        Returns:
+            `PrismPipelineOutput`, or its fields as a tuple.
+        Raises:
+            ValueError, TypeError: an argument that no run can use, by name.
+        """
+        self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
+        wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
+        if messages is not None:
+            prompt = self._chat(messages, prompt)
+        canvas = self._canvas(prompt, input_ids, attention_mask, infill, num_samples, gen_length)
+        if num_samples > 1 and not (prompt is input_ids is infill is None):
+            canvas = repeat_rows(canvas, num_samples)
+        canvas = canvas.to(self._execution_device)
+        self._check_canvas(canvas, generator)
+
+        denoiser, head = self.denoiser, self.quality_head
+        longest = int(canvas.generated.sum(-1).max())
+        total_steps = num_inference_steps or max(1, min(longest, DEFAULT_STEPS))
+        sample, nfe, trace, reading = canvas.sample, 0, [], head is not None
+        blocks = split_blocks(canvas.generated, block_length, total_steps)
+        loop_steps = self.scheduler.config.get("loop_steps", 0)
+        with self.progress_bar(total=total_steps + loop_steps * len(blocks)) as bar:
+            for block_mask, num_steps in blocks:  # (B, L), int
+                self.scheduler.set_timesteps(num_steps, device=sample.device)
+                for t in self.scheduler.timesteps:  # one forward per timestep, for every scheduler
+                    hidden = denoiser.hidden(sample, canvas.attention_mask)  # (B, L, H)
+                    quality = head(hidden, canvas.attention_mask).sigmoid() if reading else None
+                    step = self.scheduler.step(
+                        LazyLogits(denoiser, hidden),
+                        t,
+                        sample,
+                        quality=quality,
+                        generation_mask=block_mask,
+                        mask_token_id=self.mask_token_id,
+                        temperature=temperature,
+                        top_p=top_p,
+                        top_k=top_k,
+                        generator=generator,
+                    )
+                    sample, nfe = step.prev_sample, nfe + 1
+                    if return_trace:
+                        trace.append(TraceStep.of(sample, quality, step.unmasked, step.remasked))
+                    if callback_on_step_end is not None:
+                        tensors = {
+                            "sample": sample,
+                            "quality": quality,
+                            "remasked": step.remasked,
+                            "unmasked": step.unmasked,
+                        }
+                        given = {name: tensors[name] for name in wanted}
+                        changed = callback_on_step_end(self, nfe - 1, t, given) or {}
+                        sample = changed.get("sample", sample)
+                    bar.update()
+
+        quality = None
+        if return_quality:
+            hidden = denoiser.hidden(sample, canvas.attention_mask)
+            quality = head(hidden, canvas.attention_mask).sigmoid().masked_fill(~canvas.generated, 1.0)
+            nfe += 1
+        self.maybe_free_model_hooks()
+        output = PrismPipelineOutput(
+            sequences=sample,
+            texts=self._decode(sample, canvas) if output_type == "text" else None,
+            quality=quality,
+            nfe=nfe,
+            nfe_per_row=[nfe] * len(sample),
+            trace=trace if return_trace else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def score(
+        self, texts=None, *, input_ids=None, attention_mask=None
+    ) -> tuple[Tensor, Tensor, list[list[str]] | None]:
+        """P(token is right) of every token of some text, by one forward and no generation.
+
+        Args:
+            texts: a text or a list of texts.
+            input_ids: int64 (B, L) in place of `texts`.
+            attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
+        Returns:
+            quality, float32 (B, L) in [0, 1], 0 at masks and padding; the ids (B, L); the tokens as strings, or None
+            without a tokenizer.
+        Raises:
+            ValueError: no quality head, or not exactly one of `texts` and `input_ids`.
+        """
+        if self.quality_head is None:
+            raise ValueError("`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo).")
+        if (texts is None) == (input_ids is None):
+            raise ValueError("Pass either `texts` or `input_ids` to `score`.")
+        source = texts if input_ids is None else input_ids
+        canvas = canvas_of_infill(source, self.tokenizer, self.mask_token_id, attention_mask, needs_mask=False)
+        canvas = canvas.to(self._execution_device)
+        self._check_canvas(canvas, None)
+        hidden = self.denoiser.hidden(canvas.sample, canvas.attention_mask)
+        hidden_from = canvas.sample == self.mask_token_id
+        if canvas.attention_mask is not None:
+            hidden_from = hidden_from | (canvas.attention_mask == 0)
+        quality = self.quality_head(hidden, canvas.attention_mask).sigmoid().masked_fill(hidden_from, 0.0)
+        tokens = None
+        if self.tokenizer is not None:
+            tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in canvas.sample.tolist()]
+        return quality, canvas.sample, tokens
+
+    # --- arguments ----------------------------------------------------------------------------------------------------
+
+    def _check_call(self, num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality):
+        counts = {
+            "num_samples": num_samples,
+            "num_inference_steps": num_inference_steps,
+            "gen_length": gen_length,
+            "block_length": block_length,
+        }
+        for name, value in counts.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if output_type not in ("text", "seq"):
+            raise ValueError(f'`output_type` must be "text" or "seq", got {output_type!r}.')
+        if self.quality_head is None and self.scheduler.needs_quality:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} remasks by quality, and this pipeline has no quality head. Pass "
+                "quality_head=... to from_pretrained or call pipe.load_quality_head(...); or, without a head, use "
+                "scheduler=SelfConfidenceScheduler() (training-free) or MDLMScheduler() (no remasking)."
+            )
+        if self.quality_head is None and return_quality:
+            raise ValueError("`return_quality` needs a quality head; this pipeline has none.")
+
+    def _callback_inputs(self, names: list[str] | None) -> list[str]:
+        names = self._callback_tensor_inputs if names is None else names
+        if unknown := sorted(set(names) - set(self._callback_tensor_inputs)):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
+            )
+        return names
+
+    def _chat(self, messages, prompt) -> list[str]:
+        if prompt is not None:
+            raise ValueError("Pass either `prompt` or `messages`, not both.")
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError("`messages` needs a tokenizer with a chat template; this one has none. Pass `prompt`.")
+        chats = messages if messages and isinstance(messages[0], list) else [messages]
+        return [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+
+    def _canvas(self, prompt, input_ids, attention_mask, infill, num_samples, gen_length) -> Canvas:
+        given = {"prompt": prompt, "input_ids": input_ids, "infill": infill}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"Pass one of `prompt`, `messages`, `input_ids` and `infill`, got {named}.")
+        if attention_mask is not None and (not named or isinstance(given[named[0]], str)):
+            raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
+        if not named:
+            return canvas_of_nothing(num_samples, gen_length, self.mask_token_id)
+        if infill is None:
+            source = prompt if input_ids is None else input_ids
+            return canvas_of_prompt(source, self.tokenizer, self.mask_token_id, gen_length, attention_mask)
+        if gen_length is not None:
+            raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
+        return canvas_of_infill(infill, self.tokenizer, self.mask_token_id, attention_mask)
+
+    def _check_canvas(self, canvas: Canvas, generator) -> None:
+        rows, length = canvas.sample.shape
+        limit = hub.max_length(self.model.config)
+        if limit is not None and length > limit:
+            raise ValueError(f"The canvas has {length} tokens, and the model takes {limit} at most. Shorten the input.")
+        vocab_size = self.model.config.vocab_size
+        low, high = int(canvas.sample.min()), int(canvas.sample.max())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"The input holds id {wrong}; the model knows ids from 0 to {vocab_size - 1}.")
+        if isinstance(generator, (list, tuple)) and len(generator) != rows:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but there are {rows} rows. Pass one for each."
+            )
+
+    def _decode(self, sample: Tensor, canvas: Canvas) -> list[str] | None:
+        if self.tokenizer is None:
+            return None
+        kept = canvas.generated
+        if canvas.whole:
+            kept = torch.ones_like(kept) if canvas.attention_mask is None else canvas.attention_mask.bool()
+        rows = [row[mask] for row, mask in zip(sample, kept, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    # --- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        quality_head: QualityHead | str | None = None,
+        scheduler=None,
+        tokenizer=None,
+        mdm_spec=None,
+        mask_token_id: int | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+    ) -> PrismPipeline:
+        """A pipeline from a saved pipeline or from a plain transformers masked language model.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`.
+            scheduler, tokenizer: objects to use in place of the saved ones.
+            mdm_spec, mask_token_id: override what is detected, see `resolve_spec`.
+            torch_dtype, dtype: of the model; two names for one thing. The head stays float32.
+            revision, cache_dir, token, local_files_only: as in huggingface_hub.
+            subfolder: of a plain model repository.
+            trust_remote_code: run model code from the repository; off by default.
+        Raises:
+            ValueError: the model is causal, has no mask token, or the head does not fit.
+            OSError: not found, or no safetensors weights.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"`torch_dtype` and `dtype` name the same thing, got {torch_dtype} and {dtype}.")
+        path, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype or torch.float32
+        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        given = {"scheduler": scheduler, "tokenizer": tokenizer}
+        given = {name: part for name, part in given.items() if part is not None}
+        index = hub.read_json(path, "model_index.json", where)
+        if index is None:
+            parts = hub.load_plain(path, subfolder, dtype, trust_remote_code, where) | given
+            config = parts["model"].config
+            spec = resolve_spec(config, parts["tokenizer"], mdm_spec=mdm_spec, mask_token_id=mask_token_id, name=path)
+            pipe = cls(**parts, mdm_spec=spec.to_dict())
+        else:
+            if mdm_spec is not None or mask_token_id is not None:
+                spec = resolve_spec(mdm_spec=mdm_spec or index["mdm_spec"], mask_token_id=mask_token_id, name=path)
+                given["mdm_spec"] = spec.to_dict()
+            pipe = super().from_pretrained(path, dtype=dtype, use_safetensors=True, **where, **given)
+        hub.check_bidirectional(pipe.denoiser, path)
+        if quality_head is not None:
+            pipe.load_quality_head(quality_head)
+            if index is None and scheduler is None:
+                pipe.scheduler = PrismScheduler()
+        return pipe
+
+    def load_quality_head(self, quality_head: QualityHead | str, *, revision: str | None = None) -> None:
+        """Use another quality head: a `QualityHead`, or a folder or Hub id that has one in `quality_head/`.
+
+        Raises:
+            ValueError: the head was made for another hidden size.
+        """
+        if not isinstance(quality_head, QualityHead):
+            quality_head = QualityHead.from_pretrained(
+                quality_head, subfolder="quality_head", revision=revision, use_safetensors=True
+            )
+        hub.check_head(quality_head, self.model)
+        self.register_modules(quality_head=quality_head.to(self.device))
+
+    def unload_quality_head(self) -> None:
+        """Drop the quality head; a scheduler that needs one is replaced by `MDLMScheduler`, with a warning."""
+        self.register_modules(quality_head=None)
+        if self.scheduler.needs_quality:
+            warnings.warn("The scheduler needed the head; the pipeline goes on with MDLMScheduler.", stacklevel=2)
+            self.scheduler = MDLMScheduler.from_config(self.scheduler.config)
