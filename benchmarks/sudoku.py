@@ -60,8 +60,9 @@ ARMS = {
 class NoiseHead(torch.nn.Module):
     """Stands in for the quality head and knows nothing: seeded noise, so that remasking falls on random cells."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, device: torch.device):
         super().__init__()
+        self.device = device  # diffusers asks the modules of a pipeline where they are
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, hidden, attention_mask=None):
@@ -73,7 +74,7 @@ def arrange(pipe: PrismPipeline, parts: tuple, arm: str, seed: int) -> None:
     """Set the pipeline up for an arm; `parts` are its own (quality head, scheduler)."""
     head, shipped = parts
     same = {"order": "random", "temperature": 1.0}
-    pipe.quality_head = NoiseHead(seed) if arm == "random" else head
+    pipe.quality_head = NoiseHead(seed, pipe.model.device) if arm == "random" else head
     pipe.scheduler = {
         "mdlm": MDLMScheduler(**same),
         "mdlm-confidence": MDLMScheduler(order="confidence", temperature=0.0),

@@ -156,6 +156,8 @@ def load_pipeline(args):
         ValueError: the device is not there, the model is no Sudoku model, or a flag does not fit the scheduler.
     """
     import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from . import PrismPipeline, bundled
 
@@ -164,7 +166,15 @@ def load_pipeline(args):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"))
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
+    try:
+        pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"))
+    except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
+        raise ValueError(f"--model {args.model} is not a saved pipeline: {error!r}") from None
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
     if pipe.mask_token_id != sudoku.MASK_ID or pipe.model.config.vocab_size != sudoku.VOCAB_SIZE:
         raise ValueError(
             f"{args.model} is not a Sudoku model: its mask id or vocabulary is not that of sudoku_tokenizer()"
@@ -183,12 +193,15 @@ def set_scheduler(pipe, args) -> None:
 
     rules = {"prism": PrismScheduler, "mdlm": MDLMScheduler, "self-confidence": SelfConfidenceScheduler}
     rule = rules[args.scheduler] if args.scheduler else type(pipe.scheduler)
-    changes = {} if args.temperature is None else {"temperature": args.temperature}
+    has = pipe.scheduler.config
+    settings = {name: has[name] for name in rule().config if name in has and not name.startswith("_")}
+    if args.temperature is not None:
+        settings["temperature"] = args.temperature
     if args.num_remask is not None:
         if "num_remask" not in rule().config:
-            raise ValueError("--num-remask has no meaning with --scheduler mdlm, which never remasks")
-        changes |= {"num_remask": args.num_remask, "eta": None}
-    pipe.scheduler = rule.from_config(pipe.scheduler.config, **changes)
+            raise ValueError("--num-remask has no meaning with a rule that never remasks (mdlm)")
+        settings |= {"num_remask": args.num_remask, "eta": None, "eta_schedule": "constant"}
+    pipe.scheduler = rule(**settings)
 
 
 def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[Outcome], list]:
@@ -249,6 +262,7 @@ def run_sudoku(args) -> int:
 
 def _run_one(pipe, puzzles, args, console) -> int:
     from .sudoku_view import SudokuView, board, legend, printable
+    from .trace import trace_to_html
 
     live = console.is_terminal and not (args.json or args.no_live)
     if live:
@@ -258,7 +272,10 @@ def _run_one(pipe, puzzles, args, console) -> int:
         (outcome,), traces = solve(pipe, puzzles, args, trace=bool(args.html))
     record = outcome.record() | {"seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
     if args.html and traces:
-        _write_html(args.html, traces[0], pipe, outcome)
+        page = trace_to_html(traces[0], sudoku.sudoku_tokenizer(), title=outcome.sentence(), columns=9)
+        Path(args.html).write_text(page, encoding="utf-8")
+    elif args.html:
+        print(f"prism: the model was not run, so {args.html} is not written", file=sys.stderr)
     if args.json:
         print(json.dumps(record))
     elif not console.is_terminal:

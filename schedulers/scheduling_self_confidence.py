@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .arguments import check_config, check_run, read_sampling, read_step
-from .functional import token_probability
+from .functional import suppress, token_probability
 from .scheduling_prism import PrismSchedulerOutput, check_remasking, remask_and_reveal, remasks_by_quality
 
 
@@ -88,18 +88,19 @@ class SelfConfidenceScheduler(SchedulerMixin, ConfigMixin):
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Remask the visible tokens that the model finds least likely, fill masks, from one forward pass on `sample`.
 
-        As `PrismScheduler.step`, but `quality` is not read: the score comes from `model_output`, at temperature 1. A
-        visible token at -inf has probability 0 and so goes first.
+        As `PrismScheduler.step`, but `quality` is not read: the score comes from `model_output`, at temperature 1 and
+        without the mask token. A visible token at -inf has probability 0 and so goes first.
         """
+        place = read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id)
 
         def own_probability(visible: Tensor) -> Tensor:
-            probs = token_probability(model_output[visible], sample[visible])
+            probs = token_probability(suppress(model_output[visible], place[2]), sample[visible])
             return torch.zeros(sample.shape, device=sample.device).masked_scatter(visible, probs)
 
         output = remask_and_reveal(
             self.config,
             self.num_inference_steps,
-            read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id),
+            place,
             read_sampling(self.config, temperature, top_p, top_k),
             model_output,
             sample,

@@ -68,6 +68,7 @@ def knowing(monkeypatch):
 
 def run(capsys, *argv):
     """(exit status, stdout, stderr) of `prism sudoku`; argparse leaves through SystemExit."""
+    capsys.readouterr()  # what making the model printed
     try:
         status = main(["sudoku", *map(str, argv)])
     except SystemExit as left:
@@ -153,6 +154,12 @@ def test_a_folder_that_is_no_saved_pipeline_is_refused_in_one_line(capsys, tmp_p
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
 
 
+def test_a_damaged_saved_pipeline_is_refused_in_one_line(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    status, out, err = run(capsys, PUZZLE, "--model", tmp_path)
+    assert (status, out) == (2, "") and "not a saved pipeline" in err and len(err.splitlines()) == 1
+
+
 def test_a_model_of_another_language_is_refused(capsys, tmp_path):
     pipe = tiny_pipeline()
     pipe.model.resize_token_embeddings(20)
@@ -217,8 +224,9 @@ def test_the_same_seed_gives_the_same_grid_and_another_seed_another(capsys, mode
 
 @pytest.mark.parametrize("rule", ["prism", "mdlm", "self-confidence"])
 def test_every_rule_runs_at_the_forwards_asked_for(capsys, model, rule):
-    _, out, _ = run(capsys, PUZZLE, "--model", model, "--scheduler", rule, "--steps", "5", "--json")
+    _, out, err = run(capsys, PUZZLE, "--model", model, "--scheduler", rule, "--steps", "5", "--json")
     record = json.loads(out)
+    assert not err
     assert record["forwards"] == 5 and (record["remasked"] > 0) == (rule != "mdlm")
 
 

@@ -1,8 +1,10 @@
 """Success rates, intervals, paired ratios and calibration against enumeration and counting pairs."""
 
+import importlib.util
 import itertools
 import math
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,3 +228,52 @@ def test_head_calibration_scores_the_cells_the_pipeline_wrote_and_no_clue(puzzle
 def test_head_calibration_needs_a_partial_grid(puzzles):
     with pytest.raises(ValueError, match="num_revealed"):
         head_calibration(OraclePipeline(), *puzzles, num_revealed=45)
+
+
+# --- the benchmark's own bookkeeping ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark():
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "sudoku.py"
+    spec = importlib.util.spec_from_file_location("sudoku_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_interrupted_benchmark_goes_on_and_redoes_no_finished_cell(benchmark, puzzles, tmp_path, monkeypatch):
+    done, path = [], tmp_path / "cells.jsonl"
+    pipe = types.SimpleNamespace(quality_head=None, scheduler=types.SimpleNamespace(config={}))
+    monkeypatch.setattr(benchmark, "arrange", lambda pipe, parts, arm, seed: done.append((arm, seed)))
+    monkeypatch.setattr(benchmark, "pipeline_solver", lambda pipe, steps, seed: exact)
+    wanted = [("mdlm", 8, "30", 0), ("prism", 8, "30", 0), ("prism", 8, "30", 1)]
+    benchmark.run_cells(pipe, wanted[:2], {"30": puzzles[0]}, path, "mark", 4)
+    path.write_text(path.read_text() + '{"arm": "prism", "forw')  # killed while writing
+    cells = benchmark.run_cells(pipe, wanted, {"30": puzzles[0]}, path, "mark", 4)
+    assert done == [("mdlm", 0), ("prism", 0), ("prism", 1)]
+    assert cells == dict.fromkeys(wanted, "1" * 10) == benchmark.read_cells(path, "mark")
+    assert benchmark.read_cells(path, "another model") == {}
+
+
+def test_the_table_pairs_every_arm_with_prism_on_the_same_puzzles(benchmark):
+    marks = {"prism": ("1110", "1111"), "mdlm": ("0110", "1011")}
+    cells = {(arm, 8, c, s): marks[arm][s] for arm in marks for c in benchmark.CLUES for s in (0, 1)}
+    rows, pairs = benchmark.tabulate(cells, marks, [8], [0, 1])
+    assert [(row["arm"], row["solved"], row["n"]) for row in rows[:2]] == [("prism", 7, 8), ("mdlm", 5, 8)]
+    assert [(pair["arm"], pair["failures"], pair["failures_other"]) for pair in pairs] == [("mdlm", 1, 3)] * 2
+
+
+def test_a_quick_run_is_told_where_it_leaves_the_committed_table(benchmark):
+    place = {"clues": "30", "forwards": 8, "arm": "prism"}
+    table = {"rows": [{**place, "low": 0.4, "high": 0.6}]}
+    assert benchmark.disagreements([{**place, "low": 0.55, "high": 0.9}], table) == []
+    (said,) = benchmark.disagreements([{**place, "low": 0.7, "high": 0.9}], table)
+    assert "prism T=8 clues=30" in said and "0.400-0.600 committed" in said
+
+
+def test_a_small_benchmark_uses_the_first_puzzles_of_a_large_one(benchmark):
+    small, _ = benchmark.puzzles_of((30, 36), 5)
+    large, _ = benchmark.puzzles_of((30, 36), 8)
+    assert benchmark.spread(1000, 3) == [333, 333, 334] and benchmark.spread(5, 2) == [2, 3]
+    assert {sudoku.format_grid(puzzle) for puzzle in small} <= {sudoku.format_grid(puzzle) for puzzle in large}

@@ -253,6 +253,20 @@ def test_a_token_without_probability_is_never_drawn_at_the_ends_of_the_interval(
             assert (probs > 0).all()
 
 
+def test_a_token_without_probability_is_never_drawn_however_the_device_rounds_its_sums(monkeypatch):
+    """Parallel prefix sums on a GPU may step up, or down, where nothing is added."""
+    exact = torch.Tensor.cumsum
+
+    def rounded(x, dim):
+        return exact(x, dim) + 1e-3 * torch.randn(x.shape, generator=jitter)
+
+    jitter = seeded()
+    monkeypatch.setattr(torch.Tensor, "cumsum", rounded)
+    logits = torch.tensor([-INF, 0.0, -INF, -INF, 1.0, -INF, -INF, 0.5, -INF]).expand(5000, 9)
+    tokens, _ = sample_tokens(logits, generator=seeded(1))
+    assert tokens.unique().tolist() == [1, 4, 7]
+
+
 def test_drawing_with_a_generator_follows_the_distribution():
     logits = [0.0, 1.0, -1.0, 0.5]
     tokens, _ = sample_tokens(torch.tensor([logits]).expand(20_000, -1), generator=seeded(4))

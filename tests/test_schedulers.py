@@ -357,7 +357,9 @@ def test_self_confidence_is_prism_with_the_models_own_probability_as_quality(rem
     prism.set_timesteps(5)
     for t, before, _, _ in case.run(torch.Generator().manual_seed(1)):
         one, two = (torch.Generator().manual_seed(t) for _ in range(2))
-        probs = case.logits[t].double().softmax(-1).gather(-1, before[..., None])[..., 0].float()
+        logits = case.logits[t].double().clone()
+        logits[..., MASK] = -torch.inf  # as in a pipeline's logits, where no mask is ever predicted
+        probs = logits.softmax(-1).gather(-1, before[..., None])[..., 0].float()
         given = {"generation_mask": case.generation_mask, "mask_token_id": MASK}
         want = prism.step(case.logits[t], t, before, quality=probs, generator=one, **given)
         got = own.step(case.logits[t], t, before, generator=two, **given)
@@ -374,6 +376,18 @@ def test_self_confidence_remasks_a_forbidden_token_first_and_a_sure_one_last():
     assert scheduler.step(logits, 1, sample, mask_token_id=MASK).remasked.nonzero().tolist() == [[0, 1]]
     logits[0, 1, 1] = 9.0
     assert scheduler.step(logits, 1, sample, mask_token_id=MASK).remasked.nonzero().tolist() == [[0, 0]]
+
+
+def test_self_confidence_judges_at_temperature_1_whatever_it_samples_at():
+    """At temperature 2 one rival at 0.55 would weigh less than three at 1/6, and the other token would go."""
+    logits = torch.full((1, 4, VOCAB), -torch.inf)
+    logits[0, 0] = torch.tensor([0.5, 1 / 6, 1 / 6, 0.0, 1 / 6]).log()
+    logits[0, 1] = torch.tensor([0.45, 0.55, 0.0, 0.0, 0.0]).log()
+    logits[0, 2:] = 0.0
+    scheduler = SelfConfidenceScheduler(num_remask=1, temperature=2.0)
+    scheduler.set_timesteps(3)
+    sample = torch.tensor([[0, 0, MASK, MASK]])
+    assert scheduler.step(logits, 1, sample, mask_token_id=MASK).remasked.nonzero().tolist() == [[0, 1]]
 
 
 def remask_counts(scheduler, total, num_steps, rows, seed=0):
