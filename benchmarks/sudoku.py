@@ -126,6 +126,8 @@ def run_cells(pipe, wanted: list[tuple], puzzles: dict, path: Path, mark: str, b
     todo = [cell for cell in wanted if cell not in cells]
     work, spent, done = sum(cell[1] for cell in todo), 0.0, 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_text().endswith("\n"):  # killed while it wrote; the next line must stand alone
+        path.write_text(path.read_text() + "\n")
     for cell in todo:
         arm, forwards, clues, seed = cell
         start = time.perf_counter()

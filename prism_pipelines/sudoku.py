@@ -129,7 +129,7 @@ def is_solved(grids, puzzles) -> np.ndarray:
 
 
 def complete_grids(n: int, seed: int) -> np.ndarray:
-    """`n` complete valid grids by randomised search from nothing, uint8 of shape (n, 81); a seed gives the same ones."""
+    """`n` complete valid grids by randomised search from nothing, uint8 (n, 81); the same seed gives the same grids."""
     rng = random.Random(seed)
     return np.array([_solutions([0] * CELLS, 1, rng)[0] for _ in range(n)], dtype=np.uint8).reshape(n, CELLS)
 

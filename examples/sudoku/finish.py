@@ -109,8 +109,8 @@ Scheduler settings ({metrics["forwards"]} forwards), chosen on puzzles of their 
 
 ## Solved, by number of clues
 
-{count} generated puzzles each, unique solution, never seen in training; {metrics["forwards"]} forwards; 95 %
-Wilson intervals.
+{count} generated puzzles each, unique solution, never seen in training; {metrics["forwards"]} forwards;
+95 % Wilson intervals.
 
 | clues | PRISM, shipped settings | no remasking, confidence order | no remasking, random order |
 | --- | --- | --- | --- |
@@ -128,6 +128,17 @@ shows the head.
 It knows 9 x 9 Sudoku and nothing else. Puzzles with few clues or that need long guessing may come back unsolved:
 check the answer, as `prism sudoku` does. A clue is never changed.
 """
+
+
+def forget_paths(folder: Path) -> None:
+    """Takes the paths of this machine's runs out of the configs, and lets everybody read the weights."""
+    for path in folder.rglob("*.json"):
+        values = json.loads(path.read_text())
+        if values.pop("_name_or_path", None) or values.get("base_model"):
+            values |= {"base_model": None} if "base_model" in values else {}
+            path.write_text(json.dumps(values, indent=2) + "\n")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def main() -> None:
@@ -160,6 +171,7 @@ def main() -> None:
     }
     pipe.scheduler = PrismScheduler(**settings)
     pipe.save_pretrained(output)
+    forget_paths(output)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (output / "README.md").write_text(card(metrics, settings))
     shutil.copyfile(args.mdm_run / "training_log.jsonl", output / "training_log_mdm.jsonl")
