@@ -181,7 +181,7 @@ def make_puzzles(n: int, clues: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     """`n` puzzles of exactly `clues` clues, each with a unique solution (proved by the solver).
 
     Cells are blanked in random order, so the clues form no pattern. Grids that do not reach `clues` are dropped: 30 is
-    quick, 24 takes about a second a puzzle, below 22 the search may take very long.
+    quick, 24 takes about 0.03 s a puzzle, below 22 the search may take very long.
 
     Args:
         n: number of puzzles.

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,18 @@ def test_diffusers_knows_our_classes(first):
 def test_bundled_names_what_there_is():
     with pytest.raises(ValueError, match=r"No bundled pipeline is called .chess.; there are: .*sudoku"):
         prism_pipelines.bundled("chess")
+
+
+def test_the_wheel_holds_every_module_and_the_bundled_pipeline():
+    """The packages and data files of pyproject.toml cover everything that is tracked below the package."""
+    tomllib = pytest.importorskip("tomllib")
+    root = Path(__file__).resolve().parent.parent
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {p.parent for p in [*root.glob("prism_pipelines/**/*.py"), *root.glob("schedulers/**/*.py")]}
+    names = {".".join(p.relative_to(root).parts) for p in folders}
+    assert {name.replace("schedulers", "prism_pipelines.schedulers") for name in names} == set(setup["packages"])
+    base = root / "prism_pipelines"
+    data = {p for pattern in setup["package-data"]["prism_pipelines"] for p in base.glob(pattern) if p.is_file()}
+    others = {p for p in base.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert others == data and base / "bundled/sudoku/model/model.safetensors" in data
+    assert sum(p.stat().st_size for p in data if p.suffix == ".safetensors") <= 16e6
