@@ -205,8 +205,12 @@ def build_objective(run: RunArguments, model, tokenizer) -> MDMObjective:
     )
 
 
-def train(run: RunArguments, args: transformers.TrainingArguments) -> PrismPipeline:
-    """Trains, and saves a whole pipeline into `args.output_dir`; `--resume_from_checkpoint latest` goes on."""
+def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[CheckpointedTrainer, PrismPipeline]:
+    """Everything up to the first step: the trainer, and the pipeline of the modules that it trains.
+
+    Raises:
+        ValueError, OSError: a flag that no run can use, or a base model that is not there.
+    """
     set_seed(args.seed)
     model, tokenizer = load_backbone(run)
     objective = build_objective(run, model, tokenizer)
@@ -225,6 +229,12 @@ def train(run: RunArguments, args: transformers.TrainingArguments) -> PrismPipel
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
+    return trainer, pipe
+
+
+def train(trainer: CheckpointedTrainer, pipe: PrismPipeline) -> PrismPipeline:
+    """Trains, and saves a whole pipeline into `--output_dir`; `--resume_from_checkpoint latest` goes on."""
+    args = trainer.args
     checkpoint = args.resume_from_checkpoint
     if checkpoint == "latest":
         checkpoint = latest_checkpoint(args.output_dir)
@@ -234,7 +244,7 @@ def train(run: RunArguments, args: transformers.TrainingArguments) -> PrismPipel
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
-        objective.eval()
+        trainer.model.eval()
         pipe.save_pretrained(args.output_dir)
     return pipe
 
@@ -256,11 +266,11 @@ def build_pipeline(objective: MDMObjective, tokenizer) -> PrismPipeline:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Wrong flags print one line and give 2."""
     try:
-        run, args = parse_arguments(argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        trainer, pipe = prepare(*parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    train(run, args)
+    train(trainer, pipe)
     return 0
 
 

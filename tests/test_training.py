@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from prism_pipelines import PrismPipeline
 from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
 from prism_pipelines.sudoku import is_valid_grid, to_ids
-from prism_pipelines.training import main, parse_arguments, train
+from prism_pipelines.training import main, parse_arguments, prepare, train
 from prism_pipelines.training_data import SudokuGrids
 
 TINY = [
@@ -37,7 +37,7 @@ def arguments(folder, *flags):
 
 
 def run(folder, *flags):
-    return train(*parse_arguments(arguments(folder, *flags)))
+    return train(*prepare(*parse_arguments(arguments(folder, *flags))))
 
 
 class Stop(Exception):
