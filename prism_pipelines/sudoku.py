@@ -163,8 +163,8 @@ def shuffle_symmetries(grids: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return np.take_along_axis(labels, images.astype(np.int64), axis=1)
 
 
-def _dig(solution: list[int], clues: int, rng: random.Random) -> list[int] | None:
-    """Blank cells of a grid in random order while the solution stays unique; None if `clues` cannot be reached so."""
+def _dig(solution: list[int], clues: int, rng: random.Random) -> tuple[list[int], int]:
+    """Blank cells of a grid in random order while the solution stays unique, down to `clues`; and the clues left."""
     puzzle, left = list(solution), CELLS
     for i in rng.sample(range(CELLS), CELLS):
         if left == clues:
@@ -174,7 +174,23 @@ def _dig(solution: list[int], clues: int, rng: random.Random) -> list[int] | Non
             left -= 1
         else:
             puzzle[i] = digit
-    return puzzle if left == clues else None
+    return puzzle, left
+
+
+def dig_puzzles(grids: np.ndarray, clues: tuple[int, int], seed: int) -> np.ndarray:
+    """A puzzle with a unique solution out of each complete grid.
+
+    Args:
+        grids: integers of shape (N, 81).
+        clues: lowest and highest number of clues; each puzzle aims at one between them, and keeps more where blanking
+            further cells would leave several solutions.
+        seed: the same seed gives the same puzzles.
+    Returns:
+        uint8 of shape (N, 81); blanks are 0.
+    """
+    rng = random.Random(f"dig-{seed}")
+    puzzles = [_dig(grid.tolist(), rng.randint(*clues), rng)[0] for grid in grids]
+    return np.array(puzzles, dtype=np.uint8).reshape(len(grids), CELLS)
 
 
 def make_puzzles(n: int, clues: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +214,8 @@ def make_puzzles(n: int, clues: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     puzzles, solutions = [], []
     while len(puzzles) < n:
         solution = _solutions([0] * CELLS, 1, rng)[0]
-        puzzle = _dig(solution, clues, rng)
-        if puzzle is not None:
+        puzzle, left = _dig(solution, clues, rng)
+        if left == clues:
             puzzles.append(puzzle)
             solutions.append(solution)
     shape = (n, CELLS)

@@ -44,6 +44,7 @@ class RunArguments:
     )
     num_train_examples: int = field(default=1_000_000, metadata={"help": "Examples in one epoch."})
     num_base_grids: int = field(default=20_000, metadata={"help": "sudoku: grids generated; the rest are symmetries."})
+    puzzle_share: float = field(default=0.0, metadata={"help": "sudoku: share of examples that are puzzles."})
     num_eval_examples: int = field(default=512, metadata={"help": "Held-out examples for eval_loss."})
     sample_puzzles: int = field(default=0, metadata={"help": "Puzzles per clue count solved at each evaluation."})
     weighting: str = field(default="elbo", metadata={"help": "MDM loss: elbo (1/t, the paper's) or uniform."})
@@ -224,8 +225,8 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ch
     trainer = CheckpointedTrainer(
         model=objective,
         args=args,
-        train_dataset=SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids),
-        eval_dataset=SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples),
+        train_dataset=SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share),
+        eval_dataset=SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share),
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from prism_pipelines import PrismPipeline
 from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
-from prism_pipelines.sudoku import is_valid_grid, to_ids
+from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
 from prism_pipelines.training import main, parse_arguments, prepare, train
 from prism_pipelines.training_data import SudokuGrids
 
@@ -188,6 +188,18 @@ def test_an_example_depends_on_seed_and_index_alone():
     assert not torch.equal(grids[7], other[7]["input_ids"])
     assert len({tuple(grid) for grid in grids.tolist()}) == 20
     assert np.array_equal(to_ids(grids.numpy()), grids.numpy())
+
+
+def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
+    examples = SudokuGrids(40, 0, 8, puzzle_share=0.5)
+    puzzles = 0
+    for i in range(40):
+        grid, trainable = (examples[i][name].numpy() for name in ("input_ids", "trainable_mask"))
+        assert is_valid_grid(grid)
+        if not trainable.all():
+            puzzles += 1
+            assert count_solutions(np.where(trainable, 0, grid)) == 1
+    assert 10 <= puzzles <= 30
 
 
 @pytest.mark.parametrize(
