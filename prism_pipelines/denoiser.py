@@ -82,6 +82,15 @@ class MaskedDenoiser(nn.Module):
         """What else the model's forward takes, as the spec says; shapes as `hidden`."""
         spec, inputs = self.spec, {}
         positions = token_positions(input_ids, attention_mask)
+        if getattr(getattr(self.model, "config", None), "token_dropout", False):
+            hidden = input_ids == spec.mask_token_id
+            if attention_mask is not None:
+                hidden = hidden | (attention_mask == 0)
+            if hidden.all(-1).any():
+                raise ValueError(
+                    "A row holds nothing but masks, and this model (ESM, token_dropout) divides by the share of other "
+                    'tokens. Keep the tokens at its ends: infill="<cls><mask>...<mask><eos>" as ids or text.'
+                )
         if spec.mask_format == "padding":
             inputs["attention_mask"] = attention_mask
         elif spec.mask_format == "additive":
@@ -94,13 +103,21 @@ class MaskedDenoiser(nn.Module):
             raise ValueError("This model takes no attention mask, so rows of a batch must have the same length.")
         if "position_ids" in spec.extra_inputs:
             inputs["position_ids"] = positions
+        if "offset_position_ids" in spec.extra_inputs:
+            padding_place = self.model.config.pad_token_id
+            inputs["position_ids"] = positions + padding_place + 1
+            if attention_mask is not None:
+                inputs["position_ids"] = inputs["position_ids"].masked_fill(attention_mask == 0, padding_place)
         if "timesteps" in spec.extra_inputs:
             inputs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
         return inputs
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
-        return self._output_head()(rows).masked_fill(self.forbidden, -torch.inf)
+        logits = self._output_head()(rows)
+        if self.spec.output_bias:
+            logits = logits + self.model.get_parameter(self.spec.output_bias)
+        return logits.masked_fill(self.forbidden, -torch.inf)
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits that predict the tokens at `positions`.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 ATTENTION_KINDS = ("bidirectional", "block_causal")
 MASK_FORMATS = ("padding", "additive", "none")
-EXTRA_INPUTS = ("position_ids", "timesteps")
+EXTRA_INPUTS = ("position_ids", "offset_position_ids", "timesteps")
+BLOCK_LENGTH_FIELDS = ("block_size", "bd_size")  # what configs of block-causal models call it
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,18 @@ class MDMSpec:
         mask_format: what the forward takes as `attention_mask`: "padding" (0/1 of shape (B, L)), "additive" (float
             (B, 1, L, L), which also makes a causal class bidirectional) or "none" (no such argument).
         extra_inputs: further arguments of the forward that are made here: "position_ids" (0, 1, ... from the first
-            token that is no padding) and "timesteps" (zeros (B,)).
+            token that is no padding), "offset_position_ids" (the same, from config.pad_token_id + 1, as RoBERTa counts)
+            and "timesteps" (zeros (B,)).
         output_head: dotted name of the output head inside the model; None asks `get_output_embeddings()`.
+        output_bias: dotted name of a bias (V,) that the model adds to what its output head gives, or None.
         native_class: transformers class that loads the checkpoint without remote code; None for the class that the
             checkpoint's own config names, which takes `trust_remote_code=True` if it is not part of transformers.
         key_mapping: checkpoint key renaming, regular expression -> replacement, for
             `from_pretrained(key_mapping=...)`, or None.
         config_mapping: field of the native config -> field of the checkpoint's config; None if they are named alike.
         config_values: further fields of the native config that the checkpoint's config has no word for.
+        vocab_key: name of a checkpoint weight with one row per id, where the config's vocab_size is not that of the
+            weights; None trusts the config.
         fold_time: the checkpoint's layers are modulated by an embedding of a time that is always 0 (MDLM): fold it into
             the weights, see `mdlm.py`.
         tokenizer_class: transformers class that loads the tokenizer without remote code; None asks `AutoTokenizer`.
@@ -48,10 +54,12 @@ class MDMSpec:
     mask_format: str = "padding"
     extra_inputs: tuple[str, ...] = ()
     output_head: str | None = None
+    output_bias: str | None = None
     native_class: str | None = None
     key_mapping: dict[str, str] | None = None
     config_mapping: dict[str, str] | None = None
     config_values: dict | None = None
+    vocab_key: str | None = None
     fold_time: bool = False
     tokenizer_class: str | None = None
     lora_targets: tuple[str, ...] = ()
@@ -142,6 +150,11 @@ _MDLM_CONFIG = {
 }
 
 
+# DiffuGPT and DiffuLLaMA were saved from a wrapper of the model that took its embeddings out.
+_DIFFUGPT_KEYS = {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."}
+_DIFFULLAMA_KEYS = {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."}
+
+
 def _masked_lm(mask_token_id: int, native_class: str, lora_targets: tuple[str, ...], source: str, **facts) -> MDMSpec:
     return MDMSpec(mask_token_id, native_class=native_class, lora_targets=lora_targets, source=source, **facts)
 
@@ -152,8 +165,44 @@ def _from_causal(mask_token_id: int, native_class: str, source: str, **facts) ->
     return MDMSpec(mask_token_id, native_class=native_class, source=source, **facts)
 
 
-# Keyed by `config.model_type`, or by "model_type:word" for checkpoints of that type whose name holds the word. The mask
-# id of a row is that of the original checkpoints; config and tokenizer override it.
+def _mdlm(source: str, **facts) -> MDMSpec:
+    """The diffusion transformer of MDLM and BD3-LM at time 0, as a GPT-NeoX; the mask is the last of its 50,258 ids."""
+    return MDMSpec(
+        50257,
+        native_class="GPTNeoXForCausalLM",
+        mask_format="additive",
+        extra_inputs=("position_ids",),
+        config_mapping=_MDLM_CONFIG,
+        config_values={
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
+        fold_time=True,
+        lora_targets=("query_key_value", "dense"),
+        source=source,
+        **facts,
+    )
+
+
+def _diffugpt(mask_token_id: int, source: str) -> MDMSpec:
+    return _from_causal(
+        mask_token_id,
+        "GPT2LMHeadModel",
+        source,
+        logit_shift=1,
+        key_mapping=_DIFFUGPT_KEYS,
+        vocab_key="embed_tokens.weight",  # its config keeps GPT-2's 50257 where a mask token was added
+        tokenizer_class="GPT2Tokenizer",  # its tokenizer_config names a class of the authors' training code
+        lora_targets=("c_attn", "c_proj"),
+    )
+
+
+# Keyed by `config.model_type`, or by "model_type:word" for checkpoints of that type whose name or architecture holds
+# the word (the first that fits). The mask id of a row is that of the original checkpoints; config and tokenizer
+# override it.
 FAMILIES: dict[str, MDMSpec] = {
     "llada": _from_causal(
         126336,
@@ -161,6 +210,12 @@ FAMILIES: dict[str, MDMSpec] = {
         "GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5: config.json and modeling_llada.py",
         key_mapping=_LLADA_KEYS,
         config_mapping=_LLADA_CONFIG,
+    ),
+    "llada:moe": MDMSpec(
+        156895,
+        lora_targets=_LLAMA,
+        tested=False,
+        source="inclusionAI/LLaDA-MoE-7B-A1B: model_type llada too, mask id absent from its config; remote code",
     ),
     "Dream": _from_causal(
         151666,
@@ -177,12 +232,21 @@ FAMILIES: dict[str, MDMSpec] = {
         attention="block_causal",
         block_length=32,
     ),
+    "a2d-llama": _from_causal(128256, "LlamaForCausalLM", "dllm, A2DLlamaConfig: Llama turned bidirectional"),
     "sdar": _from_causal(
         151669,
         "Qwen3ForCausalLM",
         "JetLM/SDAR-*-Chat-b4 and Gen-Verse/TraDo: block size 4, tokenizer <|MASK|>",
         attention="block_causal",
         block_length=4,
+    ),
+    "Fast_dLLM_Qwen": _from_causal(
+        151665,
+        "Qwen2ForCausalLM",
+        "Efficient-Large-Model/Fast_dLLM_v2: config bd_size 32, tokenizer |<MASK>|; logits at i - 1 predict i",
+        attention="block_causal",
+        block_length=32,
+        logit_shift=1,
     ),
     "llada2_moe": MDMSpec(
         156895,
@@ -194,29 +258,41 @@ FAMILIES: dict[str, MDMSpec] = {
         tested=False,
         source="inclusionAI/LLaDA2.0-mini, LLaDA2.1: tokenizer <|mask|>, block length of the model card; remote code",
     ),
-    "mdlm": MDMSpec(
-        50257,
-        native_class="GPTNeoXForCausalLM",
-        mask_format="additive",
-        extra_inputs=("position_ids",),
-        config_mapping=_MDLM_CONFIG,
-        config_values={
-            "use_parallel_residual": False,
-            "attention_bias": False,
-            "hidden_act": "gelu_pytorch_tanh",
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-        },
-        fold_time=True,
-        lora_targets=("query_key_value", "dense"),
-        source="kuleshov-group/mdlm-owt: the mask is the last id; modeling_mdlm.py (adaLN of a constant time)",
+    "llama:diffullama": _from_causal(
+        811,
+        "LlamaForCausalLM",
+        "diffusionfamily/diffullama: mask_token of the authors' train.py; logits at i - 1 predict i",
+        logit_shift=1,
+        key_mapping=_DIFFULLAMA_KEYS,
+    ),
+    "gpt2:diffugpt-m": _diffugpt(50257, "diffusionfamily/diffugpt-m: the mask is added after GPT-2's 50257 ids"),
+    "gpt2:diffugpt": _diffugpt(10541, "diffusionfamily/diffugpt-s: mask_token_id of the authors' loader.py"),
+    "mdlm": _mdlm("kuleshov-group/mdlm-owt: the mask is the last id; modeling_mdlm.py (adaLN of a constant time)"),
+    "bd3lm": _mdlm(
+        "kuleshov-group/bd3lm-owt-block_size*: config block_size; modeling_bd3lm.py with sample_mode=True",
+        attention="block_causal",
+        block_length=16,
     ),
     "bert": _masked_lm(
         103, "BertForMaskedLM", _QKV, "bert-base-uncased vocab.txt: [MASK]", extra_inputs=("position_ids",)
     ),
-    "roberta": _masked_lm(50264, "RobertaForMaskedLM", _QKV, "roberta-base vocab.json: <mask>"),
+    "roberta": _masked_lm(
+        50264, "RobertaForMaskedLM", _QKV, "roberta-base vocab.json: <mask>", extra_inputs=("offset_position_ids",)
+    ),
     "roberta-prelayernorm": _masked_lm(
-        50264, "RobertaPreLayerNormForMaskedLM", _QKV, "efficient_mlm: RoBERTa's vocabulary"
+        50264,
+        "RobertaPreLayerNormForMaskedLM",
+        _QKV,
+        "efficient_mlm: RoBERTa's vocabulary",
+        extra_inputs=("offset_position_ids",),
+    ),
+    "esm": _masked_lm(
+        32,
+        "EsmForMaskedLM",
+        _QKV,
+        "facebook/esm2_*, airkingbd/dplm_*: vocab.txt <mask>; the bias comes after lm_head.decoder",
+        extra_inputs=("offset_position_ids",),
+        output_bias="lm_head.bias",
     ),
     "modernbert": _masked_lm(50284, "ModernBertForMaskedLM", ("Wqkv", "Wo"), "ModernBERT-base tokenizer: [MASK]"),
     "eurobert": _masked_lm(128002, "EuroBertForMaskedLM", _LLAMA, "EuroBERT-210m tokenizer: <|mask|>"),
@@ -225,32 +301,24 @@ FAMILIES: dict[str, MDMSpec] = {
         "DebertaV2ForMaskedLM",
         ("query_proj", "key_proj", "value_proj"),
         "deberta-v3-base tokenizer: [MASK]",
-        tested=False,
-    ),
-    "Fast_dLLM_Qwen": _from_causal(
-        151665,
-        "Qwen2ForCausalLM",
-        "Efficient-Large-Model/Fast_dLLM_v2: block size 32, tokenizer |<MASK>|; logits at i - 1 predict i",
-        attention="block_causal",
-        block_length=32,
-        logit_shift=1,
-        tested=False,
-    ),
-    "a2d-llama": _from_causal(128256, "LlamaForCausalLM", "dllm-hub: Llama turned bidirectional", tested=False),
-    "llada_moe": MDMSpec(
-        156895,
-        lora_targets=_LLAMA,
-        tested=False,
-        source="inclusionAI/LLaDA-MoE-7B-A1B: mask id absent from its config; remote code",
     ),
 }
 
 
-def family_of(model_type: str | None, name: str) -> MDMSpec | None:
-    """The row of a model type; of two, the one whose word the checkpoint's name holds. None if there is no row."""
+def family_of(config, name: str) -> MDMSpec | None:
+    """The row of a checkpoint, or None if there is none.
+
+    Args:
+        config: has `model_type` and `architectures`, or lacks them.
+        name: Hub id or folder. Words are looked for in its last part, and in the architectures that the config names.
+    """
+    model_type, path = getattr(config, "model_type", None), Path(name)
+    if path.parent.name == "snapshots":  # in the Hub's cache: models--owner--name/snapshots/<commit>
+        path = path.parent.parent
+    said = " ".join([path.name, *(getattr(config, "architectures", None) or ())]).lower()
     for key, row in FAMILIES.items():
         kind, _, word = key.partition(":")
-        if word and kind == model_type and word in name.lower():
+        if word and kind == model_type and word in said:
             return row
     return FAMILIES.get(model_type)
 
@@ -259,7 +327,8 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     """The spec of a model, from the most explicit source that knows it.
 
     Order for the mask id: `mask_token_id`, `mdm_spec`, `config.mask_token_id`, `tokenizer.mask_token_id`, the row of
-    `config.model_type` in `FAMILIES`. Everything else comes from `mdm_spec`, else from that row.
+    `config.model_type` in `FAMILIES`. Everything else comes from `mdm_spec`, else from that row; the block length of a
+    block-causal row from `config.block_size` or `config.bd_size` if there is one.
 
     Args:
         config: transformers config of the backbone, or None.
@@ -277,7 +346,7 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     if isinstance(mdm_spec, dict):
         mdm_spec = MDMSpec.from_dict(mdm_spec)
     if mdm_spec is None:
-        row = family_of(model_type, name)
+        row = family_of(config, name)
         ids = [getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None)]
         ids.append(row.mask_token_id if row else None)
         found = next((i for i in [mask_token_id, *ids] if i is not None), None)
@@ -287,7 +356,10 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
                 f"and model_type {model_type!r} is not in FAMILIES. Pass mask_token_id=<id> or mdm_spec=MDMSpec(...); "
                 f"known: {', '.join(sorted(FAMILIES))}."
             )
-        mdm_spec = dataclasses.replace(row, mask_token_id=found) if row else MDMSpec(found, source="mask id only")
+        if row is None:
+            mdm_spec = MDMSpec(found, source="mask id only")
+        else:
+            mdm_spec = dataclasses.replace(row, mask_token_id=found, **block_facts(row, config))
     elif mask_token_id is not None:
         mdm_spec = dataclasses.replace(mdm_spec, mask_token_id=mask_token_id)
     vocab_size = getattr(config, "vocab_size", None)
@@ -297,3 +369,13 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
             "Pass the right id, or resize the model's embeddings."
         )
     return mdm_spec
+
+
+def block_facts(row: MDMSpec, config) -> dict:
+    """What the config of a block-causal checkpoint knows better than its row: how long blocks are, or that none are."""
+    if row.attention != "block_causal":
+        return {}
+    if getattr(config, "cross_attn", True) is False:  # BD3-LM's word for its attention in blocks
+        return {"attention": "bidirectional", "block_length": None}
+    lengths = [getattr(config, field, None) for field in BLOCK_LENGTH_FIELDS]
+    return {"block_length": next((length for length in lengths if length is not None), row.block_length)}

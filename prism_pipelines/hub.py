@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from .denoiser import MaskedDenoiser
@@ -18,7 +20,7 @@ from .families import MDMSpec, family_of, resolve_spec
 from .mdlm import load_mdlm
 from .quality_head import QualityHead
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
 UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -50,6 +52,22 @@ def read_json(path: str, name: str, where: dict) -> dict | None:
     return None if file is None else json.loads(Path(file).read_text())
 
 
+def out_of_reach(path: str, name: str, where: dict) -> bool:
+    """Is a file of the Hub unknown to the cache while nothing may be fetched?"""
+    if Path(path).is_dir() or not (where.get("local_files_only") or is_offline_mode()):
+        return False
+    known = try_to_load_from_cache(path, name, cache_dir=where.get("cache_dir"), revision=where.get("revision"))
+    return known is None
+
+
+def absence(path: str, name: str, where: dict) -> str:
+    """That a file is not there, in words: the repository lacks it, or it is not in the cache and may not be fetched."""
+    if not out_of_reach(path, name, where):
+        return f"{path!r} has no {name}"
+    why = "local_files_only=True" if where.get("local_files_only") else "HF_HUB_OFFLINE"
+    return f"{name} of {path!r} was not downloaded before, and {why} forbids to fetch it now"
+
+
 def inside(subfolder: str | None, name: str) -> str:
     """Path of a file inside a repository."""
     return f"{subfolder}/{name}" if subfolder else name
@@ -75,7 +93,7 @@ def load_plain(
     Args:
         path: folder or Hub id; its weights are safetensors.
         subfolder: inside it, or "".
-        dtype: of the model.
+        dtype: of the model, a torch.dtype, its name, or "auto" for that of the checkpoint (an MDLM: float32).
         trust_remote_code: run model code of the repository where no native class serves.
         where: revision, cache_dir, token, local_files_only.
         mdm_spec, mask_token_id: as `resolve_spec`.
@@ -88,26 +106,44 @@ def load_plain(
     """
     raw = read_json(path, inside(subfolder, "config.json"), where)
     if raw is None:
-        return load_adapted(
-            path, subfolder, where, (dtype, trust_remote_code), mdm_spec, device_map, quantization_config
-        )
+        given = {
+            "mdm_spec": mdm_spec,
+            "mask_token_id": mask_token_id,
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+        }
+        return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
+    refuse_variants(path, raw)
+    if dtype != "auto":
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f'`torch_dtype` must be a floating-point dtype, its name, or "auto", got {dtype!r}.')
     tokenizer = load_tokenizer(path, subfolder, raw, trust_remote_code, where)
+    row = mdm_spec or family_of(SimpleNamespace(**raw), path)
+    row = MDMSpec.from_dict(row) if isinstance(row, dict) else row
+    if row is not None and row.vocab_key:
+        raw["vocab_size"] = rows_of(row.vocab_key, path, subfolder, where) or raw["vocab_size"]
     spec = resolve_spec(SimpleNamespace(**raw), tokenizer, mdm_spec=mdm_spec, mask_token_id=mask_token_id, name=path)
     model = load_backbone(path, subfolder, raw, spec, dtype, trust_remote_code, where, device_map, quantization_config)
     return {"model": model, "tokenizer": tokenizer, "mdm_spec": spec.to_dict()}
 
 
-def load_adapted(path: str, subfolder: str, where: dict, how: tuple, mdm_spec, device_map, quantization_config) -> dict:
+def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict) -> dict:
     """`load_plain` of a folder that holds an adapter alone: its base model, with the adapter in it as "prism".
 
     So a pipeline with an adapter is saved: transformers writes the adapter and the name of its base.
 
+    Args:
+        path, subfolder, where: as `load_plain`.
+        how: (dtype, trust_remote_code) of `load_plain`, and `given` its other arguments by name.
     Raises:
         OSError: no adapter either, or its base is not found.
     """
     adapter = read_json(path, inside(subfolder, "adapter_config.json"), where)
     if adapter is None:
-        raise OSError(f"{path!r} has no {inside(subfolder, 'config.json')}: not a transformers model, nor a pipeline.")
+        name = inside(subfolder, "config.json")
+        what = "" if out_of_reach(path, name, where) else ": not a transformers model, nor a pipeline"
+        raise OSError(f"{absence(path, name, where)}{what}.")
     base, base_where = adapter["base_model_name_or_path"], where | {"revision": adapter.get("revision")}
     saved_pipeline = read_json(base, "model_index.json", base_where) is not None
     loaded = load_plain(
@@ -115,9 +151,7 @@ def load_adapted(path: str, subfolder: str, where: dict, how: tuple, mdm_spec, d
         "model" if saved_pipeline else "",
         *how,
         base_where,
-        mdm_spec=mdm_spec,
-        device_map=device_map,
-        quantization_config=quantization_config,
+        **given,
     )
     load_adapter(loaded["model"], path, "prism", where, subfolder)
     return loaded
@@ -127,7 +161,7 @@ def load_tokenizer(path: str, subfolder: str, raw: dict, trust_remote_code: bool
     """The tokenizer of a repository, by a class of transformers where its family has one; None if it has none."""
     if not any(fetch_file(path, inside(subfolder, name), where) for name in TOKENIZER_FILES):
         return None
-    row = family_of(raw.get("model_type"), path)
+    row = family_of(SimpleNamespace(**raw), path)
     if row is not None and row.tokenizer_class and not trust_remote_code:
         return getattr(transformers, row.tokenizer_class).from_pretrained(path, subfolder=subfolder, **where)
     return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=trust_remote_code, **where)
@@ -172,19 +206,25 @@ def load_backbone(
         check_rope(model, path)
         return model
     native = getattr(transformers, spec.native_class)
+    if spec.config_mapping and raw.get("quantization_config"):
+        raise ValueError(
+            f"The weights of {path!r} are quantized under the names of its own code, which are not those of "
+            f"{spec.native_class}. Load the unquantized checkpoint, and pass quantization_config= to quantize it here."
+        )
     config = native_config(native, raw, spec)
     config.name_or_path = path
     if spec.fold_time:
         if device_map is not None or quantization_config is not None:
             raise ValueError("`device_map` and `quantization_config` are not supported for MDLM (170M); use pipe.to().")
         config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
-        file = fetch_file(path, inside(subfolder, "model.safetensors"), where)
+        index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
+        names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+        files = [fetch_file(path, inside(subfolder, name), where) for name in names]
         try:
-            return load_mdlm(file, config, dtype)
+            return load_mdlm(files, config, torch.float32 if dtype == "auto" else dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"The weights of {path!r} do not fit the MDLM of its config.json: {error}") from error
-    mapping = spec.key_mapping if raw.get("model_type") != native.config_class.model_type else None
-    options |= {"config": config, "key_mapping": mapping, "output_loading_info": True}
+    options |= {"config": config, "key_mapping": spec.key_mapping, "output_loading_info": True}
     model, info = native.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
     wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
     if wrong:
@@ -203,6 +243,10 @@ def native_config(native, raw: dict, spec: MDMSpec):
     skipped = ("model_type", "auto_map", "architectures", "transformers_version")
     mapping = spec.config_mapping or {name: name for name in raw if name not in skipped}
     values = {ours: raw[theirs] for ours, theirs in mapping.items() if theirs in raw}
+    # A field that is absent or null may be there under the native name (LLaDA: embedding_size, else vocab_size).
+    values |= {ours: raw[ours] for ours in mapping if values.get(ours) is None and raw.get(ours) is not None}
+    if spec.config_mapping:  # the native defaults are ids of another tokenizer (GPT-NeoX ends a text with id 2)
+        values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | values
     return native.config_class(**values, **(spec.config_values or {}))
 
 
@@ -234,11 +278,41 @@ def refuse_pickles(path: str, subfolder: str, where: dict) -> None:
     safe = ("model.safetensors.index.json", "model.safetensors")
     if any(fetch_file(path, inside(subfolder, name), where) for name in safe):
         return
+    if out_of_reach(path, inside(subfolder, safe[1]), where):
+        raise OSError(f"{absence(path, inside(subfolder, safe[1]), where)}.")
     root, found = Path(path) / (subfolder or ""), []
     if root.is_dir():
         found = [name for name in UNSAFE_WEIGHTS if (root / name).is_file()]
     what = f"only {found[0]}, a pickle, which can run code when loaded" if found else "no safe weights"
     raise OSError(f"{inside(subfolder, 'model.safetensors')} is missing in {path!r}: {what}. Convert to safetensors.")
+
+
+def refuse_variants(path: str, raw: dict) -> None:
+    """Raise a ValueError for a checkpoint that shares the config of a family and is something else."""
+    wrong = None
+    if raw.get("dplm_type", "dplm_esm") != "dplm_esm":
+        wrong = (
+            f"dplm_type {raw['dplm_type']!r}: two modalities with a mask token each; only DPLM (dplm_esm) is supported"
+        )
+    elif raw.get("model_type") in ("mdlm", "bd3lm") and raw.get("time_conditioning"):
+        wrong = (
+            "time_conditioning: its layers depend on the diffusion time, which masked diffusion here does not give it"
+        )
+    elif raw.get("model_type") == "bd3lm" and raw.get("causal"):
+        wrong = "causal: it is the autoregressive baseline, which cannot fill masks from both sides"
+    if wrong:
+        raise ValueError(f"{path!r} is no masked diffusion model that can be run here. Its config says {wrong}.")
+
+
+def rows_of(key: str, path: str, subfolder: str, where: dict) -> int | None:
+    """Rows of a weight of a safetensors checkpoint, read from its header; None if there is no such weight."""
+    index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
+    name = "model.safetensors" if index is None else index["weight_map"].get(key)
+    file = None if name is None else fetch_file(path, inside(subfolder, name), where)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as weights:
+        return weights.get_slice(key).get_shape()[0] if key in weights.keys() else None  # noqa: SIM118
 
 
 def check_rope(model, name: str) -> None:
@@ -260,10 +334,10 @@ def check_rope(model, name: str) -> None:
 def max_length(config) -> int | None:
     """The most tokens a model takes, or None if its config does not say.
 
-    RoBERTa-like models count positions from pad_token_id + 1, so they take fewer than they have embeddings.
+    RoBERTa-like models and ESM count positions from pad_token_id + 1, so they take fewer than they have embeddings.
     """
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in config.model_type:
+    if limit is not None and ("roberta" in config.model_type or config.model_type == "esm"):
         limit -= (config.pad_token_id or 0) + 1
     return limit
 
@@ -283,7 +357,7 @@ def load_head(path: str, where: dict) -> QualityHead:
         OSError: there is none, or it is not safetensors.
     """
     if head_config(path, where) is None:
-        raise OSError(f"{path!r} has no quality_head/config.json: no quality head there.")
+        raise OSError(f"No quality head: {absence(path, 'quality_head/config.json', where)}.")
     return QualityHead.from_pretrained(path, subfolder="quality_head", use_safetensors=True, **where)
 
 
@@ -354,16 +428,36 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
             f"`quality_head` was made for hidden size {made_for}{f' ({base})' if base else ''}, and "
             f"{type(model).__name__} has {has}. Load the head of this model."
         )
-    if is_hub_id(base) and is_hub_id(here) and base != here:
+    trained_on, trained_with = quality_head.config.base_revision, quality_head.config.base_fingerprint
+    has_fingerprint = fingerprint(model) if trained_with else None
+    # A tuned backbone with its head is pushed under a name of its own; the embeddings tell that they belong together.
+    if not has_fingerprint and is_hub_id(base) and is_hub_id(here) and base != here:
         raise ValueError(
             f"`quality_head` was made for {base!r}, and the model is {here!r}. Load the head of this model, or that "
             "model; a head judges the hidden states of its own backbone only."
         )
-    trained_on = quality_head.config.base_revision
-    if trained_on and revision and trained_on != revision:
+    revised = bool(trained_on and revision and trained_on != revision)
+    if has_fingerprint and trained_with != has_fingerprint and not revised:
+        raise ValueError(
+            f"`quality_head` was made for another model of the same size ({base}): the token embeddings differ. Load "
+            "the head of this model; a head judges the hidden states of its own backbone only."
+        )
+    if revised:
         warnings.warn(
             f"The quality head was made for revision {trained_on!r}, and the model is of {revision!r}.", stacklevel=3
         )
+
+
+def fingerprint(model) -> str | None:
+    """Hash of a few rows of the token embeddings, the same in float32 and bfloat16; None in other dtypes.
+
+    It tells models of one architecture and size apart, and LoRA does not change it.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
+        return None
+    rows = weight[:64].detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -375,10 +469,11 @@ def is_hub_id(name: str | None) -> bool:
 
 
 @torch.no_grad()
-def sees_ahead(denoiser: MaskedDenoiser, length: int = 4) -> bool:
-    """Does the last token influence the first position, among `length` tokens?
+def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) -> bool:
+    """Does the last token influence the first position, among `length` tokens, by more than `noise`?
 
-    Two sequences that differ in their last token alone are compared at the hidden state of their first position.
+    Two sequences that differ in their last token alone are compared at the hidden state of their first position, by its
+    largest change relative to its largest entry. Each has a forward of its own: rows of a batch differ by rounding.
     """
     device = denoiser.forbidden.device
     allowed = (~denoiser.forbidden).nonzero().flatten()
@@ -386,8 +481,8 @@ def sees_ahead(denoiser: MaskedDenoiser, length: int = 4) -> bool:
     ids = torch.full((2, length), first, device=device)
     ids[:, :-1:2] = denoiser.spec.mask_token_id
     ids[1, -1] = other
-    hidden = denoiser.hidden(ids)[:, 0]
-    return not torch.equal(hidden[0], hidden[1])
+    one, two = (denoiser.hidden(row[None])[0, 0].float() for row in ids)
+    return bool((one - two).abs().max() > noise * one.abs().max())
 
 
 def check_attention(denoiser: MaskedDenoiser, name: str) -> None:
@@ -401,5 +496,6 @@ def check_attention(denoiser: MaskedDenoiser, name: str) -> None:
             f"{name!r} is causal: its first position does not change with its last token, so it cannot fill masks from "
             "both sides. Load a bidirectional model."
         )
-    if block is not None and sees_ahead(denoiser, block + 1):
+    # A mixture of experts sorts its tokens by expert, so its rounding depends on tokens that are not seen.
+    if block is not None and sees_ahead(denoiser, block + 1, noise=0.01):
         raise ValueError(f"{name!r} is declared block-causal, but its first block sees the second.")

@@ -18,6 +18,7 @@ from .schedulers.functional import choose, highest, mask_tokens, sample_tokens, 
 
 WEIGHTINGS = ("elbo", "uniform")
 REVEAL_ORDERS = ("random", "confidence")
+ALL_MASKS = 2**31  # more than any row has
 
 
 @dataclass
@@ -60,6 +61,25 @@ class PRISMOutput(ModelOutput):
     num_revealed: Tensor | None = None
 
 
+@dataclass
+class Judged:
+    """A batch of `PRISMObjective` before its loss.
+
+    Args:
+        hidden: of z, (B, L, H).
+        masked: masked tokens of z, bool (B, L).
+        rate: t of each row, float32 (B,).
+        quality: logits of the head at the N judged tokens, float32 (N,).
+        right: their labels, bool (N,).
+    """
+
+    hidden: Tensor
+    masked: Tensor
+    rate: Tensor
+    quality: Tensor
+    right: Tensor
+
+
 def mask_rates(batch: int, low: float, high: float, generator=None, device=None) -> Tensor:
     """Masking rate t of each row: uniform in (low, high] one by one, evenly spread over the batch together.
 
@@ -94,6 +114,33 @@ def split_positions(positions: Tensor, size: int) -> list[Tensor]:
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean of `values` where `chosen` (bool, same shape) is true, detached; 0 where nothing is."""
     return ((values * chosen).sum() / chosen.sum().clamp(min=1)).detach()
+
+
+def trainable_positions(input_ids: Tensor, trainable_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Where a token may be masked, bool (B, L): where neither mask (B, L) forbids it."""
+    trainable = torch.ones_like(input_ids, dtype=torch.bool)
+    for mask in (trainable_mask, attention_mask):
+        trainable = trainable if mask is None else trainable & mask.bool()
+    return trainable
+
+
+def share_of_all(count: Tensor) -> Tensor:
+    """What a sum over this process's tokens is divided by, so that the mean over processes is the mean over all tokens.
+
+    Processes average their gradients, and their counts of tokens differ; each one's own mean would weigh a token of a
+    short batch more. So every process divides by the average count.
+
+    Args:
+        count: tokens of this process, a scalar.
+    Returns:
+        float32 scalar of at least `1 / processes`; the count itself in a single process, or while evaluating.
+    """
+    count = count.detach().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+        return count.clamp(min=1) / torch.distributed.get_world_size()
+    return count.clamp(min=1)
 
 
 class MDMObjective(nn.Module):
@@ -179,9 +226,7 @@ class MDMObjective(nn.Module):
         """
         if input_ids.ndim != 2:
             raise ValueError(f"`input_ids` must have shape (B, L), got {tuple(input_ids.shape)}.")
-        trainable = torch.ones_like(input_ids, dtype=torch.bool)
-        for mask in (trainable_mask, attention_mask):
-            trainable = trainable if mask is None else trainable & mask.bool()
+        trainable = trainable_positions(input_ids, trainable_mask, attention_mask)
         mask_token_id = self.denoiser.spec.mask_token_id
         if (trainable & (input_ids == mask_token_id)).any():
             raise ValueError(
@@ -216,9 +261,9 @@ class MDMObjective(nn.Module):
             parts = [checkpoint(chunk_loss, hidden, chunk, use_reentrant=False) for chunk in chunks]
         losses, right = (torch.cat(part) for part in zip(*parts, strict=True))  # (N,) each
         if self.weighting == "uniform":
-            return losses.sum() / masked.sum().clamp(min=1), right
-        num_tokens = clean.numel() if attention_mask is None else attention_mask.bool().sum()
-        return (losses / rate[:, None].expand_as(masked)[masked]).sum() / num_tokens, right
+            return losses.sum() / share_of_all(masked.sum()), right
+        tokens = torch.ones_like(clean) if attention_mask is None else attention_mask.bool()
+        return (losses / rate[:, None].expand_as(masked)[masked]).sum() / share_of_all(tokens.sum()), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers renamed the call in 5.2x.
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
@@ -251,8 +296,8 @@ class PRISMObjective(MDMObjective):
     given z. With k > 1 it is a mixture over what may have been revealed: biased, and k times the signal for the
     same two forwards. Both are proved by enumeration in tests/test_prism_theory.py.
 
-    The average of step 4 is over all revealed positions of the batch. A row with fewer than k masks reveals all it
-    has; one with none adds nothing.
+    The average of step 4 is over all revealed positions of the batch, of all processes together. A row with fewer than
+    k masks reveals all it has; one with none adds nothing.
 
     Args:
         denoiser: `MaskedDenoiser`, or anything with the same three members.
@@ -272,6 +317,8 @@ class PRISMObjective(MDMObjective):
         ValueError: a count below 1, an unknown order, or what `MDMObjective` raises.
     Source: PRISM (arXiv 2510.01384, fine-tuning algorithm).
     """
+
+    judge_all = False  # the head is asked about revealed tokens only
 
     def __init__(
         self,
@@ -332,6 +379,37 @@ class PRISMObjective(MDMObjective):
         Returns:
             `PRISMOutput`.
         """
+        judged = self.judge(input_ids, trainable_mask, attention_mask, generator)
+        quality, right, masked = judged.quality, judged.right, judged.masked
+        bce = binary_cross_entropy_with_logits(quality, right.float(), reduction="sum")
+        loss_prism = bce / share_of_all(right.new_tensor(right.numel(), dtype=torch.float))
+
+        loss, loss_mdm = loss_prism, None
+        if not self.freeze_backbone:
+            loss_mdm, _ = self.mdm_loss(judged.hidden, input_ids, masked, judged.rate, attention_mask)
+            loss = loss_prism + self.lambda_mdm * loss_mdm
+        return PRISMOutput(
+            loss=loss,
+            loss_prism=loss_prism.detach(),
+            loss_mdm=None if loss_mdm is None else loss_mdm.detach(),
+            accuracy=mean_where(right.float(), torch.ones_like(right)),
+            quality_right=mean_where(quality.sigmoid(), right),
+            quality_wrong=mean_where(quality.sigmoid(), ~right),
+            num_masked=masked.sum(),
+            num_revealed=masked.new_tensor(right.numel(), dtype=torch.long),
+        )
+
+    def judge(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Judged:
+        """Steps 1 to 4 up to the loss: the head's logits, and what is right.
+
+        Args and Raises: as `MDMObjective.forward`.
+        """
         z, masked, rate = self.corrupt(input_ids, trainable_mask, attention_mask, generator)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             hidden = self.denoiser.hidden(z, attention_mask)
@@ -341,25 +419,13 @@ class PRISMObjective(MDMObjective):
         repeated = None if attention_mask is None else attention_mask.repeat(self.draws_per_state, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             hidden_y = self.denoiser.hidden(y, repeated)  # the body alone: no output head runs on y
-        quality = self.quality_head(hidden_y, repeated)[revealed].float()  # (N,) logits
-        right = (y == input_ids.repeat(self.draws_per_state, 1))[revealed]
-        bce = binary_cross_entropy_with_logits(quality, right.float(), reduction="sum")
-        loss_prism = bce / revealed.sum().clamp(min=1)
-
-        loss, loss_mdm = loss_prism, None
-        if not self.freeze_backbone:
-            loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask)
-            loss = loss_prism + self.lambda_mdm * loss_mdm
-        return PRISMOutput(
-            loss=loss,
-            loss_prism=loss_prism.detach(),
-            loss_mdm=None if loss_mdm is None else loss_mdm.detach(),
-            accuracy=right.sum() / revealed.sum().clamp(min=1),
-            quality_right=mean_where(quality.sigmoid(), right),
-            quality_wrong=mean_where(quality.sigmoid(), ~right),
-            num_masked=masked.sum(),
-            num_revealed=revealed.sum(),
-        )
+        if self.judge_all:
+            shown = trainable_positions(input_ids, trainable_mask, attention_mask)
+            revealed, label = shown.repeat(self.draws_per_state, 1), ~masked.repeat(self.draws_per_state, 1)
+        else:
+            label = y == input_ids.repeat(self.draws_per_state, 1)
+        quality = self.quality_head(hidden_y, repeated)[revealed].float()
+        return Judged(hidden, masked, rate, quality, label[revealed])
 
     @torch.no_grad()
     def reveal(self, z: Tensor, hidden: Tensor, masked: Tensor, generator=None) -> tuple[Tensor, Tensor]:
@@ -389,3 +455,25 @@ class PRISMObjective(MDMObjective):
         ]
         tokens, probs = (torch.cat(part) for part in zip(*parts, strict=True))
         return tokens, probs
+
+
+class CriticObjective(PRISMObjective):
+    """The loss of Token-Critic: the head tells tokens of the data from tokens that the model wrote.
+
+    1. and 2. as `PRISMObjective`; 3. all drawn tokens are written -> y, without masks;
+    4. forward y; BCE(quality_i, 1[i was not masked]) at every trainable position; 5. as `PRISMObjective`
+
+    Unlike PRISM's, the label does not say whether the token is right: a masked token that was drawn right counts as
+    written by the model. Use with `TokenCriticScheduler`.
+
+    Args:
+        denoiser, quality_head, and the others: as `PRISMObjective`; there is no k, order or window.
+    Source: Token-Critic (arXiv 2209.04439, training algorithm); there the critic is a model of its own.
+    """
+
+    judge_all = True
+
+    def __init__(self, denoiser: nn.Module, quality_head: nn.Module, **settings):
+        if unknown := sorted({"num_revealed", "reveal_order", "reveal_window"} & settings.keys()):
+            raise TypeError(f"`CriticObjective` writes every drawn token; it takes no {', '.join(unknown)}.")
+        super().__init__(denoiser, quality_head, num_revealed=ALL_MASKS, **settings)

@@ -29,17 +29,17 @@ def native_model(config: GPTNeoXConfig) -> GPTNeoXForCausalLM:
     return model
 
 
-def load_mdlm(file: str, config: GPTNeoXConfig, dtype: torch.dtype) -> GPTNeoXForCausalLM:
-    """The model of a safetensors file: an MDLM checkpoint, or one saved from here under GPT-NeoX's names.
+def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GPTNeoXForCausalLM:
+    """The model of safetensors files: an MDLM checkpoint, or one saved from here under GPT-NeoX's names.
 
     Args:
-        file: path of `model.safetensors`.
+        files: paths of `model.safetensors`, or of its parts.
         config: native config.
         dtype: of the parameters. Folding is done in float32.
     Raises:
         RuntimeError: weights are missing or of another shape.
     """
-    weights = load_file(file)
+    weights = {name: value for file in files for name, value in load_file(file).items()}
     if not any(name.startswith("gpt_neox.") for name in weights):
         weights = fold_time(weights, config.num_attention_heads)
     model = native_model(config)

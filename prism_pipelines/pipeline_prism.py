@@ -477,11 +477,12 @@ class PrismPipeline(DiffusionPipeline):
         pipe._revision = where["revision"]
         if quality_head is not None:
             pipe.load_quality_head(quality_head, **head_where)
-            if index is None and scheduler is None:
+            if scheduler is None:
                 recommended = None
                 if not isinstance(quality_head, QualityHead):
                     recommended = hub.load_scheduler(str(quality_head), head_where)
-                pipe.scheduler = recommended or PrismScheduler()
+                kept = pipe.scheduler if pipe.scheduler.needs_quality else PrismScheduler()
+                pipe.scheduler = recommended or kept
         return pipe
 
     @classmethod
@@ -548,6 +549,38 @@ class PrismPipeline(DiffusionPipeline):
     def load_lora_weights(self, pretrained_model_name_or_path, adapter_name: str = "prism", **kwargs) -> None:
         """The name that users of diffusers expect for `load_quality_head(path, name=adapter_name, ...)`."""
         self.load_quality_head(pretrained_model_name_or_path, name=adapter_name, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        what: str = "head",
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the quality head with its adapter and settings, a few MB; or the whole pipeline.
+
+        Args:
+            repo_id: "owner/name" on the Hub; made if missing.
+            what: "head" or "pipeline".
+            base_model: Hub id of the backbone that the head belongs to; None for what its config says.
+            private, token, revision, commit_message: as `head_repo.push_head_repo`.
+        Returns:
+            URL of the commit.
+        Raises:
+            ValueError: another `what`, no head, or a base model that is not on the Hub.
+        """
+        from .head_repo import push_head_repo, push_pipeline
+
+        if what not in ("head", "pipeline"):
+            raise ValueError(f'`what` must be "head" or "pipeline", got {what!r}.')
+        target = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        if what == "head":
+            return push_head_repo(self, repo_id, base_model=base_model, **target)
+        return push_pipeline(self, repo_id, base_model=base_model, **target)
 
     @property
     def _heads(self) -> dict[str, QualityHead]:

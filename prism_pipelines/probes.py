@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import hub
 from .denoiser import MaskedDenoiser
-from .families import MDMSpec
+from .families import FAMILIES, MDMSpec
 
 # Nats per token by which one reading of the logits must beat the other before the probe takes a side.
 CLEAR_MARGIN = 0.2
@@ -73,9 +73,13 @@ def probe_mask(pipe) -> Finding:
     clash = [name for name in ("pad", "bos", "eos", "unk") if getattr(tokenizer, f"{name}_token_id") == mask]
     if clash:
         return Finding("mask token", "wrong", f"id {mask} ({token!r}) is also the {clash[0]} token")
-    special = mask in tokenizer.all_special_ids or mask in getattr(tokenizer, "added_tokens_decoder", {})
-    seen = f"id {mask} is {token!r}" + ("" if special else ", an ordinary token of the tokenizer")
-    return Finding("mask token", "ok" if special else "wrong", seen)
+    if mask in tokenizer.all_special_ids or mask in getattr(tokenizer, "added_tokens_decoder", {}):
+        return Finding("mask token", "ok", f"id {mask} is {token!r}")
+    seen = f"id {mask} is {token!r}, an ordinary token of the tokenizer"
+    spec = pipe.denoiser.spec
+    if any(row.source == spec.source and row.mask_token_id == mask for row in FAMILIES.values()):
+        return Finding("mask token", "ok", f"{seen}, which its authors took as the mask")
+    return Finding("mask token", "wrong", seen)
 
 
 def probe_rope(model) -> Finding:

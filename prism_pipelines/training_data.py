@@ -1,14 +1,26 @@
-"""Training examples: what index i of a data set is, and how a batch is made of them."""
+"""Training examples: what index i of a data set is, and how a batch is made of them.
+
+An example is a dict of tensors: `input_ids` (L,), and `trainable_mask` (L,), false where a token is given (a prompt)
+and never masked.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .sudoku import CELLS, complete_grids, dig_puzzles, shuffle_symmetries
 
 HELD_OUT_SEED = 999_983  # base grids for evaluation come from this seed, training uses the run's own
+READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+TOO_LONG = ("error", "drop")
+EVAL_SHARE = 0.1  # held-out examples are at most this share of a data set without a split of its own
 
 
 class SudokuGrids(Dataset):
@@ -45,3 +57,249 @@ class SudokuGrids(Dataset):
         if is_puzzle:
             trainable = shuffle_symmetries(self.puzzles[[place]], np.random.default_rng(image))[0] == 0
         return {"input_ids": torch.from_numpy(grid.astype(np.int64)), "trainable_mask": torch.from_numpy(trainable)}
+
+
+# --- data sets of text ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns a row of a data set into ids, and says what kind of rows these are.
+
+    A row is one of, by its columns:
+        {"messages": [{"role", "content"}, ...]}    a chat; the last message, the assistant's, is the answer
+        {"prompt": str, "completion": str}          the completion is the answer
+        {"text": str}                               trained everywhere, and packed
+    An answer ends with the tokenizer's end token if it has one, and is tokenized apart from its prompt, as the pipeline
+    does when it generates: so the head is trained on the tokens that it will judge.
+
+    Args:
+        tokenizer: transformers tokenizer.
+        mask_token_id: must not occur in the data.
+        max_length: most tokens of a row with an answer, and the length of a packed one.
+        vocab_size: ids at and above it are unknown to the model.
+        too_long: "error", or "drop" to leave out rows with an answer that are longer.
+    Raises:
+        ValueError: unknown `too_long`, `max_length` below 1, or from `answer` and `text` a row that cannot be used.
+    """
+
+    tokenizer: object
+    mask_token_id: int
+    max_length: int
+    vocab_size: int
+    too_long: str = "error"
+
+    def __post_init__(self):
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"`too_long` must be one of {TOO_LONG}, got {self.too_long!r}.")
+        if self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, got {self.max_length}.")
+
+    def answer(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
+        """The example of a row with an answer, or None if it is too long and such rows are dropped."""
+        prompt, answer = self._chat(row, number) if "messages" in row else (row["prompt"], row["completion"])
+        for name, value in (("prompt", prompt), ("answer", answer)):
+            if not isinstance(value, str):
+                raise ValueError(f"Row {number} of the data set has a {name} that is no text: {value!r}.")
+        given = self.tokenizer(prompt).input_ids if prompt else []
+        end = self.tokenizer.eos_token_id
+        if end is not None and given and given[-1] == end:
+            given = given[:-1]  # some tokenizers close every text; here the answer closes it
+        ids = self.tokenizer(answer, add_special_tokens=False).input_ids
+        if not ids:
+            raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
+        if end is not None and ids[-1] != end:
+            ids = [*ids, end]
+        self._check([*given, *ids], number)
+        if len(given) + len(ids) > self.max_length:
+            if self.too_long == "drop":
+                return None
+            raise ValueError(
+                f"Row {number} of the data set has {len(given) + len(ids)} tokens, and --max_length is "
+                f"{self.max_length}. Raise it up to what the model takes, shorten the row, or pass --too_long drop."
+            )
+        trainable = torch.arange(len(given) + len(ids)) >= len(given)
+        return {"input_ids": torch.tensor([*given, *ids]), "trainable_mask": trainable}
+
+    def text(self, row: dict, number: int) -> list[int]:
+        """Ids of a row of plain text, closed by the end token, to be packed; empty for an empty text."""
+        if not isinstance(row["text"], str):
+            raise ValueError(f"Row {number} of the data set has a text that is no text: {row['text']!r}.")
+        if not row["text"].strip():
+            return []
+        ids = self.tokenizer(row["text"], add_special_tokens=False).input_ids
+        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        self._check(ids, number)
+        return ids if end is None else [*ids, end]
+
+    def _chat(self, row: dict, number: int) -> tuple[str, str]:
+        messages = row["messages"]
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("The data set holds `messages`, and the tokenizer has no chat template to write them by.")
+        if not messages or messages[-1].get("role") != "assistant":
+            raise ValueError(f"Row {number} of the data set must end with a message of the assistant, the answer.")
+        before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if not whole.startswith(before):
+            raise ValueError(
+                f"Row {number}: the chat template writes the prompt differently once the answer is there, so the two "
+                "cannot be told apart. Pass prompt and completion."
+            )
+        return before, whole[len(before) :].rstrip("\n")
+
+    def _check(self, ids: list[int], number: int) -> None:
+        if self.mask_token_id in ids:
+            raise ValueError(
+                f"Row {number} of the data set holds the mask token (id {self.mask_token_id}) as text: no answer is "
+                "known there. Remove it from the data."
+            )
+        if ids and max(ids) >= self.vocab_size:
+            raise ValueError(f"Row {number} gives id {max(ids)}; the model knows ids up to {self.vocab_size - 1}.")
+
+
+def read_rows(dataset: str, *, split: str = "train", name: str | None = None, revision=None, streaming: bool = False):
+    """Rows of a Hub data set, or of a local file or folder of txt, jsonl, json, csv or parquet files.
+
+    Args:
+        dataset: Hub id, file or folder. A line of a txt file is a row.
+        split: of a Hub data set; local files are all of it.
+        name, revision: configuration, and commit, of a Hub data set.
+        streaming: read row by row, keeping nothing.
+    Returns:
+        `datasets.Dataset`, or `IterableDataset` when streaming.
+    Raises:
+        ValueError: nothing readable there, or `datasets` cannot load it.
+        ImportError: `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('`--dataset` needs the datasets library: pip install "prism-pipelines[train]".') from error
+    path = Path(dataset)
+    if not path.exists():
+        try:
+            return datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=streaming)
+        except Exception as error:  # a dozen kinds, of several libraries
+            raise ValueError(
+                f"`--dataset` {dataset!r} is no local file, and loading it from the Hub failed: {error}"
+            ) from None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    readable = [file for file in files if file.suffix in READERS]
+    kinds = {READERS[file.suffix] for file in readable}
+    if len(kinds) != 1:
+        found = f"{len(kinds)} kinds of files ({', '.join(sorted(kinds))})" if kinds else "no such file"
+        raise ValueError(f"`--dataset` {dataset!r} must be one kind of {', '.join(READERS)} files; it has {found}.")
+    if not any(file.stat().st_size for file in readable):
+        raise ValueError(f"`--dataset` {dataset!r} is empty.")
+    names = [str(file) for file in readable]
+    try:
+        return datasets.load_dataset(kinds.pop(), data_files=names, split="train", streaming=streaming)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"`--dataset` {dataset!r} cannot be read: {error.__cause__ or error}") from None
+
+
+def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str, torch.Tensor]]:
+    """Examples of rows: one for each answer, or blocks of `max_length` tokens of text laid end to end.
+
+    What is left after the last whole block is an example of its own if it is all there is, and else dropped.
+
+    Raises:
+        ValueError: columns of no known kind, or what `RowEncoder` raises.
+    """
+    buffer, blocks = [], 0
+    for number, row in enumerate(rows):
+        if row.keys() >= {"prompt", "completion"} or "messages" in row:
+            example = encoder.answer(row, number)
+            if example is not None:
+                yield example
+        elif "text" in row:
+            buffer += encoder.text(row, number)
+            while len(buffer) >= encoder.max_length:
+                yield whole_text(buffer[: encoder.max_length])
+                del buffer[: encoder.max_length]
+                blocks += 1
+        else:
+            raise ValueError(
+                f"The data set has the columns {sorted(row)}. Rename them: text, or prompt and completion, or messages."
+            )
+    if buffer and not blocks:
+        yield whole_text(buffer)
+
+
+def whole_text(ids: list[int]) -> dict[str, torch.Tensor]:
+    """An example in which every token may be masked."""
+    return {"input_ids": torch.tensor(ids), "trainable_mask": torch.ones(len(ids), dtype=torch.bool)}
+
+
+class StreamedExamples(IterableDataset):
+    """Examples made as they are read; each pass begins anew, so a resumed run can skip to where it was.
+
+    Args:
+        rows: what gives the rows anew each time it is iterated.
+        encoder: makes examples of them.
+        skip: examples left out at the beginning (they are held out).
+    Raises:
+        ValueError: on iteration, there is no example.
+    """
+
+    def __init__(self, rows: Iterable[dict], encoder: RowEncoder, skip: int):
+        self.rows, self.encoder, self.skip = rows, encoder, skip
+
+    def __iter__(self):
+        empty = True
+        for example in itertools.islice(encode_rows(self.rows, self.encoder), self.skip, None):
+            empty = False
+            yield example
+        if empty:
+            raise ValueError(f"The data set is empty after the {self.skip} examples that are held out.")
+
+
+def split_examples(rows, encoder: RowEncoder, num_eval: int, streaming: bool = False, eval_rows=None):
+    """Training and held-out examples.
+
+    Args:
+        rows: of the training data; iterable.
+        encoder: makes examples of them.
+        num_eval: most held-out examples.
+        streaming: hold out the first examples and read the others as training goes.
+        eval_rows: rows of their own to hold out; None holds out the first `EVAL_SHARE` of `rows`, at least one.
+    Returns:
+        (training data set, held-out list); the list is empty if `num_eval` is 0 or there is one example only.
+    Raises:
+        ValueError: no example at all, or what `encode_rows` raises.
+    """
+    held_out = [] if eval_rows is None else list(itertools.islice(encode_rows(eval_rows, encoder), num_eval))
+    if eval_rows is not None and not held_out and num_eval:
+        raise ValueError("The held-out data set is empty: none of its rows gives an example.")
+    if streaming:
+        first = list(itertools.islice(encode_rows(rows, encoder), 0 if eval_rows is not None else num_eval))
+        return StreamedExamples(rows, encoder, len(first)), held_out or first
+    examples = list(encode_rows(rows, encoder))
+    if not examples:
+        dropped = " (rows longer than --max_length are dropped)" if encoder.too_long == "drop" else ""
+        raise ValueError(f"`--dataset` is empty: none of its rows gives an example{dropped}.")
+    if eval_rows is not None or len(examples) == 1:
+        return examples, held_out
+    count = min(num_eval, max(1, int(len(examples) * EVAL_SHARE)))
+    return examples[count:], examples[:count]
+
+
+def pad_batch(examples: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch of examples, padded on the right to the longest.
+
+    Args:
+        examples: at least one.
+        pad_token_id: any id; `attention_mask` hides it.
+    Returns:
+        `input_ids` int64 and `trainable_mask` bool, (B, L); and `attention_mask`, int64 (B, L), if anything is padded.
+    """
+    ids = [example["input_ids"] for example in examples]
+    masks = [example["trainable_mask"] for example in examples]
+    batch = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "trainable_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
+    }
+    if len({len(row) for row in ids}) > 1:
+        ones = [torch.ones_like(row) for row in ids]
+        batch["attention_mask"] = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    return batch

@@ -1,505 +1,328 @@
-"""Every family on a tiny random twin, against a forward of the original architecture in plain torch.
+"""Every family: a tiny checkpoint under its authors' names gives the logits of the original architecture; refusals.
 
-A twin is a folder with the config and the key names of the original checkpoint; its biases and norms are random too, or
-a forgotten one would not be seen. What is loaded must give the logits of the reference, alone, in a batch, and padded.
+The checkpoints and the references in plain torch are in family_twins.py; the laws of every family in
+test_family_laws.py.
 """
 
 import json
-import warnings
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.nn.functional import gelu, layer_norm, rms_norm, silu
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    EuroBertConfig,
-    EuroBertForMaskedLM,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaPreLayerNormConfig,
-    RobertaPreLayerNormForMaskedLM,
+import transformers
+from family_twins import (
+    CHECKPOINTS,
+    EOS,
+    HEADS,
+    INNER,
+    LENGTH,
+    MASK,
+    PAD,
+    QWEN_WORDS,
+    SOME,
+    H,
+    V,
+    aligned,
+    assert_close,
+    checkpoint,
+    gated_transformer,
+    load,
+    reference,
+    save_qwen,
+    some_ids,
+    write,
 )
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from prism_pipelines import FAMILIES, MDMSpec, PrismPipeline, QualityHead, resolve_spec
+from prism_pipelines.families import family_of
+
+
+def test_every_row_that_calls_itself_tested_is_tested_here():
+    assert set(CHECKPOINTS) == {family for family, row in FAMILIES.items() if row.tested}
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_logits_are_those_of_the_reference(family):
+    pipe, ids = load(checkpoint(family)), some_ids()
+    theirs = reference(family, checkpoint(family), ids)
+    assert theirs.std() > 0.1
+    assert_close(aligned(pipe, ids), theirs)
+    assert aligned(pipe, ids)[..., MASK].isneginf().all()
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_the_spec_that_is_found(family):
+    spec = MDMSpec.from_dict(load(checkpoint(family)).config.mdm_spec)
+    _, block, shift = CHECKPOINTS[family]
+    assert (spec.mask_token_id, spec.block_length, spec.logit_shift) == (MASK, block, shift)
+    assert spec.attention == ("block_causal" if block else "bidirectional")
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_a_saved_pipeline_gives_the_same_logits_under_native_names(family, tmp_path):
+    pipe, ids = load(checkpoint(family)), some_ids()
+    pipe.save_pretrained(tmp_path / "saved")
+    again = PrismPipeline.from_pretrained(tmp_path / "saved")
+    assert again.config.mdm_spec == pipe.config.mdm_spec
+    assert torch.equal(aligned(again, ids), aligned(pipe, ids))
+    names = set(load_file(tmp_path / "saved" / "model" / "model.safetensors"))
+    native = set(dict(pipe.model.named_parameters()))
+    names = {name for name in names if not name.endswith("inv_freq")}  # transformers has a name of its own for ESM's
+    assert names <= native | {name for name, _ in pipe.model.named_buffers()} | {"embed_out.weight", "embed_out.bias"}
+    saved = json.loads((tmp_path / "saved" / "model" / "config.json").read_text())
+    assert saved["model_type"] == type(pipe.model).config_class.model_type
+
+
+def test_a_spec_of_the_users_own_loads_an_unknown_family(tmp_path):
+    folder = save_qwen(tmp_path, "theirs", tied=False, biases=False, qk_norm=True)
+    facts = {"native_class": "Qwen3ForCausalLM", "mask_format": "additive", "extra_inputs": ("position_ids",)}
+    pipe = PrismPipeline.from_pretrained(folder, mdm_spec=MDMSpec(MASK, **facts))
+    ids, weights = some_ids(), load_file(folder / "model.safetensors")
+    everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    assert_close(aligned(pipe, ids), gated_transformer(weights, QWEN_WORDS, ids, everything, 1e6, 1e-6))
+
+
+# --- which row a checkpoint gets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d-qwen3:bd3lm"),
+        ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "a2d-qwen3"),
+        ("/home/bd3lm/Qwen3-0.6B-diffusion-mdlm", "a2d-qwen3"),
+        ("bd3lm/checkpoint-7/", "a2d-qwen3"),
+        ("/cache/models--dllm-hub--Qwen3-0.6B-diffusion-bd3lm-v0.1/snapshots/0123abc", "a2d-qwen3:bd3lm"),
+    ],
+)
+def test_a_word_of_a_row_is_looked_for_in_the_name_of_the_checkpoint_alone(name, row):
+    assert family_of(SimpleNamespace(model_type="a2d-qwen3"), name) is FAMILIES[row]
+
+
+def test_an_architecture_tells_two_models_of_one_type_apart():
+    moe = SimpleNamespace(model_type="llada", architectures=["LLaDAMoEModelLM"], vocab_size=157184)
+    assert resolve_spec(moe, name="here").native_class is None
+    assert resolve_spec(moe, name="here").mask_token_id == 156895
+    dense = SimpleNamespace(model_type="llada", architectures=["LLaDAModelLM"])
+    assert family_of(dense, "here") is FAMILIES["llada"]
+    assert family_of(SimpleNamespace(model_type="llama"), "meta-llama/Llama-2-7b") is None
+
+
+def test_the_config_knows_the_length_of_its_blocks():
+    facts = {"model_type": "sdar", "mask_token_id": 5, "vocab_size": 40}
+    assert resolve_spec(SimpleNamespace(**facts)).block_length == 4
+    assert resolve_spec(SimpleNamespace(**facts, block_size=16)).block_length == 16
+    with pytest.raises(ValueError, match="`block_length` of a block-causal model"):
+        resolve_spec(SimpleNamespace(**facts, block_size="16"))
+    plain = resolve_spec(SimpleNamespace(model_type="bd3lm", cross_attn=False, block_size=1024))
+    assert (plain.attention, plain.block_length) == ("bidirectional", None)
+    unblocked = resolve_spec(SimpleNamespace(model_type="Dream", mask_token_id=5, block_size=32))
+    assert unblocked.block_length is None
+
+
+def test_the_vocabulary_is_counted_where_the_config_has_it_wrong():
+    folder = checkpoint("gpt2:diffugpt-m")
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] < MASK
+    assert load(folder).model.config.vocab_size == V
+
+
+def with_config(family, folder, **changed):
+    """The checkpoint of a family with other fields in its config; None takes a field out."""
+    config = json.loads((checkpoint(family) / "config.json").read_text()) | changed
+    config = {name: value for name, value in config.items() if value is not None}
+    return write(folder, config, load_file(checkpoint(family) / "model.safetensors"))
 
-from prism_pipelines import FAMILIES, MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
-from prism_pipelines.denoiser import LazyLogits
-
-VOCAB, HIDDEN, LAYERS, HEADS, WIDE, MASK = 24, 32, 2, 4, 48, 23
-
-
-# --- the original architectures ---------------------------------------------------------------------------------------
-
-
-def rotate(x, theta=10000.0):
-    """Rotary embedding of x (B, heads, L, D), pairs (d, d + D/2), position 0 first."""
-    length, size = x.shape[-2:]
-    angle = torch.arange(length)[:, None] / theta ** (torch.arange(0, size, 2) / size)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def attend(query, key, value, seen):
-    """Softmax attention of (B, L, H) projections under a bool (L, L) map of who sees whom."""
-    split = lambda x: x.unflatten(-1, (-1, HIDDEN // HEADS)).transpose(1, 2)  # noqa: E731
-    query, key, value = split(query), split(key), split(value)
-    key, value = (x.repeat_interleave(HEADS // x.shape[1], dim=1) for x in (key, value))
-    scores = rotate(query) @ rotate(key).transpose(-1, -2) / (HIDDEN // HEADS) ** 0.5
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2).flatten(2)
-
-
-def llama_like(weights, names, ids, seen, eps):
-    """Llama, LLaDA, Qwen2 (biased q, k, v) and Qwen3 (normed q, k): logits (B, L, V) for ids (B, L)."""
-
-    def linear(name, x):
-        y = x @ weights[f"{name}.weight"].T
-        return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
-
-    def norm(name, x):
-        return rms_norm(x, (HIDDEN,), weights[f"{name}.weight"], eps)
-
-    def head_norm(name, x):
-        if f"{name}.weight" not in weights:
-            return x
-        size = HIDDEN // HEADS
-        return rms_norm(x.unflatten(-1, (-1, size)), (size,), weights[f"{name}.weight"], eps).flatten(2)
-
-    x = weights[f"{names['embed']}.weight"][ids]
-    for layer in range(LAYERS):
-        at = {name: place.format(layer) for name, place in names.items()}
-        h = norm(at["norm1"], x)
-        query, key = (head_norm(f"{at[n]}_norm".replace("_proj_norm", "_norm"), linear(at[n], h)) for n in ("q", "k"))
-        x = x + linear(at["o"], attend(query, key, linear(at["v"], h), seen))
-        h = norm(at["norm2"], x)
-        x = x + linear(at["down"], silu(linear(at["gate"], h)) * linear(at["up"], h))
-    return linear(names["head"], norm(names["norm"], x))
-
-
-LLADA = {
-    "embed": "model.transformer.wte",
-    "norm": "model.transformer.ln_f",
-    "head": "model.transformer.ff_out",
-    "norm1": "model.transformer.blocks.{}.attn_norm",
-    "norm2": "model.transformer.blocks.{}.ff_norm",
-    "q": "model.transformer.blocks.{}.q_proj",
-    "k": "model.transformer.blocks.{}.k_proj",
-    "v": "model.transformer.blocks.{}.v_proj",
-    "o": "model.transformer.blocks.{}.attn_out",
-    "gate": "model.transformer.blocks.{}.ff_proj",
-    "up": "model.transformer.blocks.{}.up_proj",
-    "down": "model.transformer.blocks.{}.ff_out",
-}
-QWEN = {
-    "embed": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-    "norm1": "model.layers.{}.input_layernorm",
-    "norm2": "model.layers.{}.post_attention_layernorm",
-    "q": "model.layers.{}.self_attn.q_proj",
-    "k": "model.layers.{}.self_attn.k_proj",
-    "v": "model.layers.{}.self_attn.v_proj",
-    "o": "model.layers.{}.self_attn.o_proj",
-    "gate": "model.layers.{}.mlp.gate_proj",
-    "up": "model.layers.{}.mlp.up_proj",
-    "down": "model.layers.{}.mlp.down_proj",
-}
-
-
-def llama_weights(names, kv_heads, biased=False, head_norms=False):
-    """Random weights under the names of a checkpoint."""
-    key = HIDDEN // HEADS * kv_heads
-    shapes = {"q": (HIDDEN, HIDDEN), "k": (key, HIDDEN), "v": (key, HIDDEN), "o": (HIDDEN, HIDDEN)}
-    shapes |= {"gate": (WIDE, HIDDEN), "up": (WIDE, HIDDEN), "down": (HIDDEN, WIDE)}
-    made = {f"{names[n]}.weight": torch.randn(VOCAB, HIDDEN) for n in ("embed", "head")}
-    made[f"{names['norm']}.weight"] = 1 + torch.randn(HIDDEN) / 5
-    for layer in range(LAYERS):
-        for name, shape in shapes.items():
-            made[f"{names[name]}.weight".format(layer)] = torch.randn(shape) / shape[1] ** 0.5
-            if biased and name in "qkv":
-                made[f"{names[name]}.bias".format(layer)] = torch.randn(shape[0]) / 3
-            if head_norms and name in "qk":
-                place = f"{names[name]}.weight".format(layer).replace("_proj", "_norm")
-                made[place] = 1 + torch.randn(HIDDEN // HEADS) / 5
-        for name in ("norm1", "norm2"):
-            made[f"{names[name]}.weight".format(layer)] = 1 + torch.randn(HIDDEN) / 5
-    return made
-
-
-def everywhere(length):
-    return torch.ones(length, length, dtype=torch.bool)
-
-
-def blocks(size, length):
-    """Who sees whom in block-causal attention, spelled out: block of the key <= block of the query."""
-    return torch.tensor([[k // size <= q // size for k in range(length)] for q in range(length)])
-
-
-def mdlm(weights, ids):
-    """MDLM's DiT at time 0: adaLN layers, packed q k v, tanh GELU; modulated at every step as in its own code."""
-    w = {name.removeprefix("backbone."): value for name, value in weights.items()}
-    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
-    time = torch.zeros(len(ids))[:, None] * frequencies
-    time = torch.cat([time.cos(), time.sin()], dim=-1)
-    time = silu(time @ w["sigma_map.mlp.0.weight"].T + w["sigma_map.mlp.0.bias"])
-    time = silu(time @ w["sigma_map.mlp.2.weight"].T + w["sigma_map.mlp.2.bias"])
-
-    def modulations(place, parts):
-        place = f"{place}.adaLN_modulation"
-        return (time @ w[f"{place}.weight"].T + w[f"{place}.bias"])[:, None].chunk(parts, dim=-1)
-
-    def norm(name, x, shift, scale):
-        return layer_norm(x, (HIDDEN,)) * w[f"{name}.weight"] * (1 + scale) + shift
-
-    x = w["vocab_embed.embedding"][ids]
-    for layer in range(LAYERS):
-        at = f"blocks.{layer}"
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulations(at, 6)
-        qkv = norm(f"{at}.norm1", x, shift, scale) @ w[f"{at}.attn_qkv.weight"].T
-        x = x + gate * (attend(*qkv.chunk(3, dim=-1), everywhere(ids.shape[1])) @ w[f"{at}.attn_out.weight"].T)
-        h = norm(f"{at}.norm2", x, shift_mlp, scale_mlp) @ w[f"{at}.mlp.0.weight"].T + w[f"{at}.mlp.0.bias"]
-        x = x + gate_mlp * (gelu(h, approximate="tanh") @ w[f"{at}.mlp.2.weight"].T + w[f"{at}.mlp.2.bias"])
-    shift, scale = modulations("output_layer", 2)
-    x = norm("output_layer.norm_final", x, shift, scale)
-    return x @ w["output_layer.linear.weight"].T + w["output_layer.linear.bias"]
-
-
-def mdlm_weights(cond=16):
-    shapes = {"vocab_embed.embedding": (VOCAB, HIDDEN), "sigma_map.mlp.0": (cond, 256), "sigma_map.mlp.2": (cond, cond)}
-    shapes |= {"output_layer.linear": (VOCAB, HIDDEN), "output_layer.adaLN_modulation": (2 * HIDDEN, cond)}
-    for layer in range(LAYERS):
-        at = f"blocks.{layer}"
-        shapes |= {f"{at}.adaLN_modulation": (6 * HIDDEN, cond), f"{at}.mlp.0": (4 * HIDDEN, HIDDEN)}
-        shapes |= {f"{at}.mlp.2": (HIDDEN, 4 * HIDDEN), f"{at}.attn_qkv": (3 * HIDDEN, HIDDEN)}
-        shapes |= {f"{at}.attn_out": (HIDDEN, HIDDEN)}
-    made = {}
-    for name, shape in shapes.items():
-        key = name if name == "vocab_embed.embedding" else f"{name}.weight"
-        made[key] = torch.randn(shape) / shape[1] ** 0.5
-        if key != name and "attn_" not in name:
-            made[f"{name}.bias"] = torch.randn(shape[0]) / 2
-    for name in ["output_layer.norm_final"] + [f"blocks.{i}.norm{n}" for i in range(LAYERS) for n in (1, 2)]:
-        made[f"{name}.weight"] = 1 + torch.randn(HIDDEN) / 5
-    return {f"backbone.{name}": value for name, value in made.items()}
-
-
-# --- the twins --------------------------------------------------------------------------------------------------------
-
-LLADA_JSON = {
-    "model_type": "llada",
-    "architectures": ["LLaDAModelLM"],
-    "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
-    "embedding_size": VOCAB,
-    "vocab_size": VOCAB,
-    "d_model": HIDDEN,
-    "mlp_hidden_size": WIDE,
-    "n_layers": LAYERS,
-    "n_heads": HEADS,
-    "n_kv_heads": HEADS,
-    "max_sequence_length": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "weight_tying": False,
-    "include_qkv_bias": False,
-    "mask_token_id": MASK,
-}
-QWEN_JSON = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "head_dim": HIDDEN // HEADS,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "mask_token_id": MASK,
-}
-MDLM_JSON = {
-    "model_type": "mdlm",
-    "auto_map": {"AutoModelForMaskedLM": "modeling_mdlm.MDLM"},
-    "vocab_size": VOCAB,
-    "hidden_dim": HIDDEN,
-    "cond_dim": 16,
-    "n_blocks": LAYERS,
-    "n_heads": HEADS,
-    "model_length": 64,
-}
-SHARED = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": WIDE,
-    "max_position_embeddings": 66,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "mask_token_id": MASK,
-}
-NATIVE = {
-    "bert": (BertForMaskedLM, BertConfig),
-    "roberta": (RobertaForMaskedLM, RobertaConfig),
-    "roberta-prelayernorm": (RobertaPreLayerNormForMaskedLM, RobertaPreLayerNormConfig),
-    "modernbert": (ModernBertForMaskedLM, ModernBertConfig),
-    "eurobert": (EuroBertForMaskedLM, EuroBertConfig),
-}
-ORIGINAL = ("llada", "Dream", "a2d-qwen3", "a2d-qwen3:bd3lm", "sdar", "mdlm")
-TESTED = (*ORIGINAL, *NATIVE)
-
-
-def make_twin(family, root):
-    """A folder as on the Hub, what from_pretrained needs beside it, and the reference: ids (B, L) -> (B, L, V)."""
-    torch.manual_seed(7)
-    folder = root / family.replace(":", "-")
-    folder.mkdir()
-    passed = {}
-    if family in NATIVE:
-        model_class, config = NATIVE[family]
-        extra = {"cls_token_id": None, "sep_token_id": None} if family == "modernbert" else {}
-        model = model_class(config(**SHARED, **extra)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.save_pretrained(folder)
-        return str(folder), passed, lambda ids: model(input_ids=ids).logits
-    kind = family.split(":")[0]
-    if family == "llada":
-        raw, weights = LLADA_JSON, llama_weights(LLADA, HEADS)
-        reference = lambda ids: llama_like(weights, LLADA, ids, everywhere(ids.shape[1]), 1e-5)  # noqa: E731
-    elif family == "Dream":
-        raw, weights = QWEN_JSON, llama_weights(QWEN, 2, biased=True)
-
-        def reference(ids):
-            logits = llama_like(weights, QWEN, ids, everywhere(ids.shape[1]), 1e-6)
-            return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)  # as Dream's own generation code
-    elif family == "mdlm":
-        raw, weights, passed = MDLM_JSON, mdlm_weights(), {"mask_token_id": MASK}
-        reference = partial(mdlm, weights)
-    else:
-        size = FAMILIES[family].block_length
-        raw, weights = QWEN_JSON, llama_weights(QWEN, 2, head_norms=True)
-
-        def reference(ids):
-            seen = blocks(size, ids.shape[1]) if size else everywhere(ids.shape[1])
-            return llama_like(weights, QWEN, ids, seen, 1e-6)
-
-    (folder / "config.json").write_text(json.dumps(raw | {"model_type": kind}))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder), passed, reference
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """family -> (folder, arguments, reference), each made once."""
-    root = tmp_path_factory.mktemp("twins")
-    return {family: make_twin(family, root) for family in TESTED}
-
-
-def load(twins, family, **options):
-    folder, passed, _ = twins[family]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        pipe = PrismPipeline.from_pretrained(folder, **passed, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def some_ids(rows=1, length=11, seed=0):
-    ids = torch.randint(1, MASK, (rows, length), generator=torch.Generator().manual_seed(seed))
-    ids[:, ::3] = MASK
-    return ids
-
-
-@torch.no_grad()
-def logits_of(pipe, ids, attention_mask=None):
-    denoiser = pipe.denoiser
-    lazy = LazyLogits(denoiser, denoiser.hidden(ids, attention_mask))
-    return lazy[torch.ones_like(ids, dtype=torch.bool)].view(*ids.shape, -1)
-
-
-def close(ours, theirs, tolerance=1e-5):
-    """Equal but for the mask id, which ours never predict; relative to logits of size 1 and more."""
-    assert ours[..., MASK].isneginf().all()
-    ours, theirs = ours[..., :MASK], theirs[..., :MASK]
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-# --- laws of every family ---------------------------------------------------------------------------------------------
-
-
-def test_every_row_is_tested_here_or_says_that_it_is_not():
-    assert set(TESTED) == {key for key, spec in FAMILIES.items() if spec.tested}
-
-
-@pytest.mark.parametrize("family", TESTED)
-def test_logits_are_those_of_the_original(twins, family):
-    ids = some_ids(rows=3)
-    with torch.no_grad():
-        expected = twins[family][2](ids)
-    assert expected.std() > 0.1
-    close(logits_of(load(twins, family), ids), expected)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", TESTED)
-def test_padding_and_neighbours_change_nothing(twins, family, side):
-    if family in ("bert", "roberta", "roberta-prelayernorm", "modernbert", "eurobert"):
-        pipe = load(twins, family)
-    else:
-        pipe = load(twins, family, dtype=torch.float32)
-    long, short = some_ids(length=11), some_ids(length=6, seed=1)
-    padding = torch.zeros(1, 5, dtype=torch.long)
-    parts, seen = [padding, short], [padding, torch.ones_like(short)]
-    if side == "right":
-        parts, seen = parts[::-1], seen[::-1]
-    batch = torch.cat([long, torch.cat(parts, dim=1)])
-    mask = torch.cat([torch.ones_like(long), torch.cat(seen, dim=1)])
-    both = logits_of(pipe, batch, mask)
-    close(both[:1], logits_of(pipe, long))
-    row = both[1:, 5:] if side == "left" else both[1:, :6]
-    if pipe.denoiser.spec.logit_shift and side == "left":
-        # Token 0 of a shifted model has no predictor of its own; it is never generated.
-        close(row[:, 1:], logits_of(pipe, short)[:, 1:])
-    else:
-        close(row, logits_of(pipe, short))
-
-
-@pytest.mark.parametrize("family", TESTED)
-def test_eager_and_sdpa_attention_agree(twins, family):
-    pipe, ids = load(twins, family), some_ids(rows=2)
-    results = []
-    for kind in ("eager", "sdpa"):
-        pipe.model.set_attn_implementation(kind)
-        results.append(logits_of(pipe, ids)[..., :MASK])
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", TESTED)
-def test_bfloat16_stays_near(twins, family):
-    ids = some_ids(rows=2)
-    exact = logits_of(load(twins, family), ids)[..., :MASK]
-    pipe = load(twins, family, torch_dtype=torch.bfloat16)
-    assert {p.dtype for p in pipe.model.parameters()} == {torch.bfloat16}
-    rough = logits_of(pipe, ids)[..., :MASK].float()
-    assert (rough - exact).norm() < 0.05 * exact.norm()
-
-
-@pytest.mark.parametrize("family", TESTED)
-def test_prompts_in_a_batch_continue_as_they_do_alone(twins, family):
-    pipe = load(twins, family, scheduler=MDLMScheduler(order="confidence", temperature=0.0))
-    prompts = [[3, 5, 7, 9, 2], [4, 6]]
-    settings = {"gen_length": 12, "num_inference_steps": 7, "block_length": 4, "output_type": "seq"}
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    together = pipe(input_ids=ids, attention_mask=mask, **settings)
-    assert together.nfe == 7
-    assert not (together.sequences[:, width:] == MASK).any()
-    for row, prompt in enumerate(prompts):
-        alone = pipe(input_ids=torch.tensor([prompt]), **settings)
-        assert torch.equal(alone.sequences[0, len(prompt) :], together.sequences[row, width:])
-
-
-@pytest.mark.parametrize("family", TESTED)
-def test_a_saved_pipeline_gives_the_same_logits(twins, family, tmp_path):
-    pipe, ids = load(twins, family), some_ids(rows=2)
-    pipe.save_pretrained(tmp_path)
-    back = PrismPipeline.from_pretrained(str(tmp_path))
-    assert torch.equal(logits_of(back, ids), logits_of(pipe, ids))
-    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
-        assert not any("transformer" in name or "backbone" in name for name in file.keys())  # noqa: SIM118
-    assert back.config.mdm_spec == pipe.config.mdm_spec
-
-
-@pytest.mark.parametrize("family", ["llada", "Dream", "sdar", "mdlm", "bert"])
-def test_a_head_points_at_the_wrong_token_itself(twins, family):
-    """A head fitted to recognise token 13 must give its low quality where 13 is, for shifted models too."""
-    pipe, wrong = load(twins, family), 13
-    ids = torch.randint(1, MASK, (256, 12), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        hidden = pipe.denoiser.hidden(ids)
-    torch.manual_seed(0)
-    head = QualityHead(HIDDEN, "linear")
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-    for _ in range(300):
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(head(hidden), (ids != wrong).float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    pipe.load_quality_head(head)
-    for place in (1, 6, 11):
-        row = torch.full((1, 12), 5)
-        row[0, place] = wrong
-        assert pipe.score(input_ids=row)[0][0].argmin() == place
-    # The same through a run: what is remasked is the planted token. It is generated text, so it may be.
-    pipe.scheduler = PrismScheduler(order="left_to_right", temperature=0.0, num_remask=1)
-
-    def plant(pipe, step, timestep, tensors):
-        remasked.append(tensors["remasked"][0].nonzero().flatten().tolist())
-        if step == 1:
-            sample = tensors["sample"].clone()
-            sample[0, 0] = wrong
-            return {"sample": sample}
-        return {}
-
-    remasked = []
-    kept = ["sample", "remasked"]
-    pipe(gen_length=12, num_inference_steps=12, callback_on_step_end=plant, callback_on_step_end_tensor_inputs=kept)
-    assert remasked[2] == [0]
-
-
-# --- quirks -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_block_causal_model_never_sees_the_next_block(twins):
-    pipe, ids = load(twins, "sdar"), some_ids(length=12)
-    changed = ids.clone()
-    changed[0, 8:] = 1
-    before, after = logits_of(pipe, ids), logits_of(pipe, changed)
-    assert torch.equal(before[:, :8], after[:, :8])
-    assert not torch.allclose(before[:, 8:, :MASK], after[:, 8:, :MASK])
+
+def test_end_and_padding_tokens_of_a_native_class_are_not_taken_for_those_of_the_model(tmp_path):
+    for folder in (checkpoint("mdlm"), with_config("llada", tmp_path, eos_token_id=None, pad_token_id=None)):
+        model = load(folder).model
+        assert model.config.eos_token_id is model.config.bos_token_id is model.config.pad_token_id is None
+        assert model.generation_config.eos_token_id is None
+    assert load(checkpoint("llada")).model.config.eos_token_id == EOS
+
+
+def test_llada_may_give_its_vocabulary_by_either_name(tmp_path):
+    pipe, ids = load(with_config("llada", tmp_path, embedding_size=None)), some_ids()
+    assert_close(aligned(pipe, ids), reference("llada", checkpoint("llada"), ids))
 
 
 def test_untested_rows_say_so_and_remote_code_is_not_run(tmp_path):
-    config = {"model_type": "llada_moe", "vocab_size": 200000, "auto_map": {"AutoModel": "modeling.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    config = {"model_type": "llada", "vocab_size": 200000, "auto_map": {"AutoModel": "modeling.Model"}}
+    write(tmp_path, config | {"architectures": ["LLaDAMoEModelLM"]}, {"x": torch.zeros(1)})
     with pytest.warns(UserWarning, match="no test compares"), pytest.raises(ValueError, match="trust_remote_code=True"):
-        PrismPipeline.from_pretrained(str(tmp_path))
+        PrismPipeline.from_pretrained(tmp_path)
 
 
-def test_missing_weights_are_an_error_and_not_random_numbers(twins, tmp_path):
-    weights = llama_weights(LLADA, HEADS)
-    del weights["model.transformer.blocks.1.up_proj.weight"]
-    (tmp_path / "config.json").write_text(json.dumps(LLADA_JSON))
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="up_proj"):
-        PrismPipeline.from_pretrained(str(tmp_path))
+# --- how it is loaded -------------------------------------------------------------------------------------------------
 
 
-def test_a_spec_of_the_users_own_loads_an_unknown_family(twins, tmp_path):
-    torch.manual_seed(7)
-    weights = llama_weights(QWEN, 2, head_norms=True)
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_JSON | {"model_type": "theirs"}))
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    facts = {"native_class": "Qwen3ForCausalLM", "mask_format": "additive", "extra_inputs": ("position_ids",)}
-    pipe = PrismPipeline.from_pretrained(str(tmp_path), mdm_spec=MDMSpec(MASK, **facts))
+def in_two_files(folder, out):
+    """The same checkpoint with its weights in two files and an index."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    files = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, out / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    (out / "config.json").write_text((folder / "config.json").read_text())
+    return out
+
+
+@pytest.mark.parametrize("family", ["llada", "gpt2:diffugpt-m", "esm", "mdlm"])
+def test_weights_in_two_files_in_a_subfolder(family, tmp_path):
+    inner = tmp_path / f"tiny-{family.replace(':', '-')}" / "a" / "b"
+    inner.mkdir(parents=True)
+    in_two_files(checkpoint(family), inner)
     ids = some_ids()
-    close(logits_of(pipe, ids), llama_like(weights, QWEN, ids, everywhere(11), 1e-6))
+    pipe = load(inner.parent.parent, subfolder="a/b")
+    assert_close(aligned(pipe, ids), reference(family, checkpoint(family), ids))
+    with pytest.raises(OSError, match=r"has no a/c/config\.json"):
+        load(inner.parent.parent, subfolder="a/c")
 
 
-def test_a_head_of_another_base_or_revision_is_not_used_in_silence(twins):
-    pipe = load(twins, "llada")
+@pytest.mark.parametrize("family", ["llada", "Dream", "esm"])
+def test_a_device_map_changes_nothing(family):
+    ids = some_ids()
+    assert_close(aligned(load(checkpoint(family), device_map="cpu"), ids), aligned(load(checkpoint(family)), ids))
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_lora_at_the_targets_of_the_row_is_saved_and_comes_back(family, tmp_path):
+    pipe, ids = load(checkpoint(family)), some_ids()
+    before = aligned(pipe, ids)
+    targets = list(pipe.denoiser.spec.lora_targets)
+    torch.manual_seed(0)
+    pipe.model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "prism")
+    after = aligned(pipe, ids)
+    assert (after - before)[..., :MASK].abs().max() > 1e-3
+    pipe.save_pretrained(tmp_path)
+    assert_close(aligned(PrismPipeline.from_pretrained(tmp_path), ids), after)
+
+
+@pytest.mark.parametrize("family", ["llada", "mdlm", "bert"])
+def test_the_dtype_may_be_named_and_must_be_floating(family):
+    assert load(checkpoint(family), torch_dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load(checkpoint(family), dtype="auto").model.dtype == torch.float32
+    for wrong in (torch.int8, "float33", 3):
+        with pytest.raises(ValueError, match="`torch_dtype` must be a floating-point dtype"):
+            load(checkpoint(family), torch_dtype=wrong)
+
+
+@pytest.mark.parametrize("family", ["llada", "Dream", "esm"])
+def test_a_quantization_config_reaches_transformers(family, monkeypatch):
+    native = getattr(transformers, FAMILIES[family].native_class)
+    given = {}
+
+    def stop(path, **options):
+        given.update(options)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(native, "from_pretrained", stop)
+    wish = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(RuntimeError, match="seen"):
+        load(checkpoint(family), quantization_config=wish, device_map="auto")
+    assert given["quantization_config"] is wish and given["device_map"] == "auto"
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_causal_model_by_mistake(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=H, num_hidden_layers=1, num_attention_heads=HEADS, intermediate_size=INNER
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="No mask token is known"):
+        PrismPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no masked language model of transformers"):
+        PrismPipeline.from_pretrained(tmp_path, mask_token_id=MASK)
+    with pytest.raises(ValueError, match="is causal: its first position"):
+        PrismPipeline.from_pretrained(tmp_path, mdm_spec=MDMSpec(MASK, native_class="LlamaForCausalLM"))
+    additive = MDMSpec(MASK, native_class="LlamaForCausalLM", mask_format="additive")
+    PrismPipeline.from_pretrained(tmp_path, mdm_spec=additive)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "says"),
+    [
+        ("esm", {"dplm_type": "dplm2_esm"}, "two modalities"),
+        ("mdlm", {"time_conditioning": True}, "diffusion time"),
+        ("bd3lm", {"causal": True}, "autoregressive baseline"),
+    ],
+)
+def test_a_relative_of_a_family_that_is_something_else(family, changed, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        load(with_config(family, tmp_path, **changed))
+
+
+def test_weights_quantized_under_names_of_their_own_are_refused(tmp_path):
+    quantized = with_config("llada", tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="pass quantization_config= to quantize it here"):
+        load(quantized)
+
+
+def test_esm_refuses_a_row_of_masks_alone():
+    pipe = load(checkpoint("esm"))
+    with pytest.raises(ValueError, match="nothing but masks"):
+        pipe(gen_length=5, num_inference_steps=2)
+    padded = torch.tensor([[PAD, MASK, MASK], [9, MASK, MASK]])
+    with pytest.raises(ValueError, match="nothing but masks"):
+        pipe.denoiser.hidden(padded, (padded != PAD).long())
+
+
+def test_a_bidirectional_model_that_calls_itself_block_causal():
+    encoder = MDMSpec(MASK, native_class="BertForMaskedLM", mask_format="padding").to_dict()
+    with pytest.raises(ValueError, match="block-causal model needs mask_format"):
+        load(checkpoint("bert"), mdm_spec=encoder | {"attention": "block_causal", "block_length": 4})
+
+
+def test_a_missing_or_impossible_mask_id(tmp_path):
+    with pytest.raises(ValueError, match=r"`mask_token_id` of .* is 151669, outside its vocabulary of 40"):
+        PrismPipeline.from_pretrained(checkpoint("sdar"))
+    unknown = json.loads((checkpoint("bert") / "config.json").read_text()) | {"model_type": "new"}
+    del unknown["mask_token_id"]
+    write(tmp_path, unknown, load_file(checkpoint("bert") / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"No mask token is known .* Pass mask_token_id=<id> or mdm_spec"):
+        PrismPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="mask_token_id"):
+        resolve_spec(transformers.BertConfig(vocab_size=V), mask_token_id=-1)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_head_of_another_size_or_base(family):
+    with pytest.raises(ValueError, match=r"made for hidden size 64 .* has 32"):
+        load(checkpoint(family), quality_head=QualityHead(64, base_model="some/base"))
+    pipe = load(checkpoint(family))
     pipe.model.config._name_or_path = "GSAI-ML/LLaDA-8B-Base"
-    with pytest.raises(ValueError, match=r"made for 'Dream-org/Dream-7B'.*'GSAI-ML/LLaDA-8B-Base'"):
-        pipe.load_quality_head(QualityHead(HIDDEN, base_model="Dream-org/Dream-7B"))
+    with pytest.raises(ValueError, match=r"made for 'GSAI-ML/LLaDA-1\.5', and the model is 'GSAI-ML/LLaDA-8B-Base'"):
+        pipe.load_quality_head(QualityHead(H, base_model="GSAI-ML/LLaDA-1.5"))
+    assert pipe.quality_head is None
     pipe._revision = "v2"
-    with pytest.warns(UserWarning, match=r"'v1'.*'v2'"):
-        pipe.load_quality_head(QualityHead(HIDDEN, base_model="GSAI-ML/LLaDA-8B-Base", base_revision="v1"))
+    with pytest.warns(UserWarning, match="made for revision 'v1', and the model is of 'v2'"):
+        pipe.load_quality_head(QualityHead(H, base_model="GSAI-ML/LLaDA-8B-Base", base_revision="v1"))
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar", "mdlm", "bert"])
+def test_pickled_weights_are_refused(family, tmp_path):
+    (tmp_path / "config.json").write_text((checkpoint(family) / "config.json").read_text())
+    torch.save(load_file(checkpoint(family) / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"pickle.* Convert to safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llada", "mdlm", "sdar"])
+def test_weights_that_are_missing_or_of_another_shape_are_named(family, tmp_path):
+    config = json.loads((checkpoint(family) / "config.json").read_text())
+    weights = load_file(checkpoint(family) / "model.safetensors")
+    lost = next(name for name in weights if "attn_out" in name or "o_proj" in name)
+    write(tmp_path, config, {name: value for name, value in weights.items() if name != lost})
+    with pytest.raises(ValueError, match=r"attn_out|o_proj"):
+        load(tmp_path)
+    write(tmp_path, config, weights | {lost: torch.randn(H, 2 * H)})
+    with pytest.raises(ValueError, match=r"attn_out|o_proj|attention\.dense"):
+        load(tmp_path)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import FakeHub
+from family_twins import CHECKPOINTS, MASK, H, aligned, load, save_llada, some_ids
 from huggingface_hub import HfApi, snapshot_download
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_family_laws import CHECKPOINTS, MASK, H, aligned, load, save_llada, some_ids
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
@@ -263,3 +263,13 @@ def test_an_uploaded_folder_comes_back(hub, base, tmp_path):
     for name, content in written.items():
         assert Path(back, name).read_bytes() == content
     assert same(PrismPipeline.from_pretrained("me/uploaded"), load(base, quality_head=folder))
+
+
+def test_nothing_in_the_cache_and_nothing_may_be_fetched(hub, base, monkeypatch):
+    with pytest.raises(OSError, match=r"config\.json of 'them/tiny-llada' was not downloaded .*local_files_only=True"):
+        PrismPipeline.from_pretrained(BASE, local_files_only=True)
+    with pytest.raises(OSError, match=r"No quality head: .*was not downloaded before, and local_files_only=True"):
+        load(base).load_quality_head(HEAD, local_files_only=True)
+    snapshot_download(BASE, allow_patterns="config.json")
+    with pytest.raises(OSError, match=r"model\.safetensors of .* was not downloaded before"):
+        PrismPipeline.from_pretrained(BASE, local_files_only=True)

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from family_twins import CHECKPOINTS, MASK, checkpoint, load
 from test_pipeline import twin
-from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from prism_pipelines import MDMSpec, PrismPipeline, bundled
+from prism_pipelines import FAMILIES, MDMSpec, PrismPipeline, bundled
 from prism_pipelines.cli import main
 from prism_pipelines.denoiser import MaskedDenoiser
-from prism_pipelines.probes import masked_nll, probe_attention, probe_rope, probe_shift, run_probes
+from prism_pipelines.probes import masked_nll, probe_attention, probe_mask, probe_rope, probe_shift, run_probes
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 QWEN = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -71,6 +74,32 @@ def test_a_mask_that_is_also_the_padding_token_is_found():
     assert {finding.probe: finding.verdict for finding in run_probes(pipe)}["mask token"] == "ok"
     tokenizer.pad_token = tokenizer.mask_token
     assert {finding.probe: finding.verdict for finding in run_probes(pipe)}["mask token"] == "wrong"
+
+
+def test_a_mask_that_is_an_ordinary_token_is_right_only_where_its_authors_chose_it():
+    # DiffuLLaMA has id 811 of Llama's own vocabulary as its mask; the Sudoku tokenizer has digits.
+    tokenizer = sudoku_tokenizer()
+    digit, source = tokenizer.convert_tokens_to_ids("7"), FAMILIES["llama:diffullama"].source
+    for spec in (MDMSpec(digit), MDMSpec(digit, source=source)):
+        assert probe_mask(PrismPipeline(twin(), tokenizer, mdm_spec=spec)).verdict == "wrong"
+    model = BertForMaskedLM(BertConfig(**QWEN | {"vocab_size": 812}))
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(812)}, unk_token="w0"))
+    ordinary = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    assert probe_mask(PrismPipeline(model, ordinary, mdm_spec=MDMSpec(811, source=source))).verdict == "ok"
+    assert probe_mask(PrismPipeline(model, ordinary, mdm_spec=MDMSpec(811))).verdict == "wrong"
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_probes_find_nothing_wrong_with_a_family(family):
+    verdicts = {finding.probe: finding.verdict for finding in run_probes(load(checkpoint(family)))}
+    assert verdicts == {"attention": "ok", "mask token": "unknown", "rotary embedding": "ok", "logit shift": "unknown"}
+
+
+def test_info_of_a_model_under_its_authors_names(capsys):
+    assert main(["info", str(checkpoint("gpt2:diffugpt-m")), "--mask-token-id", str(MASK)]) == 0
+    out = capsys.readouterr().out
+    for line in ("GPT2LMHeadModel (native)", "39 (given)", "keys renamed      2 rules", "diffusionfamily/diffugpt-m"):
+        assert line in out
 
 
 def test_info_of_the_bundled_model(capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prism_pipelines import PrismPipeline
+from prism_pipelines import PrismPipeline, TokenCriticScheduler
 from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
 from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
 from prism_pipelines.training import main, parse_arguments, prepare, train
@@ -37,7 +37,8 @@ def arguments(folder, *flags):
 
 
 def run(folder, *flags):
-    return train(*prepare(*parse_arguments(arguments(folder, *flags))))
+    run, args = parse_arguments(arguments(folder, *flags))
+    return train(*prepare(run, args), run)
 
 
 class Stop(Exception):
@@ -46,7 +47,7 @@ class Stop(Exception):
 
 def interrupt_after(monkeypatch, step):
     """Makes the next run die at the first log after `step`, as a crash would: no final save, no cleaning up."""
-    from prism_pipelines.training import MetricsLog
+    from prism_pipelines.training_callbacks import MetricsLog
 
     original = MetricsLog.on_log
 
@@ -103,7 +104,14 @@ def test_an_interrupted_pretraining_ends_with_the_weights_of_an_uninterrupted_on
 
 
 def test_an_interrupted_prism_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--num_revealed=4", "--max_steps=4", "--save_steps=2")
+    flags = (
+        "--objective=prism",
+        "--full",
+        f"--base_model={pretrained}",
+        "--num_revealed=4",
+        "--max_steps=4",
+        "--save_steps=2",
+    )
     flags += ("--head=mlp", "--optimizer=muon", "--resume_from_checkpoint=latest")
     run(tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
@@ -151,13 +159,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
 
 def test_checkpoints_of_other_flags_are_refused(tmp_path, pretrained):
     run(tmp_path, "--objective=mdm", "--max_steps=2", "--save_steps=2")
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=4", "--resume_from_checkpoint=latest")
+    flags = (
+        "--objective=prism",
+        "--full",
+        f"--base_model={pretrained}",
+        "--max_steps=4",
+        "--resume_from_checkpoint=latest",
+    )
     with pytest.raises(ValueError, match="other trainable tensors"):
         run(tmp_path, *flags)
 
 
 def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained):
-    run(tmp_path, "--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--head=linear")
+    run(tmp_path, "--objective=prism", "--full", f"--base_model={pretrained}", "--max_steps=1")
     pipe = PrismPipeline.from_pretrained(str(tmp_path))
     out = pipe(infill="1" + "." * 80, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
     assert out.texts[0][0] == "1" and set(out.texts[0]) <= set("123456789") and len(out.texts[0]) == 81
@@ -165,11 +179,87 @@ def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained
     assert {"loss", "loss_prism", "loss_mdm", "quality_right"} <= set(log[0])
 
 
-def test_a_frozen_backbone_keeps_its_weights(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone=true")
-    run(tmp_path, *flags)
-    before, after = weights(pretrained)["model"], weights(tmp_path)["model"]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def test_a_head_alone_is_saved_without_its_backbone(tmp_path, pretrained):
+    """Its base is named, and untouched by training."""
+    pipe = run(
+        tmp_path, "--objective=prism", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone", "--head=mlp"
+    )
+    before = weights(pretrained)["model"]
+    assert all(torch.equal(value, before[name]) for name, value in pipe.model.state_dict().items() if name in before)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "adapter_config.json").exists()
+    again = PrismPipeline.from_pretrained(str(tmp_path))
+    ids = torch.randint(1, 10, (2, 81))
+    assert torch.equal(again.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0])
+
+
+def test_lora_is_saved_as_an_adapter_with_a_head(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=3", "--rank=4", "--save_steps=2")
+    pipe = run(tmp_path, *flags, "--lora_targets=query,value", "--num_revealed=4", "--eval_strategy=steps")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 4 and set(config["target_modules"]) == {"query", "value"}
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32} and all("lora_" in name for name in saved)
+    assert any(value.abs().sum() > 0 for name, value in saved.items() if "lora_B" in name)
+    ids = torch.randint(1, 10, (2, 81))
+    again = PrismPipeline.from_pretrained(str(tmp_path))
+    assert torch.equal(again.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0])
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 100_000
+
+
+def test_an_interrupted_lora_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--rank=2", "--lora_dropout=0.1", "--max_steps=4")
+    flags += ("--save_steps=2", "--eval_strategy=steps", "--eval_steps=2", "--resume_from_checkpoint=latest")
+    run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(Stop):
+            run(tmp_path / "cut", *flags)
+    run(tmp_path / "cut", *flags)
+    for name in ("adapter_model.safetensors", "quality_head/diffusion_pytorch_model.safetensors"):
+        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_evaluation_writes_the_measures_of_the_head_and_the_drift_of_the_posterior(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=4", "--eval_strategy=steps")
+    flags += ("--num_revealed=16",)
+    run(tmp_path / "lora", *flags, "--eval_steps=2", "--rank=4", "--learning_rate=1e-2")
+    run(tmp_path / "frozen", *flags, "--eval_steps=2", "--freeze_backbone")
+    drift = {}
+    for name in ("lora", "frozen"):
+        log = [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
+        entries = [entry for entry in log if "eval_auroc" in entry]
+        assert [entry["step"] for entry in entries] == [0, 2, 4]
+        assert all(0 <= entry["eval_auroc"] <= 1 and 0 <= entry["eval_ece"] <= 1 for entry in entries)
+        drift[name] = [entry["eval_posterior_drift"] for entry in entries]
+    assert drift["frozen"] == [0.0, 0.0, 0.0]
+    assert drift["lora"][0] == 0 and drift["lora"][2] > drift["lora"][1] > 0
+
+
+def test_a_critic_is_trained_and_saved_with_its_scheduler(tmp_path, pretrained):
+    run(tmp_path, "--objective=critic", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone")
+    assert isinstance(PrismPipeline.from_pretrained(str(tmp_path)).scheduler, TokenCriticScheduler)
+
+
+def test_a_preset_gives_flags_that_the_command_line_overrides():
+    run_args, args = parse_arguments(
+        ["--preset=llada", "--base_model=some/model", "--dataset=some/data", "--output_dir=x", "--rank=8", "--use_cpu"]
+    )
+    assert (run_args.objective, run_args.head, run_args.num_revealed, run_args.rank) == ("prism", "mlp", 8, 8)
+    assert run_args.lora_alpha == 256 and args.output_dir == "x"
+
+
+def test_an_output_folder_that_is_not_ours_or_holds_a_run_is_refused(tmp_path, pretrained):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no folder of a training run"):
+        run(tmp_path, "--objective=mdm", "--max_steps=1")
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(pretrained, "--objective=mdm", "--max_steps=1")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="The loss is"):
+        run(tmp_path, "--objective=mdm", "--max_steps=20", "--learning_rate=1e30", "--max_grad_norm=0")
 
 
 def test_the_loss_falls(tmp_path):
@@ -205,12 +295,18 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--objective=critics"], "`--objective` must be mdm or prism, got 'critics'"),
-        (["--objective=mdm", "--dataset=owt"], "`--dataset` must be sudoku, got 'owt'"),
+        (["--objective=critics"], "`--objective` must be one of mdm, prism, critic, got 'critics'"),
+        (["--objective=mdm", "--dataset=no/such.txt"], "pass `--base_model`"),
         (["--objective=prism"], "pass --base_model"),
-        (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be adamw or muon"),
+        (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be one of adamw, muon"),
         (["--objective=mdm", "--mask_rate_min=0.9", "--mask_rate_max=0.1"], "mask_rate_min=0.9"),
         (["--objective=mdm", "--no_such_flag=1"], "no_such_flag"),
+        (["--objective=mdm", "--freeze_backbone"], "--freeze_backbone goes with --objective prism"),
+        (["--objective=prism", "--base_model=x/y", "--full", "--rank=4"], "Pass one of --freeze_backbone, --full"),
+        (["--objective=prism", "--base_model=x/y", "--rank=0"], "`--rank` must be at least 1"),
+        (["--objective=prism", "--base_model=x/y", "--full", "--load_in_4bit"], "cannot be trained"),
+        (["--objective=mdm", "--preset=imagenet"], "`--preset` must be one of sudoku, owt, llada"),
+        (["--objective=mdm", "--push_to_hub"], "needs `--hub_model_id"),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_2(tmp_path, capsys, flags, words):

@@ -1,0 +1,248 @@
+"""The repository of a head: a plain PEFT adapter at its root, the quality head, recommended settings, a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi
+
+from . import hub
+
+CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
+SETTINGS_LEFT_OUT = ("_class_name", "_diffusers_version")
+
+
+def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None) -> Path:
+    """Write the head of a pipeline, its LoRA adapter and its scheduler settings as a repository of their own.
+
+    Files: adapter_config.json and adapter_model.safetensors if the model in use has an adapter, quality_head/,
+    scheduler/ and README.md. The base model is named, not copied.
+
+    Args:
+        pipe: `PrismPipeline` with a quality head.
+        folder: where; made if missing, files of the same names are replaced.
+        base_model: Hub id or folder that the head belongs to; None for what the head's config says.
+        base_revision: of that; None for what the head's config says.
+        facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
+            "steps" (int), "versions" and "metrics" (dicts), "figure" (path of a calibration figure, copied).
+    Returns:
+        The folder.
+    Raises:
+        ValueError: no quality head, no base model is known, or an unknown fact.
+    """
+    if pipe.quality_head is None:
+        raise ValueError("This pipeline has no quality head to save. Load or train one, or save the whole pipeline.")
+    facts, folder = facts or {}, Path(folder)
+    base_model = base_model or pipe.quality_head.config.base_model
+    base_revision = base_revision or pipe.quality_head.config.base_revision
+    if not base_model:
+        raise ValueError("No base model is known for this head: pass `base_model` (the Hub id of its backbone).")
+    known = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
+    if unknown := sorted(set(facts) - known):
+        raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(known)}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = save_adapter(pipe, folder, base_model, base_revision)
+    pipe.quality_head.save_pretrained(folder / "quality_head", safe_serialization=True)
+    belongs = {"base_model": base_model, "base_revision": base_revision, "mdm_spec": dict(pipe.config.mdm_spec)}
+    rewrite(folder / "quality_head" / "config.json", belongs | {"base_fingerprint": hub.fingerprint(pipe.model)})
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    rewrite(folder / "scheduler" / "scheduler_config.json", {})
+    if facts.get("figure"):
+        shutil.copyfile(facts["figure"], folder / "calibration.png")
+    (folder / "README.md").write_text(model_card(pipe, base_model, base_revision, rank, facts))
+    return folder
+
+
+def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
+    """Write the active adapter as PEFT does, and return its rank; None if there is none."""
+    names = hub.adapters(pipe.model)
+    active = names and pipe.model.active_adapters()
+    if not active:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        return None
+    pipe.model.save_pretrained(folder, safe_serialization=True)  # transformers writes the active adapter alone
+    rewrite(folder / "adapter_config.json", {"base_model_name_or_path": base_model, "revision": base_revision})
+    return pipe.model.peft_config[active[0]].r
+
+
+def rewrite(file: Path, values: dict) -> None:
+    """Set fields of a JSON file, and drop the folder it was once loaded from."""
+    content = json.loads(file.read_text())
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content | values, indent=2, sort_keys=True) + "\n")
+
+
+def scrub(file: Path, base_model: str | None) -> None:
+    """Take folders of this machine out of a JSON file of a saved pipeline; a base model is named by its Hub id."""
+    content = json.loads(file.read_text())
+    named = [key for key in ("_name_or_path", "name_or_path") if key in content]
+    based = [key for key in ("base_model", "base_model_name_or_path") if content.get(key)]
+    values = {key: base_model for key in based if not hub.is_hub_id(content[key])}
+    if named or values:
+        content = {key: value for key, value in content.items() if key not in named} | values
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def push_head_repo(
+    pipe,
+    repo_id: str,
+    *,
+    base_model=None,
+    base_revision=None,
+    facts=None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Upload what `save_head_repo` writes.
+
+    Args:
+        pipe, base_model, base_revision, facts: as `save_head_repo`; `base_model` must be an id on the Hub, for whoever
+            loads the head needs it.
+        repo_id: "owner/name" on the Hub; made if missing.
+        private: of a new repository; None for the Hub's default.
+        token: of the Hub; None for the one that is logged in.
+        revision: branch to commit to; None for main.
+        commit_message: of the commit.
+    Returns:
+        URL of the commit.
+    Raises:
+        ValueError: the base model is a folder here, or what `save_head_repo` raises.
+    """
+    base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
+    if base_model and not hub.is_hub_id(base_model):
+        raise ValueError(
+            f"The base model of this head is {base_model!r}, which is no id on the Hub (owner/name), so nobody else "
+            "could load it. Push the base model first, and pass its id as `base_model`."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_head_repo(pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts)
+        message = commit_message or "PRISM quality head"
+        return upload(folder, repo_id, private=private, token=token, revision=revision, commit_message=message)
+
+
+def push_pipeline(
+    pipe, repo_id: str, *, base_model=None, private=None, token=None, revision=None, commit_message=None
+) -> str:
+    """Upload a whole saved pipeline; the arguments are those of `push_head_repo`.
+
+    An adapter is saved by reference, so a pipeline with one names its base model as a head's repository does.
+
+    Raises:
+        ValueError: it has an adapter, and the base model is a folder here.
+    """
+    if hub.adapters(pipe.model):
+        base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
+        if not base_model or not hub.is_hub_id(base_model):
+            raise ValueError(
+                f"This pipeline has a LoRA adapter, and its base model {base_model!r} is no id on the Hub. "
+                "Pass `base_model`, or merge the adapter into the weights first."
+            )
+    with tempfile.TemporaryDirectory() as temporary:
+        pipe.save_pretrained(temporary)
+        if pipe.quality_head is not None:
+            # The backbone may be tuned, and has a new name from now on: its embeddings say that the head is its own.
+            mark = {"base_fingerprint": hub.fingerprint(pipe.model)}
+            rewrite(Path(temporary) / "quality_head" / "config.json", mark)
+        for file in Path(temporary).rglob("*.json"):
+            scrub(file, base_model)
+        message = commit_message or "PRISM pipeline"
+        return upload(Path(temporary), repo_id, private=private, token=token, revision=revision, commit_message=message)
+
+
+def upload(folder: Path, repo_id: str, *, private, token, revision, commit_message: str) -> str:
+    """Make a repository if there is none, and commit a folder to it; returns the commit's URL."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+    ).commit_url
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def model_card(pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict) -> str:
+    """README.md of a head's repository; what is not known is left out."""
+    kind = pipe.quality_head.config.architecture
+    header = {
+        "library_name": "peft" if rank else "diffusers",
+        "pipeline_tag": "text-generation",
+        "tags": [*CARD_TAGS, *(["lora"] if rank else [])],
+    }
+    if hub.is_hub_id(base_model):
+        header["base_model"] = base_model
+    if "license" in facts:
+        header["license"] = facts["license"]
+    name = Path(base_model).name
+    at = f" at revision `{base_revision}`" if base_revision else ""
+    adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
+    parts = [
+        "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
+        f"# PRISM quality head for {name}",
+        f"A {kind} head on the last hidden states of `{base_model}`{at}, with {adapter}. It gives, in the same forward "
+        "pass as the predictions, the probability that each visible token is right; at inference the least likely are "
+        "masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
+        "## Use",
+        usage(pipe, rank),
+        "## Recommended settings",
+        settings(pipe.scheduler),
+    ]
+    training = {
+        "Data": facts.get("dataset"),
+        "Steps": facts.get("steps"),
+        "Hardware": facts.get("hardware"),
+        "Versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()),
+    }
+    rows = [f"- {key}: {value}" for key, value in training.items() if value]
+    if "command" in facts:
+        rows.append(f"\n```bash\n{facts['command']}\n```")
+    if rows:
+        parts += ["## Training", "\n".join(rows)]
+    table = [f"| {key} | {value:.4g} |" for key, value in facts.get("metrics", {}).items() if value is not None]
+    if table:
+        parts += ["## Held-out metrics", "\n".join(["| measure | value |", "| --- | --- |", *table])]
+    if facts.get("figure"):
+        parts.append("![Reliability of the head](calibration.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(pipe, rank: int | None) -> str:
+    """How a reader loads the head; the repository's own name is filled in by the reader."""
+    call = 'pipe(prompt="Once", gen_length=32, num_inference_steps=32)'
+    if pipe.tokenizer is None:
+        call = 'pipe(num_samples=1, gen_length=32, num_inference_steps=32, output_type="seq")'
+    lines = [
+        "```python",
+        "from prism_pipelines import PrismPipeline",
+        "",
+        'pipe = PrismPipeline.from_pretrained("<this repository>")  # loads the base model too',
+        f"print({call})",
+        "```",
+    ]
+    if rank:
+        lines += [
+            "",
+            'The adapter alone, without this package: `peft.PeftModel.from_pretrained(base, "<this repository>")`.',
+        ]
+    return "\n".join(lines)
+
+
+def settings(scheduler) -> str:
+    """The scheduler's settings that differ from the defaults of its class."""
+    plain = type(scheduler)().config
+    changed = {
+        key: value
+        for key, value in scheduler.config.items()
+        if key not in SETTINGS_LEFT_OUT and not key.startswith("_") and value != plain.get(key)
+    }
+    words = ", ".join(f"{key}={value!r}" for key, value in sorted(changed.items()))
+    return f"`{type(scheduler).__name__}({words})`, loaded with the head."

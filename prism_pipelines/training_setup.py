@@ -1,0 +1,222 @@
+"""The parts of a training run from its flags: base model, adapter, objective, pipeline, examples."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+from . import hub, sudoku
+from .denoiser import MaskedDenoiser
+from .families import resolve_spec
+from .losses import CriticObjective, MDMObjective, PRISMObjective
+from .pipeline_prism import PrismPipeline
+from .quality_head import QualityHead
+from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
+from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
+
+ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
+
+
+def load_base(run):
+    """(model, tokenizer, spec) to start from: those of `--base_model`, or a new model of `--model_type`.
+
+    Raises:
+        OSError, ValueError: as `hub.load_plain`; or a new model without a tokenizer.
+    """
+    if run.base_model is None:
+        return new_model(run)
+    where = {"revision": run.revision, "cache_dir": None, "token": None, "local_files_only": False}
+    index = hub.read_json(run.base_model, "model_index.json", where)
+    loaded = hub.load_plain(
+        run.base_model,
+        "" if index is None else "model",
+        getattr(torch, run.dtype),
+        run.trust_remote_code,
+        where,
+        mdm_spec=None if index is None else index["mdm_spec"],
+        mask_token_id=run.mask_token_id,
+        quantization_config=quantization(run),
+    )
+    tokenizer = loaded["tokenizer"]
+    if index is not None and tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(run.base_model, subfolder="tokenizer", revision=run.revision)
+    if tokenizer is None:
+        raise ValueError(f"`--base_model` {run.base_model!r} has no tokenizer.")
+    return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
+
+
+def quantization(run):
+    """The bitsandbytes config of `--load_in_4bit` or `--load_in_8bit`, or None.
+
+    Raises:
+        ValueError: both; or bitsandbytes is not there.
+    """
+    if not (run.load_in_4bit or run.load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if run.load_in_4bit and run.load_in_8bit:
+        raise ValueError("Pass one of `--load_in_4bit` and `--load_in_8bit`.")
+    if not is_bitsandbytes_available():
+        raise ValueError("`--load_in_4bit` and `--load_in_8bit` need a GPU and: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=run.load_in_4bit,
+        load_in_8bit=run.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def new_model(run):
+    """(model, tokenizer, spec) of a model with random weights, sized for its data."""
+    if run.dataset == "sudoku":
+        tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
+    elif run.tokenizer is None:
+        raise ValueError("A new model needs `--tokenizer` (folder or Hub id), or pass `--base_model`.")
+    else:
+        tokenizer, length = AutoTokenizer.from_pretrained(run.tokenizer), run.max_length
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"The tokenizer of `--tokenizer` {run.tokenizer!r} has no mask token.")
+    pad = tokenizer.pad_token_id or 0
+    config = AutoConfig.for_model(
+        run.model_type,
+        vocab_size=len(tokenizer),
+        pad_token_id=pad,
+        max_position_embeddings=length + 1 + pad,
+        type_vocab_size=1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if run.config_overrides:
+        config.update_from_string(run.config_overrides)
+    return AutoModelForMaskedLM.from_config(config), tokenizer, resolve_spec(config, tokenizer)
+
+
+def add_lora(run, model, spec) -> None:
+    """Puts a float32 LoRA adapter into the model and freezes everything else.
+
+    Raises:
+        ValueError: no targets are known, or the model has no module of such a name.
+    """
+    from peft import LoraConfig
+
+    targets = run.lora_targets.split(",") if run.lora_targets else list(spec.lora_targets)
+    if not targets:
+        raise ValueError("No LoRA targets are known for this model: pass `--lora_targets` (module names, commas).")
+    model.add_adapter(
+        LoraConfig(r=run.rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets),
+        adapter_name=ADAPTER,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def build_objective(run, model, tokenizer, spec) -> MDMObjective:
+    """The module that is trained: backbone, head and loss in one."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    suppressed = () if pad is None or pad == end else (pad,)  # as the pipeline, which must be able to end a text
+    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
+    shared = {
+        "weighting": run.weighting,
+        "mask_rate_min": run.mask_rate_min,
+        "mask_rate_max": run.mask_rate_max,
+    }
+    if run.objective == "mdm":
+        return MDMObjective(denoiser, **shared)
+    head = QualityHead(
+        model.config.hidden_size,
+        run.head,
+        base_model=run.base_model,
+        base_revision=run.revision,
+        mdm_spec=spec.to_dict(),
+    )
+    if not (run.freeze_backbone or run.full):
+        add_lora(run, model, spec)
+    shared |= {
+        "draws_per_state": run.draws_per_state,
+        "lambda_mdm": run.lambda_mdm,
+        "temperature": run.draw_temperature,
+        "top_p": run.top_p,
+        "freeze_backbone": run.freeze_backbone,
+    }
+    if run.objective == "critic":
+        return CriticObjective(denoiser, head, **shared)
+    return PRISMObjective(
+        denoiser,
+        head,
+        num_revealed=run.num_revealed,
+        reveal_order=run.reveal_order,
+        reveal_window=run.reveal_window,
+        **shared,
+    )
+
+
+def build_pipeline(objective: MDMObjective, tokenizer, dataset: str) -> PrismPipeline:
+    """The pipeline of the modules being trained: PRISM with a quality head, the plain model without."""
+    head = getattr(objective, "quality_head", None)
+    if head is None:
+        scheduler = MDLMScheduler()
+    elif isinstance(objective, CriticObjective):
+        scheduler = TokenCriticScheduler()
+    else:
+        # The settings of method.md: a few cells of a Sudoku, the paper's share of a text.
+        scheduler = PrismScheduler(num_remask=4) if dataset == "sudoku" else PrismScheduler(eta=0.05)
+    spec = objective.denoiser.spec.to_dict()
+    return PrismPipeline(objective.denoiser.model, tokenizer, quality_head=head, scheduler=scheduler, mdm_spec=spec)
+
+
+def load_examples(run, args, model, tokenizer, spec):
+    """(training examples, held-out examples, collator or None).
+
+    Raises:
+        ValueError: an argument or a row that cannot be used.
+    """
+    if run.dataset == "sudoku":
+        train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share)
+        held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share)
+        return train, held_out, None
+    limit = hub.max_length(model.config)
+    if limit is not None and run.max_length > limit:
+        raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+    if run.streaming and args.max_steps <= 0:
+        raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
+    encoder = RowEncoder(tokenizer, spec.mask_token_id, run.max_length, model.config.vocab_size, run.too_long)
+    rows = read_rows(
+        run.dataset,
+        split=run.dataset_split,
+        name=run.dataset_name,
+        revision=run.dataset_revision,
+        streaming=run.streaming,
+    )
+    eval_rows = None if run.eval_dataset is None else read_rows(run.eval_dataset, split=run.eval_split)
+    train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return train, held_out, functools.partial(pad_batch, pad_token_id=pad)
+
+
+def check_output_dir(folder: str, resume) -> None:
+    """Checks that a run may write into a folder: it is new or empty, or holds a run of ours that is to be resumed.
+
+    Raises:
+        ValueError: it holds something else, or a run, and nothing says to go on with it.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"`--output_dir` {folder!r} is a file.")
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if not entries - {"runs"}:
+        return
+    if "training_log.jsonl" not in entries and not any(name.startswith("checkpoint-") for name in entries):
+        raise ValueError(
+            f"`--output_dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
+        )
+    if not resume:
+        raise ValueError(
+            f"`--output_dir` {folder!r} holds a run already. Go on with it by --resume_from_checkpoint latest, or name "
+            "a new folder."
+        )

@@ -1,0 +1,114 @@
+"""lm-eval on a tiny pipeline: batches, stop strings, what is refused, and a whole run of a task."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_generate_many import CHAT, PROMPTS, pipeline
+
+pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from prism_pipelines.lm_eval_model import PrismLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm") / "model"
+    pipeline(chat_template=CHAT).save_pretrained(folder)
+    return str(folder)
+
+
+def requests(asked, prompts=PROMPTS):
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(asked)), idx=i)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def test_a_batch_gives_the_answers_of_single_requests_in_their_order(folder):
+    asked = {"until": ["w24"], "do_sample": False}
+    one, eight = (PrismLM(folder, gen_length=8, batch_size=size, device="cpu") for size in (1, 8))
+    answers = one.generate_until(requests(asked), disable_tqdm=True)
+    assert eight.generate_until(requests(asked), disable_tqdm=True) == answers
+    backwards = eight.generate_until(requests(asked, PROMPTS[::-1]), disable_tqdm=True)
+    assert backwards[::-1] == answers
+    assert len(set(answers)) > 12
+
+
+def test_answers_end_before_the_first_stop_string_and_are_those_without_it_cut(folder):
+    model = PrismLM(folder, gen_length=8, block_length=8, batch_size=8, device="cpu")
+    whole = model.generate_until(requests({"do_sample": False}), disable_tqdm=True)
+    cut = model.generate_until(requests({"until": ["w24", "w10", ""]}), disable_tqdm=True)
+    assert cut == [min(text.split("w24")[0], text.split("w10")[0], key=len) for text in whole]
+    assert cut != whole
+
+
+def test_requests_of_different_settings_do_not_share_a_batch(folder):
+    model = PrismLM(folder, batch_size=24, device="cpu")
+    short, long = {"max_gen_toks": 4}, {"max_gen_toks": 12, "until": "w24"}
+    mixed = requests(short, PROMPTS[:6]) + requests(long, PROMPTS[6:12])
+    together = model.generate_until(mixed[::2] + mixed[1::2], disable_tqdm=True)
+    apart = [model.generate_until([request], disable_tqdm=True)[0] for request in mixed]
+    assert together == apart[::2] + apart[1::2]
+    assert all(len(text.split()) <= 4 for text in apart[:6])
+    assert max(len(text.split()) for text in apart[6:]) > 4
+
+
+def test_temperature_is_the_tasks_unless_given(folder):
+    model = PrismLM(folder, gen_length=4, device="cpu")
+    assert model._call({"do_sample": False, "temperature": 0.7})["temperature"] == 0.0
+    assert model._call({"do_sample": True, "temperature": 0.7})["temperature"] == 0.7
+    assert model._call({})["temperature"] == 0.0
+    assert PrismLM(folder, temperature=0.5, device="cpu")._call({"temperature": 0.7})["temperature"] == 0.5
+
+
+def test_refusals(folder):
+    model = PrismLM(folder, gen_length=8, device="cpu")
+    for refused in (model.loglikelihood, model.loglikelihood_rolling):
+        with pytest.raises(NotImplementedError, match="Likelihood tasks are refused: a masked diffusion model gives"):
+            refused([])
+    with pytest.raises(ValueError, match=r"A prompt has 60 tokens and 8 are to be generated; the model takes 64"):
+        model.generate_until(requests({}, ["w1 " * 60]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="asks for 'num_beams'"):
+        model.generate_until(requests({"num_beams": 2}), disable_tqdm=True)
+    with pytest.raises(ValueError, match="empty prompt"):
+        model.generate_until(requests({}, [""]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1, got 'auto'"):
+        PrismLM(folder, batch_size="auto")
+
+
+def test_the_registry_and_the_argument_string_of_lm_eval_make_the_model(folder):
+    text = f"pretrained={folder},gen_length=6,steps=3,scheduler=SelfConfidenceScheduler,torch_dtype=bfloat16"
+    model = get_model("prism").create_from_arg_string(text, {"batch_size": 4, "max_batch_size": None, "device": "cpu"})
+    assert isinstance(model, PrismLM) and (model.gen_length, model.steps, model.batch_size) == (6, 3, 4)
+    assert type(model.pipe.scheduler).__name__ == "SelfConfidenceScheduler"
+    assert model.pipe.model.dtype == torch.bfloat16
+    assert model.apply_chat_template([{"role": "user", "content": "w3"}]) == "w3 w0"
+
+
+def test_a_task_runs_from_the_command_line(folder, tmp_path):
+    rows = [{"question": prompt, "answer": "w1"} for prompt in PROMPTS[:5]]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs:\n  until: ['w24']\n  do_sample: false\nmetric_list:\n  - metric: exact_match\n"
+    )
+    words = [sys.executable, "-m", "prism_pipelines.lm_eval_model", "run", "--model", "prism", "--tasks", "tiny"]
+    words += ["--model_args", f"pretrained={folder},gen_length=6", "--include_path", str(tmp_path), "--device", "cpu"]
+    words += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(words, env=os.environ | offline, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    assert found["n-samples"]["tiny"]["effective"] == 5
+    samples = [json.loads(line) for line in next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()]
+    model = PrismLM(folder, gen_length=6, device="cpu")
+    expected = model.generate_until(requests({"until": ["w24"]}, PROMPTS[:5]), disable_tqdm=True)
+    by_id = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
+    assert [by_id[i] for i in range(5)] == expected
