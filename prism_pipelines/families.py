@@ -33,6 +33,8 @@ class MDMSpec:
             checkpoint's own config names, which takes `trust_remote_code=True` if it is not part of transformers.
         key_mapping: checkpoint key renaming, regular expression -> replacement, for
             `from_pretrained(key_mapping=...)`, or None.
+        split_weights: end of the name of a checkpoint weight, after `key_mapping` -> the ends of the names of the native
+            weights that its rows are cut into, in order, for layers that were saved as one; or None.
         config_mapping: field of the native config -> field of the checkpoint's config; None if they are named alike.
         config_values: further fields of the native config that the checkpoint's config has no word for.
         vocab_key: name of a checkpoint weight with one row per id, where the config's vocab_size is not that of the
@@ -57,6 +59,7 @@ class MDMSpec:
     output_bias: str | None = None
     native_class: str | None = None
     key_mapping: dict[str, str] | None = None
+    split_weights: dict[str, list[str]] | None = None
     config_mapping: dict[str, str] | None = None
     config_values: dict | None = None
     vocab_key: str | None = None
@@ -141,6 +144,50 @@ _LLADA_CONFIG = {
     "pad_token_id": "pad_token_id",
     "eos_token_id": "eos_token_id",
 }
+# Words that several configs share with the native ones.
+_SAME_WORDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "mask_token_id",
+    "pad_token_id",
+    "eos_token_id",
+)
+_LLADA_MOE_CONFIG = {name: name for name in (*_SAME_WORDS, "num_experts", "attention_bias")} | {
+    "moe_intermediate_size": "expert_intermediate_size",
+}
+_LLADA2_KEYS = {
+    r"^model\.word_embeddings\.": "model.embed_tokens.",
+    r"\.attention\.query_key_value\.": ".self_attn.query_key_value.",
+    r"\.attention\.query_layernorm\.": ".self_attn.q_norm.",
+    r"\.attention\.key_layernorm\.": ".self_attn.k_norm.",
+    r"\.attention\.dense\.": ".self_attn.o_proj.",
+    r"\.mlp\.gate\.expert_bias$": ".mlp.gate.e_score_correction_bias",
+}
+_LLADA2_CONFIG = {
+    name: name
+    for name in (
+        *_SAME_WORDS,
+        "intermediate_size",
+        "moe_intermediate_size",
+        "first_k_dense_replace",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "head_dim",
+        "partial_rotary_factor",
+        "use_qk_norm",
+    )
+} | {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts", "attention_bias": "use_qkv_bias"}
 _MDLM_CONFIG = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_dim",
@@ -211,11 +258,12 @@ FAMILIES: dict[str, MDMSpec] = {
         key_mapping=_LLADA_KEYS,
         config_mapping=_LLADA_CONFIG,
     ),
-    "llada:moe": MDMSpec(
+    "llada:moe": _from_causal(
         156895,
-        lora_targets=_LLAMA,
-        tested=False,
-        source="inclusionAI/LLaDA-MoE-7B-A1B: model_type llada too, mask id absent from its config; remote code",
+        "Qwen3MoeForCausalLM",
+        "inclusionAI/LLaDA-MoE-7B-A1B: modeling_lladamoe.py; model_type llada too, mask id absent from its config",
+        config_mapping=_LLADA_MOE_CONFIG,
+        config_values={"norm_topk_prob": False, "decoder_sparse_step": 1},
     ),
     "Dream": _from_causal(
         151666,
@@ -229,6 +277,16 @@ FAMILIES: dict[str, MDMSpec] = {
         151669,
         "Qwen3ForCausalLM",
         "dllm-hub/Qwen3-0.6B-diffusion-bd3lm: block size 32 in its card",
+        attention="block_causal",
+        block_length=32,
+    ),
+    "a2d-qwen2": _from_causal(
+        151665, "Qwen2ForCausalLM", "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm: tokenizer <|mask|>"
+    ),
+    "a2d-qwen2:bd3lm": _from_causal(
+        151665,
+        "Qwen2ForCausalLM",
+        "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm: block size 32 in its card",
         attention="block_causal",
         block_length=32,
     ),
@@ -248,15 +306,18 @@ FAMILIES: dict[str, MDMSpec] = {
         block_length=32,
         logit_shift=1,
     ),
-    "llada2_moe": MDMSpec(
+    "llada2_moe": _from_causal(
         156895,
+        "Glm4MoeForCausalLM",
+        "inclusionAI/LLaDA2.0-mini, -flash, LLaDA2.1: modeling_llada2_moe.py; mask <|mask|>, block of the model card",
         attention="block_causal",
         block_length=32,
-        mask_format="additive",
-        extra_inputs=("position_ids",),
-        lora_targets=("query_key_value", "dense"),
-        tested=False,
-        source="inclusionAI/LLaDA2.0-mini, LLaDA2.1: tokenizer <|mask|>, block length of the model card; remote code",
+        key_mapping=_LLADA2_KEYS,
+        split_weights={
+            "self_attn.query_key_value.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
+        },
+        config_mapping=_LLADA2_CONFIG,
+        config_values={"norm_topk_prob": True, "num_nextn_predict_layers": 0},
     ),
     "llama:diffullama": _from_causal(
         811,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -14,9 +15,11 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, 
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Split, WeightConverter
 
 from .denoiser import MaskedDenoiser
-from .families import MDMSpec, family_of, resolve_spec
+from .families import FAMILIES, MDMSpec, family_of, resolve_spec
 from .mdlm import load_mdlm
 from .quality_head import QualityHead
 
@@ -113,7 +116,7 @@ def load_plain(
             "quantization_config": quantization_config,
         }
         return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
-    refuse_variants(path, raw)
+    refuse_variants(path, raw, None if mdm_spec else family_of(SimpleNamespace(**raw), path))
     if dtype != "auto":
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -225,15 +228,51 @@ def load_backbone(
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"The weights of {path!r} do not fit the MDLM of its config.json: {error}") from error
     options |= {"config": config, "key_mapping": spec.key_mapping, "output_loading_info": True}
-    model, info = native.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    reader = with_split_weights(native, spec.split_weights) if spec.split_weights else native
+    model, info = reader.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    model.__class__ = native
     wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
     if wrong:
         raise ValueError(f"The weights of {path!r} do not fit {spec.native_class}: {wrong}.")
+    warn_of_leftovers(path, spec, info["unexpected_keys"])
+    if raw.get("model_type") != native.config_class.model_type or spec.vocab_key:
+        model.get_adapter_state_dict = functools.partial(adapter_weights, model)
     if spec.key_mapping:
         # transformers would rename the weights back when it saves them; ours are read again as the native class.
         model._weight_conversions = None
     check_rope(model, path)
     return model
+
+
+def with_split_weights(native, split_weights: dict[str, list[str]]):
+    """The native class under a name of its own, for which transformers cuts weights as `MDMSpec.split_weights` says."""
+    name = f"Split{native.__name__}"
+    rules = get_checkpoint_conversion_mapping(native.config_class.model_type) or []
+    rules += [WeightConverter(whole, parts, [Split(dim=0)]) for whole, parts in split_weights.items()]
+    register_checkpoint_conversion_mapping(name, rules, overwrite=True)
+    return type(name, (native,), {"__module__": __name__})
+
+
+def warn_of_leftovers(path: str, spec: MDMSpec, names) -> None:
+    """Warn if a checkpoint has weights that its native class has no place for; encoders lose their pooler as usual."""
+    left = sorted(name for name in names if not name.endswith("inv_freq"))
+    if left and spec.mask_format == "additive":
+        warnings.warn(
+            f"{len(left)} weights of {path!r} are not used by {spec.native_class}, such as {left[:3]}: it may be another "
+            "architecture. Run `prism info` on it, and compare its output with the authors' own.",
+            stacklevel=4,
+        )
+
+
+def adapter_weights(model, adapter_name: str | None = None, state_dict: dict | None = None) -> dict:
+    """As transformers' `get_adapter_state_dict`, which reads the base's config as a native one to compare vocabularies.
+
+    That config is not a native one here, so reading it fails, or finds another vocabulary and saves the embeddings too.
+    """
+    from peft import get_peft_model_state_dict
+
+    name = adapter_name or model.active_adapters()[0]
+    return get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
 
 
 def native_config(native, raw: dict, spec: MDMSpec):
@@ -287,19 +326,49 @@ def refuse_pickles(path: str, subfolder: str, where: dict) -> None:
     raise OSError(f"{inside(subfolder, 'model.safetensors')} is missing in {path!r}: {what}. Convert to safetensors.")
 
 
-def refuse_variants(path: str, raw: dict) -> None:
-    """Raise a ValueError for a checkpoint that shares the config of a family and is something else."""
+# What a config of a key-mapped family must say, if it says anything: its native class does nothing else.
+ONLY_AS = {
+    "llada": {
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "activation_type": ("silu",),
+        "rope": (True,),
+        "alibi": (False,),
+        "attention_layer_norm": (False,),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+    },
+    "llada:moe": {
+        "clip_qkv": (None,),
+        "qk_layernorm": (True,),
+        "partial_rotary_factor": (1,),
+        "shared_expert_intermediate_size": (None,),
+        "moe_router_enable_expert_bias": (False, None),
+    },
+    "llada2_moe": {"norm_head": (False,), "use_bias": (False,)},
+    "Dream": {"block_size": (None,)},  # Dream's block-diffusion successor shares its model_type
+    "mdlm": {"time_conditioning": (False, None)},
+    "bd3lm": {"time_conditioning": (False, None), "causal": (False, None)},
+}
+
+
+def refuse_variants(path: str, raw: dict, row: MDMSpec | None) -> None:
+    """Raise a ValueError for a checkpoint that shares the config of a family and is something else.
+
+    Args:
+        path: named in the error.
+        raw: its config.json.
+        row: of `FAMILIES`, as `family_of` finds it; None if the caller passes a spec of their own.
+    """
     wrong = None
+    key = next((key for key, known in FAMILIES.items() if known is row), None)
+    for name, allowed in ONLY_AS.get(key, {}).items():
+        if name in raw and raw[name] not in allowed:
+            wrong = f"{name} {raw[name]!r}; {key!r} runs with {' or '.join(map(repr, allowed))}. Or pass `mdm_spec`"
     if raw.get("dplm_type", "dplm_esm") != "dplm_esm":
         wrong = (
             f"dplm_type {raw['dplm_type']!r}: two modalities with a mask token each; only DPLM (dplm_esm) is supported"
         )
-    elif raw.get("model_type") in ("mdlm", "bd3lm") and raw.get("time_conditioning"):
-        wrong = (
-            "time_conditioning: its layers depend on the diffusion time, which masked diffusion here does not give it"
-        )
-    elif raw.get("model_type") == "bd3lm" and raw.get("causal"):
-        wrong = "causal: it is the autoregressive baseline, which cannot fill masks from both sides"
     if wrong:
         raise ValueError(f"{path!r} is no masked diffusion model that can be run here. Its config says {wrong}.")
 

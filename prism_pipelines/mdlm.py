@@ -63,12 +63,17 @@ def fold_time(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     Source: modeling_mdlm.py of kuleshov-group/mdlm-owt (arXiv 2406.07524).
     """
     old = {name.removeprefix("backbone."): value.float() for name, value in weights.items()}
-    # The embedding of time 0: cos 0 = 1, sin 0 = 0.
-    time = torch.cat([torch.ones(FREQUENCIES // 2), torch.zeros(FREQUENCIES // 2)])
-    time = old["sigma_map.mlp.0.weight"] @ time + old["sigma_map.mlp.0.bias"]
-    time = silu(old["sigma_map.mlp.2.weight"] @ silu(time) + old["sigma_map.mlp.2.bias"])
+    width = old["vocab_embed.embedding"].shape[1]
+    modulated = any("adaLN_modulation" in name for name in old)
+    if modulated:
+        # The embedding of time 0: cos 0 = 1, sin 0 = 0.
+        time = torch.cat([torch.ones(FREQUENCIES // 2), torch.zeros(FREQUENCIES // 2)])
+        time = old["sigma_map.mlp.0.weight"] @ time + old["sigma_map.mlp.0.bias"]
+        time = silu(old["sigma_map.mlp.2.weight"] @ silu(time) + old["sigma_map.mlp.2.bias"])
 
     def modulation(place: str, parts: int) -> tuple[Tensor, ...]:
+        if not modulated:  # BD3-LM with adaln=False: shift 0, scale 0, gate 1
+            return ((torch.zeros(width), torch.zeros(width), torch.ones(width)) * 2)[:parts]
         constants = old[f"{place}.adaLN_modulation.weight"] @ time + old[f"{place}.adaLN_modulation.bias"]
         return constants.chunk(parts)
 
@@ -81,7 +86,6 @@ def fold_time(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
         new[f"{native}.input_layernorm.bias"] = shift
         # MDLM packs all queries, all keys, all values; GPT-NeoX packs query, key, value of each head.
         qkv = old[f"{block}.attn_qkv.weight"]
-        width = qkv.shape[1]
         qkv = qkv.view(3, num_heads, width // num_heads, width).transpose(0, 1).reshape(3 * width, width)
         new[f"{native}.attention.query_key_value.weight"] = qkv
         new[f"{native}.attention.dense.weight"] = gate[:, None] * old[f"{block}.attn_out.weight"]

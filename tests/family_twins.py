@@ -103,6 +103,73 @@ def save_qwen(folder, model_type, tied, biases, qk_norm, **more):
     return write(folder, config, random_weights(shapes))
 
 
+EXPERTS, CHOSEN, EXPERT_INNER = 6, 2, 24
+
+
+def save_llada_moe(folder):
+    """LLaDA-MoE: attention of Qwen3 with one norm for all heads, a softmax over experts that is not renormalised."""
+    config = {
+        "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "clip_qkv": None,
+        "auto_map": {"AutoModel": "modeling_lladamoe.LLaDAMoEModelLM"}, "dense_intermediate_size": 4 * INNER,
+        "eos_token_id": EOS, "expert_intermediate_size": EXPERT_INNER, "hidden_act": "silu", "hidden_size": H,
+        "max_position_embeddings": 96, "moe_layer_freq": [1] * LAYERS, "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax", "norm_topk_prob": None, "num_attention_heads": HEADS,
+        "num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "num_hidden_layers": LAYERS,
+        "num_key_value_heads": HEADS, "pad_token_id": PAD, "partial_rotary_factor": 1, "qk_layernorm": True,
+        "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50000, "router_aux_loss_coef": 0.01,
+        "shared_expert_intermediate_size": None, "tie_word_embeddings": False, "use_cache": False, "vocab_size": V,
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,), "lm_head.weight": (V, H)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{name}_layernorm.weight": (H,) for name in ("input", "post_attention")}
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (H, H) for name in "qkvo"}
+        shapes |= {f"{layer}.self_attn.{name}_norm.weight": (H // HEADS,) for name in "qk"}
+        shapes |= {f"{layer}.mlp.gate.weight": (EXPERTS, H)} | experts(f"{layer}.mlp.experts")
+    return write(folder, config, random_weights(shapes))
+
+
+def experts(start):
+    """Shapes of a list of gated networks."""
+    each = {"gate_proj": (EXPERT_INNER, H), "up_proj": (EXPERT_INNER, H), "down_proj": (H, EXPERT_INNER)}
+    return {f"{start}.{e}.{name}.weight": shape for e in range(EXPERTS) for name, shape in each.items()}
+
+
+def save_llada2(folder):
+    """LLaDA2: queries, keys and values in one weight, rotary positions on half of a head, experts in groups that a
+    sigmoid and a bias choose, one shared expert, and a first layer without experts."""
+    wide, kv_heads = 12, 2
+    config = {
+        "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0,
+        "auto_map": {"AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM"}, "embedding_dropout": 0.0,
+        "eos_token_id": EOS, "first_k_dense_replace": 1, "head_dim": wide, "hidden_act": "silu", "hidden_size": H,
+        "initializer_range": 0.02, "intermediate_size": INNER, "max_position_embeddings": 96, "max_window_layers": 28,
+        "moe_intermediate_size": EXPERT_INNER, "moe_router_enable_expert_bias": True, "n_group": 2, "norm_head": False,
+        "norm_topk_prob": True, "num_attention_heads": HEADS, "num_experts": EXPERTS, "num_experts_per_tok": CHOSEN,
+        "num_hidden_layers": LAYERS, "num_key_value_heads": kv_heads, "num_shared_experts": 1, "output_dropout": 0.0,
+        "pad_token_id": PAD, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 600000, "routed_scaling_factor": 2.5, "score_function": "sigmoid", "sliding_window": 4096,
+        "tie_word_embeddings": False, "topk_group": 1, "use_bias": False, "use_cache": False, "use_qk_norm": True,
+        "use_qkv_bias": False, "use_sliding_window": False, "vocab_size": V,
+    }  # fmt: skip
+    shapes = {"model.word_embeddings.weight": (V, H), "model.norm.weight": (H,), "lm_head.weight": (V, H)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{name}_layernorm.weight": (H,) for name in ("input", "post_attention")}
+        shapes |= {f"{layer}.attention.query_key_value.weight": ((HEADS + 2 * kv_heads) * wide, H)}
+        shapes |= {f"{layer}.attention.{name}_layernorm.weight": (wide,) for name in ("query", "key")}
+        shapes |= {f"{layer}.attention.dense.weight": (H, HEADS * wide)}
+        if i < config["first_k_dense_replace"]:
+            shapes |= {f"{layer}.mlp.{name}_proj.weight": (INNER, H) for name in ("gate", "up")}
+            shapes |= {f"{layer}.mlp.down_proj.weight": (H, INNER)}
+            continue
+        shapes |= {f"{layer}.mlp.gate.weight": (EXPERTS, H), f"{layer}.mlp.gate.expert_bias": (EXPERTS,)}
+        shapes |= experts(f"{layer}.mlp.experts")
+        shapes |= {f"{layer}.mlp.shared_experts.{name}_proj.weight": (EXPERT_INNER, H) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.shared_experts.down_proj.weight": (H, EXPERT_INNER)}
+    return write(folder, config, random_weights(shapes))
+
+
 def save_diffullama(folder):
     """A Llama whose embeddings a wrapper took out: denoise_model.layers.*, embed_tokens, lm_head."""
     save_qwen(folder, "llama", tied=False, biases=False, qk_norm=False)
@@ -306,6 +373,68 @@ def gated_transformer(weights, words, ids, seen, theta, eps):
     return x @ weights[head if head in weights else f"{words['embed']}.weight"].T
 
 
+def expert_mixture(x, weights, start, share):
+    """Networks of `start`.experts on (B, L, H), each weighted by `share` (B, L, experts), which is 0 where not chosen."""
+    total = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        gate, up, down = (weights[f"{start}.experts.{e}.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        total = total + share[..., e : e + 1] * ((silu(x @ gate) * (x @ up)) @ down)
+    return total
+
+
+def keep_highest(scores, count):
+    """Which of the last dimension are among the `count` highest, by sorting in Python."""
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for row, flags in zip(scores.reshape(-1, scores.shape[-1]), kept.view(-1, scores.shape[-1]), strict=True):
+        flags[sorted(range(len(row)), key=lambda e: -float(row[e]))[:count]] = True
+    return kept
+
+
+def moe_reference(weights, ids, seen, llada2):
+    """Logits of LLaDA-MoE or LLaDA2 (modeling_lladamoe.py, modeling_llada2_moe.py)."""
+    attention = "attention" if llada2 else "self_attn"
+    eps, theta = (1e-6, 6e5) if llada2 else (1e-5, 5e4)
+    x = weights["model.word_embeddings.weight" if llada2 else "model.embed_tokens.weight"][ids]
+    for i in range(LAYERS):
+        layer, start = f"model.layers.{i}", f"model.layers.{i}.{attention}"
+        y = rms(x, weights[f"{layer}.input_layernorm.weight"], eps)
+        if llada2:
+            wide = weights[f"{start}.query_layernorm.weight"].shape[0]
+            heads = (y @ weights[f"{start}.query_key_value.weight"].T).unflatten(-1, (-1, wide)).transpose(1, 2)
+            q, k, v = heads[:, :HEADS], heads[:, HEADS : HEADS + 2], heads[:, HEADS + 2 :]
+            k, v = (t.repeat_interleave(HEADS // 2, dim=1) for t in (k, v))
+            norms, out, turned = ("query_layernorm", "key_layernorm"), "dense", wide // 2
+        else:
+            q, k, v = ((y @ weights[f"{start}.{n}_proj.weight"].T).unflatten(-1, (HEADS, -1)) for n in "qkv")
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            norms, out, turned = ("q_norm", "k_norm"), "o_proj", q.shape[-1]
+        q, k = (rms(t, weights[f"{start}.{name}.weight"], eps) for t, name in zip((q, k), norms, strict=True))
+        q, k = (torch.cat([rotate(t[..., :turned], theta), t[..., turned:]], dim=-1) for t in (q, k))
+        x = x + attend(q, k, v, seen).transpose(1, 2).flatten(-2) @ weights[f"{start}.{out}.weight"].T
+        y, mlp = rms(x, weights[f"{layer}.post_attention_layernorm.weight"], eps), f"{layer}.mlp"
+        if f"{mlp}.gate.weight" not in weights:
+            gate, up, down = (weights[f"{mlp}.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+            x = x + (silu(y @ gate) * (y @ up)) @ down
+            continue
+        score = y @ weights[f"{mlp}.gate.weight"].T
+        if not llada2:
+            share = score.softmax(-1)
+            x = x + expert_mixture(y, weights, mlp, share * keep_highest(share, CHOSEN))
+            continue
+        share = score.sigmoid()
+        rank = share + weights[f"{mlp}.gate.expert_bias"]
+        groups = rank.unflatten(
+            -1, (2, -1)
+        )  # of two groups of three, that with the larger sum of its best two takes part
+        best = (groups * keep_highest(groups, 2)).sum(-1)
+        best = keep_highest(best, 1).repeat_interleave(EXPERTS // 2, dim=-1)
+        share = share * keep_highest(rank.masked_fill(~best, -torch.inf), CHOSEN)
+        share = 2.5 * share / share.sum(-1, keepdim=True)
+        gate, up, down = (weights[f"{mlp}.shared_experts.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        x = x + expert_mixture(y, weights, mlp, share) + (silu(y @ gate) * (y @ up)) @ down
+    return rms(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
+
+
 def gpt2_reference(weights, ids, seen):
     """Logits of GPT-2 (learned positions, tanh GELU, weights stored input by output) where all may see all."""
     w = {name.removeprefix("denoise_model."): value for name, value in weights.items()}
@@ -394,9 +523,13 @@ def qwen(model_type, tied=False, biases=False, qk_norm=False, **more):
 # family -> (save, block length, shift)
 CHECKPOINTS = {
     "llada": (save_llada, None, 0),
+    "llada:moe": (save_llada_moe, None, 0),
+    "llada2_moe": (save_llada2, 32, 0),
     "Dream": (qwen("Dream", biases=True), None, 1),
     "a2d-qwen3": (qwen("a2d-qwen3", tied=True, qk_norm=True), None, 0),
     "a2d-qwen3:bd3lm": (qwen("a2d-qwen3", tied=True, qk_norm=True), 32, 0),
+    "a2d-qwen2": (qwen("a2d-qwen2", tied=True, biases=True), None, 0),
+    "a2d-qwen2:bd3lm": (qwen("a2d-qwen2", tied=True, biases=True), 32, 0),
     "a2d-llama": (qwen("a2d-llama"), None, 0),
     "sdar": (qwen("sdar", qk_norm=True), 4, 0),
     "Fast_dLLM_Qwen": (qwen("Fast_dLLM_Qwen", tied=True, biases=True, bd_size=8), 8, 1),
@@ -427,6 +560,8 @@ def reference(family, folder, ids):
     seen = seen_by_blocks(length, block or length)
     if family in ("mdlm", "bd3lm"):
         return mdlm_reference(weights, ids, seen)
+    if family in ("llada:moe", "llada2_moe"):
+        return moe_reference(weights, ids, seen, family == "llada2_moe")
     if "diffugpt" in family:
         logits = gpt2_reference(weights, ids, seen)
     elif family == "llada":

@@ -5,6 +5,7 @@ test_family_laws.py.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,9 @@ def test_a_saved_pipeline_gives_the_same_logits_under_native_names(family, tmp_p
     names = set(load_file(tmp_path / "saved" / "model" / "model.safetensors"))
     native = set(dict(pipe.model.named_parameters()))
     names = {name for name in names if not name.endswith("inv_freq")}  # transformers has a name of its own for ESM's
+    # Experts are saved one by one, as every mixture of experts of transformers is, and held in one tensor.
+    names = {re.sub(r"experts\.\d+\.(gate|up)_proj\.weight", "experts.gate_up_proj", name) for name in names}
+    names = {re.sub(r"experts\.\d+\.down_proj\.weight", "experts.down_proj", name) for name in names}
     assert names <= native | {name for name, _ in pipe.model.named_buffers()} | {"embed_out.weight", "embed_out.bias"}
     saved = json.loads((tmp_path / "saved" / "model" / "config.json").read_text())
     assert saved["model_type"] == type(pipe.model).config_class.model_type
@@ -103,7 +107,7 @@ def test_a_word_of_a_row_is_looked_for_in_the_name_of_the_checkpoint_alone(name,
 
 def test_an_architecture_tells_two_models_of_one_type_apart():
     moe = SimpleNamespace(model_type="llada", architectures=["LLaDAMoEModelLM"], vocab_size=157184)
-    assert resolve_spec(moe, name="here").native_class is None
+    assert resolve_spec(moe, name="here").native_class == "Qwen3MoeForCausalLM"
     assert resolve_spec(moe, name="here").mask_token_id == 156895
     dense = SimpleNamespace(model_type="llada", architectures=["LLaDAModelLM"])
     assert family_of(dense, "here") is FAMILIES["llada"]
@@ -148,11 +152,12 @@ def test_llada_may_give_its_vocabulary_by_either_name(tmp_path):
     assert_close(aligned(pipe, ids), reference("llada", checkpoint("llada"), ids))
 
 
-def test_untested_rows_say_so_and_remote_code_is_not_run(tmp_path):
-    config = {"model_type": "llada", "vocab_size": 200000, "auto_map": {"AutoModel": "modeling.Model"}}
-    write(tmp_path, config | {"architectures": ["LLaDAMoEModelLM"]}, {"x": torch.zeros(1)})
+def test_untested_specs_say_so_and_remote_code_is_not_run(tmp_path):
+    config = {"model_type": "novel", "vocab_size": V, "auto_map": {"AutoModel": "modeling.Model"}}
+    write(tmp_path, config, {"x": torch.zeros(1)})
+    spec = MDMSpec(MASK, tested=False)
     with pytest.warns(UserWarning, match="no test compares"), pytest.raises(ValueError, match="trust_remote_code=True"):
-        PrismPipeline.from_pretrained(tmp_path)
+        PrismPipeline.from_pretrained(tmp_path, mdm_spec=spec)
 
 
 # --- how it is loaded -------------------------------------------------------------------------------------------------
@@ -251,13 +256,53 @@ def test_a_causal_model_by_mistake(tmp_path):
     ("family", "changed", "says"),
     [
         ("esm", {"dplm_type": "dplm2_esm"}, "two modalities"),
-        ("mdlm", {"time_conditioning": True}, "diffusion time"),
-        ("bd3lm", {"causal": True}, "autoregressive baseline"),
+        ("mdlm", {"time_conditioning": True}, "time_conditioning True"),
+        ("bd3lm", {"causal": True}, "causal True"),
+        ("llada", {"attention_layer_norm": True}, "attention_layer_norm True"),
+        ("llada", {"input_emb_norm": True}, "input_emb_norm True"),
+        ("llada", {"block_type": "sequential"}, "block_type 'sequential'"),
+        ("llada:moe", {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
+        ("llada:moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size 8"),
+        ("llada2_moe", {"norm_head": True}, "norm_head True"),
+        ("Dream", {"block_size": 32}, "block_size 32"),
     ],
 )
 def test_a_relative_of_a_family_that_is_something_else(family, changed, says, tmp_path):
+    folder = tmp_path / checkpoint(family).name  # the name tells some rows apart
     with pytest.raises(ValueError, match=says):
-        load(with_config(family, tmp_path, **changed))
+        load(with_config(family, folder, **changed))
+
+
+def test_who_passes_a_spec_knows_better_than_the_config(tmp_path):
+    folder = with_config("Dream", tmp_path, block_size=32)
+    assert load(folder, mdm_spec=FAMILIES["Dream"]).config.mdm_spec["logit_shift"] == 1
+
+
+def test_weights_without_a_place_are_named(tmp_path):
+    weights = load_file(checkpoint("llada") / "model.safetensors")
+    config = json.loads((checkpoint("llada") / "config.json").read_text())
+    write(tmp_path, config, weights | {"model.transformer.blocks.0.q_norm.weight": torch.ones(H)})
+    with pytest.warns(UserWarning, match=r"1 weights of .* are not used by LlamaForCausalLM, such as .*q_norm"):
+        load(tmp_path)
+
+
+def test_bd3lm_without_modulation_by_time(tmp_path):
+    """`adaln=False`: the modulation's constants are shift 0, scale 0, gate 1, so the reference has them in its weights."""
+    config = json.loads((checkpoint("bd3lm") / "config.json").read_text())
+    weights = load_file(checkpoint("bd3lm") / "model.safetensors")
+    for name in weights:
+        if "adaLN_modulation" in name:
+            gates = torch.zeros_like(weights[name])
+            if name.endswith("bias") and "blocks" in name:
+                gates[2 * H : 3 * H] = gates[5 * H :] = 1
+            weights[name] = gates
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "modulated", config, weights)
+    left_out = ("adaLN_modulation", "sigma_map")
+    plain = {name: value for name, value in weights.items() if not any(word in name for word in left_out)}
+    write(tmp_path / "plain", config | {"adaln": False}, plain)
+    ids = some_ids()
+    assert_close(aligned(load(tmp_path / "plain"), ids), reference("bd3lm", tmp_path / "modulated", ids))
 
 
 def test_weights_quantized_under_names_of_their_own_are_refused(tmp_path):
