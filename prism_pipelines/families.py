@@ -33,12 +33,12 @@ class MDMSpec:
             checkpoint's own config names, which takes `trust_remote_code=True` if it is not part of transformers.
         key_mapping: checkpoint key renaming, regular expression -> replacement, for
             `from_pretrained(key_mapping=...)`, or None.
-        split_weights: end of the name of a checkpoint weight, after `key_mapping` -> the ends of the names of the native
+        split_weights: end of the name of a checkpoint weight, after `key_mapping` -> ends of the names of the native
             weights that its rows are cut into, in order, for layers that were saved as one; or None.
         config_mapping: field of the native config -> field of the checkpoint's config; None if they are named alike.
         config_values: further fields of the native config that the checkpoint's config has no word for.
         vocab_key: name of a checkpoint weight with one row per id, where the config's vocab_size is not that of the
-            weights; None trusts the config.
+            weights; "lm_head.weight" stands in if it is absent, being tied to it. None trusts the config.
         fold_time: the checkpoint's layers are modulated by an embedding of a time that is always 0 (MDLM): fold it into
             the weights, see `mdlm.py`.
         tokenizer_class: transformers class that loads the tokenizer without remote code; None asks `AutoTokenizer`.

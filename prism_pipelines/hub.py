@@ -125,7 +125,8 @@ def load_plain(
     row = mdm_spec or family_of(SimpleNamespace(**raw), path)
     row = MDMSpec.from_dict(row) if isinstance(row, dict) else row
     if row is not None and row.vocab_key:
-        raw["vocab_size"] = rows_of(row.vocab_key, path, subfolder, where) or raw["vocab_size"]
+        rows = (rows_of(key, path, subfolder, where) for key in (row.vocab_key, "lm_head.weight"))
+        raw["vocab_size"] = next(filter(None, rows), raw["vocab_size"])
     spec = resolve_spec(SimpleNamespace(**raw), tokenizer, mdm_spec=mdm_spec, mask_token_id=mask_token_id, name=path)
     model = load_backbone(path, subfolder, raw, spec, dtype, trust_remote_code, where, device_map, quantization_config)
     return {"model": model, "tokenizer": tokenizer, "mdm_spec": spec.to_dict()}
@@ -255,11 +256,11 @@ def with_split_weights(native, split_weights: dict[str, list[str]]):
 
 def warn_of_leftovers(path: str, spec: MDMSpec, names) -> None:
     """Warn if a checkpoint has weights that its native class has no place for; encoders lose their pooler as usual."""
-    left = sorted(name for name in names if not name.endswith("inv_freq"))
+    left = sorted(name for name in names if not name.endswith(("inv_freq", "attn.bias")))  # buffers of old releases
     if left and spec.mask_format == "additive":
         warnings.warn(
-            f"{len(left)} weights of {path!r} are not used by {spec.native_class}, such as {left[:3]}: it may be another "
-            "architecture. Run `prism info` on it, and compare its output with the authors' own.",
+            f"{len(left)} weights of {path!r} are not used by {spec.native_class}, such as {left[:3]}: it may be "
+            "another architecture. Run `prism info` on it, and compare its output with the authors' own.",
             stacklevel=4,
         )
 

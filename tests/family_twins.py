@@ -374,7 +374,7 @@ def gated_transformer(weights, words, ids, seen, theta, eps):
 
 
 def expert_mixture(x, weights, start, share):
-    """Networks of `start`.experts on (B, L, H), each weighted by `share` (B, L, experts), which is 0 where not chosen."""
+    """Networks of `start`.experts on (B, L, H), weighted by `share` (B, L, experts), which is 0 where not chosen."""
     total = torch.zeros_like(x)
     for e in range(EXPERTS):
         gate, up, down = (weights[f"{start}.experts.{e}.{name}_proj.weight"].T for name in ("gate", "up", "down"))

@@ -278,6 +278,18 @@ def test_who_passes_a_spec_knows_better_than_the_config(tmp_path):
     assert load(folder, mdm_spec=FAMILIES["Dream"]).config.mdm_spec["logit_shift"] == 1
 
 
+@pytest.mark.parametrize("kept", [("lm_head",), ("embed_tokens", "lm_head")])
+def test_a_diffugpt_whose_embeddings_are_saved_under_its_head(kept, tmp_path):
+    """They are one tensor, and safetensors keeps one of its names, or both if they were cloned."""
+    weights = load_file(checkpoint("gpt2:diffugpt-m") / "model.safetensors")
+    shared = weights.pop("embed_tokens.weight")
+    weights |= {f"{name}.weight": shared.clone() for name in kept}
+    config = json.loads((checkpoint("gpt2:diffugpt-m") / "config.json").read_text())
+    folder = write(tmp_path / "tiny-diffugpt-m", config, weights)
+    ids = some_ids()
+    assert_close(aligned(load(folder), ids), reference("gpt2:diffugpt-m", checkpoint("gpt2:diffugpt-m"), ids))
+
+
 def test_weights_without_a_place_are_named(tmp_path):
     weights = load_file(checkpoint("llada") / "model.safetensors")
     config = json.loads((checkpoint("llada") / "config.json").read_text())
@@ -287,7 +299,7 @@ def test_weights_without_a_place_are_named(tmp_path):
 
 
 def test_bd3lm_without_modulation_by_time(tmp_path):
-    """`adaln=False`: the modulation's constants are shift 0, scale 0, gate 1, so the reference has them in its weights."""
+    """`adaln=False` is a modulation by the constants shift 0, scale 0, gate 1, which the reference gets as weights."""
     config = json.loads((checkpoint("bd3lm") / "config.json").read_text())
     weights = load_file(checkpoint("bd3lm") / "model.safetensors")
     for name in weights:
