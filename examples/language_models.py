@@ -23,19 +23,19 @@ MODELS = {
         "model": "GSAI-ML/LLaDA-8B-Instruct",
         "call": {"gen_length": 128, "block_length": 32, "num_inference_steps": 128},
         "scheduler": {"order": "confidence", "temperature": 0.0},
-        "chat": True,
+        "ends": ["<|endoftext|>", "<|eot_id|>"],
     },
     "dream": {
         "model": "Dream-org/Dream-v0-Instruct-7B",
         "call": {"gen_length": 256, "num_inference_steps": 256},
         "scheduler": {"order": "entropy", "temperature": 0.2, "top_p": 0.95},
-        "chat": True,
+        "ends": ["<|endoftext|>", "<|im_end|>"],
     },
     "mdlm": {
         "model": "kuleshov-group/mdlm-owt",
         "call": {"gen_length": 1024, "num_inference_steps": 256},
         "scheduler": {"order": "random", "temperature": 1.0, "top_p": 0.9},
-        "chat": False,
+        "ends": [],  # no chat model: samples of web text, as long as they are asked to be
     },
 }
 
@@ -71,8 +71,11 @@ def main(argv: list[str] | None = None) -> list[str]:
     for name in ("gen_length", "num_inference_steps"):
         if getattr(args, name) is not None:
             call[name] = getattr(args, name)
-    if known["chat"]:
+    if known["ends"]:
         call["messages"] = [{"role": "user", "content": args.prompt}]
+        # An answer ends with the token that closes a turn of the chat; the tokenizers name only the other one.
+        vocabulary = pipe.tokenizer.get_vocab()
+        call["eos_token_id"] = [vocabulary[token] for token in known["ends"] if token in vocabulary]
         call["eos_early_stop"] = True
     generator = torch.Generator().manual_seed(args.seed)
     out = pipe(**call, num_samples=args.num_samples, generator=generator, return_quality=pipe.quality_head is not None)

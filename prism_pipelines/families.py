@@ -42,6 +42,7 @@ class MDMSpec:
         fold_time: the checkpoint's layers are modulated by an embedding of a time that is always 0 (MDLM): fold it into
             the weights, see `mdlm.py`.
         tokenizer_class: transformers class that loads the tokenizer without remote code; None asks `AutoTokenizer`.
+        tokenizer_repo: Hub id of the tokenizer, where the checkpoints have none of their own.
         lora_targets: module names that LoRA adapts by default.
         tested: False if no test compares this row with an independent reference; said when it is loaded.
         source: where these values come from.
@@ -65,6 +66,7 @@ class MDMSpec:
     vocab_key: str | None = None
     fold_time: bool = False
     tokenizer_class: str | None = None
+    tokenizer_repo: str | None = None
     lora_targets: tuple[str, ...] = ()
     tested: bool = True
     source: str = ""
@@ -228,6 +230,7 @@ def _mdlm(source: str, **facts) -> MDMSpec:
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         },
         fold_time=True,
+        tokenizer_repo="openai-community/gpt2",
         lora_targets=("query_key_value", "dense"),
         source=source,
         **facts,

@@ -88,6 +88,7 @@ def load_plain(
     *,
     mdm_spec: MDMSpec | dict | None = None,
     mask_token_id: int | None = None,
+    tokenizer=None,
     device_map=None,
     quantization_config=None,
 ) -> dict:
@@ -100,6 +101,7 @@ def load_plain(
         trust_remote_code: run model code of the repository where no native class serves.
         where: revision, cache_dir, token, local_files_only.
         mdm_spec, mask_token_id: as `resolve_spec`.
+        tokenizer: to be used in place of the repository's; None to load that.
         device_map, quantization_config: as transformers' `from_pretrained`.
     Returns:
         dict with "model", "tokenizer" and "mdm_spec".
@@ -112,6 +114,7 @@ def load_plain(
         given = {
             "mdm_spec": mdm_spec,
             "mask_token_id": mask_token_id,
+            "tokenizer": tokenizer,
             "device_map": device_map,
             "quantization_config": quantization_config,
         }
@@ -121,7 +124,8 @@ def load_plain(
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f'`torch_dtype` must be a floating-point dtype, its name, or "auto", got {dtype!r}.')
-    tokenizer = load_tokenizer(path, subfolder, raw, trust_remote_code, where)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, subfolder, raw, trust_remote_code, where)
     row = mdm_spec or family_of(SimpleNamespace(**raw), path)
     row = MDMSpec.from_dict(row) if isinstance(row, dict) else row
     if row is not None and row.vocab_key:
@@ -162,10 +166,26 @@ def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict
 
 
 def load_tokenizer(path: str, subfolder: str, raw: dict, trust_remote_code: bool, where: dict):
-    """The tokenizer of a repository, by a class of transformers where its family has one; None if it has none."""
-    if not any(fetch_file(path, inside(subfolder, name), where) for name in TOKENIZER_FILES):
-        return None
+    """The tokenizer of a repository, by a class of transformers where its family has one; None if it has none.
+
+    A family may name another repository that has it; if that is out of reach there is none, with a warning.
+    """
     row = family_of(SimpleNamespace(**raw), path)
+    if not any(fetch_file(path, inside(subfolder, name), where) for name in TOKENIZER_FILES):
+        if row is None or row.tokenizer_repo is None:
+            return None
+        try:
+            elsewhere = where | {"revision": None}
+            if Path(path).is_dir():  # loading a folder downloads nothing
+                elsewhere["local_files_only"] = True
+            return AutoTokenizer.from_pretrained(row.tokenizer_repo, **elsewhere)
+        except OSError:
+            warnings.warn(
+                f"{path!r} has no tokenizer, and that of {row.tokenizer_repo!r} cannot be had: ids go in and come out. "
+                "Pass tokenizer= for text.",
+                stacklevel=4,
+            )
+            return None
     if row is not None and row.tokenizer_class and not trust_remote_code:
         return getattr(transformers, row.tokenizer_class).from_pretrained(path, subfolder=subfolder, **where)
     return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=trust_remote_code, **where)

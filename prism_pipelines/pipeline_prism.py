@@ -464,6 +464,7 @@ class PrismPipeline(DiffusionPipeline):
             where,
             mdm_spec=mdm_spec,
             mask_token_id=mask_token_id,
+            tokenizer=tokenizer,
             device_map=device_map,
             quantization_config=quantization_config,
         )

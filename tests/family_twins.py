@@ -231,16 +231,16 @@ def save_esm(folder):
     return write(folder, config, weights)
 
 
-def save_mdlm(folder, **more):
+def save_mdlm(folder, vocab=V, **more):
     """MDLM's DiT: an embedding of time modulates each norm and gates each branch (adaLN). BD3-LM's has blocks."""
     config = {
         "model_type": "mdlm", "architectures": ["MDLM"], "cond_dim": 16, "dropout": 0.1, "hidden_dim": H,
         "auto_map": {"AutoConfig": "configuration_mdlm.MDLMConfig", "AutoModelForMaskedLM": "modeling_mdlm.MDLM"},
         "model_length": 96, "n_blocks": LAYERS, "n_heads": HEADS, "return_dict": False, "time_conditioning": False,
-        "torch_dtype": "float32", "transformers_version": "4.38.2", "vocab_size": V,
+        "torch_dtype": "float32", "transformers_version": "4.38.2", "vocab_size": vocab,
     } | more  # fmt: skip
     shapes = {
-        "backbone.vocab_embed.embedding": (V, H),
+        "backbone.vocab_embed.embedding": (vocab, H),
         "backbone.sigma_map.mlp.0.weight": (16, 256),
         "backbone.sigma_map.mlp.0.bias": (16,),
         "backbone.sigma_map.mlp.2.weight": (16, 16),
@@ -255,7 +255,7 @@ def save_mdlm(folder, **more):
         shapes |= {f"{block}.mlp.2.weight": (H, 4 * H), f"{block}.mlp.2.bias": (H,)}
         shapes |= {f"{block}.adaLN_modulation.weight": (6 * H, 16), f"{block}.adaLN_modulation.bias": (6 * H,)}
     last = "backbone.output_layer"
-    shapes |= {f"{last}.norm_final.weight": (H,), f"{last}.linear.weight": (V, H), f"{last}.linear.bias": (V,)}
+    shapes |= {f"{last}.norm_final.weight": (H,), f"{last}.linear.weight": (vocab, H), f"{last}.linear.bias": (vocab,)}
     shapes |= {f"{last}.adaLN_modulation.weight": (2 * H, 16), f"{last}.adaLN_modulation.bias": (2 * H,)}
     weights = random_weights(shapes)
     wide = H // HEADS

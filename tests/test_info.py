@@ -1,5 +1,6 @@
 """`prism info`: what it says about a model, and that its probes find a model that is not as declared."""
 
+import dataclasses
 import json
 
 import pytest
@@ -93,6 +94,42 @@ def test_a_mask_that_is_an_ordinary_token_is_right_only_where_its_authors_chose_
 def test_probes_find_nothing_wrong_with_a_family(family):
     verdicts = {finding.probe: finding.verdict for finding in run_probes(load(checkpoint(family)))}
     assert verdicts == {"attention": "ok", "mask token": "unknown", "rotary embedding": "ok", "logit shift": "unknown"}
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_info_of_a_family(family, capsys):
+    assert main(["info", str(checkpoint(family)), "--mask-token-id", str(MASK), "--json"]) == 0
+    facts, row = json.loads(capsys.readouterr().out)["facts"], FAMILIES[family]
+    _, block, shift = CHECKPOINTS[family]
+    assert facts["class"] == f"{row.native_class} (native)"
+    assert facts["mask_token_id"] == f"{MASK} (given)"
+    assert facts["attention"] == (f"block_causal, blocks of {block}" if block else "bidirectional")
+    assert facts["logit_shift"] == str(shift)
+    assert facts["attention mask"].startswith(row.mask_format)
+    assert facts["keys renamed"] == (f"{len(row.key_mapping)} rules" if row.key_mapping else "no")
+    assert facts["LoRA targets"] == ", ".join(row.lora_targets)
+    assert facts["source"] == row.source and facts["tested"] == "against an independent reference"
+    assert facts["quality head"] == "none" and "SelfConfidenceScheduler" in facts["remasking"]
+
+
+@pytest.mark.parametrize("family", ["llada", "Dream", "sdar", "Fast_dLLM_Qwen", "mdlm", "bert"])
+def test_the_shift_of_a_model_that_knows_its_text_is_right_or_found_wrong(family):
+    """Trained on one text with hidden tokens, read where its authors read it; then declared otherwise."""
+    pipe, shift = load(checkpoint(family)), CHECKPOINTS[family][2]
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randperm(MASK - 8, generator=generator)[None] + 8
+    optimizer = torch.optim.AdamW(pipe.model.parameters(), lr=5e-3)
+    for _ in range(60):
+        hide = torch.rand(text.shape, generator=generator) < 0.2
+        hide[0, 0], hide[0, -1] = False, True
+        hidden = pipe.denoiser.hidden(text.masked_fill(hide, MASK))
+        loss = torch.nn.functional.cross_entropy(pipe.denoiser.logits(hidden, hide), text[hide])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert probe_shift(pipe.denoiser, text).verdict == "ok"
+    declared = dataclasses.replace(pipe.denoiser.spec, logit_shift=1 - shift)
+    assert probe_shift(MaskedDenoiser(pipe.model, declared), text).verdict == "wrong"
 
 
 def test_info_of_a_model_under_its_authors_names(capsys):
