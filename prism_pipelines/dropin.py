@@ -12,10 +12,11 @@ import torch
 
 from . import hub
 from .quality_head import QualityHead
-from .schedulers import PrismScheduler
-from .schedulers.dropin import deliver_quality
+from .schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
+from .schedulers.dropin import deliver_quality, deliver_wanted
 
 ADAPTER = "prism"
+OURS = (PrismScheduler, SelfConfidenceScheduler, MDLMScheduler)
 
 
 @dataclass
@@ -26,13 +27,14 @@ class _Enabled:
     handles: list = field(default_factory=list)
     adapter: bool = False
     attention_mask: torch.Tensor | None = None
+    replaced: type = PrismScheduler
 
 
 def enable_prism(
     pipe,
-    quality_head: QualityHead | str,
+    quality_head: QualityHead | str | None,
     *,
-    scheduler: PrismScheduler | None = None,
+    scheduler=None,
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | bool | None = None,
@@ -46,9 +48,11 @@ def enable_prism(
     Args:
         pipe: a pipeline with `model` and `scheduler`.
         quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`; a LoRA adapter that lies
-            there is loaded into the model too.
+            there is loaded into the model too. None for no head: a scheduler without one is told where `gen_length`
+            ends, and fills and remasks nothing beyond.
         scheduler: None keeps a `PrismScheduler` in use; else takes that recommended with the head, or makes one
-            from the config of the pipeline's own.
+            from the config of the pipeline's own. Without a head it keeps one of ours, or makes a
+            `SelfConfidenceScheduler`.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
     Raises:
         TypeError: `pipe` has no model with an output head.
@@ -62,32 +66,34 @@ def enable_prism(
             f"`pipe` must have a scheduler and a model with get_output_embeddings(); got {type(pipe).__name__}."
         )
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    source = None if isinstance(quality_head, QualityHead) else str(quality_head)
+    source = None if quality_head is None or isinstance(quality_head, QualityHead) else str(quality_head)
     head = quality_head if source is None else hub.load_head(source, where)
-    _check_head(head, model, output_head)
+    if head is not None:
+        _check_head(head, model, output_head)
     recommended = None if source is None else hub.load_scheduler(source, where)
     has_adapter = source is not None and hub.read_json(source, "adapter_config.json", where) is not None
 
-    in_use = pipe.scheduler if isinstance(pipe.scheduler, PrismScheduler) else None
+    kept = PrismScheduler if head is not None else OURS
+    in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
     enabled = pipe._prism = _Enabled(pipe.scheduler, adapter=has_adapter)
     if has_adapter:
         hub.load_adapter(model, source, ADAPTER, where)
-    pipe.scheduler = scheduler or in_use or recommended or PrismScheduler.from_config(pipe.scheduler.config)
+    default = SelfConfidenceScheduler if head is None else PrismScheduler
+    pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
+    enabled.replaced = type(pipe.scheduler)
 
     def note_padding(module, args, kwargs):
         mask = kwargs.get("attention_mask")
         enabled.attention_mask = mask if mask is not None and mask.ndim == 2 else None
+        deliver_wanted(pipe.scheduler, None if enabled.attention_mask is None else enabled.attention_mask.bool())
 
     def score(module, args):
         hidden, attention_mask = args[0], enabled.attention_mask  # (B, W, H), (B, W)
-        if not getattr(pipe.scheduler, "needs_quality", False):
+        if head is None or not getattr(pipe.scheduler, "needs_quality", False):
             return
         with torch.no_grad():
             quality = head.to(hidden.device)(hidden, attention_mask).sigmoid()
-        if attention_mask is not None:
-            # Padding, and what the pipeline cuts off after `gen_length`: never remasked in the place of real text.
-            quality = quality.masked_fill(attention_mask.to(quality.device) == 0, torch.inf)
         deliver_quality(pipe.scheduler, quality)
 
     enabled.handles = [
@@ -111,8 +117,8 @@ def _check_head(head: QualityHead, model, output_head) -> None:
 def disable_prism(pipe) -> None:
     """Undo `enable_prism`; else does nothing.
 
-    Hooks and adapter are removed, and the scheduler from before comes back unless one that is no `PrismScheduler` was
-    put in its place meanwhile.
+    Hooks and adapter are removed, and the scheduler from before comes back unless one of another class was put in its
+    place meanwhile.
     """
     enabled = getattr(pipe, "_prism", None)
     if enabled is None:
@@ -122,6 +128,7 @@ def disable_prism(pipe) -> None:
     if enabled.adapter:
         hub.drop_adapter(pipe.model, ADAPTER)
     deliver_quality(pipe.scheduler, None)
-    if isinstance(pipe.scheduler, PrismScheduler):
+    deliver_wanted(pipe.scheduler, None)
+    if isinstance(pipe.scheduler, (PrismScheduler, enabled.replaced)):
         pipe.scheduler = enabled.scheduler
     pipe._prism = None

@@ -3,7 +3,8 @@
 That pipeline calls a scheduler once per forward pass on one block of the sequence, with the keyword arguments of
 diffusers' `BlockRefinementScheduler`, and asks it when a row and when a block is done. It writes a position only if
 `transfer_index` or `editing_transfer_index` is true there, so a remasking is reported as an edit whose new token is the
-mask. It cannot pass the quality of a token: `enable_prism` delivers it before each step. Checked with diffusers 0.42.
+mask. It cannot pass the quality of a token, nor say where `gen_length` ends inside the last block: `enable_prism`
+delivers both before each step. Checked with diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class _Block:
     timestep: int = 0  # forward passes made; the pipeline's own count stands still while a block holds no mask
     full: Tensor | None = None  # rows of the block without a mask, bool (B,)
     quality: Tensor | None = None  # of the forward pass just made, float (B, at least L)
+    wanted: Tensor | None = None  # what is not cut off after `gen_length`, bool (B, at least L)
 
 
 def runs_in_llada2_pipeline(cls):
@@ -116,6 +118,18 @@ def deliver_quality(scheduler, quality: Tensor | None) -> None:
         block.quality = quality
 
 
+def deliver_wanted(scheduler, wanted: Tensor | None) -> None:
+    """Tell a scheduler which positions are kept; its next `step` writes no other, and uses this up.
+
+    Args:
+        scheduler: as `deliver_quality`.
+        wanted: bool of shape (B, W), of which the block is the last L positions; None if all are.
+    """
+    block = getattr(scheduler, "_block", None)
+    if isinstance(block, _Block):
+        block.wanted = wanted
+
+
 def _step_in_block(
     scheduler,
     own_step,
@@ -151,7 +165,10 @@ def _step_in_block(
         fits = prompt_mask.dtype == torch.bool and prompt_mask.shape == sample.shape[1:]
         require(fits, "prompt_mask", given, f"torch.bool {tuple(sample.shape[1:])}, one for each token of the block")
         generation_mask &= ~prompt_mask
-    quality, block.quality = block.quality, None
+    quality, wanted = block.quality, block.wanted
+    block.quality = block.wanted = None
+    if wanted is not None:
+        generation_mask &= wanted[:, -sample.shape[1] :].to(sample.device)
     output = own_step(
         scheduler,
         model_output,

@@ -395,6 +395,37 @@ def test_what_is_cut_off_after_gen_length_is_not_remasked_in_the_place_of_text()
             assert not (now["editing_transfer_index"][:, 3:].any() and text_was_visible)
 
 
+@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_enabled_a_scheduler_keeps_to_the_schedule_of_the_text_and_writes_nothing_beyond(kind, order):
+    """The last block holds 3 tokens of text and 5 that the pipeline cuts off."""
+    options = {} if kind is MDLMScheduler else {"num_remask": 1}
+    pipe = tiny(kind(order=order, **options))
+    enable_prism(pipe, tiny_head() if kind is PrismScheduler else None)
+    assert type(pipe.scheduler) is kind
+    out, seen = watched(pipe, 4, input_ids=torch.ones(1, 8, dtype=torch.long), gen_length=11)
+    assert MASK not in out.sequences
+    left = []
+    for now in seen[4:]:  # four steps for the block before
+        changed = now["transfer_index"] | now["editing_transfer_index"]
+        assert not changed[:, 3:].any()
+        left.append(int((now["block_x"][0, -8:-5] == MASK).sum()))
+    assert left == [2, 1, 0]  # ceil(3 i / 4) of them are due after i steps, so the third fills the block
+    disable_prism(pipe)
+    assert pipe.scheduler.__class__ is kind and not pipe.model._forward_pre_hooks
+
+
+def test_enabled_without_a_head_the_default_remasks_training_free():
+    pipe = tiny(BlockRefinementScheduler(block_length=8))
+    before = pipe.scheduler
+    enable_prism(pipe, None)
+    assert type(pipe.scheduler) is SelfConfidenceScheduler and pipe.scheduler.config.block_length == 8
+    _, seen = watched(pipe, 6)
+    assert sum(int(now["editing_transfer_index"].sum()) for now in seen) > 0
+    disable_prism(pipe)
+    assert pipe.scheduler is before
+
+
 def test_a_head_that_looks_around_does_not_see_padding():
     torch.manual_seed(0)
     pipe = tiny(PrismScheduler(num_remask=1), judge=QualityHead(H, "block", num_attention_heads=2))
