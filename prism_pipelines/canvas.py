@@ -47,8 +47,10 @@ def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: i
 def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | None, attention_mask=None) -> Canvas:
     """Prompts, padded on the left to one length, followed by `gen_length` masks.
 
+    Padding elsewhere among given ids is moved to the left, so that the new tokens follow the last of the prompt.
+
     Args:
-        source: a text, texts, or ids (B, P).
+        source: a text, texts, or ids (B, P). A text may be empty.
         tokenizer: needed for texts.
         mask_token_id: written where tokens are generated; a prompt may hold it too and keeps it.
         gen_length: tokens to generate, at least 1.
@@ -59,6 +61,9 @@ def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | No
     if gen_length is None:
         raise ValueError("`gen_length` is needed: how many tokens shall continue the prompt?")
     ids, mask = read_ids("prompt", source, tokenizer, attention_mask, side="left")
+    if mask is not None:
+        order = mask.argsort(dim=1, stable=True)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
     tail = torch.full((len(ids), gen_length), mask_token_id)
     generated = torch.cat([torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(tail, dtype=torch.bool)], dim=1)
     if mask is not None:
@@ -67,7 +72,7 @@ def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | No
 
 
 def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None, needs_mask: bool = True) -> Canvas:
-    """Texts or ids whose mask tokens are to be filled.
+    """Texts or ids whose mask tokens are to be filled; padding is at the ends of a row.
 
     Args:
         source: a text, texts, or ids (B, L).
@@ -76,7 +81,10 @@ def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None,
     Raises:
         ValueError, TypeError: as `read_ids`; or a row without a mask token.
     """
-    ids, mask = read_ids("infill", source, tokenizer, attention_mask, side="right")
+    name = "infill" if needs_mask else "texts"
+    ids, mask = read_ids(name, source, tokenizer, attention_mask, side="right")
+    if mask is not None and (mask.diff(dim=1).abs().sum(dim=1) > 1 + (mask[:, 0] == 0).long()).any():
+        raise ValueError(f"`attention_mask` has a gap inside a row of `{name}`; padding goes to the ends of a row.")
     generated = ids == mask_token_id
     if mask is not None:
         generated = generated & mask.bool()
@@ -85,6 +93,25 @@ def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None,
         shown = f" ({tokenizer.mask_token!r})" if tokenizer is not None and tokenizer.mask_token else ""
         raise ValueError(f"`infill` row {empty[0]} holds no mask token{shown}, id {mask_token_id}: nothing to fill.")
     return Canvas(ids, generated, mask, whole=True)
+
+
+def prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
+    """Ids of texts that are to be continued: as the tokenizer begins a text, but not ended by it.
+
+    A closing token that the tokenizer adds ([SEP], </s>) is left out, and so is a second opening one where a chat
+    template has written it already.
+    """
+    rows = []
+    openers = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    for text in texts:
+        ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+        closers = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+        while len(ids) > len(bare) and ids[-1] in closers and (len(ids) > 1 if not bare else ids[-len(bare) :] != bare):
+            ids = ids[:-1]
+        if len(ids) > len(bare) and bare and bare[0] == ids[0] and ids[0] in openers:
+            ids = ids[1:]
+        rows.append(ids)
+    return rows
 
 
 def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[Tensor, Tensor | None]:
@@ -106,9 +133,11 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         if tokenizer is None:
             raise ValueError(f"`{name}` is text, but the pipeline has no tokenizer. Pass ids, or load a tokenizer.")
-        rows = tokenizer(list(texts)).input_ids
+        rows = prompt_ids(texts, tokenizer) if side == "left" else tokenizer(list(texts)).input_ids
+        if side == "right" and not any(rows):
+            raise ValueError(f"`{name}` is empty: no text has a token.")
         if len({len(row) for row in rows}) == 1:
-            return torch.tensor(rows), None
+            return torch.tensor(rows, dtype=torch.long), None
         if tokenizer.pad_token_id is None:
             lengths = sorted({len(row) for row in rows})
             raise ValueError(
@@ -126,10 +155,13 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"`{name}` must be ids of shape (B, L) with at least one token, got {tuple(ids.shape)}.")
     if attention_mask is not None:
-        attention_mask = torch.as_tensor(attention_mask).long()
+        attention_mask = torch.as_tensor(attention_mask)
         if attention_mask.shape != ids.shape:
             shapes = f"{tuple(attention_mask.shape)} and {tuple(ids.shape)}"
             raise ValueError(f"`attention_mask` must have the shape of the ids, got {shapes}.")
+        if not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("`attention_mask` must hold 1 for tokens and 0 for padding, and nothing else.")
+        attention_mask = attention_mask.long()
         attention_mask = None if attention_mask.all() else attention_mask
     return ids.long(), attention_mask
 
@@ -143,6 +175,33 @@ def repeat_rows(canvas: Canvas, times: int) -> Canvas:
         generated=canvas.generated.repeat_interleave(times, 0),
         attention_mask=mask,
     )
+
+
+def changed_sample(returned, sample: Tensor, vocab_size: int) -> Tensor:
+    """The canvas after a callback: what it returned under "sample", else `sample`.
+
+    Args:
+        returned: what the callback returned.
+        sample: before it, int64 (B, L).
+        vocab_size: ids are below it.
+    Raises:
+        TypeError: neither a dict nor None, or "sample" is no int64 tensor.
+        ValueError: "sample" has another shape, or holds an id that the model does not know.
+    """
+    if returned is not None and not isinstance(returned, dict):
+        raise TypeError(f"`callback_on_step_end` must return a dict or None, got {type(returned).__name__}.")
+    new = (returned or {}).get("sample", sample)
+    if new is sample:
+        return sample
+    if not isinstance(new, Tensor) or new.dtype != torch.int64:
+        got = new.dtype if isinstance(new, Tensor) else type(new).__name__
+        raise TypeError(f'`callback_on_step_end` must return "sample" as a tensor of int64, got {got}.')
+    if new.shape != sample.shape or new.min() < 0 or new.max() >= vocab_size:
+        raise ValueError(
+            f'`callback_on_step_end` must return "sample" of shape {tuple(sample.shape)} with ids from 0 to '
+            f"{vocab_size - 1}, got shape {tuple(new.shape)} and ids from {int(new.min())} to {int(new.max())}."
+        )
+    return new.to(sample.device)
 
 
 def split_blocks(

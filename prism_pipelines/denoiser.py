@@ -27,6 +27,8 @@ class MaskedDenoiser(nn.Module):
     def __init__(self, model: nn.Module, spec: MDMSpec, num_tokens: int | None = None, suppressed=()):
         super().__init__()
         self.model, self.spec = model, spec
+        if spec.output_head and spec.output_head not in dict(model.named_modules()):
+            raise ValueError(f"`output_head` {spec.output_head!r} is no module of {type(model).__name__}.")
         head = self._output_head()
         vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
         forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=head.weight.device)

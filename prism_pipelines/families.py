@@ -387,6 +387,19 @@ def family_of(config, name: str) -> MDMSpec | None:
     return FAMILIES.get(model_type)
 
 
+def as_spec(given) -> MDMSpec | None:
+    """An `MDMSpec`, or the dict of one, as an `MDMSpec`; None as None.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(given, dict):
+        return MDMSpec.from_dict(given)
+    if given is not None and not isinstance(given, MDMSpec):
+        raise TypeError(f"`mdm_spec` must be an MDMSpec or its dict, got {type(given).__name__}.")
+    return given
+
+
 def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=None, name=None) -> MDMSpec:
     """The spec of a model, from the most explicit source that knows it.
 
@@ -407,8 +420,7 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     """
     model_type = getattr(config, "model_type", None)
     name = name or getattr(config, "_name_or_path", "") or model_type or "the model"
-    if isinstance(mdm_spec, dict):
-        mdm_spec = MDMSpec.from_dict(mdm_spec)
+    mdm_spec = as_spec(mdm_spec)
     if mdm_spec is None:
         row = family_of(config, name)
         ids = [getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None)]

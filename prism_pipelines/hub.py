@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import Split, WeightConverter
 
 from .denoiser import MaskedDenoiser
-from .families import FAMILIES, MDMSpec, family_of, resolve_spec
+from .families import FAMILIES, MDMSpec, as_spec, family_of, resolve_spec
 from .mdlm import load_mdlm
 from .quality_head import QualityHead
 
@@ -126,8 +126,7 @@ def load_plain(
             raise ValueError(f'`torch_dtype` must be a floating-point dtype, its name, or "auto", got {dtype!r}.')
     if tokenizer is None:
         tokenizer = load_tokenizer(path, subfolder, raw, trust_remote_code, where)
-    row = mdm_spec or family_of(SimpleNamespace(**raw), path)
-    row = MDMSpec.from_dict(row) if isinstance(row, dict) else row
+    row = as_spec(mdm_spec) or family_of(SimpleNamespace(**raw), path)
     if row is not None and row.vocab_key:
         rows = (rows_of(key, path, subfolder, where) for key in (row.vocab_key, "lm_head.weight"))
         raw["vocab_size"] = next(filter(None, rows), raw["vocab_size"])
@@ -229,7 +228,9 @@ def load_backbone(
         )
         check_rope(model, path)
         return model
-    native = getattr(transformers, spec.native_class)
+    native = getattr(transformers, spec.native_class, None)
+    if getattr(native, "config_class", None) is None:
+        raise ValueError(f"`native_class` {spec.native_class!r} is no model class of transformers, with a config.")
     if spec.config_mapping and raw.get("quantization_config"):
         raise ValueError(
             f"The weights of {path!r} are quantized under the names of its own code, which are not those of "

@@ -11,11 +11,20 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import hub
-from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_prompt, repeat_rows, split_blocks
+from .canvas import (
+    Canvas,
+    canvas_of_infill,
+    canvas_of_nothing,
+    canvas_of_prompt,
+    changed_sample,
+    repeat_rows,
+    split_blocks,
+)
 from .denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from .families import MDMSpec, resolve_spec
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler
+from .schedulers.arguments import is_number
 from .stopping import cut, end_tokens, finished_rows, generated_prefix, stop_strings
 from .trace import TraceStep
 
@@ -157,9 +166,10 @@ class PrismPipeline(DiffusionPipeline):
             ValueError, TypeError: an argument that no run can use, by name.
         """
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
-        if cfg_scale is not None and (isinstance(cfg_scale, bool) or not cfg_scale >= 0):
+        if cfg_scale is not None and not is_number(cfg_scale, 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")
-        ends, stops = end_tokens(eos_token_id, self.tokenizer, self.model), stop_strings(stop)
+        ends = end_tokens(eos_token_id, self.tokenizer, self.model, self.mask_token_id)
+        stops = stop_strings(stop)
         if eos_early_stop and not ends:
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
         if stops and (self.tokenizer is None or not ends):
@@ -220,8 +230,8 @@ class PrismPipeline(DiffusionPipeline):
                             "generation_mask": block_mask,
                         }
                         given = {name: tensors[name] for name in wanted}
-                        changed = callback_on_step_end(self, step_number, t, given) or {}
-                        sample = changed.get("sample", sample)
+                        changed = callback_on_step_end(self, step_number, t, given)
+                        sample = changed_sample(changed, sample, self.model.config.vocab_size)
                     step_number += 1
                     nfe_per_row += forwards * active
                     bar.update()
@@ -328,7 +338,13 @@ class PrismPipeline(DiffusionPipeline):
             texts = [prompt] if isinstance(prompt, str) else prompt
             chats = [[{"role": "user", "content": text}] for text in texts]
         else:
-            chats = messages if messages and isinstance(messages[0], list) else [messages]
+            chats = messages if isinstance(messages, (list, tuple)) else [messages]
+            chats = chats if chats and isinstance(chats[0], (list, tuple)) else [chats]
+            if not all(chat and all(isinstance(turn, dict) and "role" in turn for turn in chat) for chat in chats):
+                raise ValueError(
+                    '`messages` must be a chat, a list of {"role": ..., "content": ...}, or a list of chats, '
+                    f"got {messages!r:.80}."
+                )
         return [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
 
     def _blocks(self, canvas: Canvas, block_length: int | None, num_steps: int | None) -> list[tuple[Tensor, int]]:
@@ -349,7 +365,8 @@ class PrismPipeline(DiffusionPipeline):
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"Pass one of `prompt`, `messages`, `input_ids` and `infill`, got {named}.")
-        if attention_mask is not None and (not named or isinstance(given[named[0]], str)):
+        source = given[named[0]] if named else ""
+        if attention_mask is not None and (isinstance(source, str) or any(isinstance(text, str) for text in source)):
             raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
         if not named:
             return canvas_of_nothing(num_samples, gen_length, self.mask_token_id)
@@ -370,6 +387,9 @@ class PrismPipeline(DiffusionPipeline):
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"The input holds id {wrong}; the model knows ids from 0 to {vocab_size - 1}.")
+        each = generator if isinstance(generator, (list, tuple)) else [generator]
+        if not all(one is None or isinstance(one, torch.Generator) for one in each):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r:.80}.")
         if isinstance(generator, (list, tuple)) and len(generator) != rows:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but there are {rows} rows. Pass one for each."

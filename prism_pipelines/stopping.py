@@ -6,22 +6,29 @@ import torch
 from torch import Tensor
 
 
-def end_tokens(eos_token_id, tokenizer, model) -> tuple[int, ...]:
+def end_tokens(eos_token_id, tokenizer, model, mask_token_id: int | None = None) -> tuple[int, ...]:
     """Ids that end a text: the given ones, else those of the tokenizer and of the model's generation config.
 
     Args:
         eos_token_id: int, several, or None.
+        tokenizer: or None.
+        model: says how many ids there are.
+        mask_token_id: never ends a text.
     Raises:
-        ValueError: something that is no token id.
+        ValueError: something that is no token id, or not one that can end a text.
     """
+    vocab_size = model.config.vocab_size
     if eos_token_id is None:
         found = [getattr(tokenizer, "eos_token_id", None)]
         listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         found += listed if isinstance(listed, list) else [listed]
-        return tuple(dict.fromkeys(token for token in found if token is not None))
+        known = [token for token in found if token is not None and token < vocab_size and token != mask_token_id]
+        return tuple(dict.fromkeys(known))
     ids = tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (eos_token_id,)
     if not ids or any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
         raise ValueError(f"`eos_token_id` must be a token id or a list of them, got {eos_token_id!r}.")
+    if wrong := [token for token in ids if token >= vocab_size or token == mask_token_id]:
+        raise ValueError(f"`eos_token_id` must be below {vocab_size} and not the mask token, got {wrong[0]}.")
     return ids
 
 
@@ -31,7 +38,7 @@ def stop_strings(stop) -> tuple[str, ...]:
     Raises:
         ValueError: something else, or an empty string.
     """
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = () if stop is None else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
     if any(not isinstance(text, str) or not text for text in strings):
         raise ValueError(f"`stop` must be a non-empty string or a list of them, got {stop!r}.")
     return strings

@@ -1,0 +1,208 @@
+"""What the pipeline makes of odd and wrong input: prompts, padding, end tokens, callbacks, generators, specs."""
+
+import dataclasses
+
+import pytest
+import torch
+from family_twins import CHECKPOINTS, MASK, PAD, H, checkpoint, greedy, load
+from test_generate_many import CHAT, pipeline
+from tokenizers.processors import TemplateProcessing
+
+from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead, resolve_spec
+from prism_pipelines.canvas import prompt_ids
+
+CALL = {"gen_length": 6, "num_inference_steps": 4, "output_type": "seq"}
+EOS, MASK_WORD, UNKNOWN = 1, 28, 29  # of the pipeline of words
+CHAT_OF_ONE = [{"role": "user", "content": "w1"}]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def words(**parts):
+    return pipeline(**parts)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"generator": 0}, "`generator` must be a torch.Generator"),
+        ({"generator": [seeded(), "1"]}, "`generator` must be a torch.Generator"),
+        ({"cfg_scale": float("inf")}, "`cfg_scale` must be"),
+        ({"cfg_scale": "2"}, "`cfg_scale` must be"),
+        ({"stop": 3}, "`stop` must be"),
+        ({"stop": ["a", ""]}, "`stop` must be"),
+        ({"eos_token_id": 10**6, "eos_early_stop": True}, "`eos_token_id` must be below 30"),
+        ({"eos_token_id": MASK_WORD, "stop": "w1"}, "not the mask token, got 28"),
+        ({"eos_token_id": torch.tensor(1)}, "`eos_token_id` must be a token id"),
+        ({"callback_on_step_end": lambda *given: 5}, "must return a dict or None, got int"),
+        ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"].float()}}, "int64, got torch.float32"),
+        ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"].tolist()}}, "int64, got list"),
+        ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"][:, :3]}}, r"shape \(2, 7\)"),
+        ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"] + 99}}, "ids from 0 to 29"),
+        ({"attention_mask": torch.ones(2, 1)}, "`attention_mask` goes with ids"),
+        ({"prompt": None, "input_ids": [[3, 4]], "attention_mask": [[5, 1]]}, "must hold 1 for tokens and 0"),
+        ({"prompt": None, "input_ids": torch.tensor(3)}, r"got \(\)"),
+        ({"prompt": None, "input_ids": torch.zeros(1, 0).long()}, "at least one token"),
+        ({"prompt": "w1", "messages": CHAT_OF_ONE}, "either `prompt` or `messages`"),
+        ({"prompt": None, "messages": []}, "`messages` must be a chat"),
+        ({"prompt": None, "messages": [[]]}, "`messages` must be a chat"),
+        ({"prompt": None, "messages": "hello"}, "`messages` must be a chat"),
+        ({"prompt": None, "messages": [{"content": "w1"}]}, "`messages` must be a chat"),
+        ({"prompt": " ".join(["w1"] * 70)}, "The canvas has 7. tokens, and the model takes 64"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_any_forward(call, says):
+    pipe = words()
+    pipe.tokenizer.chat_template = CHAT if "messages" in call else None
+    forwards = []
+    pipe.model.register_forward_hook(lambda module, args, out: forwards.append(1))
+    with pytest.raises((ValueError, TypeError), match=says):
+        pipe(**(CALL | {"prompt": ["w1", "w2"]} | call))
+    assert not forwards or "callback_on_step_end" in call
+
+
+def test_an_infill_with_a_gap_in_its_mask_and_an_empty_text_to_score():
+    with pytest.raises(ValueError, match="has a gap inside a row of `infill`"):
+        words()(infill=torch.tensor([[3, 0, MASK_WORD, 4]]), attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    ends = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+    ids = torch.where(ends == 1, MASK_WORD, 0)
+    out = words()(infill=ids, attention_mask=ends, num_inference_steps=2, output_type="seq").sequences
+    assert ((out != MASK_WORD) & (ends == 1)).sum() == ends.sum() and (out[ends == 0] == 0).all()
+    with pytest.raises(ValueError, match="`texts` is empty"):
+        words().score("")
+    assert words().score(["", "w1"])[0][0].tolist() == [0.0]
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_is_a_sample_from_nothing_also_beside_others():
+    pipe = words()
+    nothing = pipe(**CALL, generator=[seeded()]).sequences
+    assert torch.equal(pipe("", **CALL, generator=[seeded()]).sequences, nothing)
+    both = pipe(["", "w1 w2"], **CALL, generator=[seeded(), seeded(1)]).sequences
+    assert torch.equal(both[:1, 2:], nothing)
+    assert torch.equal(both[1:], pipe("w1 w2", **CALL, generator=[seeded(1)]).sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_ids_of_any_integer_dtype(dtype):
+    pipe, ids = words(), [[3, 4], [5, 6]]
+    out = pipe(input_ids=torch.tensor(ids, dtype=dtype), **CALL, generator=seeded()).sequences
+    assert torch.equal(out, pipe(input_ids=ids, **CALL, generator=seeded()).sequences) and out.dtype == torch.int64
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_wherever_a_prompt_is_padded_it_continues_as_it_does_alone(family):
+    pipe = load(checkpoint(family), scheduler=greedy())
+    call = {"gen_length": 4, "num_inference_steps": 8}
+    ids = torch.tensor([[9, 20, 11, PAD, PAD], [PAD, PAD, 9, 20, 11], [9, PAD, 20, PAD, 11], [12, 13, 14, 15, 16]])
+    shown = (ids != PAD).long()
+    out = pipe(input_ids=ids, attention_mask=shown, **call).sequences
+    alone = pipe(input_ids=torch.tensor([[9, 20, 11]]), **call).sequences
+    for row in out[:3]:
+        assert row[:5].tolist() == [PAD, PAD, 9, 20, 11] and torch.equal(row[2:], alone[0])
+    assert torch.equal(out[3:], pipe(input_ids=ids[3:], **call).sequences)
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_samples_of_one_prompt_are_rows_next_to_each_other_and_reproducible(family):
+    pipe = load(checkpoint(family), scheduler=MDLMScheduler())
+    call = {"gen_length": 4, "num_inference_steps": 4, "num_samples": 2}
+    ids = torch.tensor([[9, 20], [11, 12]])
+    out = pipe(input_ids=ids, **call, generator=[seeded(i) for i in range(4)]).sequences
+    assert out[:, :2].tolist() == [[9, 20], [9, 20], [11, 12], [11, 12]]
+    for i, row in enumerate(out):
+        one = pipe(input_ids=ids[i // 2], **(call | {"num_samples": 1}), generator=[seeded(i)]).sequences
+        assert torch.equal(one[0], row)
+
+
+def with_ends(pipe, first=None, last=None):
+    """The pipeline with a tokenizer that puts `first` before and `last` after every text."""
+    names = [name for name in (first, last) if name]
+    single = " ".join([name for name in (first, "$A", last) if name])
+    ids = [(name, pipe.tokenizer.convert_tokens_to_ids(name)) for name in names]
+    pipe.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    return pipe
+
+
+def test_a_prompt_is_not_closed_by_its_tokenizer_and_opened_once():
+    pipe = words()
+    plain = pipe.tokenizer
+    assert prompt_ids(["w1 w2", ""], plain) == [[3, 4], []]
+    closing = with_ends(words(), last="[EOS]").tokenizer
+    assert prompt_ids(["w1 w2", "w1 [EOS]", ""], closing) == [[3, 4], [3, EOS], []] or prompt_ids(["w1"], closing)
+    both = with_ends(words(bos_token="w0"), first="w0", last="[EOS]").tokenizer
+    assert prompt_ids(["w1 w2", "w0 w1", "w1 [EOS]", ""], both) == [[2, 3, 4], [2, 3], [2, 3, EOS], [2]]
+    out = with_ends(words(bos_token="w0"), first="w0", last="[EOS]")("w1", **CALL).sequences
+    assert out[0, :2].tolist() == [2, 3] and out.shape == (1, 8)
+    _, ids, _ = with_ends(words(bos_token="w0"), first="w0", last="[EOS]").score("w1")
+    assert ids.tolist() == [[2, 3, EOS]]  # what is judged is a whole text
+
+
+def test_a_mask_word_in_a_prompt_or_a_chat_stays_and_only_new_tokens_are_counted():
+    pipe = words()
+    out = pipe(["w1 [MASK] w2", "w3"], **CALL, return_trace=True)
+    assert out.sequences[0, :3].tolist() == [3, MASK_WORD, 4]
+    assert (out.sequences[:, 3:] != MASK_WORD).all()
+    assert all(not step.unmasked[:, :3].any() for step in out.trace)
+
+
+# --- end tokens and stop strings --------------------------------------------------------------------------------------
+
+
+def test_an_end_token_of_the_generation_config_that_the_model_does_not_know_is_no_end():
+    pipe = words()
+    pipe.model.generation_config.eos_token_id = [EOS, 126081, MASK_WORD]
+    pipe.scheduler = MDLMScheduler(order="left_to_right")
+    out = pipe(["w1"], **CALL, stop="w", block_length=2).sequences  # every word stops it, after the first block
+    assert (out[0, 3:] == EOS).all() and out.max() < 30
+
+
+# --- specs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"mask_token_id": 40}, "outside its vocabulary of 40"),
+        ({"mask_token_id": "39"}, "`mask_token_id` must be a token id"),
+        ({"mask_token_id": True}, "`mask_token_id` must be a token id"),
+        ({"mask_token_id": MASK, "shift": 1}, r"unknown fields \['shift'\]"),
+        ({"attention": "bidirectional"}, "needs `mask_token_id`"),
+        ({"mask_token_id": MASK, "logit_shift": 2}, "`logit_shift` must be 0 or 1"),
+        ({"mask_token_id": MASK, "attention": "full"}, "`attention` must be one of"),
+        ({"mask_token_id": MASK, "mask_format": "4d"}, "`mask_format` must be one of"),
+        ({"mask_token_id": MASK, "extra_inputs": ["token_type_ids"]}, "`extra_inputs` may hold"),
+        ({"mask_token_id": MASK, "block_length": 4}, "`block_length` goes with"),
+        ({"mask_token_id": MASK, "native_class": "NoSuchModel"}, "NoSuchModel"),
+        ({"mask_token_id": MASK, "native_class": "AutoModel"}, "AutoModel"),
+        ({"mask_token_id": MASK, "native_class": "LlamaForCausalLM", "output_head": "no.head"}, "no.head"),
+    ],
+)
+def test_a_wrong_spec_is_refused_when_it_is_passed(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec=wrong)
+
+
+def test_a_spec_that_is_no_spec():
+    with pytest.raises(TypeError, match="`mdm_spec` must be an MDMSpec or its dict, got str"):
+        PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec="llada")
+
+
+def test_the_users_spec_overrides_each_fact_that_is_detected(tmp_path):
+    spec = dataclasses.replace(
+        resolve_spec(load(checkpoint("Dream")).model.config, mdm_spec=MDMSpec(MASK)), logit_shift=0
+    )
+    row = load(checkpoint("Dream")).denoiser.spec
+    pipe = load(checkpoint("Dream"), mdm_spec=dataclasses.replace(row, logit_shift=0, mask_token_id=38))
+    assert (pipe.denoiser.spec.logit_shift, pipe.mask_token_id) == (
+        0,
+        MASK,
+    )  # `load` passes mask_token_id, which is first
+    assert spec.logit_shift == 0
+    head = QualityHead(H)
+    pipe = PrismPipeline.from_pretrained(checkpoint("Dream"), mdm_spec=row.to_dict(), quality_head=head)
+    assert pipe.denoiser.spec == row and isinstance(pipe.scheduler, PrismScheduler)
