@@ -106,7 +106,9 @@ def prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
     for text in texts:
         ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
         closers = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-        while len(ids) > len(bare) and ids[-1] in closers and (len(ids) > 1 if not bare else ids[-len(bare) :] != bare):
+        while len(ids) > len(bare) and ids[-1] in closers:
+            if (bare and ids[-len(bare) :] == bare) or (len(ids) == 1 and ids[0] in openers):
+                break  # the text's own, or one that opens a text as well
             ids = ids[:-1]
         if len(ids) > len(bare) and bare and bare[0] == ids[0] and ids[0] in openers:
             ids = ids[1:]

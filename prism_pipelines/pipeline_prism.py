@@ -513,7 +513,8 @@ class PrismPipeline(DiffusionPipeline):
         Args:
             pipeline: a pipeline with `model` and `tokenizer`.
             quality_head: as `from_pretrained`; None keeps the one of a `PrismPipeline`.
-            scheduler: None keeps that of a `PrismPipeline`, and else takes the default.
+            scheduler: None keeps that of a `PrismPipeline`, and else takes the default; with a new head, that which
+                is recommended with it, or one that reads it.
             mdm_spec: `MDMSpec` or dict; None keeps or detects it.
         Raises:
             ValueError: `pipeline` has no `model`, or what the constructor and `load_quality_head` raise.
@@ -524,16 +525,19 @@ class PrismPipeline(DiffusionPipeline):
         if model is None:
             raise ValueError(f"`pipeline` must have a `model`; {type(pipeline).__name__} has none.")
         ours = isinstance(pipeline, cls)
-        if scheduler is None and ours:
-            scheduler = pipeline.scheduler
         spec = kwargs.get("mdm_spec") or (pipeline.config.mdm_spec if ours else None)
         head = pipeline.quality_head if ours and quality_head is None else None
-        pipe = cls(model, getattr(pipeline, "tokenizer", None), head, scheduler, spec)
+        chosen = scheduler or (pipeline.scheduler if ours else None)
+        pipe = cls(model, getattr(pipeline, "tokenizer", None), head, chosen, spec)
         hub.check_attention(pipe.denoiser, type(model).__name__)
         if quality_head is not None:
             pipe.load_quality_head(quality_head)
             if scheduler is None:
-                pipe.scheduler = PrismScheduler()
+                recommended = None
+                if not isinstance(quality_head, QualityHead):
+                    recommended = hub.load_scheduler(str(quality_head), {})
+                kept = pipe.scheduler if pipe.scheduler.needs_quality else PrismScheduler()
+                pipe.scheduler = recommended or kept
         return pipe
 
     def load_quality_head(

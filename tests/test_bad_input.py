@@ -1,14 +1,16 @@
 """What the pipeline makes of odd and wrong input: prompts, padding, end tokens, callbacks, generators, specs."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
-from family_twins import CHECKPOINTS, MASK, PAD, H, checkpoint, greedy, load
+from family_twins import CHECKPOINTS, MASK, PAD, H, aligned, checkpoint, greedy, load
+from safetensors.torch import save_file
 from test_generate_many import CHAT, pipeline
 from tokenizers.processors import TemplateProcessing
 
-from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead, resolve_spec
+from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
 from prism_pipelines.canvas import prompt_ids
 
 CALL = {"gen_length": 6, "num_inference_steps": 4, "output_type": "seq"}
@@ -133,7 +135,9 @@ def test_a_prompt_is_not_closed_by_its_tokenizer_and_opened_once():
     plain = pipe.tokenizer
     assert prompt_ids(["w1 w2", ""], plain) == [[3, 4], []]
     closing = with_ends(words(), last="[EOS]").tokenizer
-    assert prompt_ids(["w1 w2", "w1 [EOS]", ""], closing) == [[3, 4], [3, EOS], []] or prompt_ids(["w1"], closing)
+    assert prompt_ids(["w1 w2", "w1 [EOS]", ""], closing) == [[3, 4], [3, EOS], []]
+    opening = with_ends(words(bos_token="[EOS]"), first="[EOS]").tokenizer  # as GPT-2, one token for both
+    assert prompt_ids(["w1", ""], opening) == [[EOS, 3], [EOS]]
     both = with_ends(words(bos_token="w0"), first="w0", last="[EOS]").tokenizer
     assert prompt_ids(["w1 w2", "w0 w1", "w1 [EOS]", ""], both) == [[2, 3, 4], [2, 3], [2, 3, EOS], [2]]
     out = with_ends(words(bos_token="w0"), first="w0", last="[EOS]")("w1", **CALL).sequences
@@ -192,17 +196,68 @@ def test_a_spec_that_is_no_spec():
         PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec="llada")
 
 
-def test_the_users_spec_overrides_each_fact_that_is_detected(tmp_path):
-    spec = dataclasses.replace(
-        resolve_spec(load(checkpoint("Dream")).model.config, mdm_spec=MDMSpec(MASK)), logit_shift=0
-    )
+def test_the_users_spec_overrides_each_fact_that_is_detected():
     row = load(checkpoint("Dream")).denoiser.spec
     pipe = load(checkpoint("Dream"), mdm_spec=dataclasses.replace(row, logit_shift=0, mask_token_id=38))
     assert (pipe.denoiser.spec.logit_shift, pipe.mask_token_id) == (
         0,
         MASK,
     )  # `load` passes mask_token_id, which is first
-    assert spec.logit_shift == 0
     head = QualityHead(H)
     pipe = PrismPipeline.from_pretrained(checkpoint("Dream"), mdm_spec=row.to_dict(), quality_head=head)
     assert pipe.denoiser.spec == row and isinstance(pipe.scheduler, PrismScheduler)
+
+
+# --- code of the repository -------------------------------------------------------------------------------------------
+
+REMOTE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+
+class NovelConfig(PretrainedConfig):
+    model_type = "novel"
+
+    def __init__(self, vocab_size=40, hidden_size=32, **more):
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        super().__init__(**more)
+
+
+class NovelModel(PreTrainedModel):
+    config_class = NovelConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, return_dict=True):
+        hidden = self.embed(input_ids)
+        return MaskedLMOutput(logits=self.head(hidden + hidden.mean(1, keepdim=True)))
+"""
+
+
+def test_code_of_a_repository_runs_with_leave_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "novel"
+    folder.mkdir()
+    (folder / "modeling_novel.py").write_text(REMOTE)
+    names = {"AutoConfig": "modeling_novel.NovelConfig", "AutoModelForMaskedLM": "modeling_novel.NovelModel"}
+    config = {"model_type": "novel", "auto_map": names, "vocab_size": 40, "hidden_size": H}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"embed.weight": (40, H), "head.weight": (40, H), "head.bias": (40,)}
+    weights = {name: torch.randn(shape, generator=seeded()) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="Read that code, then pass trust_remote_code=True"):
+        PrismPipeline.from_pretrained(folder, mask_token_id=MASK)
+    pipe = PrismPipeline.from_pretrained(folder, mask_token_id=MASK, trust_remote_code=True)
+    ids = torch.tensor([[9, MASK, 12]])
+    hidden = weights["embed.weight"][ids]
+    expected = (hidden + hidden.mean(1, keepdim=True)) @ weights["head.weight"].T + weights["head.bias"]
+    torch.testing.assert_close(aligned(pipe, ids)[..., :MASK], expected[..., :MASK])
+    assert MASK not in pipe(gen_length=5, num_inference_steps=2).sequences

@@ -249,6 +249,43 @@ def test_text_tuples_single_prompts_and_seeds():
         )
 
 
+def test_from_pipe_shares_the_parts_and_generates_as_a_pipeline_made_of_them(tmp_path):
+    pipe, judge = llada2(), head()
+    ours = PrismPipeline.from_pipe(pipe, quality_head=judge)
+    assert ours.model is pipe.model and ours.tokenizer is pipe.tokenizer and isinstance(ours.scheduler, PrismScheduler)
+    made = PrismPipeline(pipe.model, pipe.tokenizer, judge, PrismScheduler())
+    call = {"input_ids": PROMPT, "gen_length": 8, "num_inference_steps": 4}
+    given = [p(**call, generator=torch.Generator().manual_seed(0)).sequences for p in (ours, made)]
+    assert torch.equal(*given)
+    assert isinstance(PrismPipeline.from_pipe(pipe).scheduler, MDLMScheduler)
+
+    ours.scheduler = PrismScheduler(num_remask=3)
+    again = PrismPipeline.from_pipe(ours)
+    assert again.quality_head is judge and again.scheduler is ours.scheduler
+    assert again.config.mdm_spec == ours.config.mdm_spec
+    head(1).save_pretrained(tmp_path / "quality_head")
+    assert PrismPipeline.from_pipe(ours, quality_head=tmp_path).scheduler is ours.scheduler
+    PrismScheduler(num_remask=5).save_pretrained(tmp_path / "scheduler")
+    assert PrismPipeline.from_pipe(ours, quality_head=tmp_path).scheduler.config.num_remask == 5
+    chosen = SelfConfidenceScheduler()
+    assert PrismPipeline.from_pipe(ours, quality_head=tmp_path, scheduler=chosen).scheduler is chosen
+
+
+def test_from_pipe_refuses_what_from_pretrained_refuses():
+    pipe = llada2()
+    with pytest.raises(ValueError, match="must have a `model`"):
+        PrismPipeline.from_pipe(object())
+    with pytest.raises(TypeError, match=r"got \['torch_dtype'\]"):
+        PrismPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="made for hidden size 17"):
+        PrismPipeline.from_pipe(pipe, quality_head=QualityHead(17))
+    model = pipe.model
+    model.config.is_decoder = True
+    causal = type(model)(model.config).eval()
+    with pytest.raises(ValueError, match="is causal"):
+        PrismPipeline.from_pipe(SimpleNamespace(model=causal, tokenizer=pipe.tokenizer))
+
+
 # --- a plain module with the interface that the pipeline calls --------------------------------------------------------
 
 V, H, MASK, EOS = 32, 16, 31, 30

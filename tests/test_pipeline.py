@@ -414,14 +414,6 @@ def test_a_plain_model_repository_loads_with_and_without_a_head(saved, tmp_path)
         with_head(gen_length=3, num_inference_steps=2)
 
 
-def test_pickled_weights_are_refused(tmp_path):
-    model = twin()
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        PrismPipeline.from_pretrained(tmp_path, mask_token_id=MASK_ID)
-
-
 def test_a_causal_model_is_refused(tmp_path):
     from prism_pipelines.hub import check_attention
 
