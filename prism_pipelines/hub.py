@@ -302,6 +302,13 @@ def native_config(native, raw: dict, spec: MDMSpec):
     if raw.get("model_type") == native.config_class.model_type:
         return native.config_class.from_dict(raw)
     skipped = ("model_type", "auto_map", "architectures", "transformers_version")
+    alias, sizes = native.config_class.attribute_map, ("hidden_size", "num_hidden_layers", "vocab_size")
+    missing = [name for name in sizes if name not in raw and alias.get(name) not in raw]
+    if missing and not spec.config_mapping:  # the native defaults are billions of parameters
+        raise ValueError(
+            f"{spec.native_class} needs {missing}, which the config of this {raw.get('model_type')!r} does not have. Say "
+            "what they are called there in MDMSpec(config_mapping=...)."
+        )
     mapping = spec.config_mapping or {name: name for name in raw if name not in skipped}
     values = {ours: raw[theirs] for ours, theirs in mapping.items() if theirs in raw}
     # A field that is absent or null may be there under the native name (LLaDA: embedding_size, else vocab_size).

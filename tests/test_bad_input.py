@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_generate_many import CHAT, pipeline
 from tokenizers.processors import TemplateProcessing
 
-from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
 from prism_pipelines.canvas import prompt_ids
 
 CALL = {"gen_length": 6, "num_inference_steps": 4, "output_type": "seq"}
@@ -183,12 +183,17 @@ def test_an_end_token_of_the_generation_config_that_the_model_does_not_know_is_n
         ({"mask_token_id": MASK, "block_length": 4}, "`block_length` goes with"),
         ({"mask_token_id": MASK, "native_class": "NoSuchModel"}, "NoSuchModel"),
         ({"mask_token_id": MASK, "native_class": "AutoModel"}, "AutoModel"),
-        ({"mask_token_id": MASK, "native_class": "LlamaForCausalLM", "output_head": "no.head"}, "no.head"),
+        ({"mask_token_id": MASK, "native_class": "Qwen3ForCausalLM", "output_head": "no.head"}, "no.head"),
     ],
 )
 def test_a_wrong_spec_is_refused_when_it_is_passed(wrong, says):
     with pytest.raises(ValueError, match=says):
-        PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec=wrong)
+        PrismPipeline.from_pretrained(checkpoint("sdar"), mdm_spec=wrong)
+
+
+def test_a_spec_that_does_not_say_how_the_config_names_its_sizes():
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM needs \['hidden_size', 'num_hidden_layers'\]"):
+        PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec=MDMSpec(MASK, native_class="LlamaForCausalLM"))
 
 
 def test_a_spec_that_is_no_spec():

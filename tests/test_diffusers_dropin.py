@@ -250,7 +250,8 @@ def test_text_tuples_single_prompts_and_seeds():
 
 
 def test_from_pipe_shares_the_parts_and_generates_as_a_pipeline_made_of_them(tmp_path):
-    pipe, judge = llada2(), head()
+    pipe = LLaDA2Pipeline(twin("bert"), BlockRefinementScheduler(block_length=8), sudoku_tokenizer())
+    judge = head()
     ours = PrismPipeline.from_pipe(pipe, quality_head=judge)
     assert ours.model is pipe.model and ours.tokenizer is pipe.tokenizer and isinstance(ours.scheduler, PrismScheduler)
     made = PrismPipeline(pipe.model, pipe.tokenizer, judge, PrismScheduler())
@@ -272,7 +273,7 @@ def test_from_pipe_shares_the_parts_and_generates_as_a_pipeline_made_of_them(tmp
 
 
 def test_from_pipe_refuses_what_from_pretrained_refuses():
-    pipe = llada2()
+    pipe = LLaDA2Pipeline(twin("bert"), BlockRefinementScheduler(block_length=8), sudoku_tokenizer())
     with pytest.raises(ValueError, match="must have a `model`"):
         PrismPipeline.from_pipe(object())
     with pytest.raises(TypeError, match=r"got \['torch_dtype'\]"):
