@@ -306,7 +306,7 @@ def native_config(native, raw: dict, spec: MDMSpec):
     missing = [name for name in sizes if name not in raw and alias.get(name) not in raw]
     if missing and not spec.config_mapping:  # the native defaults are billions of parameters
         raise ValueError(
-            f"{spec.native_class} needs {missing}, which the config of this {raw.get('model_type')!r} does not have. Say "
+            f"{spec.native_class} needs {missing}, which the config of this {raw.get('model_type')!r} lacks. Say "
             "what they are called there in MDMSpec(config_mapping=...)."
         )
     mapping = spec.config_mapping or {name: name for name in raw if name not in skipped}
