@@ -29,10 +29,12 @@ class MaskedDenoiser(nn.Module):
         self.model, self.spec = model, spec
         head = self._output_head()
         vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
-        forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=head.weight.device)
+        forbidden = torch.zeros(vocab_size, dtype=torch.bool)
         forbidden[list({spec.mask_token_id, *suppressed})] = True
         forbidden[vocab_size if num_tokens is None else num_tokens :] = True
-        self.register_buffer("forbidden", forbidden, persistent=False)  # (V,)
+        ids = forbidden.nonzero()[:, 0]
+        self.register_buffer("forbidden", forbidden.to(head.weight.device), persistent=False)  # (V,)
+        self.register_buffer("forbidden_ids", ids.to(head.weight.device), persistent=False)  # a few of them
 
     def _output_head(self) -> nn.Module:
         head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
@@ -117,7 +119,9 @@ class MaskedDenoiser(nn.Module):
         logits = self._output_head()(rows)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
-        return logits.masked_fill(self.forbidden, -torch.inf)
+        if logits.requires_grad:
+            return logits.index_fill(-1, self.forbidden_ids, -torch.inf)
+        return logits.index_fill_(-1, self.forbidden_ids, -torch.inf)  # fresh from the head: no need of a copy
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits that predict the tokens at `positions`.
@@ -128,7 +132,10 @@ class MaskedDenoiser(nn.Module):
         Returns:
             (N, V), in row-major order of `positions`, in the model's dtype.
         """
-        row, column = positions.nonzero(as_tuple=True)
+        return self.logits_at(hidden, *positions.nonzero(as_tuple=True))
+
+    def logits_at(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """As `logits`, at positions given as rows and columns, int64 (N,) each."""
         # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
         return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
 
@@ -176,6 +183,15 @@ class LazyLogits:
     def __getitem__(self, positions: Tensor) -> Tensor:
         return self.denoiser.logits(self.hidden, positions)
 
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """Logits (N, V) that predict the tokens at rows and columns, int64 (N,) each. Nothing waits for the device."""
+        return self.denoiser.logits_at(self.hidden, row, column)
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token whose logits are -inf already."""
+        return self.denoiser.spec.mask_token_id
+
     @property
     def shape(self) -> torch.Size:
         """(B, L, V), the shape of the dense logits that are never made."""
@@ -200,8 +216,15 @@ class GuidedLogits:
     def __init__(self, conditional: LazyLogits, unconditional: LazyLogits, cfg_scale: float):
         self.conditional, self.unconditional, self.cfg_scale = conditional, unconditional, cfg_scale
         self.shape, self.device = conditional.shape, conditional.device
+        self.mask_token_id = conditional.mask_token_id
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        given, free = self.conditional[positions], self.unconditional[positions]
+        return self._guided(self.conditional[positions], self.unconditional[positions])
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """As `LazyLogits.at`."""
+        return self._guided(self.conditional.at(row, column), self.unconditional.at(row, column))
+
+    def _guided(self, given: Tensor, free: Tensor) -> Tensor:
         # Forbidden ids are -inf in both; their difference would be NaN.
         return torch.where(given.isneginf(), given, free + (self.cfg_scale + 1) * (given - free))
