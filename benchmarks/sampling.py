@@ -1,15 +1,16 @@
 """What does a sampling step cost beside the forward pass that it cannot do without?
 
-Held fixed within one line of the table: model (random weights), batch, prompt, generated length, block length, number of
-forwards, dtype, device. Varied: who samples. The bare forwards are the references, in the same run:
+Held fixed within one block of the table: model (random weights), batch, prompt, generated length, block length, number
+of forwards, dtype, device. Varied: who samples. The bare forwards are the references, in the same run:
     full          as many forwards, with the logits of every position
     block floor   as many forwards, with the output head at the positions of the active block alone
     row floor     as many forwards, with the output head at the masks that the block still holds at that step
-All arms take turns, so that a slow spell of the machine falls on all of them; the ratios are of minima over the turns.
-The bare arms run one forward in eight and are scaled; the row floor takes its share of every mask count.
-Inside = the time in the model, its output head and the quality head, by hooks, in a run of its own that is not timed.
-Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline grows its canvas block by block, as its
-block-causal models allow, so its forwards see fewer positions than the others'; it cannot remask.
+All arms take turns, so that a slow spell of the machine falls on all of them; the ratios are of the fastest turns. On a
+CPU the time is that of the process's one thread, which other jobs of the machine lengthen less than they do the wall
+clock's. The bare arms run one forward in eight and are scaled; the row floor takes its share of every number of masks.
+Inside = the time in the model, its output head and the quality head, by hooks, in the first turn.
+Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline takes one turn. It grows its canvas block
+by block, as its block-causal models allow, so its forwards see fewer positions than the others'; it cannot remask.
 
     taskset -c 0 python benchmarks/sampling.py                        # CPU: 1 thread, 36M parameters, 126k vocabulary
     python benchmarks/sampling.py --shape llada-8b --device cuda      # a GPU of at least 24 GB
@@ -195,23 +196,12 @@ def arms_of(run: Run) -> dict[str, Callable[[], float]]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def wait() -> None:
-    """For the device, if there is one to wait for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(arms: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of each arm, `repeats` times in turn. Its first run, in `seconds_inside`, is the warm-up."""
-    took = {name: [] for name in arms}
-    for _ in range(repeats):
-        for name, arm in arms.items():
-            wait()
-            start = time.perf_counter()
-            factor = arm()
-            wait()
-            took[name].append((time.perf_counter() - start) * factor)
-    return took
+def now() -> float:
+    """Seconds: of the device when it has done all it was given, or of this process."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager
@@ -221,15 +211,13 @@ def clock(modules: list[torch.nn.Module]):
 
     def enter(*_) -> None:
         if depth[0] == 0:
-            wait()
-            begun[0] = time.perf_counter()
+            begun[0] = now()
         depth[0] += 1
 
     def leave(*_) -> None:
         depth[0] -= 1
         if depth[0] == 0:
-            wait()
-            spent[0] += time.perf_counter() - begun[0]
+            spent[0] += now() - begun[0]
 
     hooks = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
     hooks += [m.register_forward_hook(leave) for m in modules]
@@ -240,34 +228,57 @@ def clock(modules: list[torch.nn.Module]):
             hook.remove()
 
 
-def seconds_inside(run: Run, arm: Callable[[], float]) -> tuple[float, float, int | None]:
-    """One run of an arm with hooks: seconds in all, seconds inside the model, and the peak of GPU memory in bytes."""
+def seconds(arm: Callable[[], float]) -> float:
+    """Of one turn of an arm."""
+    start = now()
+    factor = arm()
+    return (now() - start) * factor
+
+
+def first_turn(run: Run, arm: Callable[[], float]) -> dict:
+    """One turn with hooks: seconds in all and inside the model, and the peak of GPU memory in bytes."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with clock([run.model, run.model.get_output_embeddings(), run.head]) as spent:
-        wait()
-        start = time.perf_counter()
+        start = now()
         factor = arm()
-        wait()
-        total = (time.perf_counter() - start) * factor
-    return total, spent[0] * factor, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        total = now() - start
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"turns": [total * factor], "inside": spent[0] / total, "peak_bytes": peak}
 
 
-def measure(run: Run, only: str | None, repeats: int) -> list[dict]:
+def measure(run: Run, only: str, turns: int) -> list[dict]:
     """The rows of one batch and length."""
-    arms = {name: arm for name, arm in arms_of(run).items() if only is None or only in name or "f" in name.split()[-1]}
-    inside = {name: seconds_inside(run, arm) for name, arm in arms.items()}
-    took = seconds(arms, repeats)
-    best = {name: min(times) for name, times in took.items()}
-    tokens, rows = run.batch * run.generated, []
-    for name, times in took.items():
-        total, in_model, memory = inside[name]
-        row = {"arm": name, "batch": run.batch, "generated": run.generated, "forwards": run.steps}
-        row |= {"min_s": best[name], "max_s": max(times), "ms_per_step": 1000 * best[name] / run.steps}
-        row |= {"total_by_inside": total / in_model, "extra_ms_per_step": 1000 * (total - in_model) / run.steps}
-        row |= {"tokens_per_s": tokens / best[name], "forwards_per_token": run.steps / run.generated}
-        row |= {f"by_{ref.replace(' ', '_')}": best[name] / best[ref] for ref in ("full", "block floor", "row floor")}
-        rows.append(row | {"peak_bytes": memory})
+    bare = ("full", "block floor", "row floor")
+    arms = {name: arm for name, arm in arms_of(run).items() if only in name or name in bare}
+    arms["full"]()  # warm-up
+    found = {name: first_turn(run, arm) for name, arm in arms.items()}
+    for _ in range(turns - 1):
+        for name, arm in arms.items():
+            if not name.startswith("LLaDA2"):
+                found[name]["turns"].append(seconds(arm))
+    best = {name: min(row["turns"]) for name, row in found.items()}
+    rows = []
+    for name, row in found.items():
+        extra = (1 - row["inside"]) * row["turns"][0]
+        rows.append(
+            {
+                "arm": name,
+                "batch": run.batch,
+                "generated": run.generated,
+                "forwards": run.steps,
+                "turns_s": row["turns"],
+                "ms_per_step": 1000 * best[name] / run.steps,
+                "by_full": best[name] / best["full"],
+                "by_block_floor": best[name] / best["block floor"],
+                "by_row_floor": best[name] / best["row floor"],
+                "total_by_inside": 1 / row["inside"],
+                "extra_ms_per_step": 1000 * extra / run.steps,
+                "tokens_per_s": run.batch * run.generated / best[name],
+                "forwards_per_token": run.steps / (run.batch * run.generated),
+                "peak_bytes": row["peak_bytes"],
+            }
+        )
     return rows
 
 
@@ -281,7 +292,7 @@ def print_rows(rows: list[dict]) -> None:
         "total_by_inside": "total/inside",
         "extra_ms_per_step": "extra ms/step",
         "tokens_per_s": "tokens/s",
-        "forwards_per_token": "forwards/token",
+        "forwards_per_token": "fwd/token",
     }
     for batch, generated in dict.fromkeys((row["batch"], row["generated"]) for row in rows):
         print(f"\nbatch {batch}, {generated} generated")
@@ -335,8 +346,9 @@ def main(argv=None) -> int:
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=None, help="this batch alone")
-    parser.add_argument("--arms", default=None, help="arms whose name holds this, beside the bare forwards")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--generated", type=int, default=None, help="this length alone")
+    parser.add_argument("--arms", default="", help="arms whose name holds this, beside the bare forwards")
+    parser.add_argument("--turns", type=int, default=3, help="of each arm but LLaDA2Pipeline")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", default=None, metavar="ARM", help="print torch's profile of one arm instead")
     parser.add_argument("--output", type=Path, default=None, help="write the JSON here as well")
@@ -346,7 +358,8 @@ def main(argv=None) -> int:
     shape = SHAPES[args.shape]
     model, head = build(shape, args.device)
     batches = shape.batches if args.batch is None else (args.batch,)
-    runs = [Run(shape, model, head, batch, generated) for generated in shape.generated for batch in batches]
+    lengths = shape.generated if args.generated is None else (args.generated,)
+    runs = [Run(shape, model, head, batch, generated) for generated in lengths for batch in batches]
     if args.profile is not None:
         arm = arms_of(runs[0])[args.profile]
         arm()
@@ -357,9 +370,9 @@ def main(argv=None) -> int:
     rows = []
     for run in runs:
         print(f"batch {run.batch}, {run.generated} generated ...", file=sys.stderr)
-        rows += measure(run, args.arms, args.repeats)
+        rows += measure(run, args.arms, args.turns)
     print_rows(rows)
-    settings = {"shape": args.shape, **asdict(shape), "repeats": args.repeats, "cores": len(os.sched_getaffinity(0))}
+    settings = {"shape": args.shape, **asdict(shape), "turns": args.turns, "cores": len(os.sched_getaffinity(0))}
     settings["parameters"] = sum(p.numel() for p in model.parameters())
     table = json.dumps({"rows": rows, "settings": settings, **facts()})
     if args.output is not None:

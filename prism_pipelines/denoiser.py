@@ -2,14 +2,47 @@
 
 The last hidden state is defined as the *input of the output head*. It is caught by a forward-pre-hook, which also hands
 the head zero rows: one forward of the model then costs the body alone, and logits are made later, only where read.
+A model serves one thread at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .families import MDMSpec
+
+# Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
+# causal; tests/test_speed.py holds each to the result with a mask of zeros.
+UNMASKED = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class HeadInput:
+    """Forward-pre-hook of an output head that, while `catching`, keeps what the head is given and hands it no rows.
+
+    It stays on the head, and is one object: `torch.compile` traces it with the model, and guards `catching`.
+    """
+
+    def __init__(self):
+        self.catching, self.caught = False, None
+
+    def __call__(self, module: nn.Module, args: tuple):
+        if not self.catching:
+            return None
+        self.caught = args[0]
+        return (args[0][:, :0], *args[1:])
+
+    @classmethod
+    def of(cls, head: nn.Module) -> HeadInput:
+        """The one of `head`, registered if there is none yet."""
+        hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
+        if hook is None:
+            hook = cls()
+            head.register_forward_pre_hook(hook)
+        return hook
 
 
 class MaskedDenoiser(nn.Module):
@@ -60,18 +93,15 @@ class MaskedDenoiser(nn.Module):
         Returns:
             (B, L, H) in the model's dtype; means nothing at padding.
         """
-        caught = []
-
-        def catch(module, args):
-            caught.append(args[0])
-            return (args[0][:, :0], *args[1:])
-
-        handle = self._output_head().register_forward_pre_hook(catch)
+        hook = HeadInput.of(self._output_head())
+        inputs = self.inputs(input_ids, attention_mask)
         try:
-            self.model(input_ids=input_ids, return_dict=True, **self.inputs(input_ids, attention_mask))
+            hook.catching = True
+            with not_causal(self.model.config if "is_causal" in inputs else None):
+                self.model(input_ids=input_ids, return_dict=True, **inputs)
+            hidden = hook.caught
         finally:
-            handle.remove()
-        hidden = caught[0]
+            hook.catching, hook.caught = False, None
         if self.spec.logit_shift and attention_mask is not None:
             # What a shifted model reads for the first token of a row is its own row, also behind padding.
             shown = attention_mask.bool()
@@ -95,6 +125,8 @@ class MaskedDenoiser(nn.Module):
                 )
         if spec.mask_format == "padding":
             inputs["attention_mask"] = attention_mask
+        elif spec.mask_format == "additive" and attention_mask is None and self._sees_all_without_mask():
+            inputs |= {"is_causal": False, "use_cache": False}
         elif spec.mask_format == "additive":
             block_length = spec.block_length if spec.attention == "block_causal" else None
             dtype = self._output_head().weight.dtype
@@ -113,6 +145,17 @@ class MaskedDenoiser(nn.Module):
         if "timesteps" in spec.extra_inputs:
             inputs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
         return inputs
+
+    def _sees_all_without_mask(self) -> bool:
+        """May the mask of zeros be left out? Flash kernels take none."""
+        model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile(model)
+        native = type(model).__module__.startswith("transformers.") and type(model).__name__ in UNMASKED
+        return (
+            native
+            and self.spec.attention == "bidirectional"
+            and model.config._attn_implementation == "sdpa"
+            and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}
+        )
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
@@ -138,6 +181,22 @@ class MaskedDenoiser(nn.Module):
         """As `logits`, at positions given as rows and columns, int64 (N,) each."""
         # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
         return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+
+
+@contextmanager
+def not_causal(config) -> Iterator[None]:
+    """While it lasts, transformers builds no causal mask for a model of this config; None for nothing to do."""
+    if config is None:
+        yield
+        return
+    before = vars(config).get("is_causal")
+    config.is_causal = False
+    try:
+        yield
+    finally:
+        del config.is_causal  # or it would be saved with the model
+        if before is not None:
+            config.is_causal = before
 
 
 def token_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
