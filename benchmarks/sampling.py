@@ -10,7 +10,7 @@ CPU the time is that of the process's one thread, which other jobs of the machin
 clock's. The bare arms run one forward in eight and are scaled; the row floor takes its share of every number of masks.
 Inside = the time in the model, its output head and the quality head, by hooks, in the first turn.
 Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline takes one turn. It grows its canvas
-block by block, as its block-causal models allow, so its forwards see fewer positions than the others'; it cannot remask.
+block by block, as its block-causal models allow: its forwards see fewer positions than the others'. It cannot remask.
 
     taskset -c 0 python benchmarks/sampling.py                        # CPU: 1 thread, 36M parameters, 126k vocabulary
     python benchmarks/sampling.py --shape llada-8b --device cuda      # a GPU of at least 24 GB
