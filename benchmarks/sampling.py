@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ from prism_pipelines import FAMILIES, MDLMScheduler, PrismPipeline, PrismSchedul
 
 MASK = 126336  # LLaDA's mask token; the model has random weights
 SEED = 0
-SCALE = 8  # a bare arm runs one in so many of its forwards
+SCALE = 8  # a bare arm runs one in so many of its forwards, but at least as many as this
 
 
 @dataclass(frozen=True)
@@ -101,31 +101,30 @@ def canvas(run: Run) -> Tensor:
     return torch.cat([run.prompt(), masks], dim=1)
 
 
-def bare_forwards(run: Run, rows_of_step: Callable[[int], int | None]) -> Callable[[], float]:
-    """Forwards of the transformers model alone, `rows_of_step(i)` logits of each row in step i; None for all.
+def bare_forwards(run: Run, rows_at: Callable[[float], int | None]) -> Callable[[], float]:
+    """Forwards of the transformers model alone, with `rows_at(x)` logits of each row; x goes from 0 to 1; None for all.
 
     Returns:
-        what runs one in `SCALE` of them, and gives the factor that its time has to be multiplied with.
+        what runs some of them, and gives the factor that its time has to be multiplied with.
     """
-    ids, picked = canvas(run), range(0, run.steps, SCALE)
+    ids, count = canvas(run), min(run.steps, max(SCALE, run.steps // SCALE))
     # As fast as this model can see in both directions: no mask, and no causal kernel.
     run.model.config.is_causal = False
 
     @torch.inference_mode()
     def forwards() -> float:
-        for i in picked:
-            rows = rows_of_step(i)
+        for i in range(count):
+            rows = rows_at((i + 0.5) / count)
             keep = 0 if rows is None else torch.arange(run.shape.prompt, run.shape.prompt + rows, device=ids.device)
             run.model(input_ids=ids, logits_to_keep=keep, use_cache=False, is_causal=False)
-        return run.steps / len(picked)
+        return run.steps / count
 
     return forwards
 
 
-def masks_left(run: Run, i: int) -> int:
-    """Masks that the active block holds before step i."""
-    per_block = run.shape.block // run.shape.tokens_per_step
-    return run.shape.block - (i * (SCALE + 1) // SCALE) % per_block * run.shape.tokens_per_step
+def masks_left(shape: Shape, x: float) -> int:
+    """Masks that a block holds when the fraction x of its steps is done."""
+    return shape.block - int(x * shape.block / shape.tokens_per_step) * shape.tokens_per_step
 
 
 # --- samplers ---------------------------------------------------------------------------------------------------------
@@ -181,9 +180,9 @@ def llada2(run: Run, temperature: float) -> Callable[[], float]:
 def arms_of(run: Run) -> dict[str, Callable[[], float]]:
     """Every arm by name; what it returns is the factor of its time."""
     arms = {
-        "full": bare_forwards(run, lambda i: None),
-        "block floor": bare_forwards(run, lambda i: run.shape.block),
-        "row floor": bare_forwards(run, lambda i: masks_left(run, i)),
+        "full": bare_forwards(run, lambda x: None),
+        "block floor": bare_forwards(run, lambda x: run.shape.block),
+        "row floor": bare_forwards(run, lambda x: masks_left(run.shape, x)),
     }
     for name, temperature in (("greedy", 0.0), ("sampling", 1.0)):
         arms[f"MDLM, {name}"] = ours(run, MDLMScheduler(order="confidence"), temperature)
@@ -347,6 +346,7 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=None, help="this batch alone")
     parser.add_argument("--generated", type=int, default=None, help="this length alone")
+    parser.add_argument("--tokens_per_step", type=int, default=None, help="written by each forward")
     parser.add_argument("--arms", default="", help="arms whose name holds this, beside the bare forwards")
     parser.add_argument("--turns", type=int, default=3, help="of each arm but LLaDA2Pipeline")
     parser.add_argument("--threads", type=int, default=1)
@@ -355,7 +355,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
+    told = facts()  # before anyone touches the files
     shape = SHAPES[args.shape]
+    if args.tokens_per_step is not None:
+        shape = replace(shape, tokens_per_step=args.tokens_per_step)
     model, head = build(shape, args.device)
     batches = shape.batches if args.batch is None else (args.batch,)
     lengths = shape.generated if args.generated is None else (args.generated,)
@@ -374,7 +377,7 @@ def main(argv=None) -> int:
     print_rows(rows)
     settings = {"shape": args.shape, **asdict(shape), "turns": args.turns, "cores": len(os.sched_getaffinity(0))}
     settings["parameters"] = sum(p.numel() for p in model.parameters())
-    table = json.dumps({"rows": rows, "settings": settings, **facts()})
+    table = json.dumps({"rows": rows, "settings": settings, **told})
     if args.output is not None:
         args.output.write_text(table + "\n")
     print(table)

@@ -6,6 +6,7 @@ Plain functions on whole batches. B rows, L positions, V tokens; N positions tak
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -452,23 +453,6 @@ def order_score(p: Tensor, tokens: Tensor, order: str) -> Tensor:
     return -torch.special.entr(p).sum(-1)  # entr(0) = 0
 
 
-def token_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The model's own probability, at temperature 1, of given tokens.
-
-    Args:
-        logits: (N, V), any float type, finite or -inf.
-        tokens: int64 of shape (N,).
-    Returns:
-        float32 of shape (N,); 0 for a token at -inf.
-    """
-    rows = chunk_rows(logits.shape[-1])
-    parts = [
-        probabilities(part).gather(-1, some[:, None])[:, 0]
-        for part, some in zip(logits.split(rows), tokens.split(rows), strict=True)
-    ]
-    return torch.cat(parts).nan_to_num(0)  # of a row in which nothing is possible the softmax is NaN
-
-
 # --- filling masks ----------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +465,28 @@ def true_positions(mask: Tensor, count: int) -> tuple[Tensor, ...]:
     return torch.unravel_index(flat, mask.shape)
 
 
+def logit_chunks(model_output, positions: Tensor, index: tuple[Tensor, Tensor], mask_token_id: int) -> Iterator[Tensor]:
+    """Logits (n, V) at some positions, at most `CHUNK` numbers at a time, with the mask token at -inf.
+
+    Args:
+        model_output: as `reveal`.
+        positions: bool of shape (B, L), N of them true.
+        index: the same as rows and columns, int64 of shape (N,) each, in row-major order.
+        mask_token_id: the mask token.
+    """
+    if isinstance(model_output, Tensor) or hasattr(model_output, "at"):
+        read = model_output.at if hasattr(model_output, "at") else lambda row, column: model_output[row, column]
+        size = chunk_rows(model_output.shape[-1])
+        chunks = (read(*part) for part in zip(*(which.split(size) for which in index), strict=True))
+    else:
+        logits = model_output[positions]
+        chunks = logits.split(chunk_rows(logits.shape[-1]))
+    # `LazyLogits` hold the mask token at -inf already, which saves a copy of them.
+    without = None if getattr(model_output, "mask_token_id", None) == mask_token_id else mask_token_id
+    for chunk in chunks:
+        yield suppress(chunk, without)
+
+
 def draw_at(
     model_output,
     positions: Tensor,
@@ -490,37 +496,40 @@ def draw_at(
     u: Tensor,
     order: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a token at each of some positions, `CHUNK` logits at a time.
+    """Draw a token at each of some positions.
 
     Args:
-        model_output: as `reveal`.
-        positions: bool of shape (B, L), N of them true.
-        index: the same as rows and columns, int64 of shape (N,) each, in row-major order.
+        model_output, positions, index, mask_token_id: as `logit_chunks`.
         sampling: temperature, top_p and top_k, as `sample_tokens`.
-        mask_token_id: never drawn.
         u: uniform numbers, float32 of shape (B, L).
         order: "confidence", "margin" or "entropy", see `order_score`; None for no score.
     Returns:
         tokens, int64 (N,), their probabilities as `sample_tokens`, float32 (N,), and the score, float32 (N,).
     """
-    row, column = index
-    u = u[row, column]
-    if isinstance(model_output, Tensor) or hasattr(model_output, "at"):
-        size = chunk_rows(model_output.shape[-1])
-        read = model_output.at if hasattr(model_output, "at") else lambda r, c: model_output[r, c]
-        logits = (read(r, c) for r, c in zip(row.split(size), column.split(size), strict=True))
-    else:
-        logits = model_output[positions]
-        size = chunk_rows(logits.shape[-1])
-        logits = logits.split(size)
-    # `LazyLogits` hold the mask token at -inf already, which saves a copy of them.
-    without = None if getattr(model_output, "mask_token_id", None) == mask_token_id else mask_token_id
-    drawn = [
-        _sample(suppress(part, without), *sampling, some, order)
-        for part, some in zip(logits, u.split(size), strict=True)
-    ]
+    drawn, done, u = [], 0, u[index]
+    for logits in logit_chunks(model_output, positions, index, mask_token_id):
+        drawn.append(_sample(logits, *sampling, u[done : done + len(logits)], order))
+        done += len(logits)
     tokens, probs, score = (torch.cat(part) for part in zip(*drawn, strict=True))
     return tokens, probs, score
+
+
+def probability_at(model_output, positions: Tensor, tokens: Tensor, mask_token_id: int) -> Tensor:
+    """The model's own probability, at temperature 1, of the tokens that stand at some positions.
+
+    Args:
+        model_output, positions, mask_token_id: as `logit_chunks`.
+        tokens: int64 of shape (B, L); others than at `positions` are not read.
+    Returns:
+        float32 of shape (B, L), 0 outside `positions`, and where a token is at -inf.
+    """
+    index = positions.nonzero(as_tuple=True)
+    probs, done, tokens = [], 0, tokens[index].long()
+    for logits in logit_chunks(model_output, positions, index, mask_token_id):
+        probs.append(probabilities(logits).gather(-1, tokens[done : done + len(logits), None])[:, 0])
+        done += len(logits)
+    # The softmax of a row in which nothing is possible is NaN.
+    return torch.zeros(positions.shape, device=positions.device).index_put(index, torch.cat(probs).nan_to_num(0))
 
 
 def reveal(

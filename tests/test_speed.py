@@ -367,3 +367,11 @@ def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path):
     for row in rows.values():
         assert row["by_full"] == pytest.approx(min(row["turns_s"]) / min(rows["full"]["turns_s"]))
         assert row["forwards_per_token"] == 0.5 and row["total_by_inside"] >= 1
+
+
+def test_the_page_on_performance_is_what_the_tables_give():
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "performance.py"
+    spec = importlib.util.spec_from_file_location("performance", path)
+    performance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(performance)
+    assert performance.main(["--check"]) == 0
