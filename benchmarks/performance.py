@@ -27,13 +27,13 @@ COLUMNS = {
 
 def section(table: dict) -> str:
     """The tables of one file, in Markdown."""
-    settings, lines = table["settings"], []
-    lines.append(
-        f"{table['device']}, {table['threads']} thread, torch {table['versions']['torch']}, commit `{table['commit']}`. "
-        f"Llama of {settings['parameters'] / 1e6:.0f} million parameters ({settings['layers']} layers of "
-        f"{settings['hidden']}), vocabulary {settings['vocabulary']:,}, {settings['dtype']}, prompt {settings['prompt']}, "
-        f"block {settings['block']}, {settings['turns']} turns."
-    )
+    settings, where = table["settings"], f"{table['device']}, {table['threads']} thread"
+    size = f"{settings['parameters'] / 1e6:.0f} million parameters"
+    lines = [
+        f"{where}, torch {table['versions']['torch']}, commit `{table['commit']}`. Llama of {size} ({settings['layers']} "
+        f"layers of {settings['hidden']}), vocabulary {settings['vocabulary']:,}, {settings['dtype']}, "
+        f"prompt {settings['prompt']}, block {settings['block']}, {settings['turns']} turns."
+    ]
     for batch, generated in dict.fromkeys((row["batch"], row["generated"]) for row in table["rows"]):
         rows = [row for row in table["rows"] if (row["batch"], row["generated"]) == (batch, generated)]
         lines += ["", f"Batch {batch}, {generated} tokens in {rows[0]['forwards']} forwards:", ""]
