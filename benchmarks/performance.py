@@ -30,9 +30,9 @@ def section(table: dict) -> str:
     settings, where = table["settings"], f"{table['device']}, {table['threads']} thread"
     size = f"{settings['parameters'] / 1e6:.0f} million parameters"
     lines = [
-        f"{where}, torch {table['versions']['torch']}, commit `{table['commit']}`. Llama of {size} ({settings['layers']} "
-        f"layers of {settings['hidden']}), vocabulary {settings['vocabulary']:,}, {settings['dtype']}, "
-        f"prompt {settings['prompt']}, block {settings['block']}, {settings['turns']} turns."
+        f"{where}, torch {table['versions']['torch']}, commit `{table['commit']}`. Llama of {size} "
+        f"({settings['layers']} layers of {settings['hidden']}), vocabulary {settings['vocabulary']:,}, "
+        f"{settings['dtype']}, prompt {settings['prompt']}, block {settings['block']}, {settings['turns']} turns."
     ]
     for batch, generated in dict.fromkeys((row["batch"], row["generated"]) for row in table["rows"]):
         rows = [row for row in table["rows"] if (row["batch"], row["generated"]) == (batch, generated)]
