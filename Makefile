@@ -37,9 +37,11 @@ train-sudoku-quick: $(VENV)/.installed  ## a weaker model in ten minutes
 bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes
 	$(BIN)/python benchmarks/sudoku_cost.py
 	$(BIN)/python benchmarks/sudoku.py --quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py --generated 32 --turns 2
 
-results: $(VENV)/.installed     ## docs/results.md from the committed tables
+results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed figures
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/performance.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

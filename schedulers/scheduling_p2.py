@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .arguments import check_config, check_run, is_number, read_sampling, read_step, require
-from .functional import highest, sample_tokens, suppress, token_probability, uniform_at, visible_target
+from .functional import draw_at, highest, probability_at, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
 
 
@@ -90,12 +90,10 @@ class P2Scheduler(SchedulerMixin, ConfigMixin):
         target = visible_target(index, self.num_inference_steps, total)  # (B,)
         competing = generation_mask if self.can_remask and index < self.num_inference_steps - 1 else masked
 
-        logits = suppress(model_output[competing].float(), mask_token_id)  # (N, V)
-        new = masked[competing]  # (N,)
-        drawn, drawn_probs = sample_tokens(logits[new], *sampling, u_token[masked])
-        standing = sample[competing].masked_scatter(new, drawn.to(sample.dtype))  # (N,)
-        log_p = token_probability(logits, standing.long()).log()
-        score = torch.zeros_like(u_token).masked_scatter(competing, torch.where(new, log_p, self.config.eta * log_p))
+        index = masked.nonzero(as_tuple=True)
+        drawn, drawn_probs, _ = draw_at(model_output, masked, index, sampling, mask_token_id, u_token)
+        p = probability_at(model_output, competing & ~masked, sample, mask_token_id).index_put(index, drawn_probs)
+        score = torch.where(masked, p.log(), self.config.eta * p.log())
         kept = highest(score, competing, competing.sum(-1) - (total - target))
 
         unmasked, remasked = masked & kept, competing & ~masked & ~kept

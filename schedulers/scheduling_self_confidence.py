@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import check_config, check_run, is_int, read_sampling, read_step, require
 from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
-from .functional import suppress, token_probability
+from .functional import probability_at
 from .scheduling_prism import PrismSchedulerOutput, check_remasking, remask_and_reveal, remasks_by_quality
 
 
@@ -110,8 +110,7 @@ class SelfConfidenceScheduler(SchedulerMixin, ConfigMixin):
         place = read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id)
 
         def own_probability(visible: Tensor) -> Tensor:
-            probs = token_probability(suppress(model_output[visible], place[2]), sample[visible])
-            return torch.zeros(sample.shape, device=sample.device).masked_scatter(visible, probs)
+            return probability_at(model_output, visible, sample, place[2])
 
         quality_of = own_probability
         if self.config.history != 1:  # every step is recorded, not only those that remask

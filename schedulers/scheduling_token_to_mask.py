@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .arguments import check_config, check_run, is_int, is_number, read_sampling, read_step, require
-from .functional import lowest, reveal, suppress, token_probability, uniform_at, visible_target
+from .functional import lowest, probability_at, reveal, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
 
 
@@ -104,8 +104,7 @@ class TokenToMaskScheduler(SchedulerMixin, ConfigMixin):
             self._times_remasked = torch.zeros_like(sample, dtype=torch.int64)
         remasked = torch.zeros_like(masked)
         if self.can_remask and index < self.num_inference_steps - 1:
-            probs = token_probability(suppress(model_output[visible], mask_token_id), sample[visible])
-            probability = torch.ones_like(u_order).masked_scatter(visible, probs)
+            probability = probability_at(model_output, visible, sample, mask_token_id)
             free = self._times_remasked < self.config.max_remask_per_position
             suspect = visible & free & (probability < self.config.threshold)
             share = (shown * self.config.max_remask_ratio).floor().long()

@@ -15,10 +15,11 @@ from prism_pipelines.schedulers.functional import (
     lowest,
     mask_tokens,
     order_score,
+    probabilities,
+    probability_at,
     remdm_cap,
     reveal,
     sample_tokens,
-    token_probability,
     uniform,
     uniform_at,
     unmask_probability,
@@ -342,18 +343,22 @@ def test_order_scores_agree_with_python(logits):
     best = [*sorted(p, reverse=True), 0.0]
     for token in range(len(p)):
         got = {
-            order: order_score(torch.tensor([logits]), torch.tensor([token]), order).item()
+            order: order_score(probabilities(torch.tensor([logits])), torch.tensor([token]), order).item()
             for order in ("confidence", "margin", "entropy")
         }
         assert got["confidence"] == pytest.approx(p[token], rel=1e-5, abs=1e-7)
         assert got["margin"] == pytest.approx(best[0] - best[1], rel=1e-5, abs=1e-7)
         assert got["entropy"] == pytest.approx(sum(q * math.log(q) for q in p if q > 0), rel=1e-5, abs=1e-7)
-        assert token_probability(torch.tensor([logits]), torch.tensor([token])).item() == got["confidence"]
+        here = torch.tensor([[True]])
+        stands = probability_at(torch.tensor([[logits]]), here, torch.tensor([[token]]), mask_token_id=len(p))
+        assert stands.item() == got["confidence"]
 
 
-def test_token_probability_of_a_forbidden_token_is_0():
-    logits = torch.tensor([[-INF, 0.0], [-INF, -INF]])
-    assert token_probability(logits, torch.tensor([0, 1])).tolist() == [0.0, 0.0]
+def test_the_probability_of_a_forbidden_token_is_0():
+    logits = torch.tensor([[[-INF, 0.0], [-INF, -INF], [0.0, 0.0]]])
+    where = torch.tensor([[True, True, False]])
+    assert probability_at(logits, where, torch.tensor([[0, 1, 1]]), 2).tolist() == [[0.0, 0.0, 0.0]]
+    assert probability_at(logits, ~where, torch.tensor([[0, 1, 1]]), 0).tolist() == [[0.0, 0.0, 1.0]]
 
 
 # --- filling masks ----------------------------------------------------------------------------------------------------
