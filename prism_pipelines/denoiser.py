@@ -17,7 +17,14 @@ from .families import MDMSpec
 
 # Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
 # causal; tests/test_speed.py holds each to the result with a mask of zeros.
-UNMASKED = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+UNMASKED = (
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 
 
 class HeadInput:
@@ -157,6 +164,7 @@ class MaskedDenoiser(nn.Module):
             and self.spec.attention == "bidirectional"
             and model.config._attn_implementation == "sdpa"
             and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}
+            and getattr(model.config, "sliding_window", None) is None
         )
 
     def head(self, rows: Tensor) -> Tensor:
