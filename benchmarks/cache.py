@@ -155,6 +155,8 @@ def main(argv=None) -> int:
     cuda = args.device.startswith("cuda")
     if not cuda:
         torch.set_num_threads(1)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     rows = []
     print(f"{'shape':11}{'batch':>6} {'cache':7}{'threshold':>10}{'forwards':>9}{'tokens/forward':>15}", end="")
     print(f"{'s':>8}{'tokens/s':>9}{'ratio':>7}")
@@ -168,8 +170,6 @@ def main(argv=None) -> int:
                 print(f"{name:11}{batch:6} {row['cache']:7}{bar:>10}{row['nfe']:9.1f}", end="")
                 print(f"{row['tokens_per_forward']:15.2f}{row['min_s']:8.2f}{row['tokens_per_second']:9.1f}", end="")
                 print(f"{row['ratio']:7.2f}", flush=True)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     told = {
         "rows": rows,
         "settings": {"shapes": {name: asdict(SHAPES[name]) for name in args.shapes}, "repeats": args.repeats},
