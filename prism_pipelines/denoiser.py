@@ -2,14 +2,47 @@
 
 The last hidden state is defined as the *input of the output head*. It is caught by a forward-pre-hook, which also hands
 the head zero rows: one forward of the model then costs the body alone, and logits are made later, only where read.
+A model serves one thread at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .families import MDMSpec
+
+# Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
+# causal; tests/test_speed.py holds each to the result with a mask of zeros.
+UNMASKED = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class HeadInput:
+    """Forward-pre-hook of an output head that, while `catching`, keeps what the head is given and hands it no rows.
+
+    It stays on the head, and is one object: `torch.compile` traces it with the model, and guards `catching`.
+    """
+
+    def __init__(self):
+        self.catching, self.caught = False, None
+
+    def __call__(self, module: nn.Module, args: tuple):
+        if not self.catching:
+            return None
+        self.caught = args[0]
+        return (args[0][:, :0], *args[1:])
+
+    @classmethod
+    def of(cls, head: nn.Module) -> HeadInput:
+        """The one of `head`, registered if there is none yet."""
+        hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
+        if hook is None:
+            hook = cls()
+            head.register_forward_pre_hook(hook)
+        return hook
 
 
 class MaskedDenoiser(nn.Module):
@@ -29,10 +62,12 @@ class MaskedDenoiser(nn.Module):
         self.model, self.spec = model, spec
         head = self._output_head()
         vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
-        forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=head.weight.device)
+        forbidden = torch.zeros(vocab_size, dtype=torch.bool)
         forbidden[list({spec.mask_token_id, *suppressed})] = True
         forbidden[vocab_size if num_tokens is None else num_tokens :] = True
-        self.register_buffer("forbidden", forbidden, persistent=False)  # (V,)
+        ids = forbidden.nonzero()[:, 0]
+        self.register_buffer("forbidden", forbidden.to(head.weight.device), persistent=False)  # (V,)
+        self.register_buffer("forbidden_ids", ids.to(head.weight.device), persistent=False)  # a few of them
 
     def _output_head(self) -> nn.Module:
         head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
@@ -71,22 +106,18 @@ class MaskedDenoiser(nn.Module):
         Returns:
             (B, L, H), or (B, W, H) with `columns`, in the model's dtype; means nothing at padding.
         """
-        caught = []
-
-        def catch(module, args):
-            caught.append(args[0])
-            return (args[0][:, :0], *args[1:])
-
+        hook = HeadInput.of(self._output_head())
         inputs = self.inputs(input_ids, attention_mask, columns=columns, reach=reach)
         if past_key_values is not None:
             inputs |= {"past_key_values": past_key_values, "use_cache": True}
         asked = input_ids if columns is None else take_columns(input_ids, columns)
-        handle = self._output_head().register_forward_pre_hook(catch)
         try:
-            self.model(input_ids=asked, return_dict=True, **inputs)
+            hook.catching = True
+            with not_causal(self.model.config if "is_causal" in inputs else None):
+                self.model(input_ids=asked, return_dict=True, **inputs)
+            hidden = hook.caught
         finally:
-            handle.remove()
-        hidden = caught[0]
+            hook.catching, hook.caught = False, None
         if self.spec.logit_shift and attention_mask is not None and columns is None:
             # What a shifted model reads for the first token of a row is its own row, also behind padding.
             shown = attention_mask.bool()
@@ -117,6 +148,8 @@ class MaskedDenoiser(nn.Module):
                 )
         if spec.mask_format == "padding":
             inputs["attention_mask"] = attention_mask
+        elif spec.mask_format == "additive" and attention_mask is None and self._sees_all_without_mask():
+            inputs |= {"is_causal": False, "use_cache": False}
         elif spec.mask_format == "additive":
             block_length = spec.block_length if spec.attention == "block_causal" else None
             dtype = self._output_head().weight.dtype
@@ -136,12 +169,25 @@ class MaskedDenoiser(nn.Module):
             inputs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
         return inputs
 
+    def _sees_all_without_mask(self) -> bool:
+        """May the mask of zeros be left out? Flash kernels take none."""
+        model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile(model)
+        native = type(model).__module__.startswith("transformers.") and type(model).__name__ in UNMASKED
+        return (
+            native
+            and self.spec.attention == "bidirectional"
+            and model.config._attn_implementation == "sdpa"
+            and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}
+        )
+
     def head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
         logits = self._output_head()(rows)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
-        return logits.masked_fill(self.forbidden, -torch.inf)
+        if logits.requires_grad:
+            return logits.index_fill(-1, self.forbidden_ids, -torch.inf)
+        return logits.index_fill_(-1, self.forbidden_ids, -torch.inf)  # fresh from the head: no need of a copy
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits that predict the tokens at `positions`.
@@ -152,9 +198,28 @@ class MaskedDenoiser(nn.Module):
         Returns:
             (N, V), in row-major order of `positions`, in the model's dtype.
         """
-        row, column = positions.nonzero(as_tuple=True)
+        return self.logits_at(hidden, *positions.nonzero(as_tuple=True))
+
+    def logits_at(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """As `logits`, at positions given as rows and columns, int64 (N,) each."""
         # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
         return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+
+
+@contextmanager
+def not_causal(config) -> Iterator[None]:
+    """While it lasts, transformers builds no causal mask for a model of this config; None for nothing to do."""
+    if config is None:
+        yield
+        return
+    before = vars(config).get("is_causal")
+    config.is_causal = False
+    try:
+        yield
+    finally:
+        del config.is_causal  # or it would be saved with the model
+        if before is not None:
+            config.is_causal = before
 
 
 def token_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -215,6 +280,15 @@ class LazyLogits:
     def __getitem__(self, positions: Tensor) -> Tensor:
         return self.denoiser.logits(self.hidden, positions)
 
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """Logits (N, V) that predict the tokens at rows and columns, int64 (N,) each. Nothing waits for the device."""
+        return self.denoiser.logits_at(self.hidden, row, column)
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token whose logits are -inf already."""
+        return self.denoiser.spec.mask_token_id
+
     @property
     def shape(self) -> torch.Size:
         """(B, L, V), the shape of the dense logits that are never made."""
@@ -239,8 +313,15 @@ class GuidedLogits:
     def __init__(self, conditional: LazyLogits, unconditional: LazyLogits, cfg_scale: float):
         self.conditional, self.unconditional, self.cfg_scale = conditional, unconditional, cfg_scale
         self.shape, self.device = conditional.shape, conditional.device
+        self.mask_token_id = conditional.mask_token_id
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        given, free = self.conditional[positions], self.unconditional[positions]
+        return self._guided(self.conditional[positions], self.unconditional[positions])
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """As `LazyLogits.at`."""
+        return self._guided(self.conditional.at(row, column), self.unconditional.at(row, column))
+
+    def _guided(self, given: Tensor, free: Tensor) -> Tensor:
         # Forbidden ids are -inf in both; their difference would be NaN.
         return torch.where(given.isneginf(), given, free + (self.cfg_scale + 1) * (given - free))

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .arguments import check_config, check_run, is_number, read_sampling, read_step, require
-from .functional import remdm_cap, remdm_confidence, remdm_rescale, sample_tokens, uniform_at, unmask_probability
+from .functional import draw_at, remdm_cap, remdm_confidence, remdm_rescale, uniform_at, unmask_probability
 from .scheduling_prism import PrismSchedulerOutput
 
 STRATEGIES = ("cap", "rescale", "conf", "loop")
@@ -120,7 +120,8 @@ class ReMDMScheduler(SchedulerMixin, ConfigMixin):
             sigma = fill = self._sigma(index, alpha_t, alpha_s)
         remasked = visible & (u_remask < sigma)
         unmasked = masked & (u_fill < unmask_probability(alpha_t, alpha_s, fill))
-        tokens, probs = sample_tokens(model_output[unmasked], *sampling, u_token[unmasked], mask_token_id=mask_token_id)
+        index = unmasked.nonzero(as_tuple=True)
+        tokens, probs, _ = draw_at(model_output, unmasked, index, sampling, mask_token_id, u_token)
         prev_sample = sample.masked_scatter(unmasked, tokens.to(sample.dtype)).masked_fill(remasked, mask_token_id)
         if self.config.strategy == "conf":
             self._left, self._confidence = prev_sample, known.masked_scatter(unmasked, probs)

@@ -15,6 +15,7 @@ from prism_pipelines.schedulers.functional import (
     lowest,
     mask_tokens,
     order_score,
+    probabilities,
     remdm_cap,
     reveal,
     sample_tokens,
@@ -342,7 +343,7 @@ def test_order_scores_agree_with_python(logits):
     best = [*sorted(p, reverse=True), 0.0]
     for token in range(len(p)):
         got = {
-            order: order_score(torch.tensor([logits]), torch.tensor([token]), order).item()
+            order: order_score(probabilities(torch.tensor([logits])), torch.tensor([token]), order).item()
             for order in ("confidence", "margin", "entropy")
         }
         assert got["confidence"] == pytest.approx(p[token], rel=1e-5, abs=1e-7)

@@ -1,0 +1,385 @@
+"""What does a sampling step cost beside the forward pass that it cannot do without?
+
+Held fixed within one block of the table: model (random weights), batch, prompt, generated length, block length, number
+of forwards, dtype, device. Varied: who samples. The bare forwards are the references, in the same run:
+    full          as many forwards, with the logits of every position
+    block floor   as many forwards, with the output head at the positions of the active block alone
+    row floor     as many forwards, with the output head at the masks that the block still holds at that step
+All arms take turns, so that a slow spell of the machine falls on all of them; the ratios are of the fastest turns. On a
+CPU the time is that of the process's one thread, which other jobs of the machine lengthen less than they do the wall
+clock's. The bare arms run one forward in eight and are scaled; the row floor takes its share of every number of masks.
+Inside = the time in the model, its output head and the quality head, by hooks, in the first turn.
+Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline takes one turn. It grows its canvas
+block by block, as its block-causal models allow: its forwards see fewer positions than the others'. It cannot remask.
+
+    taskset -c 0 python benchmarks/sampling.py                        # CPU: 1 thread, 36M parameters, 126k vocabulary
+    python benchmarks/sampling.py --shape llada-8b --device cuda      # a GPU of at least 24 GB
+    python benchmarks/sampling.py --profile "MDLM, sampling"          # where the time of one arm goes
+
+The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --output writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prism_pipelines import FAMILIES, MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+
+MASK = 126336  # LLaDA's mask token; the model has random weights
+SEED = 0
+SCALE = 8  # a bare arm runs one in so many of its forwards
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is sampled: the model and the run."""
+
+    hidden: int
+    layers: int
+    heads: int
+    inner: int
+    vocabulary: int
+    tied: bool
+    dtype: str
+    batches: tuple[int, ...]
+    prompt: int
+    generated: tuple[int, ...]
+    block: int
+    tokens_per_step: int
+
+
+SHAPES = {
+    "cpu": Shape(256, 4, 4, 1024, 126464, True, "float32", (1, 4), 64, (128,), 32, 1),
+    "llada-8b": Shape(4096, 32, 32, 12288, 126464, False, "bfloat16", (1, 8), 512, (256, 1024), 32, 1),
+    # Every line of this file in seconds, and no figure worth reading.
+    "smoke": Shape(32, 2, 4, 64, 126464, True, "bfloat16", (1, 2), 8, (16,), 8, 1),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table: a batch of prompts and a length, with the model they go into."""
+
+    shape: Shape
+    model: LlamaForCausalLM
+    head: QualityHead
+    batch: int
+    generated: int
+
+    @property
+    def steps(self) -> int:
+        """Forwards of the run."""
+        return self.generated // self.shape.tokens_per_step
+
+    def prompt(self) -> Tensor:
+        """The prompts, int64 (B, P)."""
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randint(1000, (self.batch, self.shape.prompt), generator=generator).to(self.model.device)
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+def canvas(run: Run) -> Tensor:
+    """Prompts and masks, int64 (B, P + G)."""
+    masks = torch.full((run.batch, run.generated), MASK, device=run.model.device)
+    return torch.cat([run.prompt(), masks], dim=1)
+
+
+def bare_forwards(run: Run, rows_of_step: Callable[[int], int | None]) -> Callable[[], float]:
+    """Forwards of the transformers model alone, `rows_of_step(i)` logits of each row in step i; None for all.
+
+    Returns:
+        what runs one in `SCALE` of them, and gives the factor that its time has to be multiplied with.
+    """
+    ids, picked = canvas(run), range(0, run.steps, SCALE)
+    # As fast as this model can see in both directions: no mask, and no causal kernel.
+    run.model.config.is_causal = False
+
+    @torch.inference_mode()
+    def forwards() -> float:
+        for i in picked:
+            rows = rows_of_step(i)
+            keep = 0 if rows is None else torch.arange(run.shape.prompt, run.shape.prompt + rows, device=ids.device)
+            run.model(input_ids=ids, logits_to_keep=keep, use_cache=False, is_causal=False)
+        return run.steps / len(picked)
+
+    return forwards
+
+
+def masks_left(run: Run, i: int) -> int:
+    """Masks that the active block holds before step i."""
+    per_block = run.shape.block // run.shape.tokens_per_step
+    return run.shape.block - (i * (SCALE + 1) // SCALE) % per_block * run.shape.tokens_per_step
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+def ours(run: Run, scheduler, temperature: float) -> Callable[[], float]:
+    """`PrismPipeline` with one scheduler."""
+    pipe = PrismPipeline(run.model, None, run.head, scheduler, FAMILIES["llada"])
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample() -> float:
+        out = pipe(
+            input_ids=run.prompt(),
+            gen_length=run.generated,
+            block_length=run.shape.block,
+            num_inference_steps=run.steps,
+            temperature=temperature,
+            generator=torch.Generator(run.model.device).manual_seed(SEED),
+            output_type="seq",
+        )
+        assert out.nfe == run.steps and not (out.sequences == MASK).any()
+        return 1.0
+
+    return sample
+
+
+def llada2(run: Run, temperature: float) -> Callable[[], float]:
+    """diffusers' own pipeline and scheduler, with the same number of forwards."""
+    pipe = LLaDA2Pipeline(run.model, BlockRefinementScheduler(block_length=run.shape.block), None)
+    pipe.set_progress_bar_config(disable=True)
+    never = 2.0  # a confidence that no token has: only the tokens due are written
+
+    def sample() -> float:
+        pipe(
+            input_ids=run.prompt(),
+            gen_length=run.generated,
+            block_length=run.shape.block,
+            num_inference_steps=run.shape.block // run.shape.tokens_per_step,
+            temperature=temperature,
+            sampling_method="multinomial" if temperature else "greedy",
+            threshold=never,
+            editing_threshold=None,
+            eos_early_stop=False,
+            mask_token_id=MASK,
+            generator=torch.Generator(run.model.device).manual_seed(SEED),
+            output_type="seq",
+        )
+        return 1.0
+
+    return sample
+
+
+def arms_of(run: Run) -> dict[str, Callable[[], float]]:
+    """Every arm by name; what it returns is the factor of its time."""
+    arms = {
+        "full": bare_forwards(run, lambda i: None),
+        "block floor": bare_forwards(run, lambda i: run.shape.block),
+        "row floor": bare_forwards(run, lambda i: masks_left(run, i)),
+    }
+    for name, temperature in (("greedy", 0.0), ("sampling", 1.0)):
+        arms[f"MDLM, {name}"] = ours(run, MDLMScheduler(order="confidence"), temperature)
+        arms[f"PRISM, {name}"] = ours(run, PrismScheduler(order="confidence", num_remask=1), temperature)
+        arms[f"LLaDA2Pipeline, {name}"] = llada2(run, temperature)
+    arms["PRISM random order, sampling"] = ours(run, PrismScheduler(order="random", num_remask=1), 1.0)
+    return arms
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def now() -> float:
+    """Seconds: of the device when it has done all it was given, or of this process."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def clock(modules: list[torch.nn.Module]):
+    """A list that holds the seconds spent in `modules`, the time of one inside another counted once."""
+    spent, depth, begun = [0.0], [0], [0.0]
+
+    def enter(*_) -> None:
+        if depth[0] == 0:
+            begun[0] = now()
+        depth[0] += 1
+
+    def leave(*_) -> None:
+        depth[0] -= 1
+        if depth[0] == 0:
+            spent[0] += now() - begun[0]
+
+    hooks = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
+    hooks += [m.register_forward_hook(leave) for m in modules]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def seconds(arm: Callable[[], float]) -> float:
+    """Of one turn of an arm."""
+    start = now()
+    factor = arm()
+    return (now() - start) * factor
+
+
+def first_turn(run: Run, arm: Callable[[], float]) -> dict:
+    """One turn with hooks: seconds in all and inside the model, and the peak of GPU memory in bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with clock([run.model, run.model.get_output_embeddings(), run.head]) as spent:
+        start = now()
+        factor = arm()
+        total = now() - start
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"turns": [total * factor], "inside": spent[0] / total, "peak_bytes": peak}
+
+
+def measure(run: Run, only: str, turns: int) -> list[dict]:
+    """The rows of one batch and length."""
+    bare = ("full", "block floor", "row floor")
+    arms = {name: arm for name, arm in arms_of(run).items() if only in name or name in bare}
+    arms["full"]()  # warm-up
+    found = {name: first_turn(run, arm) for name, arm in arms.items()}
+    for _ in range(turns - 1):
+        for name, arm in arms.items():
+            if not name.startswith("LLaDA2"):
+                found[name]["turns"].append(seconds(arm))
+    best = {name: min(row["turns"]) for name, row in found.items()}
+    rows = []
+    for name, row in found.items():
+        extra = (1 - row["inside"]) * row["turns"][0]
+        rows.append(
+            {
+                "arm": name,
+                "batch": run.batch,
+                "generated": run.generated,
+                "forwards": run.steps,
+                "turns_s": row["turns"],
+                "ms_per_step": 1000 * best[name] / run.steps,
+                "by_full": best[name] / best["full"],
+                "by_block_floor": best[name] / best["block floor"],
+                "by_row_floor": best[name] / best["row floor"],
+                "total_by_inside": 1 / row["inside"],
+                "extra_ms_per_step": 1000 * extra / run.steps,
+                "tokens_per_s": run.batch * run.generated / best[name],
+                "forwards_per_token": run.steps / (run.batch * run.generated),
+                "peak_bytes": row["peak_bytes"],
+            }
+        )
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A table that can be read."""
+    columns = {
+        "ms_per_step": "ms/step",
+        "by_full": "/ full",
+        "by_block_floor": "/ block",
+        "by_row_floor": "/ rows",
+        "total_by_inside": "total/inside",
+        "extra_ms_per_step": "extra ms/step",
+        "tokens_per_s": "tokens/s",
+        "forwards_per_token": "fwd/token",
+    }
+    for batch, generated in dict.fromkeys((row["batch"], row["generated"]) for row in rows):
+        print(f"\nbatch {batch}, {generated} generated")
+        print(f"{'':30}" + "".join(f"{title:>15}" for title in columns.values()))
+        for row in rows:
+            if (row["batch"], row["generated"]) == (batch, generated):
+                print(f"{row['arm']:30}" + "".join(f"{row[name]:15.2f}" for name in columns))
+
+
+def facts() -> dict:
+    """Device, threads, versions and commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": commit, "seed": SEED}
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def build(shape: Shape, device: str) -> tuple[LlamaForCausalLM, QualityHead]:
+    """A model with random weights, made where it will be used, and the quality head that PRISM has for LLaDA."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(SEED)
+    torch.set_default_dtype(getattr(torch, shape.dtype))
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model, QualityHead(shape.hidden, "mlp").to(device)
+
+
+def main(argv=None) -> int:
+    """Time every arm and print the table, or profile one arm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=None, help="this batch alone")
+    parser.add_argument("--generated", type=int, default=None, help="this length alone")
+    parser.add_argument("--arms", default="", help="arms whose name holds this, beside the bare forwards")
+    parser.add_argument("--turns", type=int, default=3, help="of each arm but LLaDA2Pipeline")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--profile", default=None, metavar="ARM", help="print torch's profile of one arm instead")
+    parser.add_argument("--output", type=Path, default=None, help="write the JSON here as well")
+    args = parser.parse_args(argv)
+
+    torch.set_num_threads(args.threads)
+    shape = SHAPES[args.shape]
+    model, head = build(shape, args.device)
+    batches = shape.batches if args.batch is None else (args.batch,)
+    lengths = shape.generated if args.generated is None else (args.generated,)
+    runs = [Run(shape, model, head, batch, generated) for generated in lengths for batch in batches]
+    if args.profile is not None:
+        arm = arms_of(runs[0])[args.profile]
+        arm()
+        with torch.profiler.profile() as profile:
+            arm()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
+        return 0
+    rows = []
+    for run in runs:
+        print(f"batch {run.batch}, {run.generated} generated ...", file=sys.stderr)
+        rows += measure(run, args.arms, args.turns)
+    print_rows(rows)
+    settings = {"shape": args.shape, **asdict(shape), "turns": args.turns, "cores": len(os.sched_getaffinity(0))}
+    settings["parameters"] = sum(p.numel() for p in model.parameters())
+    table = json.dumps({"rows": rows, "settings": settings, **facts()})
+    if args.output is not None:
+        args.output.write_text(table + "\n")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
