@@ -63,7 +63,8 @@ def check_cache(cache: str, refresh_interval: int | None, denoiser: MaskedDenois
 
 def has_cache(denoiser: MaskedDenoiser) -> bool:
     """Can the model give and take keys and values?"""
-    takes = inspect.signature(denoiser.model.forward).parameters
+    model = getattr(denoiser.model, "_orig_mod", denoiser.model)  # of torch.compile(model)
+    takes = inspect.signature(model.forward).parameters
     return denoiser.spec.mask_format == "additive" and "past_key_values" in takes
 
 

@@ -16,7 +16,7 @@ from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_promp
 from .denoiser import MaskedDenoiser
 from .families import MDMSpec, resolve_spec
 from .quality_head import QualityHead
-from .sampling import Run, blocks_of, fill_canvas, memory_errors
+from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of
 from .schedulers import MDLMScheduler, PrismScheduler
 from .stopping import decode, end_tokens, stop_strings
 from .trace import TraceStep
@@ -170,7 +170,7 @@ class PrismPipeline(DiffusionPipeline):
             torch.OutOfMemoryError: with what to lower.
         """
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
-        denoiser, scheduler = self.denoiser, self._run_scheduler(threshold)
+        denoiser, scheduler = self.denoiser, scheduler_of(self.scheduler, threshold)
         check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and (isinstance(cfg_scale, bool) or not cfg_scale >= 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")
@@ -297,29 +297,6 @@ class PrismPipeline(DiffusionPipeline):
             )
         if self.quality_head is None and return_quality:
             raise ValueError("`return_quality` needs a quality head; this pipeline has none.")
-
-    def _run_scheduler(self, threshold: float | None):
-        """The scheduler of one call: the pipeline's, or one like it that decodes by `threshold`."""
-        config, kind = self.scheduler.config, type(self.scheduler)
-        if threshold is None and not config.get("use_threshold", False):
-            return self.scheduler
-        value = config["threshold"] if threshold is None else threshold
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
-        if threshold is None:
-            return self.scheduler
-        if "use_threshold" not in config:
-            raise ValueError(
-                f"`threshold` is {threshold}, but {kind.__name__} does not decode by confidence. Schedulers that do: "
-                "MDLMScheduler, PrismScheduler, SelfConfidenceScheduler."
-            )
-        if config["order"] != "confidence":
-            raise ValueError(
-                f"`threshold` is {threshold}, but the scheduler writes in {config['order']!r} order, which does not "
-                "ask how sure a token is. Set pipe.scheduler = "
-                f'{kind.__name__}.from_config(pipe.scheduler.config, order="confidence").'
-            )
-        return kind.from_config(config, use_threshold=True, threshold=threshold)
 
     def _callback_inputs(self, names: list[str] | None) -> list[str]:
         names = self._callback_tensor_inputs if names is None else names

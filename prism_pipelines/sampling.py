@@ -73,6 +73,33 @@ class Filled:
     nfe_per_row: Tensor
 
 
+def scheduler_of(scheduler, threshold: float | None):
+    """The scheduler of one call: the pipeline's, or one like it that decodes by `threshold`.
+
+    Raises:
+        ValueError: a threshold outside (0, 1], also in the config; or a scheduler or order that has no use for one.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    if threshold is None and not config.get("use_threshold", False):
+        return scheduler
+    value = config["threshold"] if threshold is None else threshold
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
+    if threshold is None:
+        return scheduler
+    if "use_threshold" not in config:
+        raise ValueError(
+            f"`threshold` is {threshold}, but {kind} does not decode by confidence. Schedulers that do: "
+            "MDLMScheduler, PrismScheduler, SelfConfidenceScheduler."
+        )
+    if config["order"] != "confidence":
+        raise ValueError(
+            f"`threshold` is {threshold}, but the scheduler writes in {config['order']!r} order, which does not ask "
+            f'how sure a token is. Set pipe.scheduler = {kind}.from_config(pipe.scheduler.config, order="confidence").'
+        )
+    return type(scheduler).from_config(config, use_threshold=True, threshold=threshold)
+
+
 def blocks_of(
     spec: MDMSpec, canvas: Canvas, block_length: int | None, num_steps: int | None
 ) -> list[tuple[Tensor, int]]:
