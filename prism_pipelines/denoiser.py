@@ -93,25 +93,41 @@ class MaskedDenoiser(nn.Module):
         """V, the number of rows of the output head."""
         return self.forbidden.shape[0]
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        reach: int | None = None,
+        past_key_values=None,
+    ) -> Tensor:
         """The input of the output head, by one forward of the model in which that head gets no row.
 
         Args:
             input_ids: int64 of shape (B, L).
             attention_mask: 1 for tokens and 0 for padding, of shape (B, L); None for no padding.
+            columns: run the model on these positions only, int64 (B, W), with the keys and values of all others from
+                `past_key_values`; L itself, where a row has fewer than W, gives a result without meaning. None for all.
+            reach: with `columns`, how many positions, from the first, there are keys for; None for L.
+            past_key_values: transformers cache that gives and takes the keys and values; only for models with an
+                additive mask, see `cache.py`.
         Returns:
-            (B, L, H) in the model's dtype; means nothing at padding.
+            (B, L, H), or (B, W, H) with `columns`, in the model's dtype; means nothing at padding.
         """
         hook = HeadInput.of(self._output_head())
-        inputs = self.inputs(input_ids, attention_mask)
+        inputs = self.inputs(input_ids, attention_mask, columns=columns, reach=reach)
+        if past_key_values is not None:
+            inputs |= {"past_key_values": past_key_values, "use_cache": True}
+        asked = input_ids if columns is None else take_columns(input_ids, columns)
         try:
             hook.catching = True
             with not_causal(self.model.config if "is_causal" in inputs else None):
-                self.model(input_ids=input_ids, return_dict=True, **inputs)
+                self.model(input_ids=asked, return_dict=True, **inputs)
             hidden = hook.caught
         finally:
             hook.catching, hook.caught = False, None
-        if self.spec.logit_shift and attention_mask is not None:
+        if self.spec.logit_shift and attention_mask is not None and columns is None:
             # What a shifted model reads for the first token of a row is its own row, also behind padding.
             shown = attention_mask.bool()
             before_first = ~shown[:, :-1] & shown[:, 1:] & (attention_mask.cumsum(-1)[:, 1:] == 1)
@@ -119,8 +135,15 @@ class MaskedDenoiser(nn.Module):
             hidden = torch.cat([front, hidden[:, -1:]], dim=1)
         return hidden
 
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor | bool]:
-        """What else the model's forward takes, as the spec says; shapes as `hidden`."""
+    def inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        reach: int | None = None,
+    ) -> dict[str, Tensor | bool]:
+        """What else the model's forward takes, as the spec says; arguments as `hidden`."""
         spec, inputs = self.spec, {}
         positions = token_positions(input_ids, attention_mask)
         if getattr(getattr(self.model, "config", None), "token_dropout", False):
@@ -140,12 +163,12 @@ class MaskedDenoiser(nn.Module):
             block_length = spec.block_length if spec.attention == "block_causal" else None
             dtype = self._output_head().weight.dtype
             dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()  # a quantized head stores integers
-            inputs["attention_mask"] = additive_mask(positions, attention_mask, block_length, dtype)
+            inputs["attention_mask"] = additive_mask(positions, attention_mask, block_length, dtype, columns, reach)
             inputs["use_cache"] = False
         elif attention_mask is not None:
             raise ValueError("This model takes no attention mask, so rows of a batch must have the same length.")
         if "position_ids" in spec.extra_inputs:
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = positions if columns is None else take_columns(positions, columns)
         if "offset_position_ids" in spec.extra_inputs:
             padding_place = self.model.config.pad_token_id
             inputs["position_ids"] = positions + padding_place + 1
@@ -216,8 +239,18 @@ def token_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).masked_fill(attention_mask == 0, 0)
 
 
+def take_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """`values` (B, L) at `columns` (B, W); a column beyond the last gives the last."""
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
+
+
 def additive_mask(
-    positions: Tensor, attention_mask: Tensor | None, block_length: int | None, dtype: torch.dtype
+    positions: Tensor,
+    attention_mask: Tensor | None,
+    block_length: int | None,
+    dtype: torch.dtype,
+    columns: Tensor | None = None,
+    reach: int | None = None,
 ) -> Tensor:
     """Which token sees which, to be added to attention scores: 0 where it does, the lowest finite number where not.
 
@@ -226,17 +259,22 @@ def additive_mask(
         attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
         block_length: None if every token sees every other; else a token sees its own block and those before.
         dtype: of the result; that of the model.
+        columns: which tokens ask, int64 (B, Q); None for all.
+        reach: how many tokens, from the first, are asked; None for all.
     Returns:
-        (B, 1, L, L), query by key. Padding is never seen, except by itself: a softmax over nothing is NaN.
+        (B, 1, Q, K), query by key. Padding is never seen, except by itself: a softmax over nothing is NaN.
     """
     batch, length = positions.shape
-    seen = torch.ones(batch, length, length, dtype=torch.bool, device=positions.device)
+    every = torch.arange(length, device=positions.device)
+    columns = every.expand(batch, -1) if columns is None else columns
+    reach = length if reach is None else reach
+    seen = torch.ones(batch, columns.shape[1], reach, dtype=torch.bool, device=positions.device)
     if block_length is not None:
         block = positions // block_length
-        seen = block[:, None, :] <= block[:, :, None]
+        seen = block[:, None, :reach] <= take_columns(block, columns)[:, :, None]
     if attention_mask is not None:
-        seen = seen & attention_mask.bool()[:, None, :]
-        seen = seen | torch.eye(length, dtype=torch.bool, device=seen.device)
+        seen = seen & attention_mask.bool()[:, None, :reach]
+        seen = seen | (columns[:, :, None] == every[:reach])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 

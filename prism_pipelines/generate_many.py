@@ -1,14 +1,11 @@
 """Generation for thousands of prompts: a file in, a file out, in input order, resumable, on one process or several.
 
-`OUT.part-00000.jsonl` and so on hold what each process has finished, one line a batch. A line counts once its newline
-is on disk: a kill costs at most a batch for each process and can neither lose nor double a prompt. `OUT.run.json` says
-which run they belong to. Whichever process finds everything done writes OUT and removes the parts.
+What a run writes, and why a kill neither loses nor doubles a prompt, stands in `run_files.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +13,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from .run_files import check_run, lock, merge, part_files, part_writer, read_parts, run_file, run_settings
+
 WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a row
+LOG_SECONDS = 30
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -162,165 +162,6 @@ def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | 
     return [(length + gen_length - 1) // block - length // block for length in lengths]
 
 
-# --- the files of a run -----------------------------------------------------------------------------------------------
-
-
-def run_file(out: Path) -> Path:
-    """Where the settings of the run that writes `out` stand."""
-    return out.with_name(out.name + ".run.json")
-
-
-def part_files(out: Path) -> list[Path]:
-    """Part files of `out`, by number."""
-    return sorted(out.parent.glob(f"{_literal(out.name)}.part-*.jsonl"))
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def check_run(out: Path, settings: dict) -> bool:
-    """Whether `out` is already complete; refuses files of another run.
-
-    Args:
-        out: the output file.
-        settings: of this run, as `run_settings` gives them.
-    Raises:
-        ValueError: there is an output, or a beginning of one, made by other settings or by something else.
-        OSError: the folder is missing.
-    """
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder of the output does not exist: {str(out.parent)!r}.")
-    record, parts = run_file(out), part_files(out)
-    fresh = f"Pass another --out, or delete {out.name}, {record.name} and {out.name}.part-*.jsonl to start again."
-    if not record.exists():
-        if out.exists() or parts:
-            raise ValueError(f"{out if out.exists() else parts[0]} exists and is not of a run of this command. {fresh}")
-        return False
-    try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{record} is not a record of a run. {fresh}") from None
-    if known != settings:
-        names = [name for name in settings | known if settings.get(name) != known.get(name)]
-        told = "; ".join(f"{name} was {known.get(name)!r:.60} and is {settings.get(name)!r:.60}" for name in names)
-        raise ValueError(f"{out} belongs to another run: {told}. {fresh}")
-    return out.exists()
-
-
-def run_settings(pipe, rows: list[dict], generation: dict) -> dict:
-    """What decides the output: the rows, the settings, and digests of the model, head and scheduler.
-
-    The digest of a module reads the first 64 numbers of each of its tensors, so it notices training and another dtype,
-    and costs milliseconds.
-    """
-    settings = {"prompts": len(rows), "prompts_sha256": _sha256(json.dumps(rows).encode())} | generation
-    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    settings["scheduler"] = f"{type(pipe.scheduler).__name__} {json.dumps(scheduler, sort_keys=True, default=str)}"
-    settings["mdm_spec"] = _sha256(json.dumps(pipe.config.mdm_spec, sort_keys=True, default=str).encode())
-    for name in ("model", "quality_head"):
-        module = getattr(pipe, name)
-        settings[name] = None if module is None else _digest(module)
-    return json.loads(json.dumps(settings))
-
-
-def _digest(module) -> str:
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta":
-            digest.update(bytes(tensor.flatten()[:64].cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def read_parts(out: Path) -> dict[int, dict]:
-    """What is done: row number -> {"text", "nfe", "ended"}. A last line without its newline is half written: not done.
-
-    Raises:
-        ValueError: a whole line that is no batch.
-    """
-    done = {}
-    for path in part_files(out):
-        *lines, _ = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                batch = {row.pop("row"): row for row in json.loads(line)}
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ValueError(f"{path}, line {number} is damaged; delete that file to redo its share.") from None
-            done |= {row: result for row, result in batch.items() if row not in done}
-    return done
-
-
-@contextmanager
-def part_writer(path: Path):
-    """A function that appends a batch to a part file; when it returns the batch is on the disk.
-
-    Raises:
-        ValueError: another process is writing the file.
-    """
-    with path.open("ab") as file:
-        if not _lock(file, exclusive=True):
-            raise ValueError(f"Another process is writing {path}: is the run still going?")
-        with path.open("rb") as whole:
-            file.truncate(whole.read().rfind(b"\n") + 1)
-
-        def write(batch: list[dict]) -> None:
-            file.write(json.dumps(batch).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-        yield write
-
-
-def _lock(file, exclusive: bool, wait: bool = False) -> bool:
-    """Whether the file could be locked until it is closed. Where the system has no flock, nothing is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def merge(out: Path, rows: list[dict], skipped: dict[int, str]) -> dict | None:
-    """Write `out` if every row is done, remove the parts, and count.
-
-    Args:
-        rows: of `check_rows`.
-        skipped: row number -> why it was not generated.
-    Returns:
-        {"prompts", "skipped", "not_ended"}, or None if rows are still to do.
-    """
-    with run_file(out).open("rb") as turn:
-        _lock(turn, exclusive=True, wait=True)  # two processes may find at once that all is done
-        if not out.exists():
-            done = read_parts(out)
-            if len(done) + len(skipped) < len(rows):
-                return None
-            beside = out.with_name(out.name + ".tmp")
-            with beside.open("w", encoding="utf-8") as file:
-                for i, row in enumerate(rows):
-                    blank = {"text": None, "nfe": 0, "ended": None, "error": skipped.get(i)}
-                    file.write(json.dumps(row | (blank if i in skipped else done[i])) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, out)
-        for path in part_files(out):
-            path.unlink()
-    results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    not_ended = sum(row["ended"] is False for row in results)
-    return {"prompts": len(results), "skipped": len(skipped), "not_ended": not_ended}
-
-
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +175,9 @@ def generate_many(
     num_inference_steps: int | None = None,
     temperature: float | None = None,
     eos_early_stop: bool = False,
+    threshold: float | None = None,
+    cache: str = "none",
+    cache_refresh_interval: int | None = None,
     use_chat_template: bool = True,
     batch_size: int = 8,
     seed: int = 0,
@@ -344,15 +188,16 @@ def generate_many(
     """Continue every prompt of a file and write a JSON line for each, in input order. Called again, it goes on.
 
     Row i is drawn with its own generator, seeded by `seed` and i, and batches do not depend on the number of processes,
-    so neither does the output. Another `batch_size` changes a row only by the rounding of sums, and its "nfe" under a
-    threshold. In a process group (torch.distributed) each process takes its share; all must pass the same arguments.
+    so neither does the output. Another `batch_size` changes a row only by the rounding of sums. In a process group
+    (torch.distributed) each process takes its share; all must pass the same arguments.
 
     Args:
         pipe: a `PrismPipeline` with a tokenizer, on its device.
         prompts: path of a .jsonl or .txt file, or a list of rows; see `read_prompts` and `check_rows`.
         out: path of the output, a .jsonl file. A row of it is the input row with "text", "nfe" (forward passes) and
             "ended": false if no end token was written in `gen_length` tokens, null if the model has none.
-        gen_length, block_length, num_inference_steps, temperature, eos_early_stop, use_chat_template: of the pipeline.
+        gen_length, block_length, num_inference_steps, temperature, eos_early_stop, threshold, cache,
+            cache_refresh_interval, use_chat_template: of the pipeline.
         batch_size: prompts a forward.
         seed: of all rows, not negative.
         max_prompts: only that many, from the first.
@@ -389,21 +234,24 @@ def generate_many(
         "num_inference_steps": num_inference_steps,
         "temperature": temperature,
         "eos_early_stop": eos_early_stop,
+        "threshold": threshold,
+        "cache": cache,
+        "cache_refresh_interval": cache_refresh_interval,
     }
     generation = call | {"seed": seed, "use_chat_template": use_chat_template, "too_long": too_long}
     settings = run_settings(pipe, rows, generation)
-    todo = []
-    if not check_run(out, settings):
+    todo, complete = [], check_run(out, settings)
+    if not complete:
         for path in part_files(out):
             with path.open("rb") as file:
-                if not _lock(file, exclusive=False):
+                if not lock(file, exclusive=False):
                     raise ValueError(f"Another process is writing {path}: is the run still going?")
         done = read_parts(out)
         for batch in plan_batches(lengths, batch_size, batch_groups(pipe, lengths, gen_length, block_length)):
             batch = [i for i in batch if i not in done and i not in skipped]
             todo += [batch] if batch else []
     _wait()  # nobody writes before everybody has read, so that the shares fit together
-    if rank == 0 and not run_file(out).exists():
+    if rank == 0 and not complete:
         beside = run_file(out).with_suffix(".tmp")
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, run_file(out))
@@ -422,7 +270,8 @@ def generate_many(
                     except torch.OutOfMemoryError as error:
                         raise ValueError(
                             f"Out of memory with {len(batch)} prompts of up to {lengths[batch[0]]} tokens. Lower "
-                            f"`batch_size` ({batch_size}) and start again: what is done is kept. {error}"
+                            f"`batch_size` ({batch_size}) and start again: what is done is kept. "
+                            f"{error.__cause__ or error}"
                         ) from None
                     tokens += sum(count for _, count in results)
                     write([{"row": i} | result for i, (result, _) in zip(batch, results, strict=True)])
@@ -494,15 +343,22 @@ def _bar(title: str, total: int, shown: bool):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    lines = shown and not console.is_terminal  # a log gets a line now and then in place of a bar
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not shown or not console.is_terminal
     ) as bar:
         line, start = bar.add_task(title, total=total, rate=""), time.perf_counter()
+        done, told = 0, start
 
         def report(count, tokens):
-            rate = tokens / (time.perf_counter() - start)
-            bar.update(line, advance=count, rate=f"{rate:,.0f} tokens/s")
+            nonlocal done, told
+            now = time.perf_counter()
+            done, rate = done + count, f"{tokens / (now - start):,.0f} tokens/s"
+            bar.update(line, advance=count, rate=rate)
+            if lines and now - told >= LOG_SECONDS:
+                told = now
+                print(f"{title}: {done} of {total}, {rate}", file=sys.stderr, flush=True)
 
         yield report
 
@@ -520,6 +376,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="forward passes of a prompt (default: the pipeline's)")
     parser.add_argument("--temperature", type=float, help="default: the scheduler's")
     parser.add_argument("--eos_early_stop", action="store_true", help="spend no blocks after the end token")
+    parser.add_argument("--threshold", type=float, help="also write every token surer than this, in (0, 1]")
+    parser.add_argument("--cache", choices=["none", "prefix", "block"], default="none", help="see docs/cache.md")
+    parser.add_argument("--cache_refresh_interval", type=int, help="steps between full forwards (default: a block's)")
     parser.add_argument("--no_chat_template", action="store_true", help="continue prompts as plain text")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts a forward (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -593,6 +452,9 @@ def run(args: argparse.Namespace) -> int:
         num_inference_steps=args.steps,
         temperature=args.temperature,
         eos_early_stop=args.eos_early_stop,
+        threshold=args.threshold,
+        cache=args.cache,
+        cache_refresh_interval=args.cache_refresh_interval,
         use_chat_template=not args.no_chat_template,
         batch_size=args.batch_size,
         seed=args.seed,

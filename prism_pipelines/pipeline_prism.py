@@ -11,21 +11,15 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import hub
-from .canvas import (
-    Canvas,
-    canvas_of_infill,
-    canvas_of_nothing,
-    canvas_of_prompt,
-    changed_sample,
-    repeat_rows,
-    split_blocks,
-)
-from .denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
+from .cache import check_cache
+from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_prompt, changed_sample, repeat_rows
+from .denoiser import MaskedDenoiser
 from .families import MDMSpec, resolve_spec
 from .quality_head import QualityHead
+from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.arguments import is_number
-from .stopping import cut, end_tokens, finished_rows, generated_prefix, stop_strings
+from .stopping import decode, end_tokens, stop_strings
 from .trace import TraceStep
 
 
@@ -124,6 +118,9 @@ class PrismPipeline(DiffusionPipeline):
         return_trace: bool = False,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        threshold: float | None = None,
+        cache: str = "none",
+        cache_refresh_interval: int | None = None,
     ) -> PrismPipelineOutput | tuple:
         """Generate: continue a prompt, fill in masks, or sample from nothing.
 
@@ -157,15 +154,25 @@ class PrismPipeline(DiffusionPipeline):
             return_trace: also give a `TraceStep` for each step.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
                 {"sample": ids} to change the canvas. A block is final after its last timestep; `sample` may be without
-                masks before.
+                masks before. `quality` is 0, or of an earlier step, where this one did not compute it.
             callback_on_step_end_tensor_inputs: which of sample, quality, remasked, unmasked, generation_mask (the
                 block's positions) it gets; default all.
+            threshold: in (0, 1]; in each step also write every token of a confidence above it, and at least one. A row
+                leaves the batch when its block is full, so fewer forwards than `num_inference_steps` are made. Sets
+                the scheduler's `use_threshold` for this call; None for what the scheduler says.
+            cache: "none", "prefix" or "block", see `cache.py`: keep keys and values of finished blocks, or of all but
+                the block at work. Exact for block-causal models (the two are one there), an approximation for others.
+            cache_refresh_interval: with a cache, steps of a block from one full forward to the next; 1 is exact.
+                None: one at the start of each block.
         Returns:
             `PrismPipelineOutput`, or its fields as a tuple.
         Raises:
             ValueError, TypeError: an argument that no run can use, by name.
+            torch.OutOfMemoryError: with what to lower.
         """
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
+        denoiser, scheduler = self.denoiser, scheduler_of(self.scheduler, threshold)
+        check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and not is_number(cfg_scale, 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")
         ends = end_tokens(eos_token_id, self.tokenizer, self.model, self.mask_token_id)
@@ -183,80 +190,56 @@ class PrismPipeline(DiffusionPipeline):
         canvas = canvas.to(self._execution_device)
         self._check_canvas(canvas, generator)
 
-        denoiser, head = self.denoiser, self.quality_head
-        sample, trace, reading = canvas.sample, [], head is not None
-        nfe, step_number, forwards = 0, 0, 2 if cfg_scale else 1
-        nfe_per_row = torch.zeros(len(sample), dtype=torch.long)
-        finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
-        blocks = self._blocks(canvas, block_length, num_inference_steps)
-        loop_steps = self.scheduler.config.get("loop_steps", 0)
-        adaptive = self.scheduler.config.get("use_threshold", False) and not loop_steps
-        with self.progress_bar(total=sum(num_steps + loop_steps for _, num_steps in blocks)) as bar:
-            for block_mask, num_steps in blocks:  # (B, L), int
-                block_mask = block_mask & ~finished[:, None]
-                if finished.all():
-                    break
-                self.scheduler.set_timesteps(num_steps, device=sample.device)
-                active = block_mask.any(-1).cpu()
-                for t in self.scheduler.timesteps:  # one denoising per timestep, for every scheduler
-                    hidden = denoiser.hidden(sample, canvas.attention_mask)  # (B, L, H)
-                    logits = LazyLogits(denoiser, hidden)
-                    if cfg_scale:
-                        free = torch.where(canvas.generated, sample, self.mask_token_id)
-                        free = LazyLogits(denoiser, denoiser.hidden(free, canvas.attention_mask))
-                        logits = GuidedLogits(logits, free, cfg_scale)
-                    quality = head(hidden, canvas.attention_mask).sigmoid() if reading else None
-                    step = self.scheduler.step(
-                        logits,
-                        t,
-                        sample,
-                        quality=quality,
-                        generation_mask=block_mask,
-                        mask_token_id=self.mask_token_id,
-                        temperature=temperature,
-                        top_p=top_p,
-                        top_k=top_k,
-                        generator=generator,
-                    )
-                    sample, nfe = step.prev_sample, nfe + forwards
-                    if return_trace:
-                        trace.append(TraceStep.of(sample, quality, step.unmasked, step.remasked))
-                    if callback_on_step_end is not None:
-                        tensors = {
-                            "sample": sample,
-                            "quality": quality,
-                            "remasked": step.remasked,
-                            "unmasked": step.unmasked,
-                            "generation_mask": block_mask,
-                        }
-                        given = {name: tensors[name] for name in wanted}
-                        changed = callback_on_step_end(self, step_number, t, given)
-                        sample = changed_sample(changed, sample, self.model.config.vocab_size)
-                    step_number += 1
-                    nfe_per_row += forwards * active
-                    bar.update()
-                    # A threshold may fill the block before its steps are over; nothing could be remasked in the rest.
-                    if adaptive and not (block_mask & (sample == self.mask_token_id)).any():
-                        break
-                if eos_early_stop or stops:
-                    watched = ends if eos_early_stop else ()
-                    done = finished_rows(sample, canvas.generated, self.mask_token_id, watched, stops, self.tokenizer)
-                    finished = finished | done
-                    rest = canvas.generated & (sample == self.mask_token_id) & finished[:, None]
-                    sample = sample.masked_fill(rest, ends[0])
+        run = Run(
+            denoiser,
+            self.quality_head,
+            scheduler,
+            canvas,
+            self.mask_token_id,
+            {"temperature": temperature, "top_p": top_p, "top_k": top_k, "generator": generator},
+            cfg_scale,
+            cache,
+            cache_refresh_interval,
+            fill=ends[0] if eos_early_stop or stops else None,
+            ends=ends if eos_early_stop else (),
+            stops=stops,
+            tokenizer=self.tokenizer,
+        )
+        blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
+        trace, step_number = [], 0
+        loop_steps = scheduler.config.get("loop_steps", 0)
+        with (
+            memory_errors(*canvas.sample.shape),
+            self.progress_bar(total=sum(num_steps + loop_steps for _, num_steps in blocks)) as bar,
+        ):
 
-        quality = None
-        if return_quality:
-            hidden = denoiser.hidden(sample, canvas.attention_mask)
-            quality = head(hidden, canvas.attention_mask).sigmoid().masked_fill(~canvas.generated, 1.0)
-            nfe, nfe_per_row = nfe + 1, nfe_per_row + 1
+            def after_step(t, tensors) -> Tensor:
+                nonlocal step_number
+                if return_trace:
+                    trace.append(TraceStep.of(*(tensors[name] for name in TraceStep.__dataclass_fields__)))
+                sample = tensors["sample"]
+                if callback_on_step_end is not None:
+                    given = {name: tensors[name] for name in wanted}
+                    changed = callback_on_step_end(self, step_number, t, given)
+                    sample = changed_sample(changed, sample, self.model.config.vocab_size)
+                step_number += 1
+                bar.update()
+                return sample
+
+            filled, quality = fill_canvas(run, blocks, after_step), None
+            if return_quality:
+                hidden = denoiser.hidden(filled.sample, canvas.attention_mask)
+                quality = self.quality_head(hidden, canvas.attention_mask).sigmoid().masked_fill(~canvas.generated, 1.0)
         self.maybe_free_model_hooks()
+        texts = None
+        if output_type == "text" and self.tokenizer is not None:
+            texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, ends, stops)
         output = PrismPipelineOutput(
-            sequences=sample,
-            texts=self._decode(sample, canvas, ends, stops) if output_type == "text" else None,
+            sequences=filled.sample,
+            texts=texts,
             quality=quality,
-            nfe=nfe,
-            nfe_per_row=nfe_per_row.tolist(),
+            nfe=filled.nfe + return_quality,
+            nfe_per_row=(filled.nfe_per_row + return_quality).tolist(),
             trace=trace if return_trace else None,
         )
         return output if return_dict else output.to_tuple()
@@ -347,19 +330,6 @@ class PrismPipeline(DiffusionPipeline):
                 )
         return [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
 
-    def _blocks(self, canvas: Canvas, block_length: int | None, num_steps: int | None) -> list[tuple[Tensor, int]]:
-        spec = self.denoiser.spec
-        if spec.attention != "block_causal":
-            return split_blocks(canvas.generated, block_length, num_steps)
-        block_length = block_length or spec.block_length
-        if block_length % spec.block_length and spec.block_length % block_length:
-            raise ValueError(
-                f"`block_length` must be a multiple or a divisor of the model's block of {spec.block_length} tokens, "
-                f"got {block_length}."
-            )
-        positions = token_positions(canvas.sample, canvas.attention_mask)
-        return split_blocks(canvas.generated, block_length, num_steps, positions)
-
     def _canvas(self, prompt, input_ids, attention_mask, infill, num_samples, gen_length) -> Canvas:
         given = {"prompt": prompt, "input_ids": input_ids, "infill": infill}
         named = [name for name, value in given.items() if value is not None]
@@ -394,20 +364,6 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but there are {rows} rows. Pass one for each."
             )
-
-    def _decode(self, sample: Tensor, canvas: Canvas, ends: tuple, stops: tuple) -> list[str] | None:
-        if self.tokenizer is None:
-            return None
-        if canvas.whole:
-            kept = torch.ones_like(canvas.generated)
-            kept = kept if canvas.attention_mask is None else canvas.attention_mask.bool()
-            rows = [row[mask] for row, mask in zip(sample, kept, strict=True)]
-            return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        rows = [
-            generated_prefix(row, mask, self.mask_token_id, ends)[0]
-            for row, mask in zip(sample, canvas.generated, strict=True)
-        ]
-        return [cut(text, stops)[0] for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     # --- loading and saving -------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .canvas import Canvas
+
 
 def end_tokens(eos_token_id, tokenizer, model, mask_token_id: int | None = None) -> tuple[int, ...]:
     """Ids that end a text: the given ones, else those of the tokenizer and of the model's generation config.
@@ -77,3 +79,24 @@ def finished_rows(
         tokens, ended = generated_prefix(row, mask, mask_token_id, ends)
         done.append(ended or (bool(stops) and cut(tokenizer.decode(tokens, skip_special_tokens=True), stops)[1]))
     return torch.tensor(done, device=sample.device)
+
+
+def decode(
+    sample: Tensor, canvas: Canvas, tokenizer, mask_token_id: int, ends: tuple[int, ...], stops: tuple[str, ...]
+) -> list[str]:
+    """The text of each row: the whole row of an infilling, else what was generated before an end token or string.
+
+    Args:
+        sample: the filled canvas, int64 (B, L).
+        canvas: it came from.
+        tokenizer, mask_token_id: of the model.
+        ends, stops: as `finished_rows`.
+    """
+    if canvas.whole:
+        kept = torch.ones_like(canvas.generated) if canvas.attention_mask is None else canvas.attention_mask.bool()
+        rows = [row[mask] for row, mask in zip(sample, kept, strict=True)]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    rows = [
+        generated_prefix(row, mask, mask_token_id, ends)[0] for row, mask in zip(sample, canvas.generated, strict=True)
+    ]
+    return [cut(text, stops)[0] for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]

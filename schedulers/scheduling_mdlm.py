@@ -24,8 +24,8 @@ class MDLMScheduler(SchedulerMixin, ConfigMixin):
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
         temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
         mask_token_id: None if every `step` is given it.
-        use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due; needs
-            order "confidence".
+        use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
+            least one; needs order "confidence".
         threshold: of `use_threshold`, at least 0.
         block_length: the default of diffusers' `LLaDA2Pipeline`, see `dropin.py`; `PrismPipeline` has its own.
     Raises:
@@ -90,6 +90,9 @@ class MDLMScheduler(SchedulerMixin, ConfigMixin):
         masked = generation_mask & (sample == mask_token_id)
         total, hidden = generation_mask.sum(-1), masked.sum(-1)
         due = visible_target(index, self.num_inference_steps, total) - (total - hidden)
+        threshold = read_threshold(self.config, threshold)
+        if threshold is not None:
+            due = due.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
         unmasked, tokens, probs = reveal(
             model_output,
             masked,
@@ -99,7 +102,7 @@ class MDLMScheduler(SchedulerMixin, ConfigMixin):
             mask_token_id,
             u_order,
             u_token,
-            read_threshold(self.config, threshold),
+            threshold,
         )
         prev_sample = sample.masked_scatter(unmasked, tokens.to(sample.dtype))
         output = PrismSchedulerOutput(prev_sample, unmasked, torch.zeros_like(masked), tokens, probs)

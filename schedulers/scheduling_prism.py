@@ -58,9 +58,12 @@ class PrismScheduler(SchedulerMixin, ConfigMixin):
         loop_at: in (0, 1]; the loop begins once this fraction of the T steps is done.
         temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
         mask_token_id: None if every `step` is given it.
-        use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due; needs
-            order "confidence".
+        use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
+            least one; needs order "confidence".
         threshold: of `use_threshold`, at least 0.
+        accept_quality: in (0, 1]; a token is accepted only if its quality in the pass after it was written is at least
+            this. So all tokens below it are remasked, and no others; at most `num_remask` in a step, if that is given.
+            Not with `eta`. None for remasking by number alone.
         block_length: the default of diffusers' `LLaDA2Pipeline`, see `dropin.py`; `PrismPipeline` has its own.
     Raises:
         ValueError: a field out of its range, or both `num_remask` and `eta`.
@@ -89,10 +92,12 @@ class PrismScheduler(SchedulerMixin, ConfigMixin):
         use_threshold: bool = False,
         threshold: float = 0.9,
         block_length: int = 32,
+        accept_quality: float | None = None,
     ):
         check_config(self.config)
         check_dropin_config(self.config)
         check_remasking(self.config)
+        check_acceptance(self.config)
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None
         self._warned = False
@@ -217,6 +222,17 @@ def check_remasking(config: Mapping) -> None:
     require(is_number(at, 0, 1) and at > 0, "loop_at", at, "a number in (0, 1]")
 
 
+def check_acceptance(config: Mapping) -> None:
+    """Raise a ValueError for a wrong `accept_quality`, or one beside fields that exclude it."""
+    bar = config["accept_quality"]
+    require(bar is None or (is_number(bar, 0, 1) and bar > 0), "accept_quality", bar, "None or a number in (0, 1]")
+    if bar is not None and (config["eta"] is not None or config["num_remask"] == 0):
+        raise ValueError(
+            f"`accept_quality` is {bar}: the tokens below it are remasked, so `eta` must be None and `num_remask` None "
+            f"or at least 1, got {config['eta']} and {config['num_remask']}."
+        )
+
+
 def remasks_by_quality(config: Mapping) -> bool:
     """Does the configuration ask for remasking of the tokens of lowest quality?"""
     return config["num_remask"] != 0 if config["eta"] is None else config["eta"] > 0
@@ -275,14 +291,19 @@ def remask_and_reveal(
 
     remasked = torch.zeros_like(masked)
     if by_quality:
-        n = num_to_remask(config, num_steps, visible, total, target, u_count)
+        n, quality = num_to_remask(config, num_steps, visible, total, target, u_count), quality_of(visible)
+        if (bar := config["accept_quality"]) is not None:
+            doubtful = (visible & (quality < bar)).sum(-1)
+            n = doubtful if config["num_remask"] is None else torch.minimum(n, doubtful)
         # Only old masks are refilled, so more than total - target remasks would leave a mask at the end.
-        remasked = lowest(quality_of(visible), visible, torch.minimum(n, total - target))
+        remasked = lowest(quality, visible, torch.minimum(n, total - target))
     due = target - shown + remasked.sum(-1)
     if at_random:
         # Not refilled before the next step: the loop stays this much below the level that it holds.
         remasked = remasked | lowest(u_loop, visible & ~remasked, config["loop_num_remask"])
 
+    if threshold is not None and not at_random:
+        due = due.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
     unmasked, tokens, probs = reveal(
         model_output,
         masked,

@@ -10,7 +10,13 @@ from torch import Tensor
 from .arguments import check_config, check_run, is_int, read_sampling, read_step, require
 from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .functional import probability_at
-from .scheduling_prism import PrismSchedulerOutput, check_remasking, remask_and_reveal, remasks_by_quality
+from .scheduling_prism import (
+    PrismSchedulerOutput,
+    check_acceptance,
+    check_remasking,
+    remask_and_reveal,
+    remasks_by_quality,
+)
 
 
 @runs_in_llada2_pipeline
@@ -59,10 +65,12 @@ class SelfConfidenceScheduler(SchedulerMixin, ConfigMixin):
         use_threshold: bool = False,
         threshold: float = 0.9,
         block_length: int = 32,
+        accept_quality: float | None = None,
     ):
         check_config(self.config)
         check_dropin_config(self.config)
         check_remasking(self.config)
+        check_acceptance(self.config)
         require(history is None or is_int(history, 1), "history", history, "None or an integer of at least 1")
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None

@@ -175,6 +175,18 @@ def test_rows_of_a_block_causal_model_do_not_change_each_other(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_under_a_threshold_the_batch_changes_neither_a_row_nor_its_forwards(cache, tmp_path):
+    pipe, found = pipeline(scheduler=PrismScheduler(order="confidence", accept_quality=0.5)), []
+    settings = {"gen_length": 8, "block_length": 4, "num_inference_steps": 10, "threshold": 0.2, "cache": cache}
+    for batch_size in (1, 5):
+        out = tmp_path / f"{batch_size}.jsonl"
+        generate_many(pipe, PROMPTS[:10], out, **settings, batch_size=batch_size)
+        found.append(out.read_text())
+    assert found[0] == found[1]
+    assert len({json.loads(line)["nfe"] for line in found[0].splitlines()}) > 1
+
+
 def test_ended_says_whether_an_end_token_was_written(tmp_path):
     pipe = pipeline(head=False)
     generate_many(pipe, PROMPTS, tmp_path / "out.jsonl", gen_length=20, num_inference_steps=2, batch_size=24)
@@ -335,6 +347,22 @@ def test_a_part_file_in_use_or_damaged_is_refused(tmp_path):
         generate_many(pipe, ["w1"], out, **settings)
 
 
+def test_a_run_that_was_refused_before_its_first_batch_is_in_nobodys_way(folder, tmp_path, capsys):
+    out = tmp_path / "o.jsonl"
+    assert main(["generate", *flags(folder, out, "--block_length=1", "--steps=2")]) == 2
+    assert "8 blocks of 1 tokens" in capsys.readouterr().err
+    assert main(["generate", *flags(folder, out, "--max_prompts=2", "--cache=prefix")]) == 0
+    assert len(out.read_text().splitlines()) == 2
+    assert json.loads(run_file(out).read_text())["cache"] == "prefix"
+
+
+def test_a_log_gets_lines_with_the_rate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("prism_pipelines.generate_many.LOG_SECONDS", 0)
+    generate_many(pipeline(), PROMPTS[:4], tmp_path / "o.jsonl", gen_length=4, num_inference_steps=2, batch_size=2)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert [re.sub(r"[\d,]+ tokens/s", "R", line) for line in told] == ["prompts: 2 of 4, R", "prompts: 4 of 4, R"]
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -345,6 +373,8 @@ def test_a_part_file_in_use_or_damaged_is_refused(tmp_path):
         ("--batch_size=0", "`batch_size` must be an integer of at least 1, got 0"),
         ("--num_processes=0", "--num_processes must be at least 1"),
         ("--out=nowhere/out.jsonl", "folder of the output does not exist: 'nowhere'"),
+        ("--threshold=1.5", "`threshold` must be a number in (0, 1], got 1.5"),
+        ("--cache_refresh_interval=2", "`cache_refresh_interval` has no meaning"),
         ("--gen_length=0", "`gen_length` must be an integer of at least 1"),
     ],
 )
