@@ -17,6 +17,7 @@ from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
 
+CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
@@ -122,6 +123,7 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     suppressed = () if pad is None or pad == end else (pad,)  # as the pipeline, which must be able to end a text
     denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
     shared = {
+        "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
         "mask_rate_min": run.mask_rate_min,
         "mask_rate_max": run.mask_rate_max,
@@ -193,6 +195,8 @@ def load_examples(run, args, model, tokenizer, spec):
         revision=run.dataset_revision,
         streaming=run.streaming,
     )
+    if run.streaming and run.shuffle_buffer:
+        rows = rows.shuffle(seed=args.seed, buffer_size=run.shuffle_buffer)
     eval_rows = None if run.eval_dataset is None else read_rows(run.eval_dataset, split=run.eval_split)
     train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -209,7 +213,8 @@ def check_output_dir(folder: str, resume) -> None:
     if path.is_file():
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if not entries - {"runs"}:
+    entries -= {".training_log.jsonl.partial", "runs"}  # of a run that was killed as it began, and of trackers
+    if not entries:
         return
     if "training_log.jsonl" not in entries and not any(name.startswith("checkpoint-") for name in entries):
         raise ValueError(
