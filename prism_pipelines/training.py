@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from .checkpointing import is_whole, latest_checkpoint
+from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
 from .hub import is_hub_id
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
 from .trainer import ObjectiveTrainer, load_trainable
 from .training_arguments import RunArguments, parse_arguments
 from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
-from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples
+from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples, pinned
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
             "is no id on the Hub. Push that one first (docs/sharing.md), and train on its id."
         )
     set_seed(args.seed)
+    run.revision = pinned(run)
     model, tokenizer, spec = load_base(run)
     train_examples, held_out, collate = load_examples(run, args, model, tokenizer, spec)
     objective = build_objective(run, model, tokenizer, spec)
@@ -132,16 +134,18 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
 
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
     """Writes the result, and pushes it with `--push_to_hub`."""
+    folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
+    if (folder / "calibration.png").is_file():
+        facts["figure"] = str(folder / "calibration.png")
     if run.objective == "mdm" or run.full:
-        pipe.save_pretrained(args.output_dir)
+        pipe.save_pretrained(folder)
+        write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
         if run.share:
-            pipe.push_to_hub(args.hub_model_id, what="pipeline", private=args.hub_private_repo, token=args.hub_token)
+            push_pipeline(pipe, args.hub_model_id, facts=facts, **hub_flags)
         return
-    from .head_repo import push_head_repo, save_head_repo
-
-    save_head_repo(pipe, args.output_dir, base_model=run.base_model, base_revision=run.revision, facts=facts)
+    save_head_repo(pipe, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
     if run.share:
-        push_head_repo(pipe, args.hub_model_id, facts=facts, private=args.hub_private_repo, token=args.hub_token)
+        push_head_repo(pipe, args.hub_model_id, facts=facts, **hub_flags)
 
 
 def last_metrics(folder: str) -> dict[str, float]:

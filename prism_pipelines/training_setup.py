@@ -49,6 +49,18 @@ def load_base(run):
     return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
 
 
+def pinned(run) -> str | None:
+    """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
+    if not hub.is_hub_id(run.base_model):
+        return run.revision
+    where = {"revision": run.revision}
+    file = hub.fetch_file(run.base_model, "model_index.json", where) or hub.fetch_file(
+        run.base_model, "config.json", where
+    )
+    parts = Path(file or "").parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else run.revision
+
+
 def quantization(run):
     """The bitsandbytes config of `--load_in_4bit` or `--load_in_8bit`, or None.
 
