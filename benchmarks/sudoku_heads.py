@@ -110,9 +110,8 @@ def main(argv=None) -> int:
         share, goal = row["share_of_gain"], GOALS.get(row["arm"])
         met = "" if goal is None or share is None else f"{goal}: {'met' if share >= goal else 'MISSED'}"
         solved = f"{100 * row['solved']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
-        print(
-            f"| {row['forwards']} | {ARMS[row['arm']]} | {solved} | {'-' if share is None else f'{share:.2f}'} | {met} |"
-        )
+        gained = "-" if share is None else f"{share:.2f}"
+        print(f"| {row['forwards']} | {ARMS[row['arm']]} | {solved} | {gained} | {met} |")
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     result = {"rows": rows, "cells": cells, "device": platform.machine(), "torch": torch.__version__, "commit": commit}

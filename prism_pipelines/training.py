@@ -21,7 +21,7 @@ from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_r
 from .hub import is_hub_id
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
-from .trainer import ObjectiveTrainer, load_trainable
+from .trainer import ObjectiveTrainer, load_trainable, trainable
 from .training_arguments import RunArguments, parse_arguments
 from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
 from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples, pinned
@@ -69,6 +69,10 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
+    if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
+        raise ValueError(
+            "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
+        )
     trainer.facts = run_facts(run, args)
     if args.process_index:
         set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
@@ -126,10 +130,23 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_fsdp_enabled:
+        pipe = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
-        trainer.model.eval()
+        pipe.model.eval()
         save(pipe, run, args, trainer.facts | {"metrics": last_metrics(args.output_dir)})
     return pipe
+
+
+def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> PrismPipeline:
+    """The pipeline of a run from its base and its trained tensors, where the modules that were trained are sharded."""
+    model, tokenizer, spec = load_base(run)
+    objective = build_objective(run, model, tokenizer, spec)
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])
+    return build_pipeline(objective.eval(), tokenizer, run.dataset)
 
 
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:

@@ -71,8 +71,8 @@ def test_a_row_too_long_is_an_error_or_dropped(tokenizer):
         ({"text": "a <mask> b"}, "holds the mask token"),
         ({"prompt": "a <mask>", "completion": "b"}, "holds the mask token"),
         ({"question": "a", "answer": "b"}, r"has the columns \['answer', 'question'\]"),
-        ({"prompt": "a", "completion": None}, "an answer that is no text"),
-        ({"text": 3}, "a text that is no text"),
+        ({"prompt": "a", "completion": None}, "its answer is no text but None"),
+        ({"text": 3}, "its text is no text but 3"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must end with a message of the assistant"),
     ],
 )

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from content_noise import Rates
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sharded_step import build
 from test_training import arguments, run
+
+from prism_pipelines.trainer import trainable
 
 TESTS = Path(__file__).parent
 STEP = ("--max_steps=3", "--optim=sgd", "--learning_rate=0.5", "--weighting=uniform", "--num_revealed=6")
@@ -49,7 +52,7 @@ def launch(folder, *words, launcher=("torch.distributed.run", "--standalone", "-
     words = [*arguments(folder, *words), "--ddp_backend=gloo"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, "-m", *launcher, str(TESTS / "content_noise.py"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -86,3 +89,21 @@ def test_two_processes_give_the_step_of_one(tmp_path, base, way):
         run(tmp_path / "one", *flags(base, way, 8, 1))
     launch(tmp_path / "two", *flags(base, way, 2, 2))
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sharded_objective_gives_the_gradients_of_a_whole_one(tmp_path, way):
+    """FSDP2 by torch itself: accelerate shards on GPUs only. See tests/sharded_step.py."""
+    save_file(trainable(build(way)), tmp_path / "trainable.safetensors")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(TESTS / "sharded_step.py"), way, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_accelerate_file_names_what_accelerate_knows():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(TESTS.parent / "examples" / "accelerate" / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
