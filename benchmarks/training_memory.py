@@ -53,13 +53,14 @@ def layer_bytes(m: dict, tokens: int, width: int, rank: int | None) -> int:
 
 
 def estimate(
-    m: dict, *, batch: int, length: int, k: int, width: int, rank: int | None, checkpointing: bool, chunk: int
+    m: dict, *, batch: int, length: int, drawn: int, width: int, rank: int | None, checkpointing: bool, chunk: int
 ) -> dict[str, float]:
     """Bytes of one step by purpose; `rank` None is the frozen backbone.
 
     Args:
         m: as the rows of `MODELS`.
-        batch, length: of the clean sequences; k tokens are revealed in each.
+        batch, length: of the clean sequences.
+        drawn: tokens drawn in each: k in random order, the window in order of confidence.
         width: bytes of a number of the base model.
         rank: of the adapter.
         checkpointing: of the layers.
@@ -73,7 +74,7 @@ def estimate(
     if rank is None:
         # No graph: one layer's widest moment (gate, activation, up), and its input and residual.
         kept, widest = 0, tokens * width * (3 * m["inner"] + 2 * m["hidden"])
-        logits = FLOAT * 2 * min(chunk, k * batch) * m["vocab"]
+        logits = FLOAT * 2 * min(chunk, drawn * batch) * m["vocab"]
     else:
         kept = m["layers"] * (boundary if checkpointing else one_layer)
         # Going back through a layer: its kept tensors, and gradients of gate, up and their product.
@@ -106,7 +107,7 @@ def check(rank: int | None, checkpointing: bool) -> dict[str, float]:
     ids = torch.randint(0, 4000, (4, 512), generator=torch.Generator().manual_seed(0))
     with PeakMemory(objective) as memory:
         step(objective, ids)
-    parts = estimate(m, batch=4, length=512, k=8, width=4, rank=rank, checkpointing=checkpointing, chunk=4096)
+    parts = estimate(m, batch=4, length=512, drawn=8, width=4, rank=rank, checkpointing=checkpointing, chunk=4096)
     return {"estimate": parts["total"] - parts["AdamW"], "counted": memory.peak}
 
 
@@ -132,7 +133,14 @@ def main(argv=None) -> int:
             chunk = max(64, min(4096, CHUNK_NUMBERS // m["vocab"]))
             for rank in (args.rank, None):
                 parts = estimate(
-                    m, batch=args.batch, length=args.length, k=8, width=2, rank=rank, checkpointing=True, chunk=chunk
+                    m,
+                    batch=args.batch,
+                    length=args.length,
+                    drawn=512,  # --reveal_order confidence --reveal_window 512
+                    width=2,
+                    rank=rank,
+                    checkpointing=True,
+                    chunk=chunk,
                 )
                 kind = f"LoRA, rank {rank}" if rank else "frozen"
                 result.append({"model": name, "trained": kind, "length": args.length, "batch": args.batch} | parts)
