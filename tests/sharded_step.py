@@ -1,6 +1,6 @@
 """One process of two: a step of an objective sharded by FSDP2 beside the same step unsharded. Exits 0 if they agree.
 
-torchrun --standalone --nproc_per_node=2 tests/sharded_step.py full|lora|frozen FOLDER_OF_ITS_CHECKPOINT
+torchrun --standalone --nproc_per_node=2 tests/sharded_step.py full|lora FOLDER_OF_ITS_CHECKPOINT
 """
 
 import sys
@@ -26,7 +26,7 @@ def build(way):
         model.add_adapter(config, adapter_name="prism")
     spec = MDMSpec(mask_token_id=39, mask_format="additive", native_class="LlamaForCausalLM")
     head = QualityHead(32, "mlp")
-    return PRISMObjective(MaskedDenoiser(model, spec), head, num_revealed=3, freeze_backbone=way == "frozen").train()
+    return PRISMObjective(MaskedDenoiser(model, spec), head, num_revealed=3).train()
 
 
 def step(objective):
