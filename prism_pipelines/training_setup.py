@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-from . import hub, sudoku
+from . import (  # the pipeline by its public name: that enters our classes in diffusers' tables
+    PrismPipeline,
+    hub,
+    sudoku,
+)
 from .denoiser import MaskedDenoiser
 from .families import resolve_spec
 from .losses import CriticObjective, MDMObjective, PRISMObjective
-from .pipeline_prism import PrismPipeline
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples

@@ -1,6 +1,6 @@
 """One process of two: a step of an objective sharded by FSDP2 beside the same step unsharded. Exits 0 if they agree.
 
-torchrun --standalone --nproc_per_node=2 tests/sharded_step.py full|lora FOLDER_OF_ITS_CHECKPOINT
+torchrun --standalone --nproc_per_node=2 tests/sharded_step.py full|lora|frozen FOLDER_OF_ITS_CHECKPOINT
 """
 
 import sys
@@ -26,7 +26,7 @@ def build(way):
         model.add_adapter(config, adapter_name="prism")
     spec = MDMSpec(mask_token_id=39, mask_format="additive", native_class="LlamaForCausalLM")
     head = QualityHead(32, "mlp")
-    return PRISMObjective(MaskedDenoiser(model, spec), head, num_revealed=3).train()
+    return PRISMObjective(MaskedDenoiser(model, spec), head, num_revealed=3, freeze_backbone=way == "frozen").train()
 
 
 def step(objective):
@@ -39,10 +39,12 @@ def step(objective):
         out.loss.backward()
     for drawn in out.drawn:
         objective(ids, part="judge", corrupted=corrupted, totals=totals, drawn=drawn).loss.backward()
+    # Before the next forward: after one without a backward, FSDP leaves the parameters whole, which have no gradient.
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
     objective.eval()
     with torch.no_grad():
         measured = objective(ids, generator=torch.Generator().manual_seed(4), part="measure", num_log_probs=2)
-    return {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}, measured
+    return gradients, measured
 
 
 def main(way, folder):
