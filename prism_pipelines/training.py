@@ -69,8 +69,6 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
-    if trainer.is_fsdp_enabled and run.freeze_backbone:
-        raise ValueError("`--freeze_backbone` does not go with a sharded model: launch it without FSDP (DDP).")
     if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
         raise ValueError(
             "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."

@@ -91,7 +91,7 @@ def test_two_processes_give_the_step_of_one(tmp_path, base, way):
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_sharded_objective_gives_the_gradients_of_a_whole_one(tmp_path, way):
     """FSDP2 by torch itself: accelerate shards on GPUs only. See tests/sharded_step.py."""
     save_file(trainable(build(way)), tmp_path / "trainable.safetensors")
