@@ -18,9 +18,9 @@ from prepare import sentence
 
 
 def true_share(texts: list[str]) -> tuple[int, int]:
-    """(sentences that are true, sentences); what is before the first full stop and after the last is left out."""
+    """(sentences that are true, sentences); what is before the first end token and after the last is left out."""
     known = {sentence(a, b) for a in range(7) for b in range(7)}
-    found = [part.strip() + " ." for text in texts for part in text.replace("<eos>", " ").split(".")[1:-1]]
+    found = [part for text in texts for part in text.split("<eos>")[1:-1]]
     return sum(" ".join(part.split()) in known for part in found), len(found)
 
 
@@ -36,9 +36,10 @@ def main() -> None:
         pipe.scheduler = scheduler
         noise = torch.Generator().manual_seed(0)
         out = pipe(num_samples=args.num_samples, gen_length=48, num_inference_steps=48, generator=noise)
-        right, count = true_share(out.texts)
+        whole = [pipe.tokenizer.decode(row) for row in out.sequences]  # `texts` stop at the first end token
+        right, count = true_share(whole)
         print(f"{name}: {right} of {count} sentences are true")
-        print(f"    {out.texts[0][:110]}")
+        print(f"    {whole[0][:110]}")
 
 
 if __name__ == "__main__":
