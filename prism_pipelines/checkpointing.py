@@ -7,13 +7,7 @@ import json
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ def seal_checkpoint(folder: Path, target: Path) -> None:
     _sync(manifest)
     _sync(folder)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, folder.parent / "replaced")  # a rename, so that at no moment both are gone for long
     os.rename(folder, target)
     _sync(target.parent)
 
@@ -79,42 +73,9 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-class CheckpointedTrainer(Trainer):
-    """`transformers.Trainer` whose checkpoints hold the trainable tensors only and appear at once or not at all."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # named_parameters gives a tied weight once, where a plain state_dict would be refused by safetensors.
-        tensors = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        os.makedirs(output_dir or self.args.output_dir, exist_ok=True)
-        save_file(tensors, Path(output_dir or self.args.output_dir) / WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        wanted = {name: p for name, p in (model or self.model).named_parameters() if p.requires_grad}
-        if saved.keys() != wanted.keys():
-            odd = sorted(saved.keys() ^ wanted.keys())
-            raise ValueError(
-                f"`resume_from_checkpoint` {resume_from_checkpoint!r} was written by a run with other trainable "
-                f"tensors; {len(odd)} differ, such as {odd[0]!r}. Resume with the flags of that run."
-            )
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(saved[name])
-
-    def _save_checkpoint(self, model, trial) -> None:
-        run_dir = Path(self.args.output_dir)
-        partial = run_dir / "partial"
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        # Everything the Trainer writes goes below args.output_dir, so that is what moves for the time of writing.
-        self.args.output_dir = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(run_dir)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            seal_checkpoint(partial / name, run_dir / name)
-            shutil.rmtree(partial)
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit)
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(data)
+    _sync(beside)
+    os.replace(beside, path)

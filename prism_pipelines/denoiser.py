@@ -88,6 +88,11 @@ class MaskedDenoiser(nn.Module):
             )
         return head
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `logits` uses and `hidden` does not, but for weights tied to the embeddings."""
+        bias = [self.model.get_parameter(self.spec.output_bias)] if self.spec.output_bias else []
+        return [*self._output_head().parameters(), *bias]
+
     @property
     def vocab_size(self) -> int:
         """V, the number of rows of the output head."""

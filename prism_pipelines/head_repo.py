@@ -13,10 +13,11 @@ from huggingface_hub import HfApi
 from . import hub
 
 CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
+FACTS = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
 SETTINGS_LEFT_OUT = ("_class_name", "_diffusers_version")
 
 
-def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None) -> Path:
+def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
     """Write the head of a pipeline, its LoRA adapter and its scheduler settings as a repository of their own.
 
     Files: adapter_config.json and adapter_model.safetensors if the model in use has an adapter, quality_head/,
@@ -29,6 +30,7 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         base_revision: of that; None for what the head's config says.
         facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
             "steps" (int), "versions" and "metrics" (dicts), "figure" (path of a calibration figure, copied).
+        repo_id: where it will be on the Hub, for the card; None for a folder.
     Returns:
         The folder.
     Raises:
@@ -41,9 +43,8 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     base_revision = base_revision or pipe.quality_head.config.base_revision
     if not base_model:
         raise ValueError("No base model is known for this head: pass `base_model` (the Hub id of its backbone).")
-    known = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
-    if unknown := sorted(set(facts) - known):
-        raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(known)}.")
+    if unknown := sorted(set(facts) - FACTS):
+        raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(FACTS)}.")
     folder.mkdir(parents=True, exist_ok=True)
     rank = save_adapter(pipe, folder, base_model, base_revision)
     pipe.quality_head.save_pretrained(folder / "quality_head", safe_serialization=True)
@@ -51,10 +52,16 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     rewrite(folder / "quality_head" / "config.json", belongs | {"base_fingerprint": hub.fingerprint(pipe.model)})
     pipe.scheduler.save_pretrained(folder / "scheduler")
     rewrite(folder / "scheduler" / "scheduler_config.json", {})
-    if facts.get("figure"):
-        shutil.copyfile(facts["figure"], folder / "calibration.png")
-    (folder / "README.md").write_text(model_card(pipe, base_model, base_revision, rank, facts))
+    write_card(folder, model_card(pipe, base_model, base_revision, rank, facts, repo_id), facts)
     return folder
+
+
+def write_card(folder: Path, card: str, facts: dict) -> None:
+    """README.md, and the figure that it shows."""
+    figure = facts.get("figure")
+    if figure and not (folder / "calibration.png").exists():
+        shutil.copyfile(figure, folder / "calibration.png")
+    (folder / "README.md").write_text(card)
 
 
 def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
@@ -122,13 +129,15 @@ def push_head_repo(
             "could load it. Push the base model first, and pass its id as `base_model`."
         )
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_head_repo(pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts)
+        folder = save_head_repo(
+            pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
+        )
         message = commit_message or "PRISM quality head"
         return upload(folder, repo_id, private=private, token=token, revision=revision, commit_message=message)
 
 
 def push_pipeline(
-    pipe, repo_id: str, *, base_model=None, private=None, token=None, revision=None, commit_message=None
+    pipe, repo_id: str, *, base_model=None, facts=None, private=None, token=None, revision=None, commit_message=None
 ) -> str:
     """Upload a whole saved pipeline; the arguments are those of `push_head_repo`.
 
@@ -152,6 +161,7 @@ def push_pipeline(
             rewrite(Path(temporary) / "quality_head" / "config.json", mark)
         for file in Path(temporary).rglob("*.json"):
             scrub(file, base_model)
+        write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, repo_id), facts or {})
         message = commit_message or "PRISM pipeline"
         return upload(Path(temporary), repo_id, private=private, token=token, revision=revision, commit_message=message)
 
@@ -170,39 +180,68 @@ def upload(folder: Path, repo_id: str, *, private, token, revision, commit_messa
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def model_card(pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict) -> str:
+def model_card(
+    pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict, repo_id: str | None = None
+) -> str:
     """README.md of a head's repository; what is not known is left out."""
     kind = pipe.quality_head.config.architecture
-    header = {
-        "library_name": "peft" if rank else "diffusers",
-        "pipeline_tag": "text-generation",
-        "tags": [*CARD_TAGS, *(["lora"] if rank else [])],
-    }
-    if hub.is_hub_id(base_model):
-        header["base_model"] = base_model
-    if "license" in facts:
-        header["license"] = facts["license"]
-    name = Path(base_model).name
+    name = base_model if hub.is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
     at = f" at revision `{base_revision}`" if base_revision else ""
     adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
+    use = usage(pipe, repo_id)
+    if rank:
+        use += "\n\n" + adapter_usage(pipe, name, repo_id)
     parts = [
-        "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
-        f"# PRISM quality head for {name}",
-        f"A {kind} head on the last hidden states of `{base_model}`{at}, with {adapter}. It gives, in the same forward "
+        header("peft" if rank else "diffusers", base_model, ["lora"] if rank else [], facts),
+        f"# PRISM quality head for {Path(name).name}",
+        f"A {kind} head on the last hidden states of `{name}`{at}, with {adapter}. It gives, in the same forward "
         "pass as the predictions, the probability that each visible token is right; at inference the least likely are "
         "masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
         "## Use",
-        usage(pipe, rank),
+        use,
         "## Recommended settings",
         settings(pipe.scheduler),
+        *training(facts),
     ]
-    training = {
+    return "\n\n".join(parts) + "\n"
+
+
+def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:
+    """README.md of a whole pipeline's repository; what is not known is left out."""
+    head = pipe.quality_head
+    judged = "" if head is None else f" with a PRISM quality head ({head.config.architecture})"
+    parts = [
+        header("diffusers", base_model, [], facts),
+        f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
+        f"A masked diffusion language model, {type(pipe.model).__name__}{judged}, as a pipeline of `prism_pipelines`.",
+        "## Use",
+        usage(pipe, repo_id),
+        "## Recommended settings",
+        settings(pipe.scheduler),
+        *training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def header(library: str, base_model: str | None, tags: list[str], facts: dict) -> str:
+    """The YAML block of a card, between its lines of dashes."""
+    values = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*CARD_TAGS, *tags]}
+    if hub.is_hub_id(base_model):
+        values["base_model"] = base_model
+    if "license" in facts:
+        values["license"] = facts["license"]
+    return "---\n" + yaml.safe_dump(values, sort_keys=False) + "---"
+
+
+def training(facts: dict) -> list[str]:
+    """The parts of a card about training and what was measured."""
+    about = {
         "Data": facts.get("dataset"),
         "Steps": facts.get("steps"),
         "Hardware": facts.get("hardware"),
         "Versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()),
     }
-    rows = [f"- {key}: {value}" for key, value in training.items() if value]
+    rows, parts = [f"- {key}: {value}" for key, value in about.items() if value], []
     if "command" in facts:
         rows.append(f"\n```bash\n{facts['command']}\n```")
     if rows:
@@ -211,28 +250,46 @@ def model_card(pipe, base_model: str, base_revision: str | None, rank: int | Non
     if table:
         parts += ["## Held-out metrics", "\n".join(["| measure | value |", "| --- | --- |", *table])]
     if facts.get("figure"):
-        parts.append("![Reliability of the head](calibration.png)")
-    return "\n\n".join(parts) + "\n"
+        parts.append("![Reliability of the head: share right against the quality it claims](calibration.png)")
+    return parts
 
 
-def usage(pipe, rank: int | None) -> str:
-    """How a reader loads the head; the repository's own name is filled in by the reader."""
-    call = 'pipe(prompt="Once", gen_length=32, num_inference_steps=32)'
+def usage(pipe, repo_id: str | None) -> str:
+    """How a reader loads the repository and generates with it; runs as it stands, in the folder if it has no id."""
+    length = min(32, hub.max_length(pipe.model.config) or 32)
+    what, shown = "num_samples=1, ", "out.texts[0]"
     if pipe.tokenizer is None:
-        call = 'pipe(num_samples=1, gen_length=32, num_inference_steps=32, output_type="seq")'
+        shown = "out.sequences[0]"
+    elif getattr(pipe.tokenizer, "chat_template", None):
+        what = '"Write a haiku.", '
+    written = ', output_type="seq"' if pipe.tokenizer is None else ""
     lines = [
         "```python",
         "from prism_pipelines import PrismPipeline",
         "",
-        'pipe = PrismPipeline.from_pretrained("<this repository>")  # loads the base model too',
-        f"print({call})",
+        f'pipe = PrismPipeline.from_pretrained("{repo_id or "."}")',
+        f"out = pipe({what}gen_length={length}, num_inference_steps={length}{written})",
+        f"print({shown})",
         "```",
     ]
-    if rank:
-        lines += [
-            "",
-            'The adapter alone, without this package: `peft.PeftModel.from_pretrained(base, "<this repository>")`.',
-        ]
+    return "\n".join(lines)
+
+
+def adapter_usage(pipe, base_model: str, repo_id: str | None) -> str:
+    """How the adapter is loaded without this package."""
+    kind = type(pipe.model).__name__
+    if pipe.config.mdm_spec.get("key_mapping"):
+        return f"The adapter alone is an ordinary PEFT adapter for {kind}, under whose names the base model is loaded."
+    lines = [
+        "The adapter alone, without this package:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained("{base_model}"), "{repo_id or "."}")',
+        "```",
+    ]
     return "\n".join(lines)
 
 

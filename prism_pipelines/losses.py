@@ -1,4 +1,7 @@
-"""Training objectives. Each is one nn.Module with one forward(), so that DDP, FSDP and Trainer see a single call.
+"""Training objectives. Each is one nn.Module whose forward() gives the whole loss, and is all that DDP and FSDP see.
+
+PRISM's loss needs two forwards. Called once, both graphs are in memory together; a trainer instead calls
+`part="predict"` and then `part="judge"`, each followed by its own backward, and needs no more memory than a plain step.
 
 A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_mask) -> (B, L, H)` and
 `logits(hidden, positions) -> (N, V)`, see `denoiser.MaskedDenoiser`.
@@ -49,6 +52,7 @@ class PRISMOutput(ModelOutput):
         quality_wrong: the same of those that are wrong.
         num_masked: masked tokens in z, over the batch.
         num_revealed: revealed tokens, over the batch and all draws.
+        drawn: of `part="predict"`: the arguments `drawn` of the calls with `part="judge"` that complete the step.
     """
 
     loss: Tensor | None = None
@@ -59,25 +63,24 @@ class PRISMOutput(ModelOutput):
     quality_wrong: Tensor | None = None
     num_masked: Tensor | None = None
     num_revealed: Tensor | None = None
+    drawn: list | None = None
 
 
 @dataclass
-class Judged:
-    """A batch of `PRISMObjective` before its loss.
+class Measured(ModelOutput):
+    """What `part="measure"` returns: a batch of `PRISMObjective` token by token, to be put together over batches.
 
     Args:
-        hidden: of z, (B, L, H).
-        masked: masked tokens of z, bool (B, L).
-        rate: t of each row, float32 (B,).
         quality: logits of the head at the N judged tokens, float32 (N,).
         right: their labels, bool (N,).
+        loss_mdm: as `MDMOutput.loss`.
+        log_probs: of the unmasking posterior at the first M masked tokens of the batch, float32 (M, V).
     """
 
-    hidden: Tensor
-    masked: Tensor
-    rate: Tensor
-    quality: Tensor
-    right: Tensor
+    quality: Tensor | None = None
+    right: Tensor | None = None
+    loss_mdm: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 def mask_rates(batch: int, low: float, high: float, generator=None, device=None) -> Tensor:
@@ -124,7 +127,7 @@ def trainable_positions(input_ids: Tensor, trainable_mask: Tensor | None, attent
     return trainable
 
 
-def share_of_all(count: Tensor) -> Tensor:
+def share_of_all(count: Tensor, total: Tensor | None = None) -> Tensor:
     """What a sum over this process's tokens is divided by, so that the mean over processes is the mean over all tokens.
 
     Processes average their gradients, and their counts of tokens differ; each one's own mean would weigh a token of a
@@ -132,9 +135,13 @@ def share_of_all(count: Tensor) -> Tensor:
 
     Args:
         count: tokens of this process, a scalar.
+        total: what to divide by if the caller knows it, having counted further batches of the same step too.
     Returns:
-        float32 scalar of at least `1 / processes`; the count itself in a single process, or while evaluating.
+        float32 scalar, `total` if that is given; else of at least `1 / processes`, and the count itself in a single
+        process or while evaluating.
     """
+    if total is not None:
+        return total.clamp(min=torch.finfo(torch.float32).tiny)
     count = count.detach().float()
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
         count = count.clone()
@@ -192,6 +199,9 @@ class MDMObjective(nn.Module):
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        corrupted: tuple[Tensor, Tensor, Tensor] | None = None,
+        totals: dict[str, Tensor] | None = None,
     ) -> MDMOutput:
         """The loss of a batch of clean sequences.
 
@@ -201,15 +211,30 @@ class MDMObjective(nn.Module):
                 visible. Padding never trains.
             attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
             generator: of all random draws; None for torch's default one.
+            corrupted: what `corrupt` gave for this batch; None to draw it here.
+            totals: `counts` of all batches of the optimizer step, divided by the number of these batches (over
+                processes and accumulation), so that the mean of their losses is the loss of all as one batch; None
+                for a batch that is a step of its own.
         Returns:
             `MDMOutput`; its `loss` is 0 if nothing was masked.
         Raises:
             ValueError: `input_ids` is not (B, L), or already holds the mask token where it is trainable.
         """
-        z, masked, rate = self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        z, masked, rate = corrupted
         hidden = self.denoiser.hidden(z, attention_mask)
-        loss, right = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask)
+        loss, right = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
         return MDMOutput(loss, right.sum() / masked.sum().clamp(min=1), masked.sum())
+
+    def counts(
+        self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """By what the sums in the loss of a batch are divided, float32 scalars: "tokens" and "masked".
+
+        Args: as `forward`.
+        """
+        tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
+        return {"tokens": tokens.sum().float(), "masked": corrupted[1].sum().float()}
 
     def corrupt(
         self,
@@ -237,7 +262,13 @@ class MDMObjective(nn.Module):
         return *mask_tokens(input_ids, rate, mask_token_id, trainable, generator), rate
 
     def mdm_loss(
-        self, hidden: Tensor, clean: Tensor, masked: Tensor, rate: Tensor, attention_mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        clean: Tensor,
+        masked: Tensor,
+        rate: Tensor,
+        attention_mask: Tensor | None = None,
+        totals: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss from the hidden states of z, in float32; and which masked tokens are predicted right, bool (N,).
 
@@ -247,7 +278,9 @@ class MDMObjective(nn.Module):
             masked: bool (B, L), N of them true.
             rate: t of each row, (B,).
             attention_mask: (B, L) or None.
+            totals: as `forward`.
         """
+        totals = totals or {}
 
         def chunk_loss(hidden, positions):
             logits = self.denoiser.logits(hidden, positions).float()
@@ -261,9 +294,10 @@ class MDMObjective(nn.Module):
             parts = [checkpoint(chunk_loss, hidden, chunk, use_reentrant=False) for chunk in chunks]
         losses, right = (torch.cat(part) for part in zip(*parts, strict=True))  # (N,) each
         if self.weighting == "uniform":
-            return losses.sum() / share_of_all(masked.sum()), right
+            return losses.sum() / share_of_all(masked.sum(), totals.get("masked")), right
         tokens = torch.ones_like(clean) if attention_mask is None else attention_mask.bool()
-        return (losses / rate[:, None].expand_as(masked)[masked]).sum() / share_of_all(tokens.sum()), right
+        weighted = (losses / rate[:, None].expand_as(masked)[masked]).sum()
+        return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers renamed the call in 5.2x.
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
@@ -372,60 +406,107 @@ class PRISMObjective(MDMObjective):
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> PRISMOutput:
-        """The loss of a batch of clean sequences.
+        *,
+        part: str = "all",
+        corrupted: tuple[Tensor, Tensor, Tensor] | None = None,
+        totals: dict[str, Tensor] | None = None,
+        drawn: list[tuple[Tensor, Tensor]] | None = None,
+        num_log_probs: int = 0,
+    ) -> PRISMOutput | Measured:
+        """The loss of a batch of clean sequences, or a part of it.
 
-        Args and Raises: as `MDMObjective.forward`.
+        Args and Raises: as `MDMObjective.forward`, and
+            part: "all"; or "predict" (steps 1 to 3 and 5; the loss is None where the backbone is frozen) and then
+                "judge" (step 4) once for each element of the `drawn` that it returned, with the same `corrupted`: the
+                losses of the calls add up to that of "all". Or "measure", for evaluation.
+            drawn: of "judge": (y, revealed), int64 and bool (B, L), of one or more draws.
+            num_log_probs: of "measure": masked tokens whose posterior is returned.
         Returns:
-            `PRISMOutput`.
+            `PRISMOutput`, or `Measured`.
         """
-        judged = self.judge(input_ids, trainable_mask, attention_mask, generator)
-        quality, right, masked = judged.quality, judged.right, judged.masked
-        bce = binary_cross_entropy_with_logits(quality, right.float(), reduction="sum")
-        loss_prism = bce / share_of_all(right.new_tensor(right.numel(), dtype=torch.float))
+        corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        z, masked, rate = corrupted
+        out, loss = PRISMOutput(num_masked=masked.sum()), None
+        if part != "judge":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+                hidden = self.denoiser.hidden(z, attention_mask)
+            drawn = [self.reveal(z, hidden, masked, generator) for _ in range(self.draws_per_state)]
+            if part == "measure" or not self.freeze_backbone:
+                loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
+            if part == "measure":
+                few = masked & (masked.flatten().cumsum(0).view_as(masked) <= num_log_probs)
+                log_probs = self.denoiser.logits(hidden, few).float().log_softmax(-1)
+                return Measured(
+                    *self.judge(drawn, masked, input_ids, trainable_mask, attention_mask), loss_mdm, log_probs
+                )
+            if not self.freeze_backbone:
+                loss, out.loss_mdm = self.lambda_mdm * loss_mdm, loss_mdm.detach()
+                if totals is not None:  # written down as the mean over this batch
+                    name = "masked" if self.weighting == "uniform" else "tokens"
+                    count = self.counts(corrupted, input_ids, None, attention_mask)[name]
+                    out.loss_mdm *= totals[name] / count.clamp(min=1)
+        if part == "predict":
+            out.loss, out.drawn = loss, [[draw] for draw in drawn]
+            return out
 
-        loss, loss_mdm = loss_prism, None
-        if not self.freeze_backbone:
-            loss_mdm, _ = self.mdm_loss(judged.hidden, input_ids, masked, judged.rate, attention_mask)
-            loss = loss_prism + self.lambda_mdm * loss_mdm
-        return PRISMOutput(
-            loss=loss,
-            loss_prism=loss_prism.detach(),
-            loss_mdm=None if loss_mdm is None else loss_mdm.detach(),
-            accuracy=mean_where(right.float(), torch.ones_like(right)),
-            quality_right=mean_where(quality.sigmoid(), right),
-            quality_wrong=mean_where(quality.sigmoid(), ~right),
-            num_masked=masked.sum(),
-            num_revealed=masked.new_tensor(right.numel(), dtype=torch.long),
-        )
+        quality, right = self.judge(drawn, masked, input_ids, trainable_mask, attention_mask)
+        bce = binary_cross_entropy_with_logits(quality, right.float(), reduction="sum")
+        count = right.new_tensor(right.numel(), dtype=torch.float)
+        loss_prism = bce / share_of_all(count, (totals or {}).get("judged"))
+        loss = loss_prism if loss is None else loss_prism + loss
+        if part == "judge":
+            loss = loss + self.untouched()
+        out.loss, out.loss_prism = loss, bce.detach() / count.clamp(min=1)
+        out.accuracy = mean_where(right.float(), torch.ones_like(right))
+        out.quality_right = mean_where(quality.sigmoid(), right)
+        out.quality_wrong = mean_where(quality.sigmoid(), ~right)
+        out.num_revealed = count.long()
+        return out
+
+    def counts(
+        self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """As `MDMObjective.counts`, and "judged": tokens that the head is asked about, over all draws."""
+        counts = super().counts(corrupted, input_ids, trainable_mask, attention_mask)
+        if self.judge_all:
+            judged = trainable_positions(input_ids, trainable_mask, attention_mask).sum()
+        else:
+            judged = self.window(corrupted[1]).sum(-1).clamp(max=self.num_revealed).sum()
+        return counts | {"judged": self.draws_per_state * judged.float()}
 
     def judge(
         self,
+        drawn: list[tuple[Tensor, Tensor]],
+        masked: Tensor,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Judged:
-        """Steps 1 to 4 up to the loss: the head's logits, and what is right.
+    ) -> tuple[Tensor, Tensor]:
+        """Step 4 up to the loss: logits of the head at the N judged tokens, float32 (N,), and their labels, bool (N,).
 
-        Args and Raises: as `MDMObjective.forward`.
+        Args: as `forward`; and `masked`, bool (B, L), of z.
         """
-        z, masked, rate = self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        y, revealed = (torch.cat(part) for part in zip(*drawn, strict=True))  # (draws * B, L) each
+        repeated = None if attention_mask is None else attention_mask.repeat(len(drawn), 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            hidden = self.denoiser.hidden(z, attention_mask)
-        draws = [self.reveal(z, hidden, masked, generator) for _ in range(self.draws_per_state)]
-        y, revealed = (torch.cat(part) for part in zip(*draws, strict=True))  # (draws * B, L) each
-
-        repeated = None if attention_mask is None else attention_mask.repeat(self.draws_per_state, 1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            hidden_y = self.denoiser.hidden(y, repeated)  # the body alone: no output head runs on y
+            hidden = self.denoiser.hidden(y, repeated)  # the body alone: no output head runs on y
         if self.judge_all:
             shown = trainable_positions(input_ids, trainable_mask, attention_mask)
-            revealed, label = shown.repeat(self.draws_per_state, 1), ~masked.repeat(self.draws_per_state, 1)
+            revealed, label = shown.repeat(len(drawn), 1), ~masked.repeat(len(drawn), 1)
         else:
-            label = y == input_ids.repeat(self.draws_per_state, 1)
-        quality = self.quality_head(hidden_y, repeated)[revealed].float()
-        return Judged(hidden, masked, rate, quality, label[revealed])
+            label = y == input_ids.repeat(len(drawn), 1)
+        return self.quality_head(hidden, repeated)[revealed].float(), label[revealed]
+
+    def untouched(self) -> Tensor | float:
+        """0, depending on what the second forward leaves out: DDP waits for every parameter in the last backward."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
+            return 0.0
+        left_out = [p for p in self.denoiser.output_parameters() if p.requires_grad]
+        return sum(((p * 0).sum() for p in left_out), 0.0)
+
+    def window(self, masked: Tensor) -> Tensor:
+        """The masks that may be revealed: all, or the leftmost `reveal_window` of each row."""
+        return masked if self.reveal_window is None else masked & (masked.cumsum(-1) <= self.reveal_window)
 
     @torch.no_grad()
     def reveal(self, z: Tensor, hidden: Tensor, masked: Tensor, generator=None) -> tuple[Tensor, Tensor]:
@@ -433,7 +514,7 @@ class PRISMObjective(MDMObjective):
 
         The output head runs here only at positions that may be revealed: k a row in random order.
         """
-        window = masked if self.reveal_window is None else masked & (masked.cumsum(-1) <= self.reveal_window)
+        window = self.window(masked)
         k = window.sum(-1).clamp(max=self.num_revealed)  # (B,)
         if self.reveal_order == "random":
             revealed = choose(window, k, generator)

@@ -16,26 +16,35 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from .checkpointing import CheckpointedTrainer, latest_checkpoint
+from .checkpointing import is_whole, latest_checkpoint
+from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
+from .hub import is_hub_id
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
+from .trainer import ObjectiveTrainer, load_trainable, trainable
 from .training_arguments import RunArguments, parse_arguments
-from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress
-from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples
+from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
+from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples, pinned
 
 logger = logging.getLogger(__name__)
 
 EVAL_BATCHES = 16  # held-out batches on which the head is measured
 
 
-def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[CheckpointedTrainer, PrismPipeline]:
+def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[ObjectiveTrainer, PrismPipeline]:
     """Everything up to the first step: the trainer, and the pipeline of the modules that it trains.
 
     Raises:
         ValueError, OSError: a flag that no run can use, or a base model or data that is not there.
     """
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    if run.share and not (run.objective == "mdm" or run.full or is_hub_id(run.base_model)):
+        raise ValueError(
+            f"`--push_to_hub` of a head needs a base model that others can load, and `--base_model` {run.base_model!r} "
+            "is no id on the Hub. Push that one first (docs/sharing.md), and train on its id."
+        )
     set_seed(args.seed)
+    run.revision = pinned(run)
     model, tokenizer, spec = load_base(run)
     train_examples, held_out, collate = load_examples(run, args, model, tokenizer, spec)
     objective = build_objective(run, model, tokenizer, spec)
@@ -46,9 +55,12 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ch
     callbacks = [MetricsLog(objective)]
     if args.eval_strategy != "no" and run.objective != "mdm":
         callbacks.append(HeadProgress(objective, first_batches(held_out, collate, args)))
+    if run.sample_texts:
+        given = [example["input_ids"][~example["trainable_mask"]] for example in held_out[: run.sample_texts]]
+        callbacks.append(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
     if run.sample_puzzles:
         callbacks.append(SudokuProgress(pipe, run.sample_puzzles))
-    trainer = CheckpointedTrainer(
+    trainer = ObjectiveTrainer(
         model=objective,
         args=args,
         data_collator=collate,
@@ -57,6 +69,10 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ch
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
+    if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
+        raise ValueError(
+            "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
+        )
     trainer.facts = run_facts(run, args)
     if args.process_index:
         set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
@@ -96,7 +112,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     }
 
 
-def train(trainer: CheckpointedTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
+def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
     """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` goes on.
 
     All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB.
@@ -106,35 +122,53 @@ def train(trainer: CheckpointedTrainer, pipe: PrismPipeline, run: RunArguments) 
     if checkpoint == "latest":
         checkpoint = latest_checkpoint(args.output_dir)
         logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
+    elif checkpoint and not is_whole(Path(checkpoint)):
+        raise ValueError(
+            f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
+        )
     if checkpoint and finished(checkpoint, args.max_steps):
-        trainer._load_from_checkpoint(checkpoint)  # Trainer.train would take one step more
+        load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_fsdp_enabled:
+        pipe = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
-        trainer.model.eval()
+        pipe.model.eval()
         save(pipe, run, args, trainer.facts | {"metrics": last_metrics(args.output_dir)})
     return pipe
 
 
+def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> PrismPipeline:
+    """The pipeline of a run from its base and its trained tensors, where the modules that were trained are sharded."""
+    model, tokenizer, spec = load_base(run)
+    objective = build_objective(run, model, tokenizer, spec)
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])
+    return build_pipeline(objective.eval(), tokenizer, run.dataset)
+
+
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
     """Writes the result, and pushes it with `--push_to_hub`."""
+    folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
+    if (folder / "calibration.png").is_file():
+        facts["figure"] = str(folder / "calibration.png")
     if run.objective == "mdm" or run.full:
-        pipe.save_pretrained(args.output_dir)
+        pipe.save_pretrained(folder)
+        write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
         if run.share:
-            pipe.push_to_hub(args.hub_model_id, what="pipeline", private=args.hub_private_repo, token=args.hub_token)
+            push_pipeline(pipe, args.hub_model_id, facts=facts, **hub_flags)
         return
-    from .head_repo import push_head_repo, save_head_repo
-
-    save_head_repo(pipe, args.output_dir, base_model=run.base_model, base_revision=run.revision, facts=facts)
+    save_head_repo(pipe, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
     if run.share:
-        push_head_repo(pipe, args.hub_model_id, facts=facts, private=args.hub_private_repo, token=args.hub_token)
+        push_head_repo(pipe, args.hub_model_id, facts=facts, **hub_flags)
 
 
 def last_metrics(folder: str) -> dict[str, float]:
     """The last value of each held-out measure in the log."""
     found = {}
-    for line in (Path(folder) / "training_log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(folder):
         measures = ("eval_loss", "eval_auroc", "eval_ece", "eval_posterior_drift", "solved_")
         found |= {name: value for name, value in entry.items() if name.startswith(measures)}
     return found

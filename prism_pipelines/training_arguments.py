@@ -52,6 +52,8 @@ class RunArguments:
     num_train_examples: int = _flag(1_000_000, "sudoku: examples in one epoch.")
     num_base_grids: int = _flag(20_000, "sudoku: grids generated; the rest are symmetries.")
     puzzle_share: float = _flag(0.0, "sudoku: share of examples that are puzzles.")
+    shuffle_buffer: int = _flag(1000, "With --streaming: rows among which the next one is drawn; 0 for none.")
+    sample_texts: int = _flag(0, "Texts written at each evaluation, with a page that shows how; 0 for none.")
     sample_puzzles: int = _flag(0, "sudoku: puzzles per clue count solved at each evaluation.")
 
     weighting: str = _flag("elbo", "MDM loss: elbo (1/t, the paper's) or uniform.")
@@ -93,6 +95,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], args_file_flag="--args_file")
     # A loss that is no number would be replaced by the mean of the others, and the run would go on.
     args.logging_nan_inf_filter = False
+    # Processes that shuffle by seeds of their own would read some examples twice and others never.
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs. Start by: accelerate launch -m prism_pipelines.training"
+        )
+    if run.streaming:
+        args.accelerator_config.dispatch_batches = False  # each process reads for itself: batches differ in length
     run.share, args.push_to_hub = args.push_to_hub, False
     if run.share and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
@@ -145,5 +155,7 @@ def check_run(run: RunArguments) -> None:
         raise ValueError(f"`--max_length` must be at least 1, got {run.max_length}.")
     if run.dataset != "sudoku" and (run.puzzle_share or run.sample_puzzles):
         raise ValueError("`--puzzle_share` and `--sample_puzzles` go with --dataset sudoku.")
+    if run.dataset == "sudoku" and (run.sample_texts or run.streaming):
+        raise ValueError("`--sample_texts` and `--streaming` go with a data set of text.")
     run.rank = run.rank or 16
     run.lora_alpha = run.lora_alpha or run.rank

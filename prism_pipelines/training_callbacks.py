@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import TrainerCallback
 
 from . import sudoku
+from .checkpointing import write_whole
 from .evaluation.sudoku import calibration
 from .losses import PRISMObjective
 from .pipeline_prism import PrismPipeline
+from .plots import reliability_figure
 from .schedulers import MDLMScheduler
+from .trace import trace_to_html
 from .training_data import HELD_OUT_SEED
 
 logger = logging.getLogger(__name__)
 
-DRIFT_TOKENS = 64  # masks a batch whose whole posterior is kept, V numbers each
+DRIFT_TOKENS = 64  # most masks of a batch whose whole posterior is kept, V numbers each ...
+DRIFT_NUMBERS = 2**21  # ... and most of these numbers: 8 MB a batch
 
 
 def write_log(output_dir: str, entry: dict) -> None:
@@ -29,23 +34,47 @@ def write_log(output_dir: str, entry: dict) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def read_log(output_dir: str) -> list[dict]:
+    """The entries that `write_log` wrote; the last one is left out if a kill cut it short."""
+    file, entries = Path(output_dir) / "training_log.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
 class MetricsLog(TrainerCallback):
     """Appends each entry of the Trainer's log to `<output_dir>/training_log.jsonl`, one JSON object a line.
 
     An entry of training also gets the mean of every scalar the objective returned since the last one (loss_mdm,
-    loss_prism, accuracy, ...), which the Trainer itself drops.
+    loss_prism, accuracy, ...), over all processes, which the Trainer itself drops. Every checkpoint ends such a span,
+    and a resumed run takes back what was logged after its checkpoint: so the log of a run that was killed and resumed
+    is that of one that was not.
     """
 
     def __init__(self, objective: torch.nn.Module):
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
         objective.register_forward_hook(self.collect)
 
     def collect(self, objective, inputs, output):
         """Forward hook: adds up the scalars of one training step, without waiting for the device."""
         if objective.training:
             for name, value in output.items():
-                self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-            self.count += 1
+                if isinstance(value, torch.Tensor):
+                    self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+                    self.counts[name] = self.counts.get(name, 0) + 1
+
+    def on_train_begin(self, args, state, control, **_):
+        """Takes back the entries after the step from which the run goes on."""
+        file = Path(args.output_dir) / "training_log.jsonl"
+        if state.is_world_process_zero:
+            kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
+            kept = kept if state.global_step else []
+            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+    def on_step_end(self, args, state, control, **_):
+        """Has the loss logged wherever a checkpoint is written."""
+        control.should_log = control.should_log or control.should_save
 
     def on_log(self, args, state, control, logs=None, **_):
         """Called by the Trainer on every process; only the first one writes.
@@ -60,11 +89,20 @@ class MetricsLog(TrainerCallback):
                 f"The loss is {loss} at step {state.global_step}. Lower --learning_rate, or check the data; the last "
                 "checkpoint was written before this."
             )
-        if loss is not None and self.count:
-            entry |= {name: float(value) / self.count for name, value in self.sums.items() if name != "loss"}
-            self.sums, self.count = {}, 0
+        if loss is not None and self.counts:
+            entry |= self.means()
+            self.sums, self.counts = {}, {}
         if state.is_world_process_zero:
             write_log(args.output_dir, entry)
+
+    def means(self) -> dict[str, float]:
+        """Means of the scalars since the last entry; every process must call."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        return {name: value for name, value in zip(names, values.tolist(), strict=True) if name != "loss"}
 
 
 class SudokuProgress(TrainerCallback):
@@ -100,6 +138,43 @@ class SudokuProgress(TrainerCallback):
         logger.warning("%s", entry)
 
 
+class TextProgress(TrainerCallback):
+    """At every evaluation, writes texts with the pipeline as it is; each with the page that shows how it was written.
+
+    A log entry holds the texts, and `<output_dir>/samples/step-<step>-<i>.html` their pages.
+
+    Args:
+        pipe: the pipeline of the modules that are trained.
+        prompts: ids to go on from, each int64 (P,); of length 0 for a text from nothing.
+        gen_length: tokens written, in half as many forwards.
+    """
+
+    def __init__(self, pipe: PrismPipeline, prompts: list[torch.Tensor], gen_length: int):
+        self.pipe, self.prompts, self.gen_length = pipe, prompts, gen_length
+
+    def on_evaluate(self, args, state, control, **_):
+        """Called by the Trainer after each evaluation."""
+        if not state.is_world_process_zero:
+            return
+        training, device, texts = self.pipe.model.training, self.pipe.device, []
+        self.pipe.model.eval()
+        (Path(args.output_dir) / "samples").mkdir(exist_ok=True)
+        for number, prompt in enumerate(self.prompts):
+            given = {"input_ids": prompt[None].to(device)} if len(prompt) else {"num_samples": 1}
+            out = self.pipe(
+                **given,
+                gen_length=self.gen_length,
+                num_inference_steps=max(1, self.gen_length // 2),
+                generator=torch.Generator().manual_seed(number),
+                return_trace=True,
+            )
+            texts += out.texts
+            page = trace_to_html(out.trace, self.pipe.tokenizer, title=f"Step {state.global_step}")
+            (Path(args.output_dir) / "samples" / f"step-{state.global_step}-{number}.html").write_text(page)
+        self.pipe.model.train(training)
+        write_log(args.output_dir, {"step": state.global_step, "texts": texts})
+
+
 class HeadProgress(TrainerCallback):
     """At every evaluation, measures the head and the backbone on held-out examples, and logs it.
 
@@ -122,50 +197,57 @@ class HeadProgress(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
         file = Path(args.output_dir) / "base_posterior.safetensors"
-        if file.is_file():
-            self.base = load_file(file)["log_probs"]
-        entry = self.measure()
-        if self.base is None:
+        if state.global_step == 0:
+            entry = self.measure()
             self.base = self.now
             if state.is_world_process_zero:
-                save_file({"log_probs": self.base}, file)
-        if state.is_world_process_zero and state.global_step == 0:
-            write_log(args.output_dir, {"step": 0, **entry, "eval_posterior_drift": 0.0})
+                write_whole(file, save({"log_probs": self.base}))
+                write_log(args.output_dir, {"step": 0, **entry, "eval_posterior_drift": 0.0})
+        elif file.is_file():
+            self.base = load_file(file)["log_probs"]
+        else:
+            logger.warning("%s is gone, so eval_posterior_drift is left out from now on.", file)
 
     def on_evaluate(self, args, state, control, **_):
         """Called by the Trainer after each evaluation, on every process."""
         entry = self.measure()
-        # Forbidden ids have log-probability -inf in both, and their difference is no number.
-        difference = (self.base - self.now).nan_to_num(0.0, posinf=0.0, neginf=0.0)
-        entry["eval_posterior_drift"] = float((self.base.exp() * difference).sum(-1).mean())
+        if self.base is not None:
+            # Forbidden ids have log-probability -inf in both, and their difference is no number.
+            difference = (self.base - self.now).nan_to_num(0.0, posinf=0.0, neginf=0.0)
+            entry["eval_posterior_drift"] = float((self.base.exp() * difference).sum(-1).mean())
         if state.is_world_process_zero:
             write_log(args.output_dir, {"step": state.global_step, **entry})
             logger.warning("%s", {"step": state.global_step, **entry})
+            self.draw(Path(args.output_dir) / "calibration.png")
+
+    def draw(self, path: Path) -> None:
+        """The calibration figure of the model card, from the last `measure`."""
+        try:
+            reliability_figure({"held-out tokens": self.score["reliability"]}, path)
+        except ImportError as error:
+            logger.warning("The model card gets no calibration figure. %s", error)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """All but the drift, for which it keeps the posterior at the first masks of each batch as `now`."""
         objective, device = self.objective, self.objective.denoiser.forbidden.device
+        few = min(DRIFT_TOKENS, DRIFT_NUMBERS // objective.denoiser.vocab_size)
         training = objective.training
         objective.eval()
-        quality, right, losses, posteriors = [], [], [], []
+        outputs = []
         for number, batch in enumerate(self.batches):
             batch = {name: value.to(device) for name, value in batch.items()}
-            judged = objective.judge(**batch, generator=torch.Generator().manual_seed(number))
-            mdm_loss, _ = objective.mdm_loss(
-                judged.hidden, batch["input_ids"], judged.masked, judged.rate, batch.get("attention_mask")
-            )
-            few = judged.masked & (judged.masked.flatten().cumsum(0).view_as(judged.masked) <= DRIFT_TOKENS)
-            posteriors.append(objective.denoiser.logits(judged.hidden, few).float().log_softmax(-1).cpu())
-            quality.append(judged.quality.cpu())
-            right.append(judged.right.cpu())
-            losses.append(float(mdm_loss))
+            noise = torch.Generator().manual_seed(number)
+            out = objective(**batch, generator=noise, part="measure", num_log_probs=few)
+            outputs.append({name: value.cpu() for name, value in out.items()})
         objective.train(training)
-        quality, right, self.now = torch.cat(quality), torch.cat(right), torch.cat(posteriors)
-        score = calibration(quality.sigmoid().numpy(), right.numpy())
+        quality, right, self.now = (
+            torch.cat([out[name] for out in outputs]) for name in ("quality", "right", "log_probs")
+        )
+        self.score = score = calibration(quality.sigmoid().numpy(), right.numpy())
         return {
             "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),
-            "eval_loss_mdm": sum(losses) / len(losses),
+            "eval_loss_mdm": float(torch.stack([out["loss_mdm"] for out in outputs]).mean()),
             "eval_auroc": score["auroc"],
             "eval_ece": score["ece"],
             "eval_share_right": float(right.float().mean()),

@@ -100,7 +100,7 @@ class RowEncoder:
         prompt, answer = self._chat(row, number) if "messages" in row else (row["prompt"], row["completion"])
         for name, value in (("prompt", prompt), ("answer", answer)):
             if not isinstance(value, str):
-                raise ValueError(f"Row {number} of the data set has a {name} that is no text: {value!r}.")
+                raise ValueError(f"Row {number} of the data set: its {name} is no text but {value!r}.")
         given = self.tokenizer(prompt).input_ids if prompt else []
         end = self.tokenizer.eos_token_id
         if end is not None and given and given[-1] == end:
@@ -124,7 +124,7 @@ class RowEncoder:
     def text(self, row: dict, number: int) -> list[int]:
         """Ids of a row of plain text, closed by the end token, to be packed; empty for an empty text."""
         if not isinstance(row["text"], str):
-            raise ValueError(f"Row {number} of the data set has a text that is no text: {row['text']!r}.")
+            raise ValueError(f"Row {number} of the data set: its text is no text but {row['text']!r}.")
         if not row["text"].strip():
             return []
         ids = self.tokenizer(row["text"], add_special_tokens=False).input_ids

@@ -8,15 +8,19 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-from . import hub, sudoku
+from . import (  # the pipeline by its public name: that enters our classes in diffusers' tables
+    PrismPipeline,
+    hub,
+    sudoku,
+)
 from .denoiser import MaskedDenoiser
 from .families import resolve_spec
 from .losses import CriticObjective, MDMObjective, PRISMObjective
-from .pipeline_prism import PrismPipeline
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
 
+CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
@@ -46,6 +50,18 @@ def load_base(run):
     if tokenizer is None:
         raise ValueError(f"`--base_model` {run.base_model!r} has no tokenizer.")
     return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
+
+
+def pinned(run) -> str | None:
+    """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
+    if not hub.is_hub_id(run.base_model):
+        return run.revision
+    where = {"revision": run.revision}
+    file = hub.fetch_file(run.base_model, "model_index.json", where) or hub.fetch_file(
+        run.base_model, "config.json", where
+    )
+    parts = Path(file or "").parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else run.revision
 
 
 def quantization(run):
@@ -122,6 +138,7 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     suppressed = () if pad is None or pad == end else (pad,)  # as the pipeline, which must be able to end a text
     denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
     shared = {
+        "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
         "mask_rate_min": run.mask_rate_min,
         "mask_rate_max": run.mask_rate_max,
@@ -193,6 +210,8 @@ def load_examples(run, args, model, tokenizer, spec):
         revision=run.dataset_revision,
         streaming=run.streaming,
     )
+    if run.streaming and run.shuffle_buffer:
+        rows = rows.shuffle(seed=args.seed, buffer_size=run.shuffle_buffer)
     eval_rows = None if run.eval_dataset is None else read_rows(run.eval_dataset, split=run.eval_split)
     train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -209,7 +228,8 @@ def check_output_dir(folder: str, resume) -> None:
     if path.is_file():
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if not entries - {"runs"}:
+    entries -= {".training_log.jsonl.partial", "runs"}  # of a run that was killed as it began, and of trackers
+    if not entries:
         return
     if "training_log.jsonl" not in entries and not any(name.startswith("checkpoint-") for name in entries):
         raise ValueError(

@@ -3,12 +3,15 @@
 with FakeHub() as hub:
     hub.commit("me/model", {"config.json": b"{}"})     # or hub.commit("me/model", folder)
     hub.connect(monkeypatch, cache)                    # this process asks this Hub; or pass HF_ENDPOINT=hub.url
+
+python tests/fake_hub.py 8750                          # serves on that port until it is stopped
 """
 
 import base64
 import hashlib
 import json
 import os
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -27,10 +30,10 @@ class FakeHub:
         requests: (method, path) of every request, in order.
     """
 
-    def __init__(self):
+    def __init__(self, port: int = 0):
         self.commits, self.branches, self.blobs, self.requests = {}, {}, {}, []
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self):
@@ -240,3 +243,7 @@ def _upload_mode(path: str) -> str:
 
 def _git_oid(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+if __name__ == "__main__":
+    FakeHub(int(sys.argv[1]))._server.serve_forever()

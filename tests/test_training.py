@@ -307,6 +307,10 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=prism", "--base_model=x/y", "--full", "--load_in_4bit"], "cannot be trained"),
         (["--objective=mdm", "--preset=imagenet"], "`--preset` must be one of sudoku, owt, llada"),
         (["--objective=mdm", "--push_to_hub"], "needs `--hub_model_id"),
+        (
+            ["--objective=prism", "--base_model=./mine", "--push_to_hub", "--hub_model_id=a/b"],
+            "`--base_model` './mine' is no id on the Hub",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_2(tmp_path, capsys, flags, words):

@@ -17,14 +17,16 @@ SPECIAL = ["<pad>", "<mask>", "<eos>"]
 NUM_LINES = 4000
 
 
+def sentence(a: int, b: int) -> str:
+    """The sum of two numbers from 0 to 6, and which is larger."""
+    larger = f"{NUMBERS[max(a, b)]} is larger" if a != b else "they are equal"
+    return f"{NUMBERS[a]} and {NUMBERS[b]} make {NUMBERS[a + b]} and {larger} ."
+
+
 def sentences(count: int) -> list[str]:
-    """Sums of two numbers, and which of two is larger; the same ones each time."""
-    rng, lines = random.Random(0), []
-    for _ in range(count):
-        a, b = rng.randrange(7), rng.randrange(7)
-        larger = f"{NUMBERS[max(a, b)]} is larger" if a != b else "they are equal"
-        lines.append(f"{NUMBERS[a]} and {NUMBERS[b]} make {NUMBERS[a + b]} and {larger} .")
-    return lines
+    """So many of them, the same ones each time."""
+    rng = random.Random(0)
+    return [sentence(rng.randrange(7), rng.randrange(7)) for _ in range(count)]
 
 
 def main() -> None:

@@ -1,16 +1,33 @@
 #!/usr/bin/env bash
-# A tiny BERT that fills masks, and a quality head for it: about two minutes on two cores.
+# A tiny BERT that fills masks, a quality head for it, and both on a Hub: about two minutes on two cores.
 #     bash examples/quickstart_head/train_head.sh [folder] [further flags for both trainings]
+# The Hub is a small server on this machine. With HF_ENDPOINT set (https://huggingface.co, after `hf auth login`) it is
+# that one, and ME your name there. Run again after an interruption and it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-runs/quickstart}
 shift || true
-python examples/quickstart_head/prepare.py "$folder/data"
+python=${PYTHON:-python} me=${ME:-me}
+if [ -z "${HF_ENDPOINT:-}" ]; then
+  port=${PORT:-8750}
+  rm -rf "$folder/hf_home"  # that Hub begins anew each time, and what was loaded from the last one is not its
+  "$python" tests/fake_hub.py "$port" &
+  trap "kill $!" EXIT
+  export HF_ENDPOINT=http://127.0.0.1:$port HF_HOME=$folder/hf_home HF_TOKEN=hf_of_this_machine HF_HUB_DISABLE_XET=1
+fi
+"$python" examples/quickstart_head/prepare.py "$folder/data"
 
+train() {
+  "$python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    -m prism_pipelines.training --dataset "$folder/data/text.txt" --resume_from_checkpoint latest --push_to_hub "$@"
+}
 # 1. A masked diffusion model, from nothing.
-accelerate launch -m prism_pipelines.training --args_file examples/quickstart_head/pretrain.args \
-    --dataset "$folder/data/text.txt" --tokenizer "$folder/data/tokenizer" --output_dir "$folder/mdm" "$@"
+train --args_file examples/quickstart_head/pretrain.args --tokenizer "$folder/data/tokenizer" \
+  --output_dir "$folder/mdm" --hub_model_id "$me/counting-mdm" "$@"
 
 # 2. A quality head on it, with a LoRA adapter.
-accelerate launch -m prism_pipelines.training --args_file examples/quickstart_head/prism.args \
-    --dataset "$folder/data/text.txt" --base_model "$folder/mdm" --output_dir "$folder/head" "$@"
+train --args_file examples/quickstart_head/prism.args --base_model "$me/counting-mdm" \
+  --output_dir "$folder/head" --hub_model_id "$me/counting-mdm-prism" "$@"
+
+# 3. Anybody generates with it, by its name.
+"$python" examples/quickstart_head/generate.py "$me/counting-mdm-prism"

@@ -1,0 +1,144 @@
+"""The Trainer of an objective: steps that add up exactly, and checkpoints that appear at once or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from .checkpointing import WEIGHTS, latest_checkpoint, seal_checkpoint
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trainable parameters by name, a tied one once; gathered if they are sharded: then every process must call."""
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).contiguous() for name, p in sorted(tensors.items())
+    }
+
+
+def load_trainable(model: torch.nn.Module, checkpoint: str) -> None:
+    """Put the weights of a checkpoint into the trainable parameters.
+
+    Raises:
+        ValueError: it holds other parameters.
+    """
+    saved = load_file(Path(checkpoint) / WEIGHTS)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != wanted.keys():
+        odd = sorted(saved.keys() ^ wanted.keys())
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint!r} was written by a run with other trainable tensors; {len(odd)} "
+            f"differ, such as {odd[0]!r}. Resume with the flags of that run."
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            value = saved[name].to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                value = torch.distributed.tensor.distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+class ObjectiveTrainer(Trainer):
+    """`transformers.Trainer` for an objective of `losses`.
+
+    A step is the same however its batch is split over processes and accumulation steps: all batches of a step are
+    masked before the first forward, so every sum is divided by the count of the whole step. The two forwards of PRISM
+    have a backward each, so their activations are never in memory together.
+
+    Checkpoints hold the trainable tensors only and appear at once or not at all.
+    """
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As the Trainer's; the batches of a step are kept until the first of them is trained on."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_batches = batches
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one batch; returns its share of the loss of the step, detached."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        if "corrupted" not in inputs:
+            self.corrupt_step()  # here, and not where the batches are read: a resumed run restores its noise in between
+        total, calls = torch.zeros((), device=self.args.device), [{"part": "predict"} if self.is_prism else {}]
+        while calls:
+            call = calls.pop(0)
+            # DDP adds up gradients over processes in the last backward of a step alone.
+            waits = isinstance(model, DistributedDataParallel) and (calls or call.get("part") == "predict")
+            with model.no_sync() if waits else contextlib.nullcontext():
+                with self.compute_loss_context_manager():
+                    output = model(**inputs, **call)
+                if output.loss is not None:
+                    self.accelerator.backward(output.loss / len(self.step_batches))
+                    total += output.loss.detach() / len(self.step_batches)
+            calls += [{"part": "judge", "drawn": drawn} for drawn in output.get("drawn") or []]
+        return total
+
+    @property
+    def is_prism(self) -> bool:
+        """Whether a step has a second forward."""
+        return hasattr(self.model, "quality_head")
+
+    def corrupt_step(self) -> None:
+        """Masks all batches of a step, and gives each the counts by which its sums are divided."""
+        counts = []
+        for batch in self.step_batches:
+            batch.update(self._prepare_inputs(batch))
+            batch["corrupted"] = self.model.corrupt(**batch)
+            counts.append(self.model.counts(**batch))
+        names = sorted(counts[0])
+        sums = torch.stack([sum(count[name] for count in counts) for name in names])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        means = sums / (self.args.world_size * len(counts))
+        for batch in self.step_batches:
+            batch["totals"] = dict(zip(names, means, strict=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        tensors = trainable(self.model)
+        if self.args.should_save:
+            os.makedirs(output_dir or self.args.output_dir, exist_ok=True)
+            save_file(tensors, Path(output_dir or self.args.output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        load_trainable(model or self.model, resume_from_checkpoint)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Everything the Trainer writes goes below args.output_dir, so that is what moves for the time of writing.
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.args.output_dir = str(run_dir)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(partial / name, run_dir / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Of torch.save and safetensors, a full disk is a RuntimeError and a SafetensorError.
+            shutil.rmtree(partial, ignore_errors=True)
+            before = latest_checkpoint(run_dir)
+            kept = f"The one before it, {Path(before).name}, is whole." if before else "There is none before it."
+            raise OSError(
+                f"{name} could not be written to {run_dir}: {error}. {kept} Free some space, or see "
+                "--save_total_limit, and run the same command with --resume_from_checkpoint latest."
+            ) from error
+        finally:
+            self.args.output_dir = str(run_dir)
+        if self.args.should_save:
+            shutil.rmtree(partial)
+            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit)

@@ -1,0 +1,131 @@
+"""The documented commands: the quickstart from text to generation, the Sudoku heads side by side, the cost tables."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import run
+
+from prism_pipelines.training import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name):
+    """A script of benchmarks/ as a module, which may import its neighbours."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    return module
+
+
+def test_the_quickstart_trains_pushes_and_generates(tmp_path):
+    """As documented, but for fewer steps: three processes, and a Hub between them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if k != "HF_ENDPOINT"}
+    environment |= {"PYTHON": sys.executable, "PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    few = ["--max_steps", "3", "--eval_steps", "3", "--num_eval_examples", "8"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples/quickstart_head/train_head.sh"), str(tmp_path), *few],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"with the head: \d+ of \d+ sentences are true", done.stdout)
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "me/counting-mdm" in card and "eval_auroc" in card and "--rank 8" in card and str(tmp_path) not in card
+    assert (tmp_path / "head" / "calibration.png").is_file()
+    log = [json.loads(line) for line in (tmp_path / "head" / "training_log.jsonl").read_text().splitlines()]
+    assert any("eval_posterior_drift" in entry for entry in log)
+
+
+def test_heads_of_the_side_by_side_train_what_they_say():
+    """The flags of heads.sh, with prism.args before them, as the command reads them."""
+    lines = (ROOT / "examples/sudoku/heads.sh").read_text().splitlines()
+    calls = [shlex.split(line.replace('"$@"', ""))[1:] for line in lines if re.match("train [a-z]", line)]
+    trained = {}
+    for way, *flags in calls:
+        words = ["--args_file", str(ROOT / "examples/sudoku/prism.args"), "--base_model", "x/y", "--output_dir", "z"]
+        run_args, _ = parse_arguments([*words, *flags, "--use_cpu"])
+        trained[way] = (run_args.full, run_args.freeze_backbone, run_args.optimizer)
+        assert run_args.num_revealed == 16 and run_args.lambda_mdm == 5
+    assert trained == {
+        "full": (True, False, "muon"),
+        "lora": (False, False, "adamw"),
+        "frozen": (False, True, "adamw"),
+    }
+
+
+def test_the_side_by_side_measures_each_arm_once(tmp_path, capsys):
+    run(tmp_path / "mdm", "--objective=mdm", "--max_steps=1")
+    ways = {"full": ("--full",), "lora": ("--rank=2",), "frozen": ("--freeze_backbone",)}
+    for way, flags in ways.items():
+        folder = tmp_path / f"sudoku-heads-{way}"
+        run(folder, "--objective=prism", f"--base_model={tmp_path / 'mdm'}", "--max_steps=1", *flags)
+    heads = script("sudoku_heads")
+    out = tmp_path / "heads.json"
+    words = [str(tmp_path / "mdm"), "--runs", str(tmp_path), "--puzzles", "2", "--clues", "60", "--out", str(out)]
+    assert heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
+    result = json.loads(out.read_text())
+    assert [row["arm"] for row in result["rows"]] == ["mdm", "full", "lora", "frozen"]
+    assert all(row["of"] == 4 for row in result["rows"])
+    cells = (tmp_path / "sudoku-heads.jsonl").read_text()
+    assert heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
+    assert (tmp_path / "sudoku-heads.jsonl").read_text() == cells and len(cells.splitlines()) == 8
+
+
+def test_the_share_of_the_gain_is_its_formula():
+    heads = script("sudoku_heads")
+    solved = {"mdm": 10, "full": 30, "lora": 28, "frozen": 20}
+    cells = [{"arm": arm, "forwards": 16, "seed": 0, "solved": n} for arm, n in solved.items()]
+    shares = {row["arm"]: row["share_of_gain"] for row in heads.table(cells, 50)}
+    assert shares == pytest.approx({"mdm": 0.0, "full": 1.0, "lora": 0.9, "frozen": 0.5})
+
+
+@pytest.mark.parametrize(("rank", "checkpointing"), [(16, False), (16, True), (None, False)])
+def test_the_memory_computed_from_shapes_is_what_a_model_takes(rank, checkpointing):
+    row = script("training_memory").check(rank, checkpointing)
+    assert row["counted"] / 1.25 < row["estimate"] < row["counted"] * 1.25
+
+
+def test_parameters_are_counted_as_a_model_has_them():
+    memory = script("training_memory")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 50}
+    model = memory.llama(sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}, "cpu")
+    m = {"hidden": 64, "layers": 2, "inner": 96, "key_value": 32, "vocab": 50, "tied": False}
+    assert memory.parameters(m, 3)["base"] == sum(p.numel() for p in model.parameters())
+    objective = memory.prism(model, rank=3)
+    found = {name: p.numel() for name, p in objective.named_parameters() if p.requires_grad and "lora" in name}
+    assert memory.parameters(m, 3)["adapter"] == sum(found.values())
+    head = sum(p.numel() for p in objective.quality_head.parameters())
+    assert memory.parameters(m, 3)["head"] == head
+
+
+def test_peak_memory_counts_what_is_alive_together():
+    import torch
+
+    training = script("training")
+    model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes
+    with training.PeakMemory(model) as memory:
+        a = torch.zeros(100)  # 400
+        b = torch.zeros(50)  # 200
+        del a
+        c = torch.zeros(25)  # 100: less than what was alive before
+        model.weight.t()  # a view takes nothing
+    assert memory.peak == 1000 and memory.now == 700
+    del b, c
