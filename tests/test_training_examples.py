@@ -48,7 +48,7 @@ def test_the_quickstart_trains_pushes_and_generates(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"with the head: \d+ of \d+ sentences are true", done.stdout)
     card = (tmp_path / "head" / "README.md").read_text()
-    assert "me/counting-mdm" in card and "eval_auroc" in card and "--rank 8" in card and str(tmp_path) not in card
+    assert "me/counting-mdm" in card and "eval_ece" in card and "--rank 8" in card and str(tmp_path) not in card
     assert (tmp_path / "head" / "calibration.png").is_file()
     log = [json.loads(line) for line in (tmp_path / "head" / "training_log.jsonl").read_text().splitlines()]
     assert any("eval_posterior_drift" in entry for entry in log)
