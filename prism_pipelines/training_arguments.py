@@ -54,6 +54,8 @@ class RunArguments:
     puzzle_share: float = _flag(0.0, "sudoku: share of examples that are puzzles.")
     shuffle_buffer: int = _flag(1000, "With --streaming: rows among which the next one is drawn; 0 for none.")
     sample_texts: int = _flag(0, "Texts written at each evaluation, with a page that shows how; 0 for none.")
+    puzzle_clues_min: int = _flag(23, "sudoku: fewest clues of a puzzle to train on.")
+    puzzle_clues_max: int = _flag(34, "sudoku: most clues of a puzzle to train on.")
     sample_puzzles: int = _flag(0, "sudoku: puzzles per clue count solved at each evaluation.")
 
     weighting: str = _flag("elbo", "MDM loss: elbo (1/t, the paper's) or uniform.")
@@ -157,5 +159,10 @@ def check_run(run: RunArguments) -> None:
         raise ValueError("`--puzzle_share` and `--sample_puzzles` go with --dataset sudoku.")
     if run.dataset == "sudoku" and (run.sample_texts or run.streaming):
         raise ValueError("`--sample_texts` and `--streaming` go with a data set of text.")
+    if not 20 <= run.puzzle_clues_min <= run.puzzle_clues_max <= 80:
+        raise ValueError(
+            "`--puzzle_clues_min` and `--puzzle_clues_max` must hold 20 <= min <= max <= 80, got "
+            f"{run.puzzle_clues_min} and {run.puzzle_clues_max}."
+        )
     run.rank = run.rank or 16
     run.lora_alpha = run.lora_alpha or run.rank

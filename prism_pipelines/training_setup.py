@@ -194,8 +194,9 @@ def load_examples(run, args, model, tokenizer, spec):
         ValueError: an argument or a row that cannot be used.
     """
     if run.dataset == "sudoku":
-        train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share)
-        held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share)
+        clues = (run.puzzle_clues_min, run.puzzle_clues_max)
+        train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
+        held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
         return train, held_out, None
     limit = hub.max_length(model.config)
     if limit is not None and run.max_length > limit:

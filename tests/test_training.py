@@ -281,7 +281,7 @@ def test_an_example_depends_on_seed_and_index_alone():
 
 
 def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
-    examples = SudokuGrids(40, 0, 8, puzzle_share=0.5)
+    examples = SudokuGrids(40, 0, 8, puzzle_share=0.5, puzzle_clues=(30, 40))
     puzzles = 0
     for i in range(40):
         grid, trainable = (examples[i][name].numpy() for name in ("input_ids", "trainable_mask"))
@@ -289,6 +289,7 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         if not trainable.all():
             puzzles += 1
             assert count_solutions(np.where(trainable, 0, grid)) == 1
+            assert 30 <= (~trainable).sum() <= 40
     assert 10 <= puzzles <= 30
 
 
@@ -301,6 +302,7 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be one of adamw, muon"),
         (["--objective=mdm", "--mask_rate_min=0.9", "--mask_rate_max=0.1"], "mask_rate_min=0.9"),
         (["--objective=mdm", "--no_such_flag=1"], "no_such_flag"),
+        (["--objective=mdm", "--puzzle_clues_min=30", "--puzzle_clues_max=25"], "min <= max <= 80, got 30 and 25"),
         (["--objective=mdm", "--freeze_backbone"], "--freeze_backbone goes with --objective prism"),
         (["--objective=prism", "--base_model=x/y", "--full", "--rank=4"], "Pass one of --freeze_backbone, --full"),
         (["--objective=prism", "--base_model=x/y", "--rank=0"], "`--rank` must be at least 1"),
