@@ -4,7 +4,7 @@ Training choices: short fine-tunes of `--steps` steps from the same pretrained m
 recipe (examples/text/prism.args) in one flag; none is as long as the shipped run, so they are compared with each other
 and not with it. Sampling choices: the shipped model, one setting changed. All write `--num-samples` texts of 128 tokens
 at temperature 1, PRISM at the shipped eta; measures as in benchmarks/text.py. For the fine-tunes also: AUROC of the
-head and its mean error (Brier) on 8 tokens planted in held-out text, and the held-out loss of the backbone.
+head and its mean error (Brier) on 16 tokens planted in held-out text, and the held-out loss of the backbone.
 
 A run that is there is resumed or not repeated, a finished cell is not measured again.
 The last line of stdout is one JSON object.
@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
 # name: flags that differ from the recipe
 TRAINING = {
-    "recipe (k 8, lambda 1, block)": [],
+    "recipe (k 16, lambda 1, block)": [],
     "k 1": ["--num_revealed", "1"],
-    "k 32": ["--num_revealed", "32"],
+    "k 4": ["--num_revealed", "4"],
     "lambda 0": ["--lambda_mdm", "0"],
     "lambda 5": ["--lambda_mdm", "5"],
     "linear head": ["--head", "linear"],
@@ -67,7 +67,7 @@ def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int
 
 def head_and_backbone(pipe, folder: Path, sequences) -> dict:
     """AUROC and Brier score of the head, and the backbone's last held-out loss."""
-    found = evaluate_calibration(pipe, sequences, num_revealed=8)["pooled"]["head"]
+    found = evaluate_calibration(pipe, sequences, num_revealed=16)["pooled"]["head"]
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     losses = [row["eval_loss_mdm"] for row in log if "eval_loss_mdm" in row]
     kept = {name: found[name] for name in ("auroc", "auroc_interval", "brier", "brier_interval")}

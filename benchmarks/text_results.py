@@ -123,7 +123,7 @@ def ablation_section(table: dict) -> str:
         values = {(row["arm"], row["metric"]): row for row in found["rows"]}
         lines += [
             f"Fine-tunes of {found['steps']} steps each, from the same pretrained model; texts at "
-            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 8 tokens planted in a text.",
+            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted in a text.",
             "",
             "| fine-tune | AUROC | Brier | held-out loss | distance | judge | entropy |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -131,7 +131,7 @@ share of words that the training text holds, `entropy` that of the words of a sa
 {table}
 
 Is a token right? AUROC of the head {calibration["head"]["auroc"]:.3f}, of the backbone's own probability of the visible
-token {calibration["visible"]["auroc"]:.3f} (8 tokens planted in a held-out text, all mask ratios). Held-out loss after
+token {calibration["visible"]["auroc"]:.3f} (16 tokens planted in a held-out text, all mask ratios). Held-out loss after
 pretraining: {metrics["eval_loss"]["mdm"]} nats per token (bound).
 
 ## Limits
@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("mdm_run", type=Path)
     parser.add_argument("prism_run", type=Path)
     parser.add_argument("--num_samples", type=int, default=64, help="texts for each figure")
+    parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64], help="of the card's table")
+    parser.add_argument("--seeds", type=int, default=3, help="of the card's table")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model, to measure")
     parser.add_argument("--output_dir", type=Path, help="default: PRISM_RUN without its -prism")
     args = parser.parse_args()
@@ -182,8 +184,8 @@ def main() -> None:
         pipe,
         task,
         [arm for arm in arms if arm["name"] in SHOWN],
-        [16, 32, 64],
-        [0, 1, 2],
+        args.forwards,
+        list(range(args.seeds)),
         out_dir=output.with_name(output.name + "-card"),
         task_name=f"{args.num_samples} texts, {output.name}, {args.dtype}",
         quality="ngram_js",
@@ -194,7 +196,7 @@ def main() -> None:
         "num_samples": args.num_samples,
         "dtype": args.dtype,
         "test": {key: found[key] for key in ("seeds", "arms", "rows", "pairs")},
-        "calibration": evaluate_calibration(pipe, sequences_of(test, pipe.tokenizer, 256), num_revealed=8),
+        "calibration": evaluate_calibration(pipe, sequences_of(test, pipe.tokenizer, 256), num_revealed=16),
         "eval_loss": {"mdm": last_eval_loss(args.mdm_run), "prism": last_eval_loss(args.prism_run)},
         "settings_tried": tried,
         "parameters": sum(p.numel() for part in (pipe.model, pipe.quality_head) for p in part.parameters()),
