@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
 LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 128, 32, 40_000
 VALIDATION = "henry_v"
-ETAS = (0.01, 0.03, 0.1, 0.3)
+ETAS = (0.003, 0.01, 0.03, 0.1)
 DRAWN = {
     "ngram_js": "character 4-grams: distance",
     "nll": "trigram judge: nats per token",

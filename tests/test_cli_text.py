@@ -83,7 +83,7 @@ def test_kinds_of_tokens():
 
 def test_the_live_view_counts_remasks_and_shows_every_token():
     console = Console(force_terminal=True, width=60, color_system=None)
-    decode = types.SimpleNamespace(decode=lambda ids: "abcdefgh"[ids[0]])
+    decode = types.SimpleNamespace(decode=lambda ids: "abcdefghij"[ids[0]])
     pipe = types.SimpleNamespace(mask_token_id=M, scheduler=types.SimpleNamespace(timesteps=[0, 1]))
     view, seen = text_view.TextView(console, decode, delay=0), []
     view.live = types.SimpleNamespace(update=lambda group, refresh: seen.append(group.renderables))
