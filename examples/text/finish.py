@@ -155,8 +155,9 @@ share of words that the training text holds, `entropy` that of the words of a sa
 {table}
 
 Is a token right? AUROC of the head {calibration["head"]["auroc"]:.3f}, of the backbone's own probability of the visible
-token {calibration["visible"]["auroc"]:.3f} (16 tokens planted in a held-out text, all mask ratios). Masked diffusion loss on held-out text, nats per token:
-{losses["before"]:.3f} before the PRISM fine-tuning, {losses["after"]:.3f} after it.
+token {calibration["visible"]["auroc"]:.3f} (16 tokens planted in a held-out text, all mask ratios). Masked diffusion
+loss on held-out text, nats per token: {losses["before"]:.3f} before the PRISM fine-tuning,
+{losses["after"]:.3f} after it.
 
 ## Limits
 
