@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test lint format train-sudoku train-sudoku-quick bench results clean
+.PHONY: demo test lint format train-sudoku train-sudoku-quick train-text train-text-quick bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,10 +34,19 @@ train-sudoku: $(VENV)/.installed        ## the shipped weights from nothing; at 
 train-sudoku-quick: $(VENV)/.installed  ## a weaker model in ten minutes
 	BIN=$(BIN) RUNS=$(RUNS) examples/sudoku/train.sh --quick
 
+train-text: $(VENV)/.installed          ## the shipped text model from nothing; about two hours on one core, resumable
+	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh
+
+train-text-quick: $(VENV)/.installed    ## a weaker text model in ten minutes
+	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh --quick
+
 bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes
 	$(BIN)/python benchmarks/sudoku_cost.py
 	$(BIN)/python benchmarks/sudoku.py --quick
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py --generated 32 --turns 2
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py --shapes vocabulary --repeats 1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --quick
+	$(BIN)/python benchmarks/text.py --quick
 
 results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed figures
 	$(BIN)/python benchmarks/results.py

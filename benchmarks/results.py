@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from sudoku import ARMS  # beside this file
+from text_results import PUBLISHED, ablation_section, loop_sentence, text_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
@@ -22,9 +23,8 @@ What was measured here; anyone can measure it again. This page is written by `ma
 
 MISSING = """## Not measured yet
 
-Text (MAUVE, generative perplexity), code, ReMDM, Token-Critic, P2 and token-to-mask at full size, other seeds of
-training, ablations of k, lambda and the kind of head. `prism eval compare` runs any of these arms on any model; no
-table of it is committed.
+MAUVE and perplexity under a large judge (no such model could be loaded here), code, other seeds of training.
+`prism eval compare` runs any of these arms on any model.
 """
 
 
@@ -77,8 +77,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
-    table = json.loads((ROOT / "docs" / "figures" / "sudoku.json").read_text())
-    text = "\n".join([HEAD, sudoku_section(table), MISSING])
+    tables = {}
+    for name in ("sudoku", "text", "ablations"):
+        path = ROOT / "docs" / "figures" / f"{name}.json"
+        tables[name] = json.loads(path.read_text()) if path.exists() else None
+    parts = [HEAD, sudoku_section(tables["sudoku"])]
+    if tables["text"] is not None:
+        parts += [text_section(tables["text"]), loop_sentence(tables["text"])]
+    if tables["ablations"] is not None:
+        parts.append(ablation_section(tables["ablations"]))
+    text = "\n".join([*parts, PUBLISHED, MISSING])
     if args.check:
         if RESULTS.read_text() != text:
             print(f"{RESULTS} is not what the tables give: run `make results`", file=sys.stderr)

@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from . import cli_eval, cli_generate, cli_info, cli_sudoku, cli_train
+from . import cli_eval, cli_generate, cli_info, cli_sudoku, cli_text, cli_train
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prism-pipelines {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     cli_sudoku.add_parser(commands)
+    cli_text.add_parser(commands)
     cli_generate.add_parser(commands)
     cli_info.add_parser(commands)
     cli_train.add_parser(commands)

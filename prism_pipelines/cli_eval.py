@@ -61,20 +61,20 @@ def add_parser(commands) -> None:
     compare = kinds.add_parser("compare", help="arms by forwards by seeds at equal forwards, resumable")
     _common(compare, run_compare)
     compare.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds, temperature")
-    compare.add_argument("--task", choices=["sudoku", "text"], default="sudoku")
-    compare.add_argument("--reference", metavar="FILE", help="held-out texts, for --task text")
-    compare.add_argument("--forwards", type=int, nargs="+", default=[16, 52])
-    compare.add_argument("--num-seeds", type=int, default=3)
+    compare.add_argument("--task", choices=["sudoku", "text", "all"], help="default: sudoku; without --model all")
+    compare.add_argument("--reference", metavar="FILE", help="held-out texts (default: those beside the text model)")
+    compare.add_argument("--forwards", type=int, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text")
+    compare.add_argument("--num-seeds", type=int, help="default: 3 for sudoku, 5 for text")
     compare.add_argument("--num-puzzles", type=int, default=100)
     compare.add_argument("--clues", type=int, default=30)
     compare.add_argument("--num-samples", type=int, default=64)
     compare.add_argument("--gen-length", type=int, default=128)
-    compare.add_argument("--quick", action="store_true", help="one seed and few puzzles: minutes")
+    compare.add_argument("--quick", action="store_true", help="few seeds, puzzles and texts: minutes")
     compare.add_argument("--out", metavar="FOLDER", default="runs/compare", help="default: %(default)s")
 
 
 def _common(parser, run) -> None:
-    parser.add_argument("--model", help="folder or Hub id (default: the bundled Sudoku model)")
+    parser.add_argument("--model", help="folder or Hub id (default: a bundled model)")
     parser.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -82,11 +82,12 @@ def _common(parser, run) -> None:
     parser.set_defaults(run=run)
 
 
-def _pipeline(args):
+def _pipeline(args, default: str = "sudoku"):
+    """The pipeline of `--model`, or the bundled one of this name."""
     from . import bundled
     from .pipeline_prism import PrismPipeline
 
-    pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"), quality_head=args.quality_head)
+    pipe = PrismPipeline.from_pretrained(args.model or bundled(default), quality_head=args.quality_head)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(args.device)
 
@@ -197,25 +198,60 @@ def packed(texts: list[str], tokenizer, length: int, count: int):
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Arms at equal forwards, with intervals and a figure. Returns the exit status."""
+    """Arms at equal forwards, with intervals and a figure; of both bundled models if none is named.
+
+    Returns the exit status.
+    """
+    task = args.task or ("sudoku" if args.model or args.config else "all")
+    if task == "all" and (args.model or args.config or args.quality_head):
+        raise ValueError(
+            "--task all is for the bundled models at their own arms; name one task with --model or --config."
+        )
+    from . import evaluation
+
+    kinds, results = ["sudoku", "text"] if task == "all" else [task], {}
+    for kind in kinds:
+        out = f"{args.out}/{kind}" if task == "all" else args.out
+        pipe, compared, plan, name = (_compare_sudoku if kind == "sudoku" else _compare_text)(args)
+        if args.config is not None:
+            plan |= evaluation.read_comparison(args.config)
+        if args.forwards is not None:
+            plan["forwards"] = args.forwards
+        if args.num_seeds is not None:
+            plan["seeds"] = list(range(args.num_seeds))
+        if args.quick:
+            plan["seeds"] = plan["seeds"][: 1 if kind == "sudoku" else 2]
+        print(f"{kind}: {len(plan['arms'])} arms at {plan['forwards']} forwards", file=sys.stderr)
+        results[kind] = evaluation.run_comparison(pipe, compared, out_dir=out, task_name=name, **plan)
+        print(f"table and figure of {kind} are in {out}", file=sys.stderr)
+    text = "\n".join(evaluation.comparison_table(result) for result in results.values())
+    return _print(results if task == "all" else results[task], args, text)
+
+
+def _compare_sudoku(args):
+    """Pipeline, task, plan and name of a comparison on generated puzzles."""
     from . import evaluation, sudoku
 
-    plan = {"arms": ARMS, "forwards": args.forwards, "seeds": list(range(args.num_seeds))}
-    if args.config is not None:
-        plan = evaluation.read_comparison(args.config)
-    if args.quick:
-        plan |= {"seeds": plan["seeds"][:1]}
-    if args.task == "sudoku":
-        puzzles, _ = sudoku.make_puzzles(20 if args.quick else args.num_puzzles, args.clues, seed=args.seed)
-        task, name = evaluation.sudoku_task(puzzles), f"sudoku-{len(puzzles)}-{args.clues}-{args.seed}"
-    elif args.reference is None:
-        raise ValueError("--task text needs --reference FILE with held-out texts.")
-    else:
-        count = 16 if args.quick else args.num_samples
-        reference = evaluation.read_texts(args.reference)
-        task = evaluation.text_task(reference, num_samples=count, gen_length=args.gen_length)
-        name = f"text-{count}-{args.gen_length}"
-    name = f"{args.model or 'bundled sudoku'} {args.quality_head or ''} {name}"  # a cell is found again by this name
-    result = evaluation.run_comparison(_pipeline(args), task, out_dir=args.out, task_name=name, **plan)
-    print(f"table and figure are in {args.out}", file=sys.stderr)
-    return _print(result, args, evaluation.comparison_table(result))
+    puzzles, _ = sudoku.make_puzzles(20 if args.quick else args.num_puzzles, args.clues, seed=args.seed)
+    name = f"{_named(args, 'sudoku')} sudoku-{len(puzzles)}-{args.clues}-{args.seed}"
+    plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [0, 1, 2]}
+    return _pipeline(args), evaluation.sudoku_task(puzzles), plan, name
+
+
+def _compare_text(args):
+    """Pipeline, task, plan and name of a comparison by text written from nothing."""
+    from . import bundled, evaluation
+
+    folder, count = args.model or bundled("text"), 16 if args.quick else args.num_samples
+    task = evaluation.task_of_folder(folder, args.reference, num_samples=count, gen_length=args.gen_length)
+    return (
+        _pipeline(args, "text"),
+        task,
+        evaluation.text_plan(folder),
+        f"{_named(args, 'text')} {count}-{args.gen_length}",
+    )
+
+
+def _named(args, default: str) -> str:
+    """What a finished cell is found again by."""
+    return f"{args.model or f'bundled {default}'} {args.quality_head or ''}"

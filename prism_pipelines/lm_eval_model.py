@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 
 import torch
 
@@ -43,7 +44,7 @@ class PrismLM(LM):
         device: None for the GPU if there is one.
         max_batch_size: lm-eval passes it along with `batch_size`; not used.
         torch_dtype: float32, bfloat16 or float16.
-        seed: every request has its own generator, seeded by this and its prompt.
+        seed: every request has its own generator, seeded by this, its prompt, and how often that prompt came before.
         revision, trust_remote_code: as the pipeline's.
     """
 
@@ -116,10 +117,16 @@ class PrismLM(LM):
         groups = [json.dumps(call, sort_keys=True) for call in calls]
         if self.pipe.denoiser.spec.attention == "block_causal" or self.pipe.tokenizer.pad_token_id is None:
             groups = [f"{length} {group}" for length, group in zip(lengths, groups, strict=True)]
+        # A task may ask for several answers to one prompt (`repeats`): each needs noise of its own.
+        seen = Counter()
+        seeds = []
+        for text in texts:
+            seeds.append(self._seed(text, seen[text]))
+            seen[text] += 1
         answers = [None] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for batch in plan_batches(lengths, self.batch_size, groups):
-                generators = [torch.Generator().manual_seed(self._seed(texts[i])) for i in batch]
+                generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
                 out = self.pipe(
                     [texts[i] for i in batch], use_chat_template=False, generator=generators, **calls[batch[0]]
                 )
@@ -151,8 +158,8 @@ class PrismLM(LM):
         }
         return call | {name: asked[name] for name in ("top_p", "top_k") if asked.get(name) is not None}
 
-    def _seed(self, text: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self.seed} {text}".encode()).digest()[:4], "big")
+    def _seed(self, text: str, repeat: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {repeat} {text}".encode()).digest()[:4], "big")
 
     def loglikelihood(self, requests):
         """Refused."""

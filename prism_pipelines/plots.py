@@ -112,3 +112,42 @@ def pareto_figure(arms: dict, front: list, metric: str, path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def measures_figure(panels: dict, path, marks: dict | None = None) -> None:
+    """Several measures against number of forwards, one panel a measure, one line an arm, bars for the intervals.
+
+    Args:
+        panels: {measure: {arm: [(forwards, value, low, high), ...]}}; low and high None where there is no interval.
+        path: PNG file to write.
+        marks: {measure: value of held-out text}, a dotted line.
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(len(panels))
+    for axis, (measure, arms) in zip(axes, panels.items(), strict=True):
+        for k, (arm, points) in enumerate(arms.items()):
+            forwards, value, low, high = zip(*sorted(points), strict=True)
+            below = [0 if a is None else v - a for v, a in zip(value, low, strict=True)]
+            above = [0 if b is None else b - v for v, b in zip(value, high, strict=True)]
+            axis.errorbar(
+                forwards,
+                value,
+                yerr=[below, above],
+                marker="osD^vPX*<>"[k % 10],
+                color=f"C{k % 10}",
+                linestyle="-" if k < 10 else "--",
+                markersize=5,
+                capsize=2,
+                label=arm,
+            )
+        if marks and measure in marks:
+            axis.axhline(marks[measure], color="grey", linestyle=":", label="held-out text")
+        ticks = sorted({point[0] for points in arms.values() for point in points})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set(title=measure, xlabel="forward passes")
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=130)

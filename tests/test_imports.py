@@ -78,6 +78,8 @@ ALLOWED = {
     "evaluation": {"evaluation", "plots", "sudoku"},
     "sudoku_view": {"sudoku"},
     "cli_sudoku": {"evaluation", "pipeline_prism", "schedulers", "sudoku", "sudoku_view", "trace"},
+    "text_view": set(),
+    "cli_text": {"evaluation", "hub", "pipeline_prism", "schedulers", "text_view", "trace"},
     "probes": {"denoiser", "families", "hub"},
     "cli_info": {"families", "pipeline_prism", "probes"},
     "cli_train": set(),
@@ -86,7 +88,7 @@ ALLOWED = {
     "generate_many": {"hub", "pipeline_prism", "run_files", "schedulers", "stopping"},
     "cli_generate": {"generate_many"},
     "lm_eval_model": {"generate_many", "hub", "pipeline_prism"},
-    "cli": {"cli_eval", "cli_generate", "cli_info", "cli_sudoku", "cli_train"},
+    "cli": {"cli_eval", "cli_generate", "cli_info", "cli_sudoku", "cli_text", "cli_train"},
     "__main__": {"cli"},
     "__init__": {"denoiser", "dropin", "families", "pipeline_prism", "quality_head", "schedulers"},
 }

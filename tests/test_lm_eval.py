@@ -59,6 +59,15 @@ def test_requests_of_different_settings_do_not_share_a_batch(folder):
     assert max(len(text.split()) for text in apart[6:]) > 4
 
 
+def test_repeats_of_a_prompt_get_answers_of_their_own_and_do_not_move_the_others(folder):
+    asked = {"do_sample": True, "temperature": 1.0}
+    model = PrismLM(folder, gen_length=8, batch_size=4, device="cpu")
+    once = model.generate_until(requests(asked, PROMPTS[:2]), disable_tqdm=True)
+    thrice = model.generate_until(requests(asked, [PROMPTS[0]] * 3 + [PROMPTS[1]]), disable_tqdm=True)
+    assert [thrice[0], thrice[3]] == once
+    assert len(set(thrice[:3])) == 3
+
+
 def test_temperature_is_the_tasks_unless_given(folder):
     model = PrismLM(folder, gen_length=4, device="cpu")
     assert model._call({"do_sample": False, "temperature": 0.7})["temperature"] == 0.0

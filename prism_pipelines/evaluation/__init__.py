@@ -14,6 +14,7 @@ from .compare import (
     sudoku_task,
     write_comparison,
 )
+from .ngram_judge import ngram_judge
 from .sudoku import (
     SudokuScore,
     calibration,
@@ -38,9 +39,11 @@ from .text import (
     pipeline_texts,
     read_texts,
     self_bleu,
+    text_measures,
     text_task,
     unigram_entropy,
 )
+from .text_compare import choose_arm, task_of_folder, text_plan
 
 __all__ = [
     "SudokuScore",
@@ -48,6 +51,7 @@ __all__ = [
     "calibration",
     "calibration_table",
     "check_texts",
+    "choose_arm",
     "comparison_table",
     "distinct_n",
     "diversity",
@@ -62,6 +66,7 @@ __all__ = [
     "make_scheduler",
     "mauve_score",
     "ngram_distance",
+    "ngram_judge",
     "paired_failure_ratio",
     "pareto_front",
     "pipeline_solver",
@@ -72,6 +77,9 @@ __all__ = [
     "run_comparison",
     "self_bleu",
     "sudoku_task",
+    "task_of_folder",
+    "text_measures",
+    "text_plan",
     "text_task",
     "unigram_entropy",
     "wilson_interval",

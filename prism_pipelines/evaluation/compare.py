@@ -64,7 +64,7 @@ def make_scheduler(arm: dict, temperature: float):
 
     Args:
         arm: {"name", "scheduler", ...config}; the scheduler a public class name such as "PrismScheduler". An arm with
-            "outside": true may have a temperature of its own, and is marked so in the table.
+            "outside": true may have a temperature of its own, and is marked so in the table. "model" is not read here.
         temperature: of all other arms.
     Returns:
         a new scheduler.
@@ -73,7 +73,7 @@ def make_scheduler(arm: dict, temperature: float):
     """
     import prism_pipelines
 
-    config = {key: value for key, value in arm.items() if key not in ("name", "scheduler", "outside")}
+    config = {key: value for key, value in arm.items() if key not in ("name", "scheduler", "outside", "model")}
     names = sorted(name for name in prism_pipelines.__all__ if name.endswith("Scheduler"))
     if arm["scheduler"] not in names:
         raise ValueError(f"Arm {arm['name']!r}: no scheduler is called {arm['scheduler']!r}; known: {names}.")
@@ -101,17 +101,19 @@ def run_comparison(
     quality: str | None = None,
     reference: str | None = None,
     higher_is_better: bool = True,
+    models: dict | None = None,
     progress: bool = True,
 ) -> dict:
     """Run every cell that is not done yet, then write comparison.json, comparison.md and comparison.png.
 
     Args:
         pipe: a `PrismPipeline`; its scheduler is replaced for each arm and put back.
+        models: {name: another pipeline}, for arms with {"model": name} that need weights of their own.
         task: callable (pipe, steps, seed) -> {metric: number, or list of one number or bool per item}. It must run the
             pipeline with num_inference_steps=steps; the forwards of a refinement loop come on top and are taken off
             `steps` here. Lists must have the same items in the same order in every cell. A metric called "nfe" is
             checked against the forwards wanted.
-        arms: list of {"name", "scheduler", ...config}, see `make_scheduler`.
+        arms: list of {"name", "scheduler", ...config}, see `make_scheduler`; "model" names one of `models`.
         forwards: numbers of forward passes.
         seeds: integers; every arm gets every one.
         out_dir: folder of results and of finished cells.
@@ -133,7 +135,8 @@ def run_comparison(
 
     _figure(1)  # a missing extra must not show after hours of work
     arms, forwards, seeds = [dict(arm) for arm in arms], list(forwards), list(seeds)
-    _check(arms, forwards, seeds, temperature)
+    pipes = {None: pipe, **(models or {})}
+    _check(arms, forwards, seeds, temperature, pipes)
     names = [arm["name"] for arm in arms]
     reference = names[0] if reference is None else reference
     if reference not in names:
@@ -144,14 +147,14 @@ def run_comparison(
     paths = {(arm["name"], t, s): folder / cell_file(arm, t, s, temperature, task_name) for arm, t, s in wanted}
     cells = {key: _read_cell(path) for key, path in paths.items()}
     todo = [(arm, t, s) for arm, t, s in wanted if cells[arm["name"], t, s] is None]
-    shipped = pipe.scheduler
+    shipped = {name: one.scheduler for name, one in pipes.items()}
     try:
         with _progress(progress, todo, len(wanted)) as report:
             for arm, steps, seed in todo:
-                key, start = (arm["name"], steps, seed), time.perf_counter()
-                pipe.scheduler = make_scheduler(arm, temperature)
-                with _counted_forwards(pipe) as made:
-                    metrics = task(pipe, steps - arm.get("loop_steps", 0), seed)
+                key, start, running = (arm["name"], steps, seed), time.perf_counter(), pipes[arm.get("model")]
+                running.scheduler = make_scheduler(arm, temperature)
+                with _counted_forwards(running) as made:
+                    metrics = task(running, steps - arm.get("loop_steps", 0), seed)
                 metrics = _checked_metrics(metrics, key)
                 if quality is not None and quality not in metrics:
                     raise ValueError(
@@ -163,7 +166,8 @@ def run_comparison(
                 cells[key] = cell
                 report(arm, steps, cell["seconds"])
     finally:
-        pipe.scheduler = shipped
+        for name, one in pipes.items():
+            one.scheduler = shipped[name]
     _check_equal(cells, names)
     rows, pairs = tabulate({key: cell["metrics"] for key, cell in cells.items()}, names, forwards, seeds, reference)
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
@@ -324,7 +328,7 @@ def _read_cell(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _check(arms: list[dict], forwards: list, seeds: list, temperature: float) -> None:
+def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pipes: dict) -> None:
     if not arms or not forwards or not seeds:
         raise ValueError(f"Nothing to compare: {len(arms)} arms, {len(forwards)} forwards, {len(seeds)} seeds.")
     for arm in arms:
@@ -338,6 +342,8 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float) ->
             raise ValueError(f"`{name}` must be integers of at least {least}, got {values}.")
     for arm in arms:
         make_scheduler(arm, temperature)
+        if arm.get("model") not in pipes:
+            raise ValueError(f"Arm {arm['name']!r} wants the model {arm['model']!r}, which `models` does not hold.")
         if min(forwards) <= arm.get("loop_steps", 0):
             raise ValueError(
                 f"Arm {arm['name']!r}: a loop of {arm['loop_steps']} forwards leaves none of {min(forwards)}."

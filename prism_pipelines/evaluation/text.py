@@ -502,26 +502,43 @@ def evaluate_text(
     }
 
 
-def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, batch_size: int = 16):
-    """The measures without download as a task of `run_comparison`: generate `num_samples` texts and score them.
+def text_measures(texts, reference, vocabulary, *, judge=None, unit: str = "word") -> dict:
+    """The measures without download of one set of texts, as `run_comparison` wants them.
 
     Args:
-        reference, vocabulary: as `evaluate_text`.
+        texts, reference, vocabulary, unit: as `evaluate_text`.
+        judge: callable from texts to arrays of negative log-likelihoods, such as `ngram_judge`; None for none.
+    Returns:
+        numbers {"ngram_js" (characters, n = 4), "word_js" (n = 1), "known_words", "distinct_2", "self_bleu" (0 for one
+        text)} and lists with a value for each text {"entropy", and "nll", nats per token, with a judge}.
+    """
+    texts = check_texts(texts)
+    sequences = [units(text, unit) for text in texts]
+    found = {
+        "ngram_js": ngram_distance(texts, reference, n=4),
+        "word_js": ngram_distance(texts, reference, n=1, unit="word"),
+        "known_words": known_word_share(texts, vocabulary),
+        "entropy": [unigram_entropy([sequence]) for sequence in sequences],
+        "distinct_2": distinct_n(sequences, 2),
+        "self_bleu": self_bleu(sequences) or 0.0,
+    }
+    return found if judge is None else found | {"nll": [float(np.mean(loss)) for loss in judge(texts)]}
+
+
+def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, judge=None, unit="word", batch_size=16):
+    """Writing from nothing as a task of `run_comparison`: generate `num_samples` texts and score them.
+
+    Args:
+        reference, vocabulary, judge, unit: as `text_measures`; a vocabulary of None is that of `reference`.
         num_samples, gen_length, batch_size: as `pipeline_texts`.
     Returns:
-        callable from (pipe, steps, seed) to {"ngram_js" (characters, n = 3), "known_words", "entropy", "distinct_2"}.
+        callable from (pipe, steps, seed) to what `text_measures` gives.
     """
+    reference = check_texts(reference, "reference")
+    known = {word for text in reference for word in words(text)} if vocabulary is None else set(vocabulary)
 
     def task(pipe, steps, seed):
-        found = evaluate_text(
-            pipeline_texts(pipe, num_samples, gen_length, steps, seed, batch_size), reference, vocabulary=vocabulary
-        )
-        varied = found["diversity"]
-        return {
-            "ngram_js": found["ngram_js"]["character_3"],
-            "known_words": found["known_words"],
-            "entropy": varied["entropy"],
-            "distinct_2": varied["distinct_2"],
-        }
+        texts = pipeline_texts(pipe, num_samples, gen_length, steps, seed, batch_size)
+        return text_measures(texts, reference, known, judge=judge, unit=unit)
 
     return task

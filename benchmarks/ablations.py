@@ -1,0 +1,145 @@
+"""What do PRISM's choices matter, on the text model: k, lambda, the kind of head, the window and schedule of remasking?
+
+Training choices: short fine-tunes of `--steps` steps from the same pretrained model and seed, each differing from the
+recipe (examples/text/prism.args) in one flag; none is as long as the shipped run, so they are compared with each other
+and not with it. Sampling choices: the shipped model, one setting changed. All write `--num-samples` texts of 128 tokens
+at temperature 1, PRISM at the shipped eta; measures as in benchmarks/text.py. For the fine-tunes also: AUROC of the
+head and its mean error (Brier) on 16 tokens planted in held-out text, and the held-out loss of the backbone.
+
+A run that is there is resumed or not repeated, a finished cell is not measured again.
+The last line of stdout is one JSON object.
+Usage: python benchmarks/ablations.py --base runs/text-mdm [--data runs/text-data] [--steps 100] [--sampling-only]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from sudoku import fingerprint, origin  # beside this file
+from text import LENGTH, VALIDATION, load, works
+
+from prism_pipelines import bundled
+from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "figures" / "ablations.json"
+# name: flags that differ from the recipe
+TRAINING = {
+    "recipe (k 16, lambda 1, block)": [],
+    "k 1": ["--num_revealed", "1"],
+    "k 4": ["--num_revealed", "4"],
+    "lambda 0": ["--lambda_mdm", "0"],
+    "lambda 5": ["--lambda_mdm", "5"],
+    "linear head": ["--head", "linear"],
+    "mlp head": ["--head", "mlp"],
+}
+# name: fields that differ from the shipped arm
+SAMPLING = {
+    "shipped": {},
+    "first half": {"remask_end": 0.5},
+    "second half": {"remask_start": 0.5},
+    "inverse eta, T_ref 32": {"eta_schedule": "inverse", "eta_reference_steps": 32},
+    "loop of 4": {"loop_steps": 4, "loop_num_remask": LENGTH // 8},
+    "loop of 8": {"loop_steps": 8, "loop_num_remask": LENGTH // 8},
+    "loop of 8, half": {"loop_steps": 8, "loop_num_remask": LENGTH // 2},
+}
+
+
+def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int) -> None:
+    """One short run of the recipe with other flags; goes on where it stopped."""
+    if (folder / "model_index.json").exists():
+        return
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
+    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), "-m", "prism_pipelines.training"]
+    words += ["--args_file", str(ROOT / "examples/text/prism.args"), "--resume_from_checkpoint", "latest"]
+    words += ["--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")]
+    words += ["--base_model", str(base), "--output_dir", str(folder), "--max_steps", str(steps)]
+    words += ["--eval_strategy", "steps", "--eval_steps", str(steps), *flags]
+    print(" ".join(flags) or "recipe", file=sys.stderr)
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def head_and_backbone(pipe, folder: Path, sequences) -> dict:
+    """AUROC and Brier score of the head, and the backbone's last held-out loss."""
+    found = evaluate_calibration(pipe, sequences, num_revealed=16)["pooled"]["head"]
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss_mdm"] for row in log if "eval_loss_mdm" in row]
+    kept = {name: found[name] for name in ("auroc", "auroc_interval", "brier", "brier_interval")}
+    return kept | {"eval_loss_mdm": losses[-1] if losses else None}
+
+
+def compare(pipe, task, arms, args, forwards, mark, models=None) -> dict:
+    """`run_comparison` with what is the same for both tables."""
+    found = run_comparison(
+        pipe,
+        task,
+        arms,
+        forwards,
+        list(range(args.seeds)),
+        out_dir=args.cells,
+        task_name=mark,
+        quality="ngram_js",
+        higher_is_better=False,
+        models=models,
+    )
+    return {name: found[name] for name in ("arms", "seeds", "rows", "pairs")}
+
+
+def main(argv=None) -> int:
+    """Train and measure what is missing, then write the table. Returns exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="run folder of the pretrained model; needed for the fine-tunes")
+    parser.add_argument("--data", type=Path, default=ROOT / "runs" / "text-data", help="folder of prepare.py")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where the fine-tunes go")
+    parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "ablation_cells", help="finished cells")
+    parser.add_argument("--steps", type=int, default=100, help="of each fine-tune (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models, to measure")
+    parser.add_argument("--variants", nargs="+", default=list(TRAINING), help="fine-tunes, by name")
+    parser.add_argument("--sampling-only", action="store_true", help="leave the fine-tunes out")
+    args = parser.parse_args(argv)
+    if args.base is None and not args.sampling_only:
+        parser.error("the fine-tunes need --base, the pretrained model; or pass --sampling-only")
+
+    model = Path(bundled("text"))
+    pipe = load(model, args.dtype)
+    test = [text for title, text in works(args.data / "heldout.jsonl").items() if title != VALIDATION]
+    judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer)
+    vocabulary = set((model / "words.txt").read_text().split())
+    task = text_task(
+        test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64
+    )
+    shipped = next(arm for arm in text_plan(model)["arms"] if arm["name"] == "PRISM")
+    settings = {"num_samples": args.num_samples, "length": LENGTH, "dtype": args.dtype, "eta": shipped["eta"]}
+    arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
+    result = {"settings": settings, **origin()}
+    result["sampling"] = compare(pipe, task, arms, args, [16, 32, 64], f"sampling {fingerprint(model, settings)}")
+
+    if not args.sampling_only:
+        ids = pipe.tokenizer("".join(test), add_special_tokens=False).input_ids
+        sequences = torch.tensor(ids[: 256 * LENGTH]).view(-1, LENGTH)
+        models, heads, arms = {}, {}, []
+        for name in args.variants:
+            folder = args.runs / name.replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
+            fine_tune(args.base, args.data, folder, TRAINING[name], args.steps)
+            mark = f"{name} {fingerprint(folder, {})}"
+            models[mark] = load(folder, args.dtype)
+            heads[name] = head_and_backbone(models[mark], folder, sequences)
+            arms.append({**shipped, "name": name, "model": mark})
+            print(json.dumps({name: heads[name]}), file=sys.stderr)
+        result["training"] = compare(pipe, task, arms, args, [32], f"training {settings}", models)
+        result["training"] |= {"heads": heads, "steps": args.steps}
+    TABLE.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

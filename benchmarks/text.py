@@ -1,0 +1,197 @@
+"""How close to held-out Shakespeare does each decoding rule write in a given number of forward passes?
+
+Held fixed: bundled text model, temperature 1, tokens of a text, seeds. Varied: the rule, and the number of forwards
+(those of a refinement loop and of a critic count). Reference: MDLM, which remasks nothing. Every rule's one knob was
+chosen on another play from a grid of the same size (`arms.json`, made by examples/text/finish.py). Three arms have
+weights of their own and run if their folders are given: MDLM before PRISM's fine-tuning, Token-Critic, and PRISM with
+the head alone trained; their knobs are chosen here, in the same way on the same play.
+
+Measures: distance of character 4-grams and of words to the held-out plays (lower is better, grows as text gets less:
+all cells have as much), share of known words, entropy of the words of a text, distinct word pairs, self-BLEU, and the
+negative log-likelihood per token under a trigram judge counted on the training text. The held-out play that settings
+were chosen on is measured like an arm, for scale. Intervals: 95 % bootstrap, of texts for entropy and nll, else of
+seeds.
+
+A finished cell (arm, forwards, seed) is a file and is not run again: stop at any time and start again. When all are
+there the table and the figure are written to docs/figures. `--quick` runs a part on few texts and exits 1 if entropy
+or nll misses the committed interval. The last line of stdout is one JSON object.
+Usage: python benchmarks/text.py [--quick] [--data runs/text-data] [--critic FOLDER] [--base FOLDER] [--frozen FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from sudoku import fingerprint, origin  # beside this file
+
+from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.evaluation import choose_arm, ngram_judge, run_comparison, text_plan, text_task
+from prism_pipelines.evaluation.compare import tabulate
+from prism_pipelines.evaluation.text import text_measures
+from prism_pipelines.plots import measures_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "figures"
+LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 128, 32, 40_000
+VALIDATION = "henry_v"
+ETAS = (0.003, 0.01, 0.03, 0.1)
+DRAWN = {
+    "ngram_js": "character 4-grams: distance",
+    "nll": "trigram judge: nats per token",
+    "known_words": "known words",
+}
+DRAWN |= {"entropy": "entropy of words"}
+
+
+def works(path: Path) -> dict[str, str]:
+    """{title: text} of a file of examples/text/prepare.py."""
+    return {row["title"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
+
+
+def load(folder, dtype: str) -> PrismPipeline:
+    """A saved pipeline without its progress bar."""
+    pipe = PrismPipeline.from_pretrained(str(folder), torch_dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def extra_arms(folders: dict, dtype: str, validation: list[str], num_samples: int) -> tuple[list[dict], dict]:
+    """Arms with weights of their own, each with the best of four settings on the validation play; and their models."""
+    head = {"scheduler": "PrismScheduler", "order": "random"}
+    wanted = {
+        "base": ("MDLM before fine-tuning", [{"scheduler": "MDLMScheduler", "order": "random"}]),
+        "critic": (
+            "Token-Critic",
+            [{"scheduler": "TokenCriticScheduler", "noise": x} for x in (0.0, 0.5, 1.0, 2.0)],
+        ),
+        "frozen": ("PRISM, head alone", [{**head, "eta": eta} for eta in ETAS]),
+    }
+    task = text_task(validation, num_samples=num_samples, gen_length=LENGTH, batch_size=64)
+    arms, models = [], {}
+    for name, (title, options) in wanted.items():
+        if folders[name] is not None:
+            mark = f"{name} {fingerprint(folders[name], {})}"  # a cell must not outlive the weights it was made with
+            models[mark] = pipe = load(folders[name], dtype)
+            options = [{"name": title, **option, "model": mark} for option in options]
+            arms.append(choose_arm(pipe, task, options, steps=CHOOSE_STEPS, seed=CHOOSE_SEED))
+            print(json.dumps(arms[-1]), file=sys.stderr)
+    return arms, models
+
+
+def held_out_rows(measure, tokenizer, play: str, num_samples: int, seeds: list[int]) -> list[dict]:
+    """The measures of stretches of a held-out play, as if a rule had written them; one row a measure."""
+    ids = tokenizer(play, add_special_tokens=False).input_ids
+    parts = [tokenizer.decode(ids[i : i + LENGTH]) for i in range(0, len(ids) - LENGTH, LENGTH)]
+    groups = [parts[i * num_samples : (i + 1) * num_samples] for i in range(len(parts) // num_samples)][: len(seeds)]
+    cells = {("held-out", 0, i): measure(group) for i, group in enumerate(groups)}
+    return tabulate(cells, ["held-out"], [0], list(range(len(groups))), "held-out")[0]
+
+
+def overlap(rows: list[dict], table: dict) -> list[str]:
+    """Rows of measures that do not depend on the amount of text, whose interval misses that of the committed table."""
+    known = {(r["arm"], r["forwards"], r["metric"]): r for r in table["rows"]}
+    apart = []
+    for row in rows:
+        other = known.get((row["arm"], row["forwards"], row["metric"]))
+        if row["metric"] in ("entropy", "nll") and other and (row["low"] > other["high"] or row["high"] < other["low"]):
+            apart.append(
+                f"{row['arm']} T={row['forwards']} {row['metric']}: {row['low']:.3f}-{row['high']:.3f} here, "
+                f"{other['low']:.3f}-{other['high']:.3f} committed"
+            )
+    return apart
+
+
+def draw(result: dict, path: Path) -> None:
+    """The figure: four measures against forwards."""
+    panels = {title: {} for title in DRAWN.values()}
+    for row in result["rows"]:
+        if row["metric"] in DRAWN:
+            point = (row["forwards"], row["value"], row["low"], row["high"])
+            panels[DRAWN[row["metric"]]].setdefault(row["arm"], []).append(point)
+    marks = {DRAWN[row["metric"]]: row["value"] for row in result["held_out"] if row["metric"] in DRAWN}
+    measures_figure(panels, path, marks)
+
+
+def parse_args(argv=None):
+    """The flags; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a part, in minutes, checked against the committed table")
+    parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "runs" / "text-data", help="folder of prepare.py; made if missing"
+    )
+    for name in ("base", "critic", "frozen"):
+        parser.add_argument(f"--{name}", type=Path, default=None, help="folder of such a run; default: no such arm")
+    parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=64, help="texts of a cell (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models")
+    parser.add_argument("--arms", nargs="+", help="only these, by name")
+    parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "text_cells", help="finished cells")
+    parser.add_argument("--table", type=Path, default=FIGURES / "text.json", help="committed table")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """Run what is missing, then write table and figure; with --quick compare with the table. Returns exit status."""
+    args = parse_args(argv)
+    if not (args.data / "heldout.jsonl").exists():
+        subprocess.run([sys.executable, str(ROOT / "examples/text/prepare.py"), str(args.data)], check=True)
+    model = args.model or Path(bundled("text"))
+    pipe = load(model, args.dtype)
+    forwards, count = ([16, 32], 16) if args.quick else (args.forwards, args.num_samples)
+    seeds = list(range(2 if args.quick else args.seeds))
+
+    plays = works(args.data / "heldout.jsonl")
+    test = [text for title, text in plays.items() if title != VALIDATION]
+    judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer)
+    vocabulary = set((model / "words.txt").read_text().split())
+    task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64)
+    folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
+    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count)
+    plan = text_plan(model)
+    arms = [arm for arm in [*plan["arms"], *more] if args.arms is None or arm["name"] in args.arms]
+    settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
+    mark = fingerprint(model, settings)
+    result = run_comparison(
+        pipe,
+        task,
+        arms,
+        forwards,
+        seeds,
+        out_dir=args.cells,
+        task_name=f"text {mark}",
+        temperature=1.0,
+        quality="ngram_js",
+        reference="PRISM",
+        higher_is_better=False,
+        models=models,
+    )
+    result |= {"settings": {**settings, "fingerprint": mark}, **origin()}
+    result["held_out"] = held_out_rows(
+        lambda texts: text_measures(texts, test, vocabulary, judge=judge),
+        pipe.tokenizer,
+        plays[VALIDATION],
+        count,
+        seeds,
+    )
+    status = 0
+    if args.quick:
+        result["disagreements"] = overlap(result["rows"], json.loads(args.table.read_text()))
+        status = 1 if result["disagreements"] else 0
+        print("\n".join(result["disagreements"]) or f"entropy and nll agree with {args.table.name}", file=sys.stderr)
+    else:
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        draw(result, args.table.with_suffix(".png"))
+    print(json.dumps(result))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

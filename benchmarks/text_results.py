@@ -1,0 +1,139 @@
+"""The sections of docs/results.md about text, from docs/figures/text.json and ablations.json; used by results.py."""
+
+from __future__ import annotations
+
+MEASURES = {
+    "ngram_js": "Distance of character 4-grams to the held-out plays (lower is better)",
+    "word_js": "Distance of words to the held-out plays (lower is better)",
+    "nll": "Trigram judge, nats per token (nearest to held-out text is best; low alone is no merit)",
+    "known_words": "Share of known words",
+    "entropy": "Entropy of the words of a text, nats",
+    "distinct_2": "Different word pairs over all",
+    "self_bleu": "Self-BLEU (lower is more varied)",
+}
+# As others reported them; nothing here was measured by this project.
+PUBLISHED = """## The paper's own figures (theirs, not measured here)
+
+The tables of the paper (arXiv 2510.01384) could not be read where this page was written. A public index lists these
+figures for it (wizwand.com, page "Fine-Tuning Masked Diffusion for Provable Self-Correction", read 2026-11-24). It
+does not say which row of the paper they are, nor at how many forwards:
+
+| benchmark, as listed there | figure |
+| --- | --- |
+| unconditional generation, OpenWebText, L = 1024, held-out | MAUVE 0.527 |
+| unconditional text generation, OpenWebText | generative perplexity 15.3 |
+| code, MBPP | pass@1 32.3 % |
+| code, HumanEval | pass@1 42.7 % |
+
+None of it can be compared with the tables above: other models, other data, other lengths. No figure of theirs for
+Sudoku was found, so none is given.
+"""
+
+
+def value(row: dict) -> str:
+    """A figure with its interval."""
+    if row["low"] is None:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} ({row['low']:.3f}-{row['high']:.3f})"
+
+
+def grid(rows: list[dict], metric: str, held_out: dict | None = None) -> list[str]:
+    """A table of arms by forwards for one measure."""
+    found = {(row["arm"], row["forwards"]): row for row in rows if row["metric"] == metric}
+    arms, forwards = list(dict.fromkeys(arm for arm, _ in found)), sorted({steps for _, steps in found})
+    lines = ["| forwards | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
+    lines += [f"| {arm} | " + " | ".join(value(found[arm, steps]) for steps in forwards) + " |" for arm in arms]
+    if held_out is not None:
+        lines.append(f"| a held-out play | {value(held_out)} |" + " |" * (len(forwards) - 1))
+    return lines
+
+
+def verdict(table: dict) -> list[str]:
+    """Where PRISM beats each other arm: paired interval of the distance above 0, and entropy not lower."""
+    pairs = {(pair["arm"], pair["forwards"], pair["metric"]): pair for pair in table["pairs"]}
+    arms = list(dict.fromkeys(arm for arm, _, _ in pairs))
+    forwards = sorted({steps for _, steps, _ in pairs})
+    lines = ["| PRISM against | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
+    for arm in arms:
+        cells = []
+        for steps in forwards:
+            distance, entropy = pairs[arm, steps, "ngram_js"], pairs[arm, steps, "entropy"]
+            if distance["low"] is None:
+                cells.append("one seed")
+                continue
+            closer = "closer" if distance["low"] > 0 else "farther" if distance["high"] < 0 else "even"
+            varied = "lower" if entropy["low"] > 0 else "higher" if entropy["high"] < 0 else "even"
+            cells.append(f"{closer}, entropy {varied}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def text_section(table: dict) -> str:
+    """What was held fixed, the settings chosen, a table for each measure, and the verdict."""
+    settings = table["settings"]
+    knobs = []
+    for arm in table["arms"]:
+        shown = {k: v for k, v in arm.items() if k in ("eta", "threshold", "noise", "loop_steps", "loop_num_remask")}
+        if shown:
+            knobs.append(f"{arm['name']} " + ", ".join(f"{name} {setting:g}" for name, setting in shown.items()))
+    lines = [
+        "## Text",
+        "",
+        f"`python benchmarks/text.py`: {settings['num_samples']} texts of {settings['length']} tokens for each of "
+        f"{len(table['seeds'])} seeds, {settings['dtype']}, commit `{table['commit']}`, {table['device']}, torch "
+        f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
+        "and critics are part of the number. 95 % bootstrap intervals, over texts for entropy and the judge, else over "
+        "seeds.",
+        "",
+        "Every rule's knob was chosen on another play from four values: " + "; ".join(knobs) + ".",
+        "",
+        'Paired by seed, by character 4-grams and by entropy ("closer": nearer to held-out text, interval of the '
+        'difference above 0; "even": the interval holds 0):',
+        "",
+        *verdict(table),
+        "",
+        "![four measures against forwards](figures/text.png)",
+        "",
+    ]
+    held_out = {row["metric"]: row for row in table["held_out"]}
+    for metric, title in MEASURES.items():
+        lines += [f"### {title}", "", *grid(table["rows"], metric, held_out.get(metric)), ""]
+    return "\n".join(lines)
+
+
+def loop_sentence(table: dict) -> str:
+    """What the loop did to diversity."""
+    rows = {(row["arm"], row["forwards"], row["metric"]): row["value"] for row in table["rows"]}
+    parts = []
+    for steps in sorted({row["forwards"] for row in table["rows"]}):
+        if ("PRISM + loop", steps, "distinct_2") in rows:
+            changes = [
+                f"{name} {rows['PRISM + loop', steps, metric] - rows['PRISM', steps, metric]:+.3f}"
+                for metric, name in (("distinct_2", "distinct-2"), ("entropy", "entropy"), ("ngram_js", "distance"))
+            ]
+            parts.append(f"{steps} forwards: " + ", ".join(changes))
+    return "The loop against PRISM alone at equal forwards: " + "; ".join(parts) + ".\n"
+
+
+def ablation_section(table: dict) -> str:
+    """Fine-tunes that differ in one flag, and sampling that differs in one setting."""
+    lines = ["## Ablations on the text model", "", f"`python benchmarks/ablations.py`, commit `{table['commit']}`.", ""]
+    if "training" in table:
+        found = table["training"]
+        values = {(row["arm"], row["metric"]): row for row in found["rows"]}
+        lines += [
+            f"Fine-tunes of {found['steps']} steps each, from the same pretrained model; texts at "
+            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted in a text.",
+            "",
+            "| fine-tune | AUROC | Brier | held-out loss | distance | judge | entropy |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, head in found["heads"].items():
+            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", f"{head['eval_loss_mdm'] or float('nan'):.3f}"]
+            cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "entropy")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [f"Sampling with the shipped model, eta {table['settings']['eta']:g}, one setting changed:", ""]
+    for metric in ("ngram_js", "nll", "entropy", "distinct_2"):
+        lines += [f"{MEASURES[metric]}:", "", *grid(table["sampling"]["rows"], metric), ""]
+    return "\n".join(lines)

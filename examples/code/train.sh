@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# An experiment: a masked diffusion model of short Python functions, with PRISM, measured by what parses.
+# Run again after an interruption and it goes on where it stopped.
+# Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
+[ -f "$RUNS/code-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/code/prepare.py "$RUNS/code-data"
+run() {
+  "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
+    --dataset "$RUNS/code-data/train.jsonl" --eval_dataset "$RUNS/code-data/heldout.jsonl" "$@"
+}
+run --args_file examples/code/pretrain.args --tokenizer "$RUNS/code-data/tokenizer" --output_dir "$RUNS/code-mdm"
+run --args_file examples/code/prism.args --base_model "$RUNS/code-mdm" --output_dir "$RUNS/code-prism"
+"$BIN/python" benchmarks/code_parse.py "$RUNS/code-prism" --data "$RUNS/code-data"

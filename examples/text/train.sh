@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The bundled text model from nothing: get the text, pretrain an MDM on it, fine-tune with PRISM, choose every decoding
+# rule's own setting, measure, write the card. Run again after an interruption and it goes on where it stopped.
+# `--quick` makes a much weaker model in ten minutes.
+# Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
+name=text mdm=() prism=() finish=()
+if [ "${1:-}" = --quick ]; then
+  name=text-quick
+  mdm=(--max_steps 300 --warmup_steps 50 --lr_scheduler_kwargs '{"num_decay_steps": 80}' --eval_strategy no)
+  prism=(--max_steps 60 --warmup_steps 10 --eval_strategy no)
+  finish=(--num_samples 16)
+elif [ $# -gt 0 ]; then
+  echo "usage: train.sh [--quick]" >&2
+  exit 2
+fi
+
+[ -f "$RUNS/text-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/text/prepare.py "$RUNS/text-data"
+run() {
+  "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
+    --dataset "$RUNS/text-data/train.jsonl" --eval_dataset "$RUNS/text-data/heldout.jsonl" "$@"
+}
+run --args_file examples/text/pretrain.args --tokenizer "$RUNS/text-data/tokenizer" --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
+run --args_file examples/text/prism.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-prism" "${prism[@]}"
+"$BIN/python" examples/text/finish.py "$RUNS/text-data" "$RUNS/$name-mdm" "$RUNS/$name-prism" "${finish[@]}"

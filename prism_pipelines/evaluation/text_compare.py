@@ -1,0 +1,82 @@
+"""The comparison that a saved text model brings along: arms with their chosen settings, held-out texts, known words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .compare import make_scheduler, read_comparison
+from .text import read_texts, text_task
+
+# Settings that nobody tuned, for a model without arms.json.
+ARMS = [
+    {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
+    {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.03},
+    {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "eta": 0.03},
+    {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "eta": 0.03},
+]
+
+
+def text_plan(folder) -> dict:
+    """Arms, forwards, seeds and the like of a text model: those of its `arms.json`, or `ARMS` at 16, 32, 64 forwards.
+
+    Returns:
+        keyword arguments of `run_comparison`.
+    Raises:
+        ValueError: a broken `arms.json`.
+    """
+    path = Path(folder) / "arms.json"
+    if path.exists():
+        return read_comparison(path)
+    common = {"temperature": 1.0, "quality": "ngram_js", "reference": "MDLM", "higher_is_better": False}
+    return {"arms": [dict(arm) for arm in ARMS], "forwards": [16, 32, 64], "seeds": [0, 1, 2, 3, 4], **common}
+
+
+def task_of_folder(folder, reference=None, **settings):
+    """`text_task` with the held-out texts and the known words of a saved text model.
+
+    Args:
+        folder: of the model.
+        reference: file of held-out texts in place of its `heldout.jsonl`.
+        settings: `num_samples`, `gen_length`, `judge`, `batch_size` of `text_task`.
+    Raises:
+        ValueError: there are no held-out texts.
+    """
+    path = Path(folder) / "heldout.jsonl" if reference is None else Path(reference)
+    if reference is None and not path.exists():
+        raise ValueError(f"{folder} has no heldout.jsonl to compare with: pass --reference FILE with held-out texts.")
+    words = Path(folder) / "words.txt"
+    vocabulary = words.read_text(encoding="utf-8").split() if words.exists() else None
+    return text_task(read_texts(path), vocabulary=vocabulary, **settings)
+
+
+def choose_arm(
+    pipe, task, options: list[dict], *, steps: int, seed: int, metric: str = "ngram_js", report=None
+) -> dict:
+    """The arm with the least of a metric, each run once at temperature 1: how one knob is tuned, of every rule alike.
+
+    Args:
+        pipe: a `PrismPipeline`; its scheduler is put back.
+        task: as `run_comparison`, on validation data that no result is reported for.
+        options: arms that differ in the knob; of equals the first wins.
+        steps: forward passes.
+        seed: of the task.
+        metric: of the task; lower is better.
+        report: called with (arm, metrics) after each.
+    Returns:
+        one of `options`; the only one is not run.
+    Raises:
+        ValueError: no options.
+    """
+    if not options:
+        raise ValueError("`options` is empty: pass at least one arm.")
+    if len(options) == 1:
+        return options[0]
+    shipped, scores = pipe.scheduler, []
+    for arm in options:
+        pipe.scheduler = make_scheduler(arm, 1.0)
+        found = task(pipe, steps - arm.get("loop_steps", 0), seed)
+        scores.append(found[metric])
+        if report is not None:
+            report(arm, found)
+    pipe.scheduler = shipped
+    return options[scores.index(min(scores))]

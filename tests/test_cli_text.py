@@ -1,0 +1,98 @@
+"""`prism text`: the same text for the same seed, what a terminal shows, bad input, and a comparison."""
+
+import json
+import types
+
+import pytest
+import torch
+from rich.console import Console
+
+from prism_pipelines import PrismPipeline, bundled, text_view
+from prism_pipelines.cli import main
+from prism_pipelines.evaluation import pipeline_texts
+
+M = 9  # a mask id
+
+
+def told(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_what_the_pipeline_writes_for_the_seed(capsys):
+    assert main(["text", "--num-samples", "2", "--num-inference-steps", "4", "--seed", "3", "--json"]) == 0
+    found = told(capsys)
+    pipe = PrismPipeline.from_pretrained(bundled("text"))
+    pipe.set_progress_bar_config(disable=True)
+    assert found["texts"] == pipeline_texts(pipe, 2, 128, 4, seed=3)
+    assert found["forwards"] == 4 and found["scheduler"] == "PrismScheduler" and len(found["remasked"]) == 2
+    assert main(["text", "--num-samples", "1", "--num-inference-steps", "4", "--seed", "3", "--json"]) == 0
+    assert told(capsys)["texts"] == found["texts"][:1]  # a text does not depend on its neighbours
+
+
+def test_a_prompt_is_kept_and_a_rule_that_never_remasks_remasks_nothing(capsys):
+    flags = ["--scheduler", "mdlm", "--num-inference-steps", "3", "--gen-length", "10"]
+    assert main(["text", "KING HENRY.", *flags, "--json"]) == 0
+    found = told(capsys)
+    assert found["remasked"] == [0] and found["prompt"] == "KING HENRY."
+    assert main(["text", "KING HENRY.", *flags]) == 0
+    assert capsys.readouterr().out == "KING HENRY." + found["texts"][0] + "\n"
+
+
+def test_the_page_shows_the_run(tmp_path, capsys):
+    page = tmp_path / "run.html"
+    assert main(["text", "--num-inference-steps", "3", "--gen-length", "8", "--html", str(page)]) == 0
+    assert page.read_text().count('"words"') == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--compare", "To be"], "PROMPT"),
+        ([" "], "PROMPT"),
+        (["--num-samples", "2", "--html", "x.html"], "--num-samples"),
+        (["--html", "/no/such/folder/x.html"], "/no/such/folder"),
+        (["word " * 200], "128"),
+        (["--device", "quantum"], "--device"),
+    ],
+)
+def test_bad_input_is_one_line(flags, named, capsys):
+    assert main(["text", *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("prism: error:") and named in lines[0]
+
+
+def test_a_comparison_of_four_rules(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    flags = ["--compare", "--num-samples", "2", "--num-seeds", "2", "--num-inference-steps", "4", "--gen-length", "24"]
+    assert main(["text", *flags, "--json", "--out", str(tmp_path)]) == 0
+    found = told(capsys)
+    assert [arm["name"] for arm in found["arms"]] == ["MDLM", "ReMDM-cap", "self-confidence", "PRISM"]
+    assert {row["forwards"] for row in found["rows"]} == {4}
+    assert len(list((tmp_path / "cells").iterdir())) == 4 * 2
+    assert main(["text", *flags, "--out", str(tmp_path)]) == 0  # finished cells are read back
+    assert "ngram_js" in capsys.readouterr().out
+
+
+def test_kinds_of_tokens():
+    before, after = [5, M, 7, 8, M, 3], [5, 6, M, 8, M, 3]
+    kinds = text_view.token_kinds(
+        before, after, [False, *[True] * 5], M, [1, 0, 0.1, 0.2, 0, 0.9], [False, False, True, False, False, False]
+    )
+    assert kinds == ["given", "written", "remasked", "doubtful", "mask", "kept"]
+
+
+def test_the_live_view_counts_remasks_and_shows_every_token():
+    console = Console(force_terminal=True, width=60, color_system=None)
+    decode = types.SimpleNamespace(decode=lambda ids: "abcdefghij"[ids[0]])
+    pipe = types.SimpleNamespace(mask_token_id=M, scheduler=types.SimpleNamespace(timesteps=[0, 1]))
+    view, seen = text_view.TextView(console, decode, delay=0), []
+    view.live = types.SimpleNamespace(update=lambda group, refresh: seen.append(group.renderables))
+    state = {"generation_mask": torch.ones(1, 3, dtype=torch.bool), "quality": None}
+    view.step(
+        pipe, 0, 0, state | {"sample": torch.tensor([[1, 2, M]]), "remasked": torch.zeros(1, 3, dtype=torch.bool)}
+    )
+    view.step(
+        pipe, 1, 1, state | {"sample": torch.tensor([[1, M, 3]]), "remasked": torch.tensor([[False, True, False]])}
+    )
+    assert [str(parts[1]) for parts in seen] == ["bc_", "b×d"]
+    assert "3/3" not in str(seen[1][0]) and "2/3 tokens   1 remasked now, 1 so far" in str(seen[1][0])
