@@ -150,8 +150,8 @@ class PrismPipeline(DiffusionPipeline):
                 with everything that is not generated masked. None or 0 for none.
             eos_token_id: ids that end a text; None for those of the tokenizer and the generation config.
             eos_early_stop: when a block is done, a row with an end token and no mask before it is finished: the rest
-                of it is filled with the first of the end tokens and costs no more forwards. False: an end token is a token like
-                others, and the whole length is generated. `texts` end before it either way, but for `infill`.
+                of it is filled with the first of the end tokens and costs no more forwards. False: an end token is a
+                token like others, and all is generated. `texts` end before it either way, but for `infill`.
             stop: strings that finish a row likewise; `texts` end before the first one.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows.
             output_type: "text", or "seq" for ids only.
