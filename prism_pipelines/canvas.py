@@ -149,7 +149,7 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
         return padded["input_ids"], padded["attention_mask"]
     try:
         ids = torch.as_tensor(source)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise TypeError(f"`{name}` must be text, texts, or integer ids in rows of one length: {error}") from None
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.is_floating_point() or ids.dtype == torch.bool:

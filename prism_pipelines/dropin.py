@@ -55,8 +55,8 @@ def enable_prism(
             `SelfConfidenceScheduler`.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
     Raises:
-        TypeError: `pipe` has no model with an output head.
-        ValueError: the head was made for another model.
+        TypeError: `pipe` has no model with an output head, or `quality_head` is neither a head nor a place.
+        ValueError: the head was made for another model, or the model has an adapter called "prism" already.
         OSError: no head there.
     """
     model = getattr(pipe, "model", None)
@@ -66,10 +66,12 @@ def enable_prism(
             f"`pipe` must have a scheduler and a model with get_output_embeddings(); got {type(pipe).__name__}."
         )
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    source = None if quality_head is None or isinstance(quality_head, QualityHead) else str(quality_head)
+    source = None if quality_head is None else hub.head_place(quality_head)
     head = quality_head if source is None else hub.load_head(source, where)
     if head is not None:
         _check_head(head, model, output_head)
+    if source is not None and not getattr(getattr(pipe, "_prism", None), "adapter", False):
+        hub.refuse_taken(model, ADAPTER)
     recommended = None if source is None else hub.load_scheduler(source, where)
     has_adapter = source is not None and hub.read_json(source, "adapter_config.json", where) is not None
 

@@ -448,6 +448,20 @@ def head_config(path: str, where: dict) -> dict | None:
     return read_json(path, "quality_head/config.json", where)
 
 
+def head_place(quality_head) -> str | None:
+    """The folder or Hub id that a head is to be read from, or None if it is a head itself.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(quality_head, QualityHead):
+        return None
+    if not isinstance(quality_head, (str, Path)):
+        got = type(quality_head).__name__
+        raise TypeError(f"`quality_head` must be a QualityHead, or a folder or Hub id that has one, got {got}.")
+    return str(quality_head)
+
+
 def load_head(path: str, where: dict) -> QualityHead:
     """The quality head of a folder or repository, from its `quality_head/`.
 
@@ -494,6 +508,15 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
     model.eval()
 
 
+def refuse_taken(model, name: str) -> None:
+    """Raise a ValueError if there is an adapter of that name: a head that is loaded now was not trained on it."""
+    if name in adapters(model):
+        raise ValueError(
+            f"The model has an adapter called {name!r} already, perhaps of another pipeline that shares the model. "
+            "Remove it first: pipe.unload_quality_head(), or disable_prism(pipe), there; or pass another `name`."
+        )
+
+
 def use_adapter(model, name: str) -> None:
     """Make the adapter of that name the active one; none if there is no such adapter."""
     if name in adapters(model):
@@ -514,11 +537,14 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
 
     Raises:
         ValueError: it was made for another hidden size, or for another repository of the Hub.
+        TypeError: it is no `QualityHead`.
     Warns:
         UserWarning: it was made for another revision.
     """
     if quality_head is None:
         return
+    if not isinstance(quality_head, QualityHead):
+        raise TypeError(f"`quality_head` must be a QualityHead, got {type(quality_head).__name__}.")
     made_for, has = quality_head.config.hidden_size, model.config.hidden_size
     base, here = quality_head.config.base_model, getattr(model.config, "_name_or_path", "")
     if made_for != has:
@@ -581,6 +607,12 @@ def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) ->
     ids[1, -1] = other
     one, two = (denoiser.hidden(row[None])[0, 0].float() for row in ids)
     return bool((one - two).abs().max() > noise * one.abs().max())
+
+
+def is_causal_class(model) -> bool:
+    """Is it a class of transformers that is causal unless its mask or its config says otherwise?"""
+    kind = type(model)
+    return kind.__module__.startswith("transformers.") and kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def check_attention(denoiser: MaskedDenoiser, name: str) -> None:

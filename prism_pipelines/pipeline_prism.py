@@ -55,7 +55,8 @@ class PrismPipeline(DiffusionPipeline):
         scheduler: decoding rule; default `PrismScheduler()` with a head, `MDLMScheduler()` without.
         mdm_spec: `MDMSpec` or its dict; default what `resolve_spec` finds.
     Raises:
-        ValueError: no mask token is known, or the head does not fit the model.
+        ValueError: no mask token is known, the head does not fit the model, or the model is causal.
+        TypeError: `quality_head` is no `QualityHead`.
     """
 
     model_cpu_offload_seq = "model->quality_head"
@@ -71,6 +72,8 @@ class PrismPipeline(DiffusionPipeline):
         self.register_modules(model=model, tokenizer=tokenizer, quality_head=quality_head, scheduler=scheduler)
         self.register_to_config(mdm_spec=spec.to_dict())
         model.eval()
+        if spec.mask_format == "padding" and hub.is_causal_class(model):
+            hub.check_attention(self.denoiser, type(model).__name__)
 
     @property
     def mask_token_id(self) -> int:
@@ -144,8 +147,8 @@ class PrismPipeline(DiffusionPipeline):
                 with everything that is not generated masked. None or 0 for none.
             eos_token_id: ids that end a text; None for those of the tokenizer and the generation config.
             eos_early_stop: when a block is done, a row with an end token and no mask before it is finished: the rest
-                of it is filled with that end token and costs no more forwards. False: an end token is a token like
-                others, and the whole length is generated. `texts` end before it either way, but for `infill`.
+                of it is filled with the first of the end tokens and costs no more forwards. False: an end token is a
+                token like others, and all is generated. `texts` end before it either way, but for `infill`.
             stop: strings that finish a row likewise; `texts` end before the first one.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows.
             output_type: "text", or "seq" for ids only.
@@ -319,6 +322,8 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError("`messages` needs a tokenizer with a chat template; this one has none. Pass `prompt`.")
         if prompt is not None:
             texts = [prompt] if isinstance(prompt, str) else prompt
+            if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
+                raise TypeError("`prompt` must be a text or texts, to go into the chat template; ids are `input_ids`.")
             chats = [[{"role": "user", "content": text}] for text in texts]
         else:
             chats = messages if isinstance(messages, (list, tuple)) else [messages]
@@ -473,7 +478,8 @@ class PrismPipeline(DiffusionPipeline):
                 is recommended with it, or one that reads it.
             mdm_spec: `MDMSpec` or dict; None keeps or detects it.
         Raises:
-            ValueError: `pipeline` has no `model`, or what the constructor and `load_quality_head` raise.
+            ValueError: `pipeline` has no `model`, or what the constructor and `load_quality_head` raise: so if a head's
+                adapter is in the shared model already, unload that first.
         """
         if unknown := sorted(set(kwargs) - {"mdm_spec"}):
             raise TypeError(f"`from_pipe` takes quality_head, scheduler and mdm_spec, got {unknown}.")
@@ -513,15 +519,21 @@ class PrismPipeline(DiffusionPipeline):
             name: what the head and its adapter are called here; a head of that name is replaced.
             revision, cache_dir, token, local_files_only: as in huggingface_hub.
         Raises:
-            ValueError: the head was made for another hidden size or another model.
+            ValueError: the head was made for another hidden size or another model, or an adapter of that name in the
+                model belongs to something else.
+            TypeError: `quality_head` is neither a head nor a place.
             OSError: no head there.
         """
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        source = None if isinstance(quality_head, QualityHead) else str(quality_head)
+        source = hub.head_place(quality_head)
         head = quality_head if source is None else hub.load_head(source, where)
         hub.check_head(head, self.model, getattr(self, "_revision", None))
-        if name in self._heads:
-            self.unload_quality_head(name)
+        if name in self._heads:  # the scheduler stays, for the new head
+            hub.drop_adapter(self.model, name)
+            if self._heads.pop(name) is self.quality_head:
+                self.register_modules(quality_head=None)
+        elif source is not None:
+            hub.refuse_taken(self.model, name)
         if source is not None and hub.read_json(source, "adapter_config.json", where) is not None:
             hub.load_adapter(self.model, source, name, where)
         self._heads[name] = head.to(self.device)

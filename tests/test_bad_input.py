@@ -48,6 +48,7 @@ def words(**parts):
         ({"prompt": None, "input_ids": torch.tensor(3)}, r"got \(\)"),
         ({"prompt": None, "input_ids": torch.zeros(1, 0).long()}, "at least one token"),
         ({"prompt": "w1", "messages": CHAT_OF_ONE}, "either `prompt` or `messages`"),
+        ({"prompt": {"w1": 1}}, "`prompt` must be text, texts, or integer ids"),
         ({"prompt": None, "messages": []}, "`messages` must be a chat"),
         ({"prompt": None, "messages": [[]]}, "`messages` must be a chat"),
         ({"prompt": None, "messages": "hello"}, "`messages` must be a chat"),
@@ -63,6 +64,21 @@ def test_a_wrong_argument_is_named_before_any_forward(call, says):
     with pytest.raises((ValueError, TypeError), match=says):
         pipe(**(CALL | {"prompt": ["w1", "w2"]} | call))
     assert not forwards or "callback_on_step_end" in call
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[3, 4]]), [[3, 4]], [3, 4], ["w1", 3]])
+def test_ids_are_not_put_into_a_chat_template(ids):
+    pipe = words()
+    pipe.tokenizer.chat_template = CHAT
+    with pytest.raises(TypeError, match="ids are `input_ids`"):
+        pipe(ids, **CALL)
+
+
+def test_a_causal_model_is_refused_by_the_constructor_too():
+    model = words().model
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' is causal"):
+        PrismPipeline(model, mdm_spec=MDMSpec(MASK_WORD))
+    assert PrismPipeline(model, mdm_spec=words().config.mdm_spec).mask_token_id == MASK_WORD
 
 
 def test_an_infill_with_a_gap_in_its_mask_and_an_empty_text_to_score():

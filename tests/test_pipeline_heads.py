@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from peft import LoraConfig, get_peft_model
 from test_pipeline import seeded, twin
 
-from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, disable_prism, enable_prism
+from prism_pipelines.hub import adapters
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 
@@ -106,3 +108,67 @@ def test_a_pickled_adapter_is_refused(repos, tmp_path):
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
         PrismPipeline.from_pretrained(base, quality_head=head)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_head_that_replaces_another_keeps_the_scheduler(repos, tmp_path):
+    base, first, second = repos
+    plain = tmp_path / "plain"
+    QualityHead(32, base_model=base).save_pretrained(plain / "quality_head")
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    scheduler = pipe.scheduler = PrismScheduler(num_remask=7)
+    pipe.load_quality_head(second)
+    assert pipe.scheduler is scheduler and adapters(pipe.model) == ["prism"]
+    ids = torch.full((1, 6), 2)
+    assert torch.equal(pipe.score(input_ids=ids)[0], PrismPipeline.from_pretrained(second).score(input_ids=ids)[0])
+    pipe.save_pretrained(tmp_path / "saved")
+    back = PrismPipeline.from_pretrained(tmp_path / "saved", quality_head=str(plain))
+    assert back.scheduler.config.num_remask == 7 and adapters(back.model) == []
+
+
+def test_a_head_whose_adapter_is_broken_leaves_no_head_to_judge_without_its_adapter(repos, tmp_path):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    (tmp_path / "b" / "adapter_model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+        pipe.load_quality_head(second)
+    with pytest.raises(ValueError, match="no quality head"):
+        tokens(pipe)
+
+
+def test_an_adapter_of_another_pipeline_that_shares_the_model_is_not_touched(repos, tmp_path):
+    base, first, second = repos
+    plain = tmp_path / "plain"
+    QualityHead(32, base_model=base).save_pretrained(plain / "quality_head")
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    before = tokens(pipe)
+    theirs = LLaDA2Pipeline(pipe.model, BlockRefinementScheduler(), pipe.tokenizer)
+    for head in (second, str(plain)):
+        with pytest.raises(ValueError, match="has an adapter called 'prism' already"):
+            PrismPipeline.from_pipe(pipe, quality_head=head)
+        with pytest.raises(ValueError, match="has an adapter called 'prism' already"):
+            enable_prism(theirs, head)
+    assert torch.equal(tokens(pipe), before) and isinstance(theirs.scheduler, BlockRefinementScheduler)
+    with pytest.warns(UserWarning, match="MDLMScheduler"):
+        pipe.unload_quality_head()
+    enable_prism(theirs, first)
+    enable_prism(theirs, second)  # its own adapter is replaced
+    with pytest.raises(ValueError, match=r"disable_prism\(pipe\)"):
+        PrismPipeline.from_pipe(theirs, quality_head=first)
+    disable_prism(theirs)
+    again = PrismPipeline.from_pipe(theirs, quality_head=first)
+    assert torch.equal(tokens(again), before)
+
+
+@pytest.mark.parametrize("wrong", [3, torch.nn.Linear(32, 1), {}])
+def test_what_is_no_head_is_refused_by_name(repos, wrong):
+    pipe = PrismPipeline.from_pretrained(repos[0])
+    theirs = LLaDA2Pipeline(pipe.model, BlockRefinementScheduler(), pipe.tokenizer)
+    for use in (
+        pipe.load_quality_head,
+        lambda head: enable_prism(theirs, head),
+        lambda head: PrismPipeline(pipe.model, pipe.tokenizer, head),
+        lambda head: PrismPipeline.from_pretrained(repos[0], quality_head=head),
+    ):
+        with pytest.raises(TypeError, match="`quality_head` must be a QualityHead"):
+            use(wrong)
