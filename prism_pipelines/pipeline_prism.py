@@ -19,7 +19,7 @@ from .quality_head import QualityHead
 from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.arguments import is_number
-from .stopping import decode, end_tokens, stop_strings
+from .stopping import decode, end_tokens, stop_strings, token_ids
 from .trace import TraceStep
 
 
@@ -83,12 +83,17 @@ class PrismPipeline(DiffusionPipeline):
     @property
     def denoiser(self) -> MaskedDenoiser:
         """The model behind the contract of `MaskedDenoiser`; made anew at each use, so never on a stale device."""
+        return self._denoiser_without(())
+
+    def _denoiser_without(self, suppressed: tuple[int, ...]) -> MaskedDenoiser:
+        """The denoiser, which moreover never predicts some ids."""
         spec = resolve_spec(self.model.config, self.tokenizer, mdm_spec=self.config.mdm_spec)
         tokenizer = self.tokenizer
         if tokenizer is None:
-            return MaskedDenoiser(self.model, spec)
+            return MaskedDenoiser(self.model, spec, suppressed=suppressed)
         pad = tokenizer.pad_token_id
-        suppressed = () if pad is None or pad == tokenizer.eos_token_id else (pad,)
+        if pad is not None and pad != tokenizer.eos_token_id:
+            suppressed = (*suppressed, pad)
         return MaskedDenoiser(self.model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
 
     # --- generation ---------------------------------------------------------------------------------------------------
@@ -113,6 +118,7 @@ class PrismPipeline(DiffusionPipeline):
         cfg_scale: float | None = None,
         eos_token_id: int | list[int] | None = None,
         eos_early_stop: bool = False,
+        suppress_tokens: int | list[int] | None = None,
         stop: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
@@ -149,6 +155,7 @@ class PrismPipeline(DiffusionPipeline):
             eos_early_stop: when a block is done, a row with an end token and no mask before it is finished: the rest
                 of it is filled with the first of the end tokens and costs no more forwards. False: an end token is a
                 token like others, and all is generated. `texts` end before it either way, but for `infill`.
+            suppress_tokens: ids that are never written. With the end tokens here, every text has its whole length.
             stop: strings that finish a row likewise; `texts` end before the first one.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows.
             output_type: "text", or "seq" for ids only.
@@ -174,7 +181,8 @@ class PrismPipeline(DiffusionPipeline):
             torch.OutOfMemoryError: with what to lower.
         """
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
-        denoiser, scheduler = self.denoiser, scheduler_of(self.scheduler, threshold)
+        suppressed = token_ids("suppress_tokens", suppress_tokens, self.model.config.vocab_size)
+        denoiser, scheduler = self._denoiser_without(suppressed), scheduler_of(self.scheduler, threshold)
         check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and not is_number(cfg_scale, 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")

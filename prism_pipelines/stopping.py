@@ -26,11 +26,26 @@ def end_tokens(eos_token_id, tokenizer, model, mask_token_id: int | None = None)
         found += listed if isinstance(listed, list) else [listed]
         known = [token for token in found if token is not None and token < vocab_size and token != mask_token_id]
         return tuple(dict.fromkeys(known))
-    ids = tuple(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else (eos_token_id,)
-    if not ids or any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ValueError(f"`eos_token_id` must be a token id or a list of them, got {eos_token_id!r}.")
-    if wrong := [token for token in ids if token >= vocab_size or token == mask_token_id]:
-        raise ValueError(f"`eos_token_id` must be below {vocab_size} and not the mask token, got {wrong[0]}.")
+    ids = token_ids("eos_token_id", eos_token_id, vocab_size)
+    if not ids or mask_token_id in ids:
+        raise ValueError(f"`eos_token_id` must name at least one token, and not the mask, got {eos_token_id!r}.")
+    return ids
+
+
+def token_ids(name: str, given: int | list[int] | None, vocab_size: int) -> tuple[int, ...]:
+    """An argument that is a token id or several, as a tuple; () for None.
+
+    Args:
+        name: of the argument, for the error.
+        given: its value.
+        vocab_size: ids are below it.
+    Raises:
+        ValueError: something that is no token id of the model.
+    """
+    ids = () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ValueError(f"`{name}` must be a token id below {vocab_size} or a list of them, got {given!r:.80}.")
     return ids
 
 

@@ -35,8 +35,10 @@ def words(**parts):
         ({"cfg_scale": "2"}, "`cfg_scale` must be"),
         ({"stop": 3}, "`stop` must be"),
         ({"stop": ["a", ""]}, "`stop` must be"),
-        ({"eos_token_id": 10**6, "eos_early_stop": True}, "`eos_token_id` must be below 30"),
-        ({"eos_token_id": MASK_WORD, "stop": "w1"}, "not the mask token, got 28"),
+        ({"eos_token_id": 10**6, "eos_early_stop": True}, "`eos_token_id` must be a token id below 30"),
+        ({"eos_token_id": MASK_WORD, "stop": "w1"}, "not the mask, got 28"),
+        ({"suppress_tokens": 30}, "`suppress_tokens` must be a token id below 30"),
+        ({"suppress_tokens": "w1"}, "`suppress_tokens` must be a token id below 30"),
         ({"eos_token_id": torch.tensor(1)}, "`eos_token_id` must be a token id"),
         ({"callback_on_step_end": lambda *given: 5}, "must return a dict or None, got int"),
         ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"].float()}}, "int64, got torch.float32"),
@@ -179,6 +181,17 @@ def test_an_end_token_of_the_generation_config_that_the_model_does_not_know_is_n
     pipe.scheduler = MDLMScheduler(order="left_to_right")
     out = pipe(["w1"], **CALL, stop="w", block_length=2).sequences  # every word stops it, after the first block
     assert (out[0, 3:] == EOS).all() and out.max() < 30
+
+
+def test_suppressed_tokens_are_never_written_even_if_they_are_the_likeliest():
+    pipe = words()
+    wanted = torch.zeros(30).index_fill(0, torch.tensor([EOS, 7]), 50.0)  # the model wants nothing else
+    pipe.model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + wanted)
+    free = pipe(["w1"], **CALL).sequences[0, -CALL["gen_length"] :]
+    assert set(free.tolist()) <= {EOS, 7}
+    for given, left in (([EOS, 7], set()), (EOS, {7})):
+        kept = set(pipe(["w1"], **CALL, suppress_tokens=given).sequences[0, -CALL["gen_length"] :].tolist())
+        assert kept == left if left else not kept & {EOS, 7}
 
 
 # --- specs ------------------------------------------------------------------------------------------------------------
