@@ -101,6 +101,41 @@ def text_section(table: dict) -> str:
     return "\n".join(lines)
 
 
+def card_section(metrics: dict) -> str:
+    """What `make train-text` measured for the bundled model: settings tried on one play, four rules on the others."""
+    pooled, losses = metrics["calibration"]["pooled"], metrics["held_out_loss"]
+    lines = [
+        "## Text: the bundled model",
+        "",
+        "`make train-text` ([recipe](text.md)); from `prism_pipelines/bundled/text/metrics.json`, "
+        f"{metrics['dtype']}, {metrics['num_samples']} texts of 128 tokens a figure, temperature 1.",
+        "",
+        f'Head: AUROC {pooled["head"]["auroc"]:.3f} for "this token is right" against '
+        f"{pooled['visible']['auroc']:.3f} of the backbone's own probability of the visible token. Masked diffusion loss "
+        f"on held-out text {losses['before']:.3f} nats per token before the fine-tuning, {losses['after']:.3f} after it.",
+        "",
+        "### Settings tried on the validation play, 32 forwards",
+        "",
+        "| rule | setting | distance of character 4-grams | known words | entropy of words |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in metrics["settings_tried"]:
+        knob = next(name for name in ("eta", "threshold", "noise") if name in row)
+        figures = " | ".join(f"{row[name]:.3f}" for name in ("ngram_js", "known_words", "entropy"))
+        lines.append(f"| {row['name']} | {knob} {row[knob]:g} | {figures} |")
+    seeds = len(metrics["test"]["seeds"])
+    lines += ["", f"### Four rules at their best setting, other plays, {seeds} seeds", ""]
+    for metric in ("ngram_js", "known_words", "entropy"):
+        lines += [f"{MEASURES[metric]}:", "", *grid(metrics["test"]["rows"], metric), ""]
+    lines += ["Difference from MDLM, paired by seed, in distance of character 4-grams (above 0 is worse):", ""]
+    for pair in metrics["test"]["pairs"]:
+        if pair["metric"] == "ngram_js":
+            span = f"{pair['low']:+.4f} to {pair['high']:+.4f}"
+            lines.append(f"* {pair['arm']}, {pair['forwards']} forwards: {pair['difference']:+.4f} ({span})")
+    lines += ["", "[What this says and what was tried](text.md#what-came-out).", ""]
+    return "\n".join(lines)
+
+
 def loop_sentence(table: dict) -> str:
     """What the loop did to diversity."""
     rows = {(row["arm"], row["forwards"], row["metric"]): row["value"] for row in table["rows"]}
