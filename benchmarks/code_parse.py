@@ -5,7 +5,8 @@ held-out functions: writing one of the same number of tokens from nothing, and f
 the tokens.
 Measured: share that `ast.parse` accepts (Wilson, 95 %), and the share of the masked tokens that come back as they
 were (bootstrap over functions). Nothing is executed.
-The last line of stdout is one JSON object. Usage: python benchmarks/code_parse.py runs/code-prism [--data runs/code-data]
+The last line of stdout is one JSON object.
+Usage: python benchmarks/code_parse.py runs/code-prism [--data runs/code-data]
 """
 
 from __future__ import annotations

@@ -110,9 +110,9 @@ def card_section(metrics: dict) -> str:
         "`make train-text` ([recipe](text.md)); from `prism_pipelines/bundled/text/metrics.json`, "
         f"{metrics['dtype']}, {metrics['num_samples']} texts of 128 tokens a figure, temperature 1.",
         "",
-        f'Head: AUROC {pooled["head"]["auroc"]:.3f} for "this token is right" against '
-        f"{pooled['visible']['auroc']:.3f} of the backbone's own probability of the visible token. Masked diffusion loss "
-        f"on held-out text {losses['before']:.3f} nats per token before the fine-tuning, {losses['after']:.3f} after it.",
+        f"Head: AUROC {pooled['head']['auroc']:.3f} of 'this token is right'; of the backbone's own probability of the "
+        f"visible token {pooled['visible']['auroc']:.3f}. Masked diffusion loss on held-out text, nats per token: "
+        f"{losses['before']:.3f} before the fine-tuning, {losses['after']:.3f} after it.",
         "",
         "### Settings tried on the validation play, 32 forwards",
         "",
@@ -158,7 +158,7 @@ def ablation_section(table: dict) -> str:
         values = {(row["arm"], row["metric"]): row for row in found["rows"]}
         lines += [
             f"Fine-tunes of {found['steps']} steps each, from the same pretrained model; texts at "
-            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted in a text.",
+            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted a text.",
             "",
             "| fine-tune | AUROC | Brier | held-out loss | distance | judge | entropy |",
             "| --- | --- | --- | --- | --- | --- | --- |",
