@@ -70,8 +70,7 @@ def verdict(table: dict) -> list[str]:
 
 def text_section(table: dict) -> str:
     """What was held fixed, the settings chosen, a table for each measure, and the verdict."""
-    settings = table["settings"]
-    knobs = []
+    settings, forwards, knobs = table["settings"], sorted({row["forwards"] for row in table["rows"]}), []
     for arm in table["arms"]:
         shown = {k: v for k, v in arm.items() if k in ("eta", "threshold", "noise", "loop_steps", "loop_num_remask")}
         if shown:
@@ -79,8 +78,9 @@ def text_section(table: dict) -> str:
     lines = [
         "## Text",
         "",
-        f"`python benchmarks/text.py`: {settings['num_samples']} texts of {settings['length']} tokens for each of "
-        f"{len(table['seeds'])} seeds, {settings['dtype']}, commit `{table['commit']}`, {table['device']}, torch "
+        f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
+        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: that many texts of {settings['length']} tokens a "
+        f"cell, commit `{table['commit']}`, {table['device']}, torch "
         f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
         "and critics are part of the number. 95 % bootstrap intervals, over texts for entropy and the judge, else over "
         "seeds.",
