@@ -79,8 +79,8 @@ def text_section(table: dict) -> str:
         "## Text",
         "",
         f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
-        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: that many texts of {settings['length']} tokens a "
-        f"cell, commit `{table['commit']}`, {table['device']}, torch "
+        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: texts of {settings['length']} tokens, "
+        f"commit `{table['commit']}`, {table['device']}, torch "
         f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
         "and critics are part of the number. 95 % bootstrap intervals, over texts for entropy and the judge, else over "
         "seeds.",
