@@ -3,9 +3,10 @@
 Held fixed: the model of examples/code, temperature 1, forwards, lengths, seeds. Varied: the rule. Two tasks on
 held-out functions: writing one of the same number of tokens from nothing, and filling a contiguous span of `SPAN` of
 the tokens.
-Measured: share that `ast.parse` accepts (Wilson, 95 %), and the share of the masked tokens that come back as they were
-(bootstrap over functions). Nothing is executed.
-The last line of stdout is one JSON object. Usage: python benchmarks/code_parse.py runs/code-prism [--data runs/code-data]
+Measured: share that `ast.parse` accepts (Wilson, 95 %), and the share of the masked tokens that come back as they
+were (bootstrap over functions). Nothing is executed.
+The last line of stdout is one JSON object.
+Usage: python benchmarks/code_parse.py runs/code-prism [--data runs/code-data]
 """
 
 from __future__ import annotations

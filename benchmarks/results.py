@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sudoku import ARMS  # beside this file
-from text_results import PUBLISHED, ablation_section, loop_sentence, text_section
+from text_results import PUBLISHED, ablation_section, card_section, loop_sentence, text_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
@@ -23,8 +23,10 @@ What was measured here; anyone can measure it again. This page is written by `ma
 
 MISSING = """## Not measured yet
 
-MAUVE and perplexity under a large judge (no such model could be loaded here), code, other seeds of training.
-`prism eval compare` runs any of these arms on any model.
+MAUVE and perplexity under a large judge (no such model could be loaded here), code, other seeds of training. Prepared
+and resumable, but without a committed table as long as none stands above: `benchmarks/text.py` (all rules,
+Token-Critic, head alone), `benchmarks/ablations.py`, `benchmarks/code_parse.py`. `prism eval compare` runs any of these
+arms on any model.
 """
 
 
@@ -81,7 +83,8 @@ def main() -> int:
     for name in ("sudoku", "text", "ablations"):
         path = ROOT / "docs" / "figures" / f"{name}.json"
         tables[name] = json.loads(path.read_text()) if path.exists() else None
-    parts = [HEAD, sudoku_section(tables["sudoku"])]
+    metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
+    parts = [HEAD, sudoku_section(tables["sudoku"]), card_section(metrics)]
     if tables["text"] is not None:
         parts += [text_section(tables["text"]), loop_sentence(tables["text"])]
     if tables["ablations"] is not None:

@@ -70,8 +70,7 @@ def verdict(table: dict) -> list[str]:
 
 def text_section(table: dict) -> str:
     """What was held fixed, the settings chosen, a table for each measure, and the verdict."""
-    settings = table["settings"]
-    knobs = []
+    settings, forwards, knobs = table["settings"], sorted({row["forwards"] for row in table["rows"]}), []
     for arm in table["arms"]:
         shown = {k: v for k, v in arm.items() if k in ("eta", "threshold", "noise", "loop_steps", "loop_num_remask")}
         if shown:
@@ -79,8 +78,9 @@ def text_section(table: dict) -> str:
     lines = [
         "## Text",
         "",
-        f"`python benchmarks/text.py`: {settings['num_samples']} texts of {settings['length']} tokens for each of "
-        f"{len(table['seeds'])} seeds, {settings['dtype']}, commit `{table['commit']}`, {table['device']}, torch "
+        f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
+        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: texts of {settings['length']} tokens, "
+        f"commit `{table['commit']}`, {table['device']}, torch "
         f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
         "and critics are part of the number. 95 % bootstrap intervals, over texts for entropy and the judge, else over "
         "seeds.",
@@ -98,6 +98,41 @@ def text_section(table: dict) -> str:
     held_out = {row["metric"]: row for row in table["held_out"]}
     for metric, title in MEASURES.items():
         lines += [f"### {title}", "", *grid(table["rows"], metric, held_out.get(metric)), ""]
+    return "\n".join(lines)
+
+
+def card_section(metrics: dict) -> str:
+    """What `make train-text` measured for the bundled model: settings tried on one play, four rules on the others."""
+    pooled, losses = metrics["calibration"]["pooled"], metrics["held_out_loss"]
+    lines = [
+        "## Text: the bundled model",
+        "",
+        "`make train-text` ([recipe](text.md)); from `prism_pipelines/bundled/text/metrics.json`, "
+        f"{metrics['dtype']}, {metrics['num_samples']} texts of 128 tokens a figure, temperature 1.",
+        "",
+        f"Head: AUROC {pooled['head']['auroc']:.3f} of 'this token is right'; of the backbone's own probability of the "
+        f"visible token {pooled['visible']['auroc']:.3f}. Masked diffusion loss on held-out text, nats per token: "
+        f"{losses['before']:.3f} before the fine-tuning, {losses['after']:.3f} after it.",
+        "",
+        "### Settings tried on the validation play, 32 forwards",
+        "",
+        "| rule | setting | distance of character 4-grams | known words | entropy of words |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in metrics["settings_tried"]:
+        knob = next(name for name in ("eta", "threshold", "noise") if name in row)
+        figures = " | ".join(f"{row[name]:.3f}" for name in ("ngram_js", "known_words", "entropy"))
+        lines.append(f"| {row['name']} | {knob} {row[knob]:g} | {figures} |")
+    seeds = len(metrics["test"]["seeds"])
+    lines += ["", f"### Four rules at their best setting, other plays, {seeds} seeds", ""]
+    for metric in ("ngram_js", "known_words", "entropy"):
+        lines += [f"{MEASURES[metric]}:", "", *grid(metrics["test"]["rows"], metric), ""]
+    lines += ["Difference from MDLM, paired by seed, in distance of character 4-grams (above 0 is worse):", ""]
+    for pair in metrics["test"]["pairs"]:
+        if pair["metric"] == "ngram_js":
+            span = f"{pair['low']:+.4f} to {pair['high']:+.4f}"
+            lines.append(f"* {pair['arm']}, {pair['forwards']} forwards: {pair['difference']:+.4f} ({span})")
+    lines += ["", "[What this says and what was tried](text.md#what-came-out).", ""]
     return "\n".join(lines)
 
 
@@ -123,7 +158,7 @@ def ablation_section(table: dict) -> str:
         values = {(row["arm"], row["metric"]): row for row in found["rows"]}
         lines += [
             f"Fine-tunes of {found['steps']} steps each, from the same pretrained model; texts at "
-            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted in a text.",
+            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted a text.",
             "",
             "| fine-tune | AUROC | Brier | held-out loss | distance | judge | entropy |",
             "| --- | --- | --- | --- | --- | --- | --- |",

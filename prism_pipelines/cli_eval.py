@@ -214,7 +214,8 @@ def run_compare(args: argparse.Namespace) -> int:
         out = f"{args.out}/{kind}" if task == "all" else args.out
         pipe, compared, plan, name = (_compare_sudoku if kind == "sudoku" else _compare_text)(args)
         if args.config is not None:
-            plan |= evaluation.read_comparison(args.config)
+            kept = {field: plan[field] for field in ("quality", "higher_is_better") if field in plan}
+            plan = kept | evaluation.read_comparison(args.config)
         if args.forwards is not None:
             plan["forwards"] = args.forwards
         if args.num_seeds is not None:

@@ -7,6 +7,7 @@ from test_pipeline import twin
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from prism_pipelines import bundled
 from prism_pipelines.cli import main
 from prism_pipelines.evaluation.sandbox import isolation_problem
 
@@ -78,7 +79,25 @@ def test_code_of_a_model_that_cannot_write_any(tmp_path, capsys):
     assert len(json.loads((tmp_path / "out.json").read_text())["samples"]) == 1
 
 
-@pytest.mark.parametrize("flags", [["calibration", "--data", "/no/such.txt"], ["compare", "--task", "text"]])
+def test_compare_on_the_bundled_text_model(tmp_path, capsys):
+    plan = {"arms": [{"name": "a", "scheduler": "MDLMScheduler"}, {"name": "b", "scheduler": "PrismScheduler"}]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"forwards": [4], "seeds": [0, 1]}))
+    arguments = ["eval", "compare", "--task", "text", "--config", str(tmp_path / "plan.json"), "--num-samples", "2"]
+    assert main([*arguments, "--gen-length", "24", "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = told(capsys)
+    assert found["quality"] == "ngram_js" and not found["higher_is_better"]  # what the model brings along stays
+    assert {row["arm"] for row in found["rows"]} == {"a", "b"} and {row["forwards"] for row in found["rows"]} == {4}
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+
+BAD = [
+    ["calibration", "--data", "/no/such.txt"],
+    ["compare", "--task", "text", "--model", bundled("sudoku")],
+    ["compare", "--task", "all", "--model", bundled("sudoku")],
+]
+
+
+@pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line(flags, capsys, tmp_path):
     assert main(["eval", *flags]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("prism: error:")

@@ -2,9 +2,9 @@
 
     python examples/code/prepare.py runs/code-data
 
-writes train.jsonl, heldout.jsonl (every tenth module) and tokenizer/. Functions come from the modules of the interpreter
-that runs this, written anew by `ast.unparse`: no comments, one style. The licence of that code is Python's own (PSF);
-nothing of it is shipped. Another version of Python gives other functions.
+writes train.jsonl, heldout.jsonl (every tenth module) and tokenizer/. Functions come from the modules of the
+interpreter that runs this, written anew by `ast.unparse`: no comments, one style. The licence of that code is Python's
+own (PSF); nothing of it is shipped. Another version of Python gives other functions.
 """
 
 from __future__ import annotations
