@@ -1,5 +1,6 @@
 """The pipeline on tiny random twins of four families: against the model's own forward, and by laws."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -58,7 +59,7 @@ def twin(family="roberta-prelayernorm"):
     """A tiny random model; every parameter is random, biases too, or a forgotten bias would not be seen."""
     torch.manual_seed(0)
     model_class, config = TWINS[family]
-    model = model_class(config).eval()
+    model = model_class(copy.deepcopy(config)).eval()  # a test may write into it
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
