@@ -21,7 +21,7 @@ from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_r
 from .hub import is_hub_id
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
-from .trainer import ObjectiveTrainer, load_trainable, trainable
+from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
 from .training_arguments import RunArguments, parse_arguments
 from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
 from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples, pinned
@@ -126,10 +126,11 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         raise ValueError(
             f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
         )
-    if checkpoint and finished(checkpoint, args.max_steps):
+    if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    check_finite(trainer.model)
     if trainer.is_fsdp_enabled:
         pipe = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
@@ -174,10 +175,12 @@ def last_metrics(folder: str) -> dict[str, float]:
     return found
 
 
-def finished(checkpoint: str, max_steps: int) -> bool:
-    """Whether a checkpoint is the last one of a run of `max_steps` steps (not above 0: a run counted in epochs)."""
+def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:
+    """Whether a checkpoint is the last one of a run of `max_steps` steps, or, if that is not above 0, of its epochs."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["global_step"] >= state["max_steps"] and state["epoch"] >= args.num_train_epochs
 
 
 def main(argv: list[str] | None = None) -> int:
