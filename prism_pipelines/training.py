@@ -96,11 +96,15 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     plain = {entry.name: entry.default for entry in fields(args)}
     shown = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
     shown += ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16")
-    flags = {name: value for name, value in asdict(run).items() if value not in (None, False)}
+    shown += ("adam_beta1", "adam_beta2", "gradient_checkpointing")
+    own = {entry.name: entry.default for entry in fields(run) if entry.init and entry.name != "preset"}
+    if run.objective == "mdm" or run.full or run.freeze_backbone:
+        own = {name: value for name, value in own.items() if name not in ("rank", "lora_alpha")}  # filled in, not used
+    flags = {name: value for name, value in asdict(run).items() if name in own and value != own[name]}
     flags |= {name: getattr(args, name) for name in shown if getattr(args, name) != plain[name]}
     for name in ("base_model", "dataset", "eval_dataset", "tokenizer"):
         if name in flags and Path(flags[name]).exists():
-            flags[name] = Path(flags[name]).name  # a card must not tell folders of this machine
+            flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
     words = [word for name, value in flags.items() for word in (f"--{name}", str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {

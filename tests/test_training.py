@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from prism_pipelines import PrismPipeline, TokenCriticScheduler
 from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
 from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
-from prism_pipelines.training import main, parse_arguments, prepare, train
+from prism_pipelines.training import main, parse_arguments, prepare, run_facts, train
 from prism_pipelines.training_data import SudokuGrids
 
 TINY = [
@@ -290,6 +291,33 @@ def test_sudokus_are_refused_by_a_model_of_other_tokens(tmp_path, pretrained):
     flags = ("--objective=prism", f"--base_model={folder}", "--max_steps=1")
     with pytest.raises(ValueError, match="other tokens"):
         run(tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--freeze_backbone", "--draw_temperature=0", "--seed=7"),
+        ("--full", "--lambda_mdm=0", "--num_eval_examples=0"),
+        ("--rank=4", "--adam_beta2=0.95"),
+        ("--preset=llada", "--draw_temperature=1"),
+    ],
+)
+def test_the_command_on_the_card_is_the_run(tmp_path, pretrained, monkeypatch, flags):
+    monkeypatch.chdir(pretrained.parent)
+    flags = ("--objective=prism", f"--base_model={pretrained.name}", "--max_steps=2", *flags)
+    first, args = parse_arguments(arguments(tmp_path, *flags))
+    words = shlex.split(run_facts(first, args)["command"])[4:]
+    assert "--shuffle_buffer" not in words and "--preset" not in words
+    again, more = parse_arguments([*words, "--use_cpu", f"--output_dir={tmp_path}"])
+    first.preset = None
+    assert again == first  # its flags one by one: some may be overridden
+    assert (more.seed, more.adam_beta2, more.max_steps) == (args.seed, args.adam_beta2, args.max_steps)
+
+
+def test_a_card_names_the_folder_that_a_run_was_started_in(tmp_path, pretrained, monkeypatch):
+    monkeypatch.chdir(pretrained)
+    facts = run_facts(*parse_arguments(arguments(tmp_path, "--objective=prism", "--base_model=.")))
+    assert f"--base_model {pretrained.name} " in facts["command"] + " "
 
 
 def test_the_loss_falls(tmp_path):
