@@ -59,7 +59,7 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
 def write_card(folder: Path, card: str, facts: dict) -> None:
     """README.md, and the figure that it shows."""
     figure = facts.get("figure")
-    if figure and not (folder / "calibration.png").exists():
+    if figure and Path(figure).resolve() != (folder / "calibration.png").resolve():
         shutil.copyfile(figure, folder / "calibration.png")
     (folder / "README.md").write_text(card)
 

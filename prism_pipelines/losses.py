@@ -348,7 +348,8 @@ class PRISMObjective(MDMObjective):
             graph is built through it, and there is no step 5.
         weighting, mask_rate_min, mask_rate_max, chunk_size: as `MDMObjective`.
     Raises:
-        ValueError: a count below 1, an unknown order, or what `MDMObjective` raises.
+        ValueError: a count below 1, an unknown order, a weight, temperature or nucleus out of range, or what
+            `MDMObjective` raises.
     Source: PRISM (arXiv 2510.01384, fine-tuning algorithm).
     """
 
@@ -385,6 +386,11 @@ class PRISMObjective(MDMObjective):
                 raise ValueError(f"`{name}` must be at least 1, got {count}.")
         if reveal_order not in REVEAL_ORDERS:
             raise ValueError(f"`reveal_order` must be one of {REVEAL_ORDERS}, got {reveal_order!r}.")
+        for name, value in (("lambda_mdm", lambda_mdm), ("temperature", temperature)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {value}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
         self.quality_head = quality_head
         self.num_revealed, self.draws_per_state = num_revealed, draws_per_state
         self.reveal_order, self.reveal_window = reveal_order, reveal_window

@@ -26,6 +26,20 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def check_finite(model: torch.nn.Module) -> None:
+    """Checks that the trainable parameters are numbers; every process must call.
+
+    Raises:
+        FloatingPointError: one is not.
+    """
+    for name, tensor in trainable(model).items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"The weights in {name} are no numbers any more, and are not saved. Lower --learning_rate, or check "
+                "the data; the last checkpoint was written before this."
+            )
+
+
 def load_trainable(model: torch.nn.Module, checkpoint: str) -> None:
     """Put the weights of a checkpoint into the trainable parameters.
 
@@ -115,6 +129,7 @@ class ObjectiveTrainer(Trainer):
         load_trainable(model or self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:
+        check_finite(self.model)
         run_dir, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:

@@ -21,7 +21,7 @@ from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_r
 from .hub import is_hub_id
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
-from .trainer import ObjectiveTrainer, load_trainable, trainable
+from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
 from .training_arguments import RunArguments, parse_arguments
 from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
 from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples, pinned
@@ -96,11 +96,15 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     plain = {entry.name: entry.default for entry in fields(args)}
     shown = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
     shown += ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16")
-    flags = {name: value for name, value in asdict(run).items() if value not in (None, False)}
+    shown += ("adam_beta1", "adam_beta2", "gradient_checkpointing")
+    own = {entry.name: entry.default for entry in fields(run) if entry.init and entry.name != "preset"}
+    if run.objective == "mdm" or run.full or run.freeze_backbone:
+        own = {name: value for name, value in own.items() if name not in ("rank", "lora_alpha")}  # filled in, not used
+    flags = {name: value for name, value in asdict(run).items() if name in own and value != own[name]}
     flags |= {name: getattr(args, name) for name in shown if getattr(args, name) != plain[name]}
     for name in ("base_model", "dataset", "eval_dataset", "tokenizer"):
         if name in flags and Path(flags[name]).exists():
-            flags[name] = Path(flags[name]).name  # a card must not tell folders of this machine
+            flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
     words = [word for name, value in flags.items() for word in (f"--{name}", str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
@@ -126,10 +130,11 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         raise ValueError(
             f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
         )
-    if checkpoint and finished(checkpoint, args.max_steps):
+    if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    check_finite(trainer.model)
     if trainer.is_fsdp_enabled:
         pipe = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
@@ -174,10 +179,12 @@ def last_metrics(folder: str) -> dict[str, float]:
     return found
 
 
-def finished(checkpoint: str, max_steps: int) -> bool:
-    """Whether a checkpoint is the last one of a run of `max_steps` steps (not above 0: a run counted in epochs)."""
+def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:
+    """Whether a checkpoint is the last one of a run of `max_steps` steps, or, if that is not above 0, of its epochs."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["global_step"] >= state["max_steps"] and state["epoch"] >= args.num_train_epochs
 
 
 def main(argv: list[str] | None = None) -> int:

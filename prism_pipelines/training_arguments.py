@@ -104,7 +104,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
             f"This process sees {args.n_gpu} GPUs. Start by: accelerate launch -m prism_pipelines.training"
         )
     if run.streaming:
+        if args.dataloader_num_workers > 1:
+            raise ValueError("`--dataloader_num_workers` is at most 1 with --streaming: each reads other rows.")
         args.accelerator_config.dispatch_batches = False  # each process reads for itself: batches differ in length
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "`--load_best_model_at_end` is not supported: the last weights are the result. Choose a checkpoint by "
+            "training_log.jsonl, and stop there by --max_steps."
+        )
     run.share, args.push_to_hub = args.push_to_hub, False
     if run.share and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
@@ -139,6 +146,7 @@ def check_run(run: RunArguments) -> None:
             raise ValueError(f"`--{name}` must be one of {', '.join(choices)}, got {getattr(run, name)!r}.")
     tuned = [f"--{name}" for name in ("freeze_backbone", "full") if getattr(run, name)]
     adapter = [f"--{name}" for name in ("rank", "lora_alpha", "lora_targets") if getattr(run, name) is not None]
+    adapter += ["--lora_dropout"] if run.lora_dropout else []
     if run.objective == "mdm" and (tuned or adapter):
         raise ValueError(f"{(tuned + adapter)[0]} goes with --objective prism or critic; mdm trains all weights.")
     if run.objective != "mdm" and run.base_model is None:
@@ -151,10 +159,7 @@ def check_run(run: RunArguments) -> None:
         raise ValueError("Weights in 4 or 8 bits cannot be trained; use LoRA or --freeze_backbone.")
     if run.dtype != "float32" and (run.full or run.objective == "mdm"):
         raise ValueError("`--dtype` must be float32 where all weights are trained; --bf16 computes in bfloat16.")
-    if run.rank is not None and run.rank < 1:
-        raise ValueError(f"`--rank` must be at least 1, got {run.rank}.")
-    if run.max_length < 1:
-        raise ValueError(f"`--max_length` must be at least 1, got {run.max_length}.")
+    check_ranges(run)
     if run.dataset != "sudoku" and (run.puzzle_share or run.sample_puzzles):
         raise ValueError("`--puzzle_share` and `--sample_puzzles` go with --dataset sudoku.")
     if run.dataset == "sudoku" and (run.sample_texts or run.streaming):
@@ -166,3 +171,20 @@ def check_run(run: RunArguments) -> None:
         )
     run.rank = run.rank or 16
     run.lora_alpha = run.lora_alpha or run.rank
+
+
+def check_ranges(run: RunArguments) -> None:
+    """Checks counts and shares.
+
+    Raises:
+        ValueError: one that no run can use, by the name of its flag.
+    """
+    lowest = dict.fromkeys(("rank", "lora_alpha", "max_length", "num_train_examples", "num_base_grids"), 1)
+    lowest |= dict.fromkeys(("num_eval_examples", "shuffle_buffer", "sample_texts", "sample_puzzles"), 0)
+    for name, least in lowest.items():
+        value = getattr(run, name)
+        if value is not None and value < least:
+            raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+    for name in ("puzzle_share", "lora_dropout"):
+        if not 0 <= getattr(run, name) <= 1:
+            raise ValueError(f"`--{name}` must be in [0, 1], got {getattr(run, name)}.")

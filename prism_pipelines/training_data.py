@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from .canvas import prompt_ids
 from .sudoku import CELLS, complete_grids, dig_puzzles, shuffle_symmetries
 
 HELD_OUT_SEED = 999_983  # base grids for evaluation come from this seed, training uses the run's own
@@ -101,10 +102,7 @@ class RowEncoder:
         for name, value in (("prompt", prompt), ("answer", answer)):
             if not isinstance(value, str):
                 raise ValueError(f"Row {number} of the data set: its {name} is no text but {value!r}.")
-        given = self.tokenizer(prompt).input_ids if prompt else []
-        end = self.tokenizer.eos_token_id
-        if end is not None and given and given[-1] == end:
-            given = given[:-1]  # some tokenizers close every text; here the answer closes it
+        (given,), end = prompt_ids([prompt], self.tokenizer), self.tokenizer.eos_token_id
         ids = self.tokenizer(answer, add_special_tokens=False).input_ids
         if not ids:
             raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")

@@ -194,6 +194,8 @@ def load_examples(run, args, model, tokenizer, spec):
         ValueError: an argument or a row that cannot be used.
     """
     if run.dataset == "sudoku":
+        if tokenizer.get_vocab() != sudoku.sudoku_tokenizer().get_vocab():
+            raise ValueError(f"`--dataset sudoku` is for models of Sudokus, and {run.base_model!r} has other tokens.")
         clues = (run.puzzle_clues_min, run.puzzle_clues_max)
         train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
         held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)

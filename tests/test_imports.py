@@ -14,7 +14,7 @@ ALLOWED = {
     "plots": set(),
     "muon": set(),
     "checkpointing": set(),
-    "training_data": {"sudoku"},
+    "training_data": {"canvas", "sudoku"},
     "denoiser": {"families"},
     "quality_head": set(),
     "losses": {"denoiser", "quality_head", "schedulers"},

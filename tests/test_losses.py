@@ -470,3 +470,8 @@ def test_wrong_settings_are_named(denoiser, batch):
         PRISMObjective(denoiser, head, reveal_window=0)
     with pytest.raises(ValueError, match=r"`reveal_order` must be one of .*got 'margin'"):
         PRISMObjective(denoiser, head, reveal_order="margin")
+    wrong = {"lambda_mdm": (-1.0, math.nan, math.inf), "temperature": (-1.0, math.nan), "top_p": (0.0, 1.5, math.nan)}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{name}` must be .*got {value}"):
+                PRISMObjective(denoiser, head, **{name: value})

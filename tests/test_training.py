@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from prism_pipelines import PrismPipeline, TokenCriticScheduler
 from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
 from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
-from prism_pipelines.training import main, parse_arguments, prepare, train
+from prism_pipelines.training import main, parse_arguments, prepare, run_facts, train
 from prism_pipelines.training_data import SudokuGrids
 
 TINY = [
@@ -262,6 +264,62 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         run(tmp_path, "--objective=mdm", "--max_steps=20", "--learning_rate=1e30", "--max_grad_norm=0")
 
 
+@pytest.mark.parametrize("flags", [("--save_strategy=no",), ("--save_strategy=epoch", "--num_train_epochs=1")])
+def test_weights_that_are_no_numbers_are_never_saved_also_where_no_loss_was_logged(tmp_path, pretrained, flags, capsys):
+    broken = ("--learning_rate=1e39", "--logging_steps=500", "--max_steps=3", "--freeze_backbone")
+    flags = ("--objective=prism", f"--base_model={pretrained}", *broken, *flags)
+    assert main(arguments(tmp_path / "run", *flags)) == 1
+    assert "no numbers any more" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.safetensors")) and not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_more_epochs_go_on_from_a_finished_run(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--freeze_backbone")
+    resumed = "--resume_from_checkpoint=latest"
+    for epochs in (1, 2, 2):
+        run(tmp_path / "run", *flags, f"--num_train_epochs={epochs}", resumed)
+        assert latest_checkpoint(tmp_path / "run").endswith(f"-{8 * epochs}")
+
+
+def test_sudokus_are_refused_by_a_model_of_other_tokens(tmp_path, pretrained):
+    folder = shutil.copytree(pretrained, tmp_path / "other")
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
+    file.write_text(json.dumps(content))
+    flags = ("--objective=prism", f"--base_model={folder}", "--max_steps=1")
+    with pytest.raises(ValueError, match="other tokens"):
+        run(tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--freeze_backbone", "--draw_temperature=0", "--seed=7"),
+        ("--full", "--lambda_mdm=0", "--num_eval_examples=0"),
+        ("--rank=4", "--adam_beta2=0.95"),
+        ("--preset=llada", "--draw_temperature=1"),
+    ],
+)
+def test_the_command_on_the_card_is_the_run(tmp_path, pretrained, monkeypatch, flags):
+    monkeypatch.chdir(pretrained.parent)
+    flags = ("--objective=prism", f"--base_model={pretrained.name}", "--max_steps=2", *flags)
+    first, args = parse_arguments(arguments(tmp_path, *flags))
+    words = shlex.split(run_facts(first, args)["command"])[4:]
+    assert "--shuffle_buffer" not in words and "--preset" not in words
+    again, more = parse_arguments([*words, "--use_cpu", f"--output_dir={tmp_path}"])
+    first.preset = None
+    assert again == first  # its flags one by one: some may be overridden
+    assert (more.seed, more.adam_beta2, more.max_steps) == (args.seed, args.adam_beta2, args.max_steps)
+
+
+def test_a_card_names_the_folder_that_a_run_was_started_in(tmp_path, pretrained, monkeypatch):
+    monkeypatch.chdir(pretrained)
+    facts = run_facts(*parse_arguments(arguments(tmp_path, "--objective=prism", "--base_model=.")))
+    assert f"--base_model {pretrained.name} " in facts["command"] + " "
+
+
 def test_the_loss_falls(tmp_path):
     flags = ("--max_steps=60", "--learning_rate=3e-3", "--weighting=uniform", "--num_base_grids=1")
     run(tmp_path, "--objective=mdm", *flags)
@@ -308,6 +366,12 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=prism", "--base_model=x/y", "--rank=0"], "`--rank` must be at least 1"),
         (["--objective=prism", "--base_model=x/y", "--full", "--load_in_4bit"], "cannot be trained"),
         (["--objective=mdm", "--preset=imagenet"], "`--preset` must be one of sudoku, owt, llada"),
+        (["--objective=mdm", "--num_base_grids=0"], "`--num_base_grids` must be at least 1, got 0"),
+        (["--objective=mdm", "--num_eval_examples=-1"], "`--num_eval_examples` must be at least 0, got -1"),
+        (["--objective=mdm", "--puzzle_share=2"], "`--puzzle_share` must be in [0, 1], got 2.0"),
+        (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout goes with --objective prism"),
+        (["--objective=mdm", "--load_best_model_at_end", "--eval_strategy=steps"], "is not supported"),
+        (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader_num_workers=2"], "is at most 1"),
         (["--objective=mdm", "--push_to_hub"], "needs `--hub_model_id"),
         (
             ["--objective=prism", "--base_model=./mine", "--push_to_hub", "--hub_model_id=a/b"],

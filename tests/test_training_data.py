@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from prism_pipelines.training_data import RowEncoder, encode_rows, pad_batch, read_rows, split_examples
@@ -54,6 +55,21 @@ def test_of_a_chat_the_last_message_is_the_answer(tokenizer):
     messages = [{"role": role, "content": word} for role, word in zip(roles, "abcd", strict=True)]
     (example,) = encode_rows([{"messages": messages}], RowEncoder(tokenizer, MASK, 16, len(WORDS)))
     assert words(example) == ["d", "<eos>"] and words(example, False) == ["a", "b", "<eos>", "c"]
+
+
+def test_a_prompt_is_tokenized_as_the_pipeline_does_opened_once_and_not_closed(tokenizer):
+    tokenizer.cls_token, tokenizer.sep_token, tokenizer.eos_token = "g", "h", None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="g $A h", special_tokens=[("g", 10), ("h", 11)]
+    )
+    encoder = RowEncoder(tokenizer, MASK, 16, len(WORDS))
+    for prompt, given in (("a b", ["g", "a", "b"]), ("g a", ["g", "a"]), ("", ["g"])):
+        (example,) = encode_rows([{"prompt": prompt, "completion": "c"}], encoder)
+        assert words(example, False) == given and words(example) == ["c"]
+    tokenizer.chat_template = "g {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (example,) = encode_rows([{"messages": chat}], encoder)
+    assert words(example, False) == ["g", "a"] and words(example) == ["b"]
 
 
 def test_a_row_too_long_is_an_error_or_dropped(tokenizer):
