@@ -96,6 +96,8 @@ class FakeHub:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        # transformers keeps a client of its own, made at its first use: it would go on asking the Hub of another test.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         close_session()  # it may hold the proxies of before
 
 
