@@ -503,7 +503,7 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
     """
     if fetch_file(path, inside(subfolder, "adapter_model.safetensors"), where) is None:
         raise OSError(f"The adapter of {path!r} has no {inside(subfolder, 'adapter_model.safetensors')}.")
-    keys = {key: value for key, value in where.items() if key != "local_files_only" and value is not None}
+    keys = {key: value for key, value in where.items() if value is not None}
     model.load_adapter(path, adapter_name=name, adapter_kwargs=keys | ({"subfolder": subfolder} if subfolder else {}))
     model.eval()
 
