@@ -179,11 +179,12 @@ def repeat_rows(canvas: Canvas, times: int) -> Canvas:
     )
 
 
-def changed_sample(returned, sample: Tensor, vocab_size: int) -> Tensor:
-    """The canvas after a callback: what it returned under "sample", else `sample`.
+def changed_sample(returned, shown: Tensor, sample: Tensor, vocab_size: int) -> Tensor:
+    """The canvas after a callback: what it returned under "sample", else what it was shown; `sample` if they are equal.
 
     Args:
         returned: what the callback returned.
+        shown: the copy of `sample` that it was given, which it may have changed in place.
         sample: before it, int64 (B, L).
         vocab_size: ids are below it.
     Raises:
@@ -192,9 +193,7 @@ def changed_sample(returned, sample: Tensor, vocab_size: int) -> Tensor:
     """
     if returned is not None and not isinstance(returned, dict):
         raise TypeError(f"`callback_on_step_end` must return a dict or None, got {type(returned).__name__}.")
-    new = (returned or {}).get("sample", sample)
-    if new is sample:
-        return sample
+    new = (returned or {}).get("sample", shown)
     if not isinstance(new, Tensor) or new.dtype != torch.int64:
         got = new.dtype if isinstance(new, Tensor) else type(new).__name__
         raise TypeError(f'`callback_on_step_end` must return "sample" as a tensor of int64, got {got}.')
@@ -203,7 +202,8 @@ def changed_sample(returned, sample: Tensor, vocab_size: int) -> Tensor:
             f'`callback_on_step_end` must return "sample" of shape {tuple(sample.shape)} with ids from 0 to '
             f"{vocab_size - 1}, got shape {tuple(new.shape)} and ids from {int(new.min())} to {int(new.max())}."
         )
-    return new.to(sample.device)
+    new = new.to(sample.device)
+    return sample if torch.equal(new, sample) else new
 
 
 def split_blocks(

@@ -214,6 +214,8 @@ def generate_many(
     """
     import torch
 
+    from .canvas import prompt_ids
+
     out, rank, num_processes = Path(out), *_place()
     for name, value, least in (("batch_size", batch_size, 1), ("max_prompts", max_prompts, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -225,7 +227,7 @@ def generate_many(
     rows = check_rows(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)
     rows = rows[:max_prompts]
     texts = prompt_texts(rows, pipe.tokenizer, use_chat_template)
-    lengths = [len(ids) for ids in pipe.tokenizer(texts).input_ids]
+    lengths = [len(ids) for ids in prompt_ids(texts, pipe.tokenizer)]
     skipped = _too_long(pipe, rows, lengths, gen_length, too_long)
 
     call = {

@@ -230,9 +230,10 @@ class PrismPipeline(DiffusionPipeline):
                     trace.append(TraceStep.of(*(tensors[name] for name in TraceStep.__dataclass_fields__)))
                 sample = tensors["sample"]
                 if callback_on_step_end is not None:
-                    given = {name: tensors[name] for name in wanted}
+                    shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
+                    given = {name: shown if name == "sample" else tensors[name] for name in wanted}
                     changed = callback_on_step_end(self, step_number, t, given)
-                    sample = changed_sample(changed, sample, self.model.config.vocab_size)
+                    sample = changed_sample(changed, shown, sample, self.model.config.vocab_size)
                 step_number += 1
                 bar.update()
                 return sample

@@ -136,6 +136,26 @@ def test_a_callback_that_rewrites_the_past_is_seen(family):
     assert not torch.equal(pipe(**call, generator=seeds(2)).sequences, runs[0])
 
 
+@pytest.mark.parametrize("returned", ["the same tensor", "nothing"])
+def test_a_callback_that_rewrites_the_past_in_place_is_seen_too(returned):
+    """The next forward computes what it does after a callback that returned a new tensor."""
+
+    def meddle(pipe, step, timestep, tensors):
+        if step == steps - 2:
+            sample = tensors["sample"].clone() if how == "a new tensor" else tensors["sample"]
+            sample[:, [1, 3]] = 10
+            return None if how == "nothing" else {"sample": sample}
+
+    family, steps, found = BLOCK_CAUSAL[0], 6, []
+    for how in ("a new tensor", returned):  # noqa: B007  `meddle` reads it
+        pipe, own = load(checkpoint(family)), CHECKPOINTS[family][1]
+        asked, ids = widths(pipe), some_ids(2, own).clamp(max=MASK - 1)
+        call = {"gen_length": 2 * own, "num_inference_steps": steps, "temperature": 0.0, "cache": "block"}
+        out = pipe(input_ids=ids, **call, generator=seeds(2), callback_on_step_end=meddle)
+        found.append((out.sequences.tolist(), asked))
+    assert found[0] == found[1]
+
+
 # --- bidirectional models: the known approximation --------------------------------------------------------------------
 
 

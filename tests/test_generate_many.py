@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
@@ -165,8 +165,13 @@ def test_the_batch_does_not_change_a_row(temperature, tmp_path):
     assert [rows[0]["text"], rows[5]["text"]] == direct.texts
 
 
-def test_rows_of_a_block_causal_model_do_not_change_each_other(tmp_path):
+@pytest.mark.parametrize("closing", [False, True])
+def test_rows_of_a_block_causal_model_do_not_change_each_other(closing, tmp_path):
+    """Also where the tokenizer closes a text by a token, which the pipeline leaves out."""
     pipe, found = pipeline(), []
+    if closing:
+        closer = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 1)])
+        pipe.tokenizer.backend_tokenizer.post_processor = closer
     pipe.register_to_config(mdm_spec=pipe.config.mdm_spec | {"attention": "block_causal", "block_length": 4})
     for batch_size in (1, 6):
         out = tmp_path / f"{batch_size}.jsonl"

@@ -85,7 +85,7 @@ ALLOWED = {
     "cli_train": set(),
     "cli_eval": {"evaluation", "pipeline_prism", "sudoku"},
     "run_files": set(),
-    "generate_many": {"hub", "pipeline_prism", "run_files", "schedulers", "stopping"},
+    "generate_many": {"canvas", "hub", "pipeline_prism", "run_files", "schedulers", "stopping"},
     "cli_generate": {"generate_many"},
     "lm_eval_model": {"generate_many", "hub", "pipeline_prism"},
     "cli": {"cli_eval", "cli_generate", "cli_info", "cli_sudoku", "cli_text", "cli_train"},
