@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -12,24 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from . import sudoku
+from .cli_arguments import number_type
 
 BATCH_SIZE = 128
 COMPARE_SEED = 20_000  # puzzles of --compare; neither training's nor the benchmark's
-
-
-def _number(kind, low, words: str):
-    """An argparse type: a finite `kind` (int or float) not below `low`, called `words` in the error."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}")
-        return value
-
-    return parse
 
 
 def add_parser(commands) -> None:
@@ -40,7 +25,7 @@ def add_parser(commands) -> None:
         description="Solve a Sudoku by masked diffusion with self-correction and watch it happen.",
         epilog="Exit status: 0 solved, 1 not solved or no solution, 2 bad input.",
     )
-    count = _number(int, 1, "a whole number of at least 1")
+    count = number_type(int, 1, "a whole number of at least 1")
     parser.add_argument(
         "puzzle",
         nargs="?",
@@ -50,14 +35,18 @@ def add_parser(commands) -> None:
     )
     run = parser.add_argument_group("sampling")
     run.add_argument("--steps", type=count, default=52, help="forward passes of the model (default: %(default)s)")
-    run.add_argument("--seed", type=_number(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
+    run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
         choices=["prism", "mdlm", "self-confidence"],
         help="decoding rule (default: the model's own settings)",
     )
-    run.add_argument("--temperature", type=_number(float, 0, "a number of at least 0"), help="0: the likeliest digit")
-    run.add_argument("--num-remask", type=_number(int, 0, "a whole number of at least 0"), help="cells remasked a step")
+    run.add_argument(
+        "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest digit"
+    )
+    run.add_argument(
+        "--num-remask", type=number_type(int, 0, "a whole number of at least 0"), help="cells remasked a step"
+    )
     run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
     run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
     compare = parser.add_argument_group("comparison")
@@ -71,7 +60,7 @@ def add_parser(commands) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     output.add_argument("--no-live", action="store_true", help="no animation, only the result")
     output.add_argument(
-        "--delay", type=_number(float, 0, "seconds of at least 0"), default=0.08, help="seconds a frame"
+        "--delay", type=number_type(float, 0, "seconds of at least 0"), default=0.08, help="seconds a frame"
     )
     parser.set_defaults(run=run_sudoku)
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 
+from .cli_arguments import number_type
+
 COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
 SHOWN = ("ngram_js", "word_js", "known_words", "entropy", "distinct_2")
-
-
-def _number(kind, low, words: str):
-    """An argparse type: a finite `kind` (int or float) not below `low`, called `words` in the error."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}")
-        return value
-
-    return parse
 
 
 def add_parser(commands) -> None:
@@ -35,7 +20,7 @@ def add_parser(commands) -> None:
         description="Write text by masked diffusion with self-correction and watch it happen.",
         epilog="Exit status: 0 done, 2 bad input.",
     )
-    count = _number(int, 1, "a whole number of at least 1")
+    count = number_type(int, 1, "a whole number of at least 1")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue (default: write from nothing)")
     run = parser.add_argument_group("sampling")
     run.add_argument("--num-samples", type=count, help="texts (default: 1, with --compare 32)")
@@ -43,13 +28,15 @@ def add_parser(commands) -> None:
         "--num-inference-steps", type=count, help="forward passes (default: 64; with --compare 16, 32, 64)"
     )
     run.add_argument("--gen-length", type=count, help="tokens to write (default: what fits, at most 128)")
-    run.add_argument("--seed", type=_number(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
+    run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
         choices=["prism", "mdlm", "self-confidence"],
         help="decoding rule (default: the model's own settings)",
     )
-    run.add_argument("--temperature", type=_number(float, 0, "a number of at least 0"), help="0: the likeliest token")
+    run.add_argument(
+        "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest token"
+    )
     run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
     run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
     compare = parser.add_argument_group("comparison")
@@ -61,7 +48,7 @@ def add_parser(commands) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     output.add_argument("--no-live", action="store_true", help="no animation, only the result")
     output.add_argument(
-        "--delay", type=_number(float, 0, "seconds of at least 0"), default=0.05, help="seconds a frame"
+        "--delay", type=number_type(float, 0, "seconds of at least 0"), default=0.05, help="seconds a frame"
     )
     parser.set_defaults(run=run_text)
 

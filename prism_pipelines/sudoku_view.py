@@ -8,7 +8,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from .sudoku import CELLS, MASK_ID
+from .live_view import printable, token_kinds
+from .sudoku import MASK_ID
 
 # kind: (mark before the digit, style, words of the legend); a blank or remasked cell shows its mark in place of a digit
 KINDS = {
@@ -20,8 +21,6 @@ KINDS = {
     "blank": ("_", "dim", "blank"),
     "conflict": ("!", "bold red", "conflict"),
 }
-LOW_QUALITY = 0.5
-_ASCII = str.maketrans("·×│─┼", "~x|-+")
 
 
 def cell_kinds(given, before, after, quality=None, remasked=None) -> list[str]:
@@ -30,24 +29,13 @@ def cell_kinds(given, before, after, quality=None, remasked=None) -> list[str]:
     Args:
         given: whether a cell is a clue, 81 bools.
         before, after: token ids of the 81 cells around the step.
-        quality: of the tokens in `before`, 81 floats, or None; those kept below `LOW_QUALITY` are doubtful.
+        quality: of the tokens in `before`, 81 floats, or None; those kept below `live_view.LOW_QUALITY` are doubtful.
         remasked: whether the step masked a cell again, 81 bools, or None.
     Returns:
         81 keys of `KINDS`.
     """
-    kinds = []
-    for i in range(CELLS):
-        if given[i]:
-            kinds.append("given")
-        elif remasked is not None and remasked[i]:
-            kinds.append("remasked")
-        elif after[i] == MASK_ID:
-            kinds.append("blank")
-        elif before[i] == MASK_ID:
-            kinds.append("written")
-        else:
-            kinds.append("doubtful" if quality is not None and quality[i] < LOW_QUALITY else "kept")
-    return kinds
+    kinds = token_kinds(before, after, [not clue for clue in given], MASK_ID, quality, remasked)
+    return ["blank" if kind == "mask" else kind for kind in kinds]
 
 
 def board(ids, kinds: list[str]) -> Text:
@@ -78,15 +66,6 @@ def legend(kinds) -> Text:
         text.append(f"{mark.strip()}5" if words not in ("blank", "remasked") else mark, style=style)
         text.append(f" {words}  ")
     return text
-
-
-def printable(console: Console, text: Text) -> Text:
-    """`text`, with plain ASCII marks and lines where the terminal cannot show others."""
-    if not console.options.ascii_only:
-        return text
-    plain = Text(text.plain.translate(_ASCII))
-    plain.spans = text.spans  # one character became one character, so the colours still fit
-    return plain
 
 
 class SudokuView:

@@ -1,5 +1,6 @@
 """The command line: what people see, what programs read, exit statuses, and every kind of bad input."""
 
+import argparse
 import io
 import json
 import subprocess
@@ -233,7 +234,7 @@ def test_every_rule_runs_at_the_forwards_asked_for(capsys, model, rule):
 def test_flags_change_the_shipped_settings_and_leave_the_rest():
     pipe = tiny_pipeline()
     pipe.scheduler = PrismScheduler(eta=0.3, order="confidence", remask_end=0.8)
-    parser = cli_sudoku.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     cli_sudoku.add_parser(parser.add_subparsers())
     cli_sudoku.set_scheduler(pipe, parser.parse_args(["sudoku", "--num-remask", "2", "--temperature", "0.5"]))
     config = pipe.scheduler.config
@@ -360,7 +361,7 @@ def test_the_live_view_ends_with_the_verdict_and_survives_a_terminal_without_col
 
 
 def _args(*argv):
-    parser = cli_sudoku.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     cli_sudoku.add_parser(parser.add_subparsers())
     return parser.parse_args(["sudoku", *argv])
 

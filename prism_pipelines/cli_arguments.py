@@ -1,0 +1,21 @@
+"""Types of command-line arguments that several subcommands take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def number_type(kind, low, words: str):
+    """An argparse type: a finite `kind` (int or float) not below `low`, called `words` in the error."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}")
+        return value
+
+    return parse
