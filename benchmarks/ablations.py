@@ -2,7 +2,7 @@
 
 Training choices: short fine-tunes of `--steps` steps from the same pretrained model and seed, each differing from the
 recipe (examples/text/prism.args) in one flag; none is as long as the shipped run, so they are compared with each other
-and not with it. Sampling choices: the shipped model, one setting changed. All write `--num-samples` texts of 128 tokens
+and not with it. Sampling choices: the shipped model, one setting changed. All write `--num-samples` texts of 256 bytes
 at temperature 1, PRISM at the shipped eta; measures as in benchmarks/text.py. For the fine-tunes also: AUROC of the
 head and its mean error (Brier) on 16 tokens planted in held-out text, and the held-out loss of the backbone.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from sudoku import fingerprint, origin  # beside this file
-from text import LENGTH, VALIDATION, load, works
+from text import JUDGE_ORDER, LENGTH, VALIDATION, load, works
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
@@ -111,7 +111,7 @@ def main(argv=None) -> int:
     model = Path(bundled("text"))
     pipe = load(model, args.dtype)
     test = [text for title, text in works(args.data / "heldout.jsonl").items() if title != VALIDATION]
-    judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer)
+    judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer, n=JUDGE_ORDER)
     vocabulary = set((model / "words.txt").read_text().split())
     task = text_task(
         test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64

@@ -39,12 +39,15 @@ def sudoku_section(table: dict) -> str:
     """Success by forwards for each set of puzzles, paired comparisons, calibration."""
     settings, rows = table["settings"], table["rows"]
     forwards = sorted({row["forwards"] for row in rows})
+    remasked = ", ".join(f"{ARMS[rule]} {count}" for rule, count in settings["num_remask"].items())
     lines = [
         "## Sudoku",
         "",
-        f"`python benchmarks/sudoku.py --seeds {len(settings['seeds'])} --num-puzzles {settings['num_puzzles']}`, "
-        f"commit `{table['commit']}`, {table['device']}, torch {table['versions']['torch']}. "
+        f"`python benchmarks/sudoku.py --seeds {len(settings['seeds'])} --num-puzzles {settings['num_puzzles']} "
+        f"--dtype {settings['dtype']}`, commit `{table['commit']}`, {table['device']}, torch {table['versions']['torch']}. "
         "[What is held fixed](sudoku.md#how-the-benchmark-measures). Percent of puzzles solved, 95 % Wilson intervals.",
+        "",
+        f"Cells remasked a step, chosen for each rule on other puzzles: {remasked}.",
         "",
     ]
     for clues in dict.fromkeys(row["clues"] for row in rows):

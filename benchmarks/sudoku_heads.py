@@ -43,12 +43,12 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def load(arm: str, base: Path, runs: Path) -> PrismPipeline:
+def load(arm: str, base: Path, runs: Path, dtype: str) -> PrismPipeline:
     """The pipeline of an arm at the settings that all share."""
     pipe = PrismPipeline.from_pretrained(str(base if arm == "mdm" else runs / f"sudoku-heads-{arm}"))
     pipe.scheduler = MDLMScheduler(**SAME) if arm == "mdm" else PrismScheduler(num_remask=NUM_REMASK, **SAME)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(getattr(torch, dtype))
 
 
 def measure(args, cells_file: Path) -> list[dict]:
@@ -59,13 +59,14 @@ def measure(args, cells_file: Path) -> list[dict]:
     for arm in ARMS:
         folder = args.base if arm == "mdm" else args.runs / f"sudoku-heads-{arm}"
         names = {"arm": arm, "weights": digest(folder), "puzzles": args.puzzles, "clues": args.clues}
+        names["dtype"] = args.dtype
         pipe = None
         for forwards in args.forwards:
             for seed in range(args.seeds):
                 key = names | {"forwards": forwards, "seed": seed}
                 found = next((cell for cell in done if key.items() <= cell.items()), None)
                 if found is None:
-                    pipe = pipe or load(arm, args.base, args.runs)
+                    pipe = pipe or load(arm, args.base, args.runs, args.dtype)
                     solved = evaluate_sudoku(pipeline_solver(pipe, forwards, seed=seed), puzzles).solved
                     found = key | {"solved": int(solved.sum())}
                     with cells_file.open("a") as file:
@@ -100,6 +101,7 @@ def main(argv=None) -> int:
     parser.add_argument("--clues", type=int, default=30)
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 52])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "sudoku_heads.json")
     args = parser.parse_args(argv)
     cells = measure(args, args.runs / "sudoku-heads.jsonl")

@@ -1,6 +1,6 @@
 """How close to held-out Shakespeare does each decoding rule write in a given number of forward passes?
 
-Held fixed: bundled text model, temperature 1, tokens of a text, seeds. Varied: the rule, and the number of forwards
+Held fixed: bundled text model, temperature 1, 256 bytes a text, seeds. Varied: the rule, and the number of forwards
 (those of a refinement loop and of a critic count). Reference: MDLM, which remasks nothing. Every rule's one knob was
 chosen on another play from a grid of the same size (`arms.json`, made by examples/text/finish.py). Three arms have
 weights of their own and run if their folders are given: MDLM before PRISM's fine-tuning, Token-Critic, and PRISM with
@@ -8,7 +8,7 @@ the head alone trained; their knobs are chosen here, in the same way on the same
 
 Measures: distance of character 4-grams and of words to the held-out plays (lower is better, grows as text gets less:
 all cells have as much), share of known words, entropy of the words of a text, distinct word pairs, self-BLEU, and the
-negative log-likelihood per token under a trigram judge counted on the training text. The held-out play that settings
+negative log-likelihood per byte under a 6-gram judge counted on the training text. The held-out play that settings
 were chosen on is measured like an arm, for scale. Intervals: 95 % bootstrap, of texts for entropy and nll, else of
 seeds.
 
@@ -37,12 +37,13 @@ from prism_pipelines.plots import measures_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
-LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 128, 32, 40_000
+LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 256, 32, 40_000
 VALIDATION = "henry_v"
+JUDGE_ORDER = 6  # of bytes
 ETAS = (0.003, 0.01, 0.03, 0.1)
 DRAWN = {
     "ngram_js": "character 4-grams: distance",
-    "nll": "trigram judge: nats per token",
+    "nll": "6-gram judge: nats per byte",
     "known_words": "known words",
 }
 DRAWN |= {"entropy": "entropy of words"}
@@ -149,7 +150,7 @@ def main(argv=None) -> int:
 
     plays = works(args.data / "heldout.jsonl")
     test = [text for title, text in plays.items() if title != VALIDATION]
-    judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer)
+    judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer, n=JUDGE_ORDER)
     vocabulary = set((model / "words.txt").read_text().split())
     task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64)
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 MEASURES = {
     "ngram_js": "Distance of character 4-grams to the held-out plays (lower is better)",
     "word_js": "Distance of words to the held-out plays (lower is better)",
-    "nll": "Trigram judge, nats per token (nearest to held-out text is best; low alone is no merit)",
+    "nll": "6-gram judge, nats per byte (nearest to held-out text is best; low alone is no merit)",
     "known_words": "Share of known words",
     "entropy": "Entropy of the words of a text, nats",
     "distinct_2": "Different word pairs over all",
@@ -79,7 +79,7 @@ def text_section(table: dict) -> str:
         "## Text",
         "",
         f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
-        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: texts of {settings['length']} tokens, "
+        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: texts of {settings['length']} bytes, "
         f"commit `{table['commit']}`, {table['device']}, torch "
         f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
         "and critics are part of the number. 95 % bootstrap intervals, over texts for entropy and the judge, else over "
@@ -108,10 +108,10 @@ def card_section(metrics: dict) -> str:
         "## Text: the bundled model",
         "",
         "`make train-text` ([recipe](text.md)); from `prism_pipelines/bundled/text/metrics.json`, "
-        f"{metrics['dtype']}, {metrics['num_samples']} texts of 128 tokens a figure, temperature 1.",
+        f"{metrics['dtype']}, {metrics['num_samples']} texts of 256 bytes a figure, temperature 1.",
         "",
         f"Head: AUROC {pooled['head']['auroc']:.3f} of 'this token is right'; of the backbone's own probability of the "
-        f"visible token {pooled['visible']['auroc']:.3f}. Masked diffusion loss on held-out text, nats per token: "
+        f"visible token {pooled['visible']['auroc']:.3f}. Masked diffusion loss on held-out text, nats per byte: "
         f"{losses['before']:.3f} before the fine-tuning, {losses['after']:.3f} after it.",
         "",
         "### Settings tried on the validation play, 32 forwards",

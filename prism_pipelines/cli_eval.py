@@ -68,7 +68,7 @@ def add_parser(commands) -> None:
     compare.add_argument("--num-puzzles", type=int, default=100)
     compare.add_argument("--clues", type=int, default=30)
     compare.add_argument("--num-samples", type=int, default=64)
-    compare.add_argument("--gen-length", type=int, default=128)
+    compare.add_argument("--gen-length", type=int, help="tokens of a text (default: what fits, at most 256)")
     compare.add_argument("--quick", action="store_true", help="few seeds, puzzles and texts: minutes")
     compare.add_argument("--out", metavar="FOLDER", default="runs/compare", help="default: %(default)s")
 
@@ -242,15 +242,12 @@ def _compare_sudoku(args):
 def _compare_text(args):
     """Pipeline, task, plan and name of a comparison by text written from nothing."""
     from . import bundled, evaluation
+    from .cli_text import room
 
-    folder, count = args.model or bundled("text"), 16 if args.quick else args.num_samples
-    task = evaluation.task_of_folder(folder, args.reference, num_samples=count, gen_length=args.gen_length)
-    return (
-        _pipeline(args, "text"),
-        task,
-        evaluation.text_plan(folder),
-        f"{_named(args, 'text')} {count}-{args.gen_length}",
-    )
+    folder, count, pipe = args.model or bundled("text"), 16 if args.quick else args.num_samples, _pipeline(args, "text")
+    length = room(pipe, None, args.gen_length)
+    task = evaluation.task_of_folder(folder, args.reference, num_samples=count, gen_length=length)
+    return pipe, task, evaluation.text_plan(folder), f"{_named(args, 'text')} {count}-{length}"
 
 
 def _named(args, default: str) -> str:

@@ -27,7 +27,7 @@ def add_parser(commands) -> None:
     run.add_argument(
         "--num-inference-steps", type=count, help="forward passes (default: 64; with --compare 16, 32, 64)"
     )
-    run.add_argument("--gen-length", type=count, help="tokens to write (default: what fits, at most 128)")
+    run.add_argument("--gen-length", type=count, help="tokens to write (default: what fits, at most 256)")
     run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
@@ -95,7 +95,7 @@ def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
 
 
 def room(pipe, prompt: str | None, gen_length: int | None) -> int:
-    """Tokens to generate: what the flag says, or what fits beside the prompt, at most 128.
+    """Tokens to generate: what the flag says, or what fits beside the prompt, at most 256.
 
     Raises:
         ValueError: nothing fits.
@@ -104,7 +104,7 @@ def room(pipe, prompt: str | None, gen_length: int | None) -> int:
 
     if gen_length is not None:
         return gen_length
-    limit = min(hub.max_length(pipe.model.config) or 128, 128)
+    limit = min(hub.max_length(pipe.model.config) or 256, 256)
     used = len(pipe.tokenizer(prompt).input_ids) if prompt else 0
     if used >= limit:
         raise ValueError(f"PROMPT has {used} tokens, and the model takes {limit} in all: shorten it.")

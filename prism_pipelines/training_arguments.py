@@ -16,6 +16,9 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
 }
 PRESETS = ("sudoku", "owt", "llada")
+# Flags that mean nothing under the other objectives.
+REVEALING = ("num_revealed", "reveal_order", "reveal_window")
+DRAWING = ("draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "head")
 
 
 def _flag(default, text: str):
@@ -149,6 +152,10 @@ def check_run(run: RunArguments) -> None:
     adapter += ["--lora_dropout"] if run.lora_dropout else []
     if run.objective == "mdm" and (tuned or adapter):
         raise ValueError(f"{(tuned + adapter)[0]} goes with --objective prism or critic; mdm trains all weights.")
+    unused = {"mdm": REVEALING + DRAWING, "critic": REVEALING, "prism": ()}[run.objective]
+    if given := [name for name in unused if getattr(run, name) != getattr(RunArguments, name)]:
+        place = "prism" if given[0] in REVEALING else "prism or critic"
+        raise ValueError(f"`--{given[0]}` goes with --objective {place}; {run.objective} has no use for it.")
     if run.objective != "mdm" and run.base_model is None:
         raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
     if len(tuned) + bool(adapter) > 1:

@@ -212,9 +212,9 @@ class HeadProgress(TrainerCallback):
         """Called by the Trainer after each evaluation, on every process."""
         entry = self.measure()
         if self.base is not None:
-            # Forbidden ids have log-probability -inf in both, and their difference is no number.
-            difference = (self.base - self.now).nan_to_num(0.0, posinf=0.0, neginf=0.0)
-            entry["eval_posterior_drift"] = float((self.base.exp() * difference).sum(-1).mean())
+            # Forbidden ids have log-probability -inf in both, and their difference is no number; they add nothing.
+            terms = torch.where(self.base.isneginf(), 0.0, self.base.exp() * (self.base - self.now))
+            entry["eval_posterior_drift"] = float(terms.sum(-1).mean())
         if state.is_world_process_zero:
             write_log(args.output_dir, {"step": state.global_step, **entry})
             logger.warning("%s", {"step": state.global_step, **entry})

@@ -23,7 +23,7 @@ def test_json_holds_what_the_pipeline_writes_for_the_seed(capsys):
     found = told(capsys)
     pipe = PrismPipeline.from_pretrained(bundled("text"))
     pipe.set_progress_bar_config(disable=True)
-    assert found["texts"] == pipeline_texts(pipe, 2, 128, 4, seed=3)
+    assert found["texts"] == pipeline_texts(pipe, 2, 256, 4, seed=3)
     assert found["forwards"] == 4 and found["scheduler"] == "PrismScheduler" and len(found["remasked"]) == 2
     assert main(["text", "--num-samples", "1", "--num-inference-steps", "4", "--seed", "3", "--json"]) == 0
     assert told(capsys)["texts"] == found["texts"][:1]  # a text does not depend on its neighbours
@@ -51,7 +51,7 @@ def test_the_page_shows_the_run(tmp_path, capsys):
         ([" "], "PROMPT"),
         (["--num-samples", "2", "--html", "x.html"], "--num-samples"),
         (["--html", "/no/such/folder/x.html"], "/no/such/folder"),
-        (["word " * 200], "128"),
+        (["word " * 200], "256"),
         (["--device", "quantum"], "--device"),
     ],
 )

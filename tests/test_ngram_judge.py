@@ -1,4 +1,4 @@
-"""The trigram judge against its formula in plain Python, and against what a probability must be."""
+"""The n-gram judge against its formula in plain Python, and against what a probability must be."""
 
 import math
 import types
@@ -50,13 +50,24 @@ def test_every_probability_agrees_with_the_formula_in_plain_python():
                 np.testing.assert_allclose(loss, expected, rtol=1e-12)
 
 
-def test_the_probabilities_of_all_next_tokens_sum_to_one():
-    judge = ngram_judge(TEXTS, Letters())
-    for history in ("a b", "b a", "d d", "c d", "d a"):  # seen, never seen, and seen in its last token alone
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_probabilities_of_all_next_tokens_sum_to_one(n):
+    judge = ngram_judge(TEXTS, Letters(), n=n)
+    for history in ("a", "a b", "b a", "d d", "c d", "d a", "b a b a"):  # seen, never seen, and seen in part
         total = sum(math.exp(-judge([f"{history} {w}"])[0][-1]) for w in "abcd")
         assert total == pytest.approx(1, abs=1e-12)
 
 
-def test_a_text_without_three_tokens_is_refused():
-    with pytest.raises(ValueError, match="three tokens"):
+def test_a_longer_history_is_used_where_the_text_has_it():
+    """After "b a" comes b, a or the end; after "a b a" only c, once."""
+    short, long = (ngram_judge(TEXTS, Letters(), n=n)(["a b a c"])[0][-1] for n in (3, 4))
+    c_after_aba = (1 - D) + D * math.exp(-short)  # close to p(c | b a), by kinds instead of counts
+    assert math.exp(-long) == pytest.approx(c_after_aba, abs=0.1) and long < short
+
+
+def test_a_text_of_too_few_tokens_and_lengths_without_sense_are_refused():
+    with pytest.raises(ValueError, match="at least 3 tokens"):
         ngram_judge(["a b", "c"], Letters())
+    for n in (1, 32):
+        with pytest.raises(ValueError, match="`n` must be at least 2, and 4 tokens to the power"):
+            ngram_judge(TEXTS, Letters(), n=n)

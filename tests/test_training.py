@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -194,6 +195,25 @@ def test_a_head_alone_is_saved_without_its_backbone(tmp_path, pretrained):
     assert torch.equal(again.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0])
 
 
+def test_texts_are_written_at_each_evaluation_and_training_does_not_notice(tmp_path, pretrained):
+    rows = [{"prompt": "12", "completion": "345" + "6789"[i % 4]} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--objective=prism", f"--base_model={pretrained}", "--freeze_backbone", "--max_length=12"]
+    flags += [f"--dataset={tmp_path / 'data.jsonl'}", "--max_steps=2", "--eval_strategy=steps", "--eval_steps=1"]
+    one = run(tmp_path / "one", *flags, "--sample_texts=2")
+    other = run(tmp_path / "other", *flags)
+    log = [json.loads(line) for line in (tmp_path / "one" / "training_log.jsonl").read_text().splitlines()]
+    written = {entry["step"]: entry["texts"] for entry in log if "texts" in entry}
+    assert list(written) == [1, 2]
+    assert all(len(texts) == 2 for texts in written.values())
+    assert all(re.fullmatch("[1-9]{6}", text) for texts in written.values() for text in texts), written
+    pages = sorted((tmp_path / "one" / "samples").iterdir())
+    assert [page.name for page in pages] == [f"step-{step}-{i}.html" for step in (1, 2) for i in (0, 1)]
+    assert all('"words": ["1", "2", ' in page.read_text() for page in pages)  # the prompt comes first
+    for name, value in other.quality_head.state_dict().items():
+        assert torch.equal(one.quality_head.state_dict()[name], value), name
+
+
 def test_lora_is_saved_as_an_adapter_with_a_head(tmp_path, pretrained):
     flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=3", "--rank=4", "--save_steps=2")
     pipe = run(tmp_path, *flags, "--lora_targets=query,value", "--num_revealed=4", "--eval_strategy=steps")
@@ -372,6 +392,9 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout goes with --objective prism"),
         (["--objective=mdm", "--load_best_model_at_end", "--eval_strategy=steps"], "is not supported"),
         (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader_num_workers=2"], "is at most 1"),
+        (["--objective=mdm", "--num_revealed=4"], "`--num_revealed` goes with --objective prism; mdm has no use"),
+        (["--objective=mdm", "--head=mlp"], "`--head` goes with --objective prism or critic; mdm has no use"),
+        (["--objective=critic", "--base_model=x/y", "--reveal_order=confidence"], "critic has no use for it"),
         (["--objective=mdm", "--push_to_hub"], "needs `--hub_model_id"),
         (
             ["--objective=prism", "--base_model=./mine", "--push_to_hub", "--hub_model_id=a/b"],

@@ -1,4 +1,4 @@
-"""A judge of text that needs no download: a trigram model with Kneser-Ney smoothing, counted from a training text."""
+"""A judge of text that needs no download: an n-gram model with Kneser-Ney smoothing, counted from a training text."""
 
 from __future__ import annotations
 
@@ -7,61 +7,69 @@ import numpy as np
 DISCOUNT = 0.75
 
 
-def ngram_judge(texts, tokenizer):
-    """A trigram model of the tokens of some texts, as a judge for `generative_perplexity`.
+def ngram_judge(texts, tokenizer, *, n: int = 3):
+    """An n-gram model of the tokens of some texts, as a judge for `generative_perplexity`.
 
-    Interpolated Kneser-Ney with one discount d = 0.75. With c the counts, N1+(. v w) the number of different tokens
-    before (v, w), and the same with dots elsewhere:
+    Interpolated Kneser-Ney with one discount d = 0.75. For a history h of m tokens and a token w, with N(h w) the number
+    of times that h w occurs if m = n - 1, and below that the number of different tokens that it occurs after,
 
-        p(w | u v) = (max(c(u v w) - d, 0) + d N1+(u v .) p(w | v)) / c(u v .)
-        p(w | v)   = (max(N1+(. v w) - d, 0) + d |{w: N1+(. v w) > 0}| p(w)) / sum_w N1+(. v w)
-        p(w)       = (max(N1+(. w) - d, 0) + d |{w: N1+(. w) > 0}| / V) / sum_w N1+(. w)
+        p(w | h) = (max(N(h w) - d, 0) + d |{v: N(h v) > 0}| p(w | h')) / sum_v N(h v)
 
-    and a history that never occurred leaves it to the shorter one. It sees three tokens at a time: it tells whether
-    neighbours fit, not whether a sentence makes sense.
+    where h' is h without its first token and p(w | no history) goes on to 1 / V. A history that never occurred leaves
+    it to the shorter one. The judge sees n tokens at a time: it tells whether neighbours fit, not whether a sentence
+    makes sense.
 
     Args:
         texts: list of strings to count in; those the generator was trained on, not those it is compared with.
         tokenizer: transformers tokenizer; V is its length.
+        n: length of the n-grams, at least 2; V^n must stay below 2^63. Of whole words 3 is usual, of characters 6.
     Returns:
         callable from a list of texts to a list of float64 arrays, the negative log-likelihoods in nats of all tokens
-        but the first; the second is scored by the token before it alone.
+        but the first; each is scored by the n - 1 tokens before it, or those there are.
     Raises:
-        ValueError: `texts` has fewer than three tokens in a row anywhere.
+        ValueError: `texts` has fewer than n tokens in a row anywhere, or no such `n`.
     Source: S. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), sec. 2.7.
     """
     size = len(tokenizer)
-    rows = [np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64) for text in texts]
-    triples = np.concatenate([(row[:-2] * size + row[1:-1]) * size + row[2:] for row in rows if len(row) > 2] or [[]])
-    if not len(triples):
-        raise ValueError("`texts` must hold a text of at least three tokens.")
-    triples, count = np.unique(triples.astype(np.int64), return_counts=True)
-    pairs, before_pair = np.unique(triples % size**2, return_counts=True)  # N1+(. v w)
-    single, before_single = np.unique(pairs % size, return_counts=True)  # N1+(. w)
-    of_pair, of_single = _Totals(triples // size, count), _Totals(pairs // size, before_pair)
-    unigram = np.full(size, DISCOUNT * len(single) / size)
-    unigram[single] += before_single - DISCOUNT
-    unigram /= before_single.sum()
+    if n < 2 or size**n >= 2**63:
+        raise ValueError(f"`n` must be at least 2, and {size} tokens to the power of it below 2^63; got {n}.")
 
-    def interpolate(keys, counts, wanted, histories, history, shorter):
-        total, kinds = histories.of(history)
-        seen = np.maximum(_lookup(keys, counts, wanted) - DISCOUNT, 0)
-        return np.where(total > 0, (seen + DISCOUNT * kinds * shorter) / np.maximum(total, 1), shorter)
+    def encode(text):
+        return np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
+
+    found = [_windows(row, n, size) for row in map(encode, texts) if len(row) >= n]
+    if not found:
+        raise ValueError(f"`texts` must hold a text of at least {n} tokens.")
+    grams, counts = np.unique(np.concatenate(found), return_counts=True)
+    tables = {n: (grams, counts, _Totals(grams // size, counts))}
+    for m in range(n - 1, 0, -1):
+        grams, counts = np.unique(grams % size**m, return_counts=True)  # after how many different tokens
+        tables[m] = (grams, counts, _Totals(grams // size, counts))
 
     def judge(texts):
         losses = []
         for text in texts:
-            ids = np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
-            pair = ids[:-1] * size + ids[1:]
-            p = interpolate(pairs, before_pair, pair, of_single, ids[:-1], unigram[ids[1:]])
-            if len(ids) > 2:
-                triple = pair[:-1] * size + ids[2:]
-                p[1:] = interpolate(triples, count, triple, of_pair, pair[:-1], p[1:])
-            losses.append(-np.log(p))
+            ids = encode(text)
+            p = np.full(len(ids), 1 / size)  # of each token, by ever longer histories
+            for m in range(1, min(n, len(ids)) + 1):
+                grams, counts, histories = tables[m]
+                wanted = _windows(ids, m, size)
+                total, kinds = histories.of(wanted // size)
+                shorter, seen = p[m - 1 :], np.maximum(_lookup(grams, counts, wanted) - DISCOUNT, 0)
+                p[m - 1 :] = np.where(total > 0, (seen + DISCOUNT * kinds * shorter) / np.maximum(total, 1), shorter)
+            losses.append(-np.log(p[1:]))
         return losses
 
-    judge.__name__ = "trigram"
+    judge.__name__ = f"{n}-gram"
     return judge
+
+
+def _windows(ids, m: int, size: int):
+    """Each m tokens in a row as one number, int64 (len(ids) - m + 1,): the last token counts 1, the first size^(m-1)."""
+    number = np.zeros(len(ids) - m + 1, dtype=np.int64)
+    for i in range(m):
+        number = number * size + ids[i : len(ids) - m + 1 + i]
+    return number
 
 
 class _Totals:
