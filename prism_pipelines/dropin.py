@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import hub
+from . import heads, hub
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
 from .schedulers.dropin import deliver_quality, deliver_wanted
@@ -66,13 +66,13 @@ def enable_prism(
             f"`pipe` must have a scheduler and a model with get_output_embeddings(); got {type(pipe).__name__}."
         )
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    source = None if quality_head is None else hub.head_place(quality_head)
-    head = quality_head if source is None else hub.load_head(source, where)
+    source = None if quality_head is None else heads.head_place(quality_head)
+    head = quality_head if source is None else heads.load_head(source, where)
     if head is not None:
         _check_head(head, model, output_head)
     if source is not None and not getattr(getattr(pipe, "_prism", None), "adapter", False):
         hub.refuse_taken(model, ADAPTER)
-    recommended = None if source is None else hub.load_scheduler(source, where)
+    recommended = None if source is None else heads.load_scheduler(source, where)
     has_adapter = source is not None and hub.read_json(source, "adapter_config.json", where) is not None
 
     kept = PrismScheduler if head is not None else OURS
@@ -107,7 +107,7 @@ def enable_prism(
 def _check_head(head: QualityHead, model, output_head) -> None:
     """Raise a ValueError if the head was made for another model, by its config or else its output head."""
     if hasattr(model, "config"):
-        hub.check_head(head, model)
+        heads.check_head(head, model)
     width = getattr(output_head, "in_features", head.config.hidden_size)
     if width != head.config.hidden_size:
         raise ValueError(

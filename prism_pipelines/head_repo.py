@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi
 
-from . import hub
+from . import heads, hub
 
 CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
 FACTS = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
@@ -49,7 +49,7 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     rank = save_adapter(pipe, folder, base_model, base_revision)
     pipe.quality_head.save_pretrained(folder / "quality_head", safe_serialization=True)
     belongs = {"base_model": base_model, "base_revision": base_revision, "mdm_spec": dict(pipe.config.mdm_spec)}
-    rewrite(folder / "quality_head" / "config.json", belongs | {"base_fingerprint": hub.fingerprint(pipe.model)})
+    rewrite(folder / "quality_head" / "config.json", belongs | {"base_fingerprint": heads.fingerprint(pipe.model)})
     pipe.scheduler.save_pretrained(folder / "scheduler")
     rewrite(folder / "scheduler" / "scheduler_config.json", {})
     write_card(folder, model_card(pipe, base_model, base_revision, rank, facts, repo_id), facts)
@@ -157,7 +157,7 @@ def push_pipeline(
         pipe.save_pretrained(temporary)
         if pipe.quality_head is not None:
             # The backbone may be tuned, and has a new name from now on: its embeddings say that the head is its own.
-            mark = {"base_fingerprint": hub.fingerprint(pipe.model)}
+            mark = {"base_fingerprint": heads.fingerprint(pipe.model)}
             rewrite(Path(temporary) / "quality_head" / "config.json", mark)
         for file in Path(temporary).rglob("*.json"):
             scrub(file, base_model)

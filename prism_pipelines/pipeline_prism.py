@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from . import hub
+from . import heads, hub
 from .cache import check_cache
 from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_prompt, changed_sample, repeat_rows
 from .denoiser import MaskedDenoiser
@@ -68,7 +68,7 @@ class PrismPipeline(DiffusionPipeline):
         spec = resolve_spec(model.config, tokenizer, mdm_spec=mdm_spec)
         if scheduler is None:
             scheduler = MDLMScheduler() if quality_head is None else PrismScheduler()
-        hub.check_head(quality_head, model)
+        heads.check_head(quality_head, model)
         self.register_modules(model=model, tokenizer=tokenizer, quality_head=quality_head, scheduler=scheduler)
         self.register_to_config(mdm_spec=spec.to_dict())
         model.eval()
@@ -429,7 +429,7 @@ class PrismPipeline(DiffusionPipeline):
         index = hub.read_json(path, "model_index.json", where)
         lone_head = None
         if index is None and hub.read_json(path, hub.inside(subfolder, "config.json"), where) is None:
-            lone_head = hub.head_config(path, where)
+            lone_head = heads.head_config(path, where)
         if lone_head is not None:
             if not lone_head.get("base_model"):
                 raise ValueError(f"The head of {path!r} does not name its base model; load that, with quality_head=.")
@@ -469,11 +469,7 @@ class PrismPipeline(DiffusionPipeline):
         if quality_head is not None:
             pipe.load_quality_head(quality_head, **head_where)
             if scheduler is None:
-                recommended = None
-                if not isinstance(quality_head, QualityHead):
-                    recommended = hub.load_scheduler(str(quality_head), head_where)
-                kept = pipe.scheduler if pipe.scheduler.needs_quality else PrismScheduler()
-                pipe.scheduler = recommended or kept
+                pipe.scheduler = heads.scheduler_for(quality_head, pipe.scheduler, head_where)
         return pipe
 
     @classmethod
@@ -504,11 +500,7 @@ class PrismPipeline(DiffusionPipeline):
         if quality_head is not None:
             pipe.load_quality_head(quality_head)
             if scheduler is None:
-                recommended = None
-                if not isinstance(quality_head, QualityHead):
-                    recommended = hub.load_scheduler(str(quality_head), {})
-                kept = pipe.scheduler if pipe.scheduler.needs_quality else PrismScheduler()
-                pipe.scheduler = recommended or kept
+                pipe.scheduler = heads.scheduler_for(quality_head, pipe.scheduler, {})
         return pipe
 
     def load_quality_head(
@@ -534,9 +526,9 @@ class PrismPipeline(DiffusionPipeline):
             OSError: no head there.
         """
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        source = hub.head_place(quality_head)
-        head = quality_head if source is None else hub.load_head(source, where)
-        hub.check_head(head, self.model, getattr(self, "_revision", None))
+        source = heads.head_place(quality_head)
+        head = quality_head if source is None else heads.load_head(source, where)
+        heads.check_head(head, self.model, getattr(self, "_revision", None))
         if name in self._heads:  # the scheduler stays, for the new head
             hub.drop_adapter(self.model, name)
             if self._heads.pop(name) is self.quality_head:

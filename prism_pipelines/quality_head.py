@@ -60,7 +60,7 @@ class QualityHead(ModelMixin, ConfigMixin):
         base_revision: revision of that backbone, or None.
         mdm_spec: `MDMSpec.to_dict()` of that backbone, or None.
         num_attention_heads: of "block"; None for heads about 64 wide.
-        base_fingerprint: `hub.fingerprint` of that backbone, which a model is checked against; or None.
+        base_fingerprint: `heads.fingerprint` of that backbone, which a model is checked against; or None.
     Raises:
         ValueError: unknown architecture; or a number of attention heads that does not divide `hidden_size`.
         TypeError: `mdm_spec` is not a dict; the config is JSON.

@@ -10,8 +10,8 @@ DISCOUNT = 0.75
 def ngram_judge(texts, tokenizer, *, n: int = 3):
     """An n-gram model of the tokens of some texts, as a judge for `generative_perplexity`.
 
-    Interpolated Kneser-Ney with one discount d = 0.75. For a history h of m tokens and a token w, with N(h w) the number
-    of times that h w occurs if m = n - 1, and below that the number of different tokens that it occurs after,
+    Interpolated Kneser-Ney with one discount d = 0.75. For a history h of m tokens and a token w, with N(h w) the
+    number of times that h w occurs if m = n - 1, and below that the number of different tokens that it occurs after,
 
         p(w | h) = (max(N(h w) - d, 0) + d |{v: N(h v) > 0}| p(w | h')) / sum_v N(h v)
 
@@ -65,7 +65,7 @@ def ngram_judge(texts, tokenizer, *, n: int = 3):
 
 
 def _windows(ids, m: int, size: int):
-    """Each m tokens in a row as one number, int64 (len(ids) - m + 1,): the last token counts 1, the first size^(m-1)."""
+    """Each m tokens in a row as one number, int64 (len(ids) - m + 1,): the last counts 1, the first size^(m-1)."""
     number = np.zeros(len(ids) - m + 1, dtype=np.int64)
     for i in range(m):
         number = number * size + ids[i : len(ids) - m + 1 + i]
