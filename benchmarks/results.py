@@ -45,8 +45,8 @@ def sudoku_section(table: dict) -> str:
         "",
         f"`python benchmarks/sudoku.py --seeds {len(settings['seeds'])} --num-puzzles {settings['num_puzzles']} "
         f"--dtype {settings['dtype']}`, commit `{table['commit']}`, {table['device']}, "
-        f"torch {table['versions']['torch']}. [What is held fixed](sudoku.md#how-the-benchmark-measures). Percent of puzzles "
-        "solved, 95 % Wilson intervals.",
+        f"torch {table['versions']['torch']}. [What is held fixed](sudoku.md#how-the-benchmark-measures). Percent of "
+        "puzzles solved, 95 % Wilson intervals.",
         "",
         f"Cells remasked a step, chosen for each rule on other puzzles: {remasked}.",
         "",

@@ -19,8 +19,8 @@ train() {
     -m prism_pipelines.training --resume_from_checkpoint latest --args_file examples/sudoku/prism.args \
     --base_model "$base" --output_dir "$RUNS/sudoku-heads-$way" --sample_puzzles 0 "$@"
 }
-train full "$@"
-train lora --full false --optimizer adamw --rank 32 --learning_rate 2e-3 "$@"
+train full --muon_learning_rate 0.01 "$@"
+train lora --full false --optimizer adamw --rank 32 --learning_rate 6e-3 "$@"
 train frozen --full false --optimizer adamw --freeze_backbone --learning_rate 2e-3 "$@"
 # shellcheck disable=SC2086
 "$BIN/python" benchmarks/sudoku_heads.py "$base" --runs "$RUNS" ${MEASURE:-}
