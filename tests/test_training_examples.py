@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_training import run
 
+from prism_pipelines import PrismPipeline
 from prism_pipelines.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +71,22 @@ def test_heads_of_the_side_by_side_train_what_they_say():
         "lora": (False, False, "adamw"),
         "frozen": (False, True, "adamw"),
     }
+
+
+def test_growing_repeats_the_middle_layers_and_saves_a_pipeline_that_trains_on(tmp_path):
+    layers = "--config_overrides=hidden_size=32,num_hidden_layers=8,num_attention_heads=2,intermediate_size=64"
+    run(tmp_path / "mdm", "--objective=mdm", "--max_steps=1", layers)
+    script = ["examples/sudoku/grow.py", str(tmp_path / "mdm"), str(tmp_path / "grown")]
+    subprocess.run([sys.executable, *script], cwd=ROOT, check=True, timeout=280)
+    encoders = [
+        PrismPipeline.from_pretrained(tmp_path / name).model.roberta_prelayernorm.encoder.layer
+        for name in ("mdm", "grown")
+    ]
+    assert [len(encoder) for encoder in encoders] == [8, 16]
+    for new, old in enumerate([0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]):
+        one, other = encoders[1][new].state_dict(), encoders[0][old].state_dict()
+        assert all(torch.equal(value, other[name]) for name, value in one.items()), new
+    run(tmp_path / "on", "--objective=mdm", "--max_steps=1", f"--base_model={tmp_path / 'grown'}")
 
 
 def test_the_side_by_side_measures_each_arm_once(tmp_path, capsys):
