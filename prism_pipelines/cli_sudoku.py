@@ -14,6 +14,7 @@ from . import sudoku
 from .cli_arguments import number_type
 
 BATCH_SIZE = 128
+MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
 COMPARE_SEED = 20_000  # puzzles of --compare; neither training's nor the benchmark's
 
 
@@ -100,11 +101,12 @@ def read_puzzles(text: str | None) -> tuple[np.ndarray, bool]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One puzzle's run: grids int64 (81,), `solutions` 0, 1 or 2 (several), cells remasked and forwards made."""
+    """One puzzle's run: grids int64 (81,), `solutions` 0, 1, 2 (several) or None (search cut off), cells remasked and
+    forwards made."""
 
     puzzle: np.ndarray
     grid: np.ndarray
-    solutions: int
+    solutions: int | None
     remasked: int = 0
     forwards: int = 0
 
@@ -118,8 +120,8 @@ class Outcome:
         return {
             "puzzle": sudoku.format_grid(self.puzzle),
             "grid": sudoku.format_grid(self.grid),
-            "verdict": "no solution" if not self.solutions else "solved" if self.solved else "not solved",
-            "solutions": {0: "none", 1: "one", 2: "several"}[self.solutions],
+            "verdict": "no solution" if self.solutions == 0 else "solved" if self.solved else "not solved",
+            "solutions": {0: "none", 1: "one", 2: "several", None: "unknown"}[self.solutions],
             "forwards": self.forwards,
             "remasked": self.remasked,
         }
@@ -128,9 +130,11 @@ class Outcome:
         """What was found, for people."""
         clashes = len(sudoku.conflicts(self.grid))
         wrong = f"{clashes} pair{'s' * (clashes != 1)} of cells conflict"
-        if not self.solutions:
+        if self.solutions == 0:
             return "This puzzle has no solution (proved by exact search), so the model was not run."
-        if self.solutions > 1:
+        if self.solutions is None and not self.solved:
+            return f"Not solved: {wrong}. Whether there is a solution is not known: the exact search was cut off."
+        if (self.solutions or 1) > 1:
             found = "one of them" if self.solved else f"none of them: {wrong}"
             return f"This puzzle has several solutions; the grid found is {found}. All clues are kept."
         if self.solved:
@@ -206,8 +210,8 @@ def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[
 
     from .evaluation import row_generators
 
-    outcomes = [Outcome(puzzle, puzzle, sudoku.count_solutions(puzzle)) for puzzle in puzzles]
-    todo = [i for i, outcome in enumerate(outcomes) if outcome.solutions and not outcome.solved]
+    outcomes = [Outcome(puzzle, puzzle, sudoku.count_solutions(puzzle, max_visits=MAX_VISITS)) for puzzle in puzzles]
+    todo = [i for i, outcome in enumerate(outcomes) if outcome.solutions != 0 and not outcome.solved]
     traces = []
     for start in range(0, len(todo), BATCH_SIZE):
         rows = todo[start : start + BATCH_SIZE]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 
-LAUNCH = ("accelerate", "launch")
+LAUNCH = ("accelerate", "launch")  # as shown; what runs is that of this very environment, which need not be on PATH
 MODULE = ("-m", "prism_pipelines.training")
 
 
@@ -37,7 +36,5 @@ def run(args: argparse.Namespace) -> int:
     """Print and run. Returns the exit status."""
     words = command(args.flags)
     print(shlex.join(words), file=sys.stderr, flush=True)
-    if shutil.which(words[0]) is None:
-        # The environment's commands may not be on PATH; its own Python is at hand.
-        words = [sys.executable, "-m", "accelerate.commands.launch", *words[len(LAUNCH) :]]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *words[len(LAUNCH) :]]
     return subprocess.run(words, check=False).returncode

@@ -42,7 +42,10 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     base_model = base_model or pipe.quality_head.config.base_model
     base_revision = base_revision or pipe.quality_head.config.base_revision
     if not base_model:
-        raise ValueError("No base model is known for this head: pass `base_model` (the Hub id of its backbone).")
+        raise ValueError(
+            "No base model is known for this head: pass `base_model` (the Hub id of its backbone). A head that was "
+            'tuned together with its backbone is of use with that alone: push_to_hub(repo_id, what="pipeline").'
+        )
     if unknown := sorted(set(facts) - FACTS):
         raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(FACTS)}.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,20 @@ def absence(path: str, name: str, where: dict) -> str:
     return f"{name} of {path!r} was not downloaded before, and {why} forbids to fetch it now"
 
 
+def spec_of_index(index: dict, path: str) -> dict:
+    """The `mdm_spec` that a saved `PrismPipeline` has in its model_index.json.
+
+    Raises:
+        ValueError: there is none: another pipeline of diffusers was saved there.
+    """
+    if "mdm_spec" not in index:
+        raise ValueError(
+            f"{path!r} holds a saved {index.get('_class_name', 'nothing')}, not a saved PrismPipeline. Load it by its "
+            "own class, and go on with PrismPipeline.from_pipe; or name the folder of its model."
+        )
+    return index["mdm_spec"]
+
+
 def inside(subfolder: str | None, name: str) -> str:
     """Path of a file inside a repository."""
     return f"{subfolder}/{name}" if subfolder else name

@@ -445,7 +445,7 @@ class PrismPipeline(DiffusionPipeline):
         parts = {"scheduler": scheduler, "tokenizer": tokenizer}
         if index is not None:
             subfolder = "model"
-            mdm_spec = mdm_spec or index["mdm_spec"]
+            mdm_spec = mdm_spec or hub.spec_of_index(index, path)
         loaded = hub.load_plain(
             path,
             subfolder,

@@ -51,9 +51,19 @@ def _branch(blanks: list[int], free: list[int]) -> tuple[int, int]:
     return where, candidates[where]
 
 
-def _solutions(cells: list[int], limit: int, rng: random.Random | None = None) -> list[list[int]]:
-    """Up to `limit` solutions of a grid without conflicts, depth-first; `rng` orders the digits that are tried."""
-    grid, found = list(cells), []
+class _OutOfVisits(Exception):
+    """The search was cut off."""
+
+
+def _solutions(
+    cells: list[int], limit: int, rng: random.Random | None = None, max_visits: int | None = None
+) -> list[list[int]]:
+    """Up to `limit` solutions of a grid without conflicts, depth-first; `rng` orders the digits that are tried.
+
+    Raises:
+        _OutOfVisits: more than `max_visits` partial grids.
+    """
+    grid, found, visits = list(cells), [], 0
     free = [_ALL] * 27  # digits still to be placed in each unit, as bit sets
 
     def flip(i, digit):
@@ -61,6 +71,10 @@ def _solutions(cells: list[int], limit: int, rng: random.Random | None = None) -
             free[unit] ^= 1 << (digit - 1)
 
     def search():
+        nonlocal visits
+        visits += 1
+        if max_visits is not None and visits > max_visits:
+            raise _OutOfVisits
         if not blanks:
             found.append(list(grid))
             return
@@ -97,10 +111,17 @@ def conflicts(puzzle) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def count_solutions(puzzle, limit: int = 2) -> int:
-    """How many solutions a puzzle has, exactly, counting no further than `limit` (2 proves or refutes uniqueness)."""
+def count_solutions(puzzle, limit: int = 2, max_visits: int | None = None) -> int | None:
+    """How many solutions a puzzle has, exactly, counting no further than `limit` (2 proves or refutes uniqueness).
+
+    `max_visits` bounds the search, in partial grids looked at; None is returned where it was not enough to know. Most
+    puzzles take thousands, but there are some, without a solution or with few clues, that take millions.
+    """
     cells = [int(digit) for digit in puzzle]
-    return 0 if conflicts(cells) else len(_solutions(cells, limit))
+    try:
+        return 0 if conflicts(cells) else len(_solutions(cells, limit, max_visits=max_visits))
+    except _OutOfVisits:
+        return None
 
 
 def solve(puzzle) -> np.ndarray | None:

@@ -40,6 +40,13 @@ def check_finite(model: torch.nn.Module) -> None:
             )
 
 
+def is_write_error(error: Exception) -> bool:
+    """Did writing a file fail? Of torch.save and safetensors, a full disk is a RuntimeError and a SafetensorError."""
+    if isinstance(error, RuntimeError):  # and those of CUDA and NCCL are RuntimeErrors too
+        return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "write"))
+    return isinstance(error, (OSError, SafetensorError))
+
+
 def load_trainable(model: torch.nn.Module, checkpoint: str) -> None:
     """Put the weights of a checkpoint into the trainable parameters.
 
@@ -48,8 +55,9 @@ def load_trainable(model: torch.nn.Module, checkpoint: str) -> None:
     """
     saved = load_file(Path(checkpoint) / WEIGHTS)
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if saved.keys() != wanted.keys():
-        odd = sorted(saved.keys() ^ wanted.keys())
+    odd = sorted(saved.keys() ^ wanted.keys())
+    odd += [name for name in sorted(saved.keys() & wanted.keys()) if saved[name].shape != wanted[name].shape]
+    if odd:
         raise ValueError(
             f"`resume_from_checkpoint` {checkpoint!r} was written by a run with other trainable tensors; {len(odd)} "
             f"differ, such as {odd[0]!r}. Resume with the flags of that run."
@@ -144,8 +152,9 @@ class ObjectiveTrainer(Trainer):
             if self.args.should_save:
                 seal_checkpoint(partial / name, run_dir / name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # Of torch.save and safetensors, a full disk is a RuntimeError and a SafetensorError.
             shutil.rmtree(partial, ignore_errors=True)
+            if not is_write_error(error):
+                raise
             before = latest_checkpoint(run_dir)
             kept = f"The one before it, {Path(before).name}, is whole." if before else "There is none before it."
             raise OSError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -95,13 +96,18 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     """What a model card says about a run: its flags that differ from the defaults, hardware, versions."""
     plain = {entry.name: entry.default for entry in fields(args)}
     shown = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-    shown += ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16")
-    shown += ("adam_beta1", "adam_beta2", "gradient_checkpointing")
+    shown += ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
+    shown += ("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+    shown += ("bf16", "fp16", "gradient_checkpointing", "dataloader_drop_last")
     own = {entry.name: entry.default for entry in fields(run) if entry.init and entry.name != "preset"}
     if run.objective == "mdm" or run.full or run.freeze_backbone:
         own = {name: value for name, value in own.items() if name not in ("rank", "lora_alpha")}  # filled in, not used
     flags = {name: value for name, value in asdict(run).items() if name in own and value != own[name]}
-    flags |= {name: getattr(args, name) for name in shown if getattr(args, name) != plain[name]}
+    flags |= {name: getattr(args, name) for name in shown if getattr(args, name) not in (plain[name], None, {})}
+    if isinstance(flags.get("lr_scheduler_kwargs"), dict):
+        flags["lr_scheduler_kwargs"] = json.dumps(flags["lr_scheduler_kwargs"])
+    if args.data_seed != args.seed:
+        flags["data_seed"] = args.data_seed
     for name in ("base_model", "dataset", "eval_dataset", "tokenizer"):
         if name in flags and Path(flags[name]).exists():
             flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
@@ -195,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer, pipe = prepare(run, args)
         status = 1
         train(trainer, pipe, run)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return status
     return 0

@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 
 import transformers
 from transformers import HfArgumentParser
@@ -97,7 +98,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])  # transformers' reading of --args_file would show that flag alone
-    run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], args_file_flag="--args_file")
+    words = expanded(words)
+    run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], look_for_args_file=False)
     # A loss that is no number would be replaced by the mean of the others, and the run would go on.
     args.logging_nan_inf_filter = False
     # Processes that shuffle by seeds of their own would read some examples twice and others never.
@@ -110,6 +112,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         if args.dataloader_num_workers > 1:
             raise ValueError("`--dataloader_num_workers` is at most 1 with --streaming: each reads other rows.")
         args.accelerator_config.dispatch_batches = False  # each process reads for itself: batches differ in length
+    if args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in (args.lr_scheduler_kwargs or {}):
+        raise ValueError(
+            "`--lr_scheduler_type warmup_stable_decay` needs its length: --lr_scheduler_kwargs "
+            "'{\"num_decay_steps\": 100}'."
+        )
+    if (run.sample_texts or run.sample_puzzles) and args.eval_strategy == "no":
+        raise ValueError("`--sample_texts` and `--sample_puzzles` are written at evaluations: pass --eval_strategy.")
     if args.load_best_model_at_end:
         raise ValueError(
             "`--load_best_model_at_end` is not supported: the last weights are the result. Choose a checkpoint by "
@@ -120,6 +129,28 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
     check_run(run)
     return run, args
+
+
+def expanded(words: list[str]) -> list[str]:
+    """The words with the flags of the files of `--args_file FILE` before them: those on the command line win.
+
+    Raises:
+        ValueError: there is no such file, or one names another.
+    """
+    from_files, rest, left = [], [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name != "--args_file":
+            rest.append(word)
+            continue
+        file = Path(value if equals else next(left, ""))
+        if not file.is_file():
+            raise ValueError(f"`--args_file` {str(file)!r} is no file.")
+        flags = shlex.split(file.read_text(), comments=True)
+        if any(flag.partition("=")[0] == "--args_file" for flag in flags):
+            raise ValueError(f"`--args_file` {str(file)!r} names another --args_file; pass both on the command line.")
+        from_files += flags
+    return from_files + rest
 
 
 def preset_flags(words: list[str]) -> list[str]:
@@ -158,6 +189,9 @@ def check_run(run: RunArguments) -> None:
         raise ValueError(f"`--{given[0]}` goes with --objective {place}; {run.objective} has no use for it.")
     if run.objective != "mdm" and run.base_model is None:
         raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
+    new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
+    if run.base_model is not None and new:
+        raise ValueError(f"`--{new[0]}` is of a new model; `--base_model` brings its own.")
     if len(tuned) + bool(adapter) > 1:
         raise ValueError(f"Pass one of --freeze_backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
     if run.optimizer == "muon" and run.objective != "mdm" and not run.full:

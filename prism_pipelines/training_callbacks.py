@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from . import sudoku
 from .checkpointing import write_whole
 from .evaluation.sudoku import calibration
+from .hub import max_length
 from .losses import PRISMObjective
 from .pipeline_prism import PrismPipeline
 from .plots import reliability_figure
@@ -146,7 +148,7 @@ class TextProgress(TrainerCallback):
     Args:
         pipe: the pipeline of the modules that are trained.
         prompts: ids to go on from, each int64 (P,); of length 0 for a text from nothing.
-        gen_length: tokens written, in half as many forwards.
+        gen_length: tokens written, in half as many forwards; fewer where the model takes no more.
     """
 
     def __init__(self, pipe: PrismPipeline, prompts: list[torch.Tensor], gen_length: int):
@@ -159,12 +161,14 @@ class TextProgress(TrainerCallback):
         training, device, texts = self.pipe.model.training, self.pipe.device, []
         self.pipe.model.eval()
         (Path(args.output_dir) / "samples").mkdir(exist_ok=True)
+        limit = max_length(self.pipe.model.config) or math.inf
         for number, prompt in enumerate(self.prompts):
+            gen_length = min(self.gen_length, limit - len(prompt))
             given = {"input_ids": prompt[None].to(device)} if len(prompt) else {"num_samples": 1}
             out = self.pipe(
                 **given,
-                gen_length=self.gen_length,
-                num_inference_steps=max(1, self.gen_length // 2),
+                gen_length=gen_length,
+                num_inference_steps=max(1, gen_length // 2),
                 generator=torch.Generator().manual_seed(number),
                 return_trace=True,
             )
@@ -244,6 +248,13 @@ class HeadProgress(TrainerCallback):
         quality, right, self.now = (
             torch.cat([out[name] for out in outputs]) for name in ("quality", "right", "log_probs")
         )
+        if not len(quality):
+            raise ValueError(
+                f"None of the {sum(len(batch['input_ids']) for batch in self.batches)} held-out examples had a masked "
+                "token to judge: raise --num_eval_examples, or pass --eval_strategy no."
+            )
+        if not quality.isfinite().all():
+            raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning_rate.")
         self.score = score = calibration(quality.sigmoid().numpy(), right.numpy())
         return {
             "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),

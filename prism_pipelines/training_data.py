@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -80,6 +81,7 @@ class RowEncoder:
         max_length: most tokens of a row with an answer, and the length of a packed one.
         vocab_size: ids at and above it are unknown to the model.
         too_long: "error", or "drop" to leave out rows with an answer that are longer.
+        suppressed: ids that the model is never to predict, such as padding; they must not be trained on.
     Raises:
         ValueError: unknown `too_long`, `max_length` below 1, or from `answer` and `text` a row that cannot be used.
     """
@@ -89,6 +91,7 @@ class RowEncoder:
     max_length: int
     vocab_size: int
     too_long: str = "error"
+    suppressed: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.too_long not in TOO_LONG:
@@ -108,7 +111,7 @@ class RowEncoder:
             raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
         if end is not None and ids[-1] != end:
             ids = [*ids, end]
-        self._check([*given, *ids], number)
+        self._check([*given, *ids], number, ids)
         if len(given) + len(ids) > self.max_length:
             if self.too_long == "drop":
                 return None
@@ -127,17 +130,22 @@ class RowEncoder:
             return []
         ids = self.tokenizer(row["text"], add_special_tokens=False).input_ids
         end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
-        self._check(ids, number)
+        self._check(ids, number, ids)
         return ids if end is None else [*ids, end]
 
     def _chat(self, row: dict, number: int) -> tuple[str, str]:
         messages = row["messages"]
+        if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
+            raise ValueError(f"Row {number} of the data set: `messages` must be a list of role and content.")
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("The data set holds `messages`, and the tokenizer has no chat template to write them by.")
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError(f"Row {number} of the data set must end with a message of the assistant, the answer.")
-        before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (jinja2.TemplateError, ValueError) as error:  # such as: roles must alternate, or no message but one
+            raise ValueError(f"Row {number} of the data set: the chat template refuses it: {error}") from None
         if not whole.startswith(before):
             raise ValueError(
                 f"Row {number}: the chat template writes the prompt differently once the answer is there, so the two "
@@ -145,7 +153,12 @@ class RowEncoder:
             )
         return before, whole[len(before) :].rstrip("\n")
 
-    def _check(self, ids: list[int], number: int) -> None:
+    def _check(self, ids: list[int], number: int, trained: list[int]) -> None:
+        if found := sorted(set(self.suppressed) & set(trained)):
+            raise ValueError(
+                f"Row {number} of the data set holds {self.tokenizer.decode(found)!r} (id {found[0]}) where it is to "
+                "be learned, and the model never writes that token. Remove it from the data."
+            )
         if self.mask_token_id in ids:
             raise ValueError(
                 f"Row {number} of the data set holds the mask token (id {self.mask_token_id}) as text: no answer is "
@@ -155,7 +168,15 @@ class RowEncoder:
             raise ValueError(f"Row {number} gives id {max(ids)}; the model knows ids up to {self.vocab_size - 1}.")
 
 
-def read_rows(dataset: str, *, split: str = "train", name: str | None = None, revision=None, streaming: bool = False):
+def read_rows(
+    dataset: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    revision=None,
+    streaming: bool = False,
+    flag: str = "--dataset",
+):
     """Rows of a Hub data set, or of a local file or folder of txt, jsonl, json, csv or parquet files.
 
     Args:
@@ -163,6 +184,7 @@ def read_rows(dataset: str, *, split: str = "train", name: str | None = None, re
         split: of a Hub data set; local files are all of it.
         name, revision: configuration, and commit, of a Hub data set.
         streaming: read row by row, keeping nothing.
+        flag: what errors call the data set.
     Returns:
         `datasets.Dataset`, or `IterableDataset` when streaming.
     Raises:
@@ -172,28 +194,28 @@ def read_rows(dataset: str, *, split: str = "train", name: str | None = None, re
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('`--dataset` needs the datasets library: pip install "prism-pipelines[train]".') from error
+        raise ImportError(f'`{flag}` needs the datasets library: pip install "prism-pipelines[train]".') from error
     path = Path(dataset)
     if not path.exists():
         try:
             return datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=streaming)
         except Exception as error:  # a dozen kinds, of several libraries
             raise ValueError(
-                f"`--dataset` {dataset!r} is no local file, and loading it from the Hub failed: {error}"
+                f"`{flag}` {dataset!r} is no local file, and loading it from the Hub failed: {error}"
             ) from None
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     readable = [file for file in files if file.suffix in READERS]
     kinds = {READERS[file.suffix] for file in readable}
     if len(kinds) != 1:
         found = f"{len(kinds)} kinds of files ({', '.join(sorted(kinds))})" if kinds else "no such file"
-        raise ValueError(f"`--dataset` {dataset!r} must be one kind of {', '.join(READERS)} files; it has {found}.")
+        raise ValueError(f"`{flag}` {dataset!r} must be one kind of {', '.join(READERS)} files; it has {found}.")
     if not any(file.stat().st_size for file in readable):
-        raise ValueError(f"`--dataset` {dataset!r} is empty.")
+        raise ValueError(f"`{flag}` {dataset!r} is empty.")
     names = [str(file) for file in readable]
     try:
         return datasets.load_dataset(kinds.pop(), data_files=names, split="train", streaming=streaming)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"`--dataset` {dataset!r} cannot be read: {error.__cause__ or error}") from None
+        raise ValueError(f"`{flag}` {dataset!r} cannot be read: {error.__cause__ or error}") from None
 
 
 def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from . import (  # the pipeline by its public name: that enters our classes in d
     hub,
     sudoku,
 )
+from .checkpointing import MANIFEST
 from .denoiser import MaskedDenoiser
 from .families import resolve_spec
 from .losses import CriticObjective, MDMObjective, PRISMObjective
@@ -40,10 +41,15 @@ def load_base(run):
         getattr(torch, run.dtype),
         run.trust_remote_code,
         where,
-        mdm_spec=None if index is None else index["mdm_spec"],
+        mdm_spec=None if index is None else hub.spec_of_index(index, run.base_model),
         mask_token_id=run.mask_token_id,
         quantization_config=quantization(run),
     )
+    if hub.adapters(loaded["model"]):
+        raise ValueError(
+            f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
+            "or merge it into that first."
+        )
     tokenizer = loaded["tokenizer"]
     if index is not None and tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(run.base_model, subfolder="tokenizer", revision=run.revision)
@@ -60,8 +66,8 @@ def pinned(run) -> str | None:
     file = hub.fetch_file(run.base_model, "model_index.json", where) or hub.fetch_file(
         run.base_model, "config.json", where
     )
-    parts = Path(file or "").parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else run.revision
+    parts = Path(file or "").parts  # .../snapshots/<commit>/config.json
+    return parts[-2] if "snapshots" in parts[-3:-2] else run.revision
 
 
 def quantization(run):
@@ -132,11 +138,15 @@ def add_lora(run, model, spec) -> None:
             parameter.data = parameter.data.float()
 
 
+def suppressed_ids(tokenizer) -> tuple[int, ...]:
+    """Tokens that are never predicted: padding, as in the pipeline, unless it is the end token, which ends a text."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return () if pad is None or pad == end else (pad,)
+
+
 def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    suppressed = () if pad is None or pad == end else (pad,)  # as the pipeline, which must be able to end a text
-    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
+    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed_ids(tokenizer))
     shared = {
         "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
@@ -148,8 +158,8 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     head = QualityHead(
         model.config.hidden_size,
         run.head,
-        base_model=run.base_model,
-        base_revision=run.revision,
+        base_model=None if run.full else run.base_model,  # a tuned backbone is another model
+        base_revision=None if run.full else run.revision,
         mdm_spec=spec.to_dict(),
     )
     if not (run.freeze_backbone or run.full):
@@ -205,7 +215,9 @@ def load_examples(run, args, model, tokenizer, spec):
         raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
     if run.streaming and args.max_steps <= 0:
         raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
-    encoder = RowEncoder(tokenizer, spec.mask_token_id, run.max_length, model.config.vocab_size, run.too_long)
+    encoder = RowEncoder(
+        tokenizer, spec.mask_token_id, run.max_length, model.config.vocab_size, run.too_long, suppressed_ids(tokenizer)
+    )
     rows = read_rows(
         run.dataset,
         split=run.dataset_split,
@@ -215,7 +227,17 @@ def load_examples(run, args, model, tokenizer, spec):
     )
     if run.streaming and run.shuffle_buffer:
         rows = rows.shuffle(seed=args.seed, buffer_size=run.shuffle_buffer)
-    eval_rows = None if run.eval_dataset is None else read_rows(run.eval_dataset, split=run.eval_split)
+    eval_rows = None
+    if run.eval_dataset is not None:
+        # Another configuration or commit of the same data set would be another one.
+        same = run.eval_dataset == run.dataset
+        eval_rows = read_rows(
+            run.eval_dataset,
+            split=run.eval_split,
+            name=run.dataset_name if same else None,
+            revision=run.dataset_revision if same else None,
+            flag="--eval_dataset",
+        )
     train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return train, held_out, functools.partial(pad_batch, pad_token_id=pad)
@@ -234,7 +256,8 @@ def check_output_dir(folder: str, resume) -> None:
     entries -= {".training_log.jsonl.partial", "runs"}  # of a run that was killed as it began, and of trackers
     if not entries:
         return
-    if "training_log.jsonl" not in entries and not any(name.startswith("checkpoint-") for name in entries):
+    ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
+    if "training_log.jsonl" not in entries and not ours:
         raise ValueError(
             f"`--output_dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
         )

@@ -158,7 +158,7 @@ def test_a_folder_that_is_no_saved_pipeline_is_refused_in_one_line(capsys, tmp_p
 def test_a_damaged_saved_pipeline_is_refused_in_one_line(capsys, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     status, out, err = run(capsys, PUZZLE, "--model", tmp_path)
-    assert (status, out) == (2, "") and "not a saved pipeline" in err and len(err.splitlines()) == 1
+    assert (status, out) == (2, "") and "not a saved PrismPipeline" in err and len(err.splitlines()) == 1
 
 
 def test_a_model_of_another_language_is_refused(capsys, tmp_path):
@@ -251,6 +251,17 @@ def test_a_puzzle_without_a_solution_is_said_to_have_none(capsys, model):
     assert (status, err) == (1, "")
     assert (record["verdict"], record["solutions"], record["forwards"]) == ("no solution", "none", 0)
     assert record["grid"] == NO_SOLUTION
+
+
+def test_a_search_that_takes_too_long_is_cut_off_and_the_model_runs(capsys, model, monkeypatch):
+    monkeypatch.setattr(cli_sudoku, "MAX_VISITS", 3)
+    status, out, err = run(capsys, PUZZLE, "--model", model, "--steps", "5", "--json")
+    record = json.loads(out)
+    assert (status, err, record["solutions"], record["forwards"]) == (1, "", "unknown", 5)
+    _, out, _ = run(capsys, PUZZLE, "--model", model, "--steps", "5")
+    assert "unknown" in out
+    hopeless = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    assert sudoku.count_solutions(sudoku.parse_puzzle(hopeless), max_visits=2000) is None
 
 
 def test_several_solutions_are_said_and_a_grid_that_is_one_of_them_counts(capsys, knowing):
@@ -413,13 +424,13 @@ def test_train_prints_and_runs_the_command(monkeypatch, capsys):
     monkeypatch.setattr(
         cli_train.subprocess, "run", lambda words, check: ran.append(words) or subprocess.CompletedProcess([], 3)
     )
-    monkeypatch.setattr(cli_train.shutil, "which", lambda name: "/bin/accelerate")
     assert main(["train", "--num_processes", "2", "--", "--dataset", "sudoku", "--head", "mlp"]) == 3
     line = "accelerate launch --num_processes 2 -m prism_pipelines.training --dataset sudoku --head mlp"
     assert capsys.readouterr().err.strip() == line
-    assert ran == [line.split()]
+    here = [sys.executable, "-m", "accelerate.commands.launch"]  # not another environment's accelerate on PATH
+    assert ran == [here + line.split()[2:]]
     main(["train", "--dataset", "sudoku", "--output_dir", "my run"])
-    assert ran[1] == ["accelerate", "launch", "-m", "prism_pipelines.training", *ran[1][4:]]
+    assert ran[1] == [*here, "-m", "prism_pipelines.training", "--dataset", "sudoku", "--output_dir", "my run"]
     assert "--output_dir 'my run'" in capsys.readouterr().err
 
 

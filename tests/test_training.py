@@ -36,7 +36,8 @@ TINY = [
 
 
 def arguments(folder, *flags):
-    return [*TINY, f"--output_dir={folder}", *flags]
+    based = any(flag.startswith("--base_model") for flag in flags)  # and brings its own sizes
+    return [*(word for word in TINY if not (based and "overrides" in word)), f"--output_dir={folder}", *flags]
 
 
 def run(folder, *flags):
@@ -180,6 +181,48 @@ def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained
     assert out.texts[0][0] == "1" and set(out.texts[0]) <= set("123456789") and len(out.texts[0]) == 81
     log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert {"loss", "loss_prism", "loss_mdm", "quality_right"} <= set(log[0])
+
+
+def test_flags_of_files_give_way_to_the_command_line_and_win_over_a_preset(tmp_path):
+    (tmp_path / "mine.args").write_text("--rank 8  # small\n--num_revealed 3\n--preset llada\n")
+    words = ["--args_file", str(tmp_path / "mine.args"), "--num_revealed=5", "--base_model=a/b", "--dataset=c"]
+    run_args, _ = parse_arguments([*words, f"--output_dir={tmp_path}", "--use_cpu"])
+    assert (run_args.rank, run_args.num_revealed, run_args.preset) == (8, 5, "llada")
+    assert run_args.reveal_window == 512  # of the preset that the file names
+
+
+def test_the_folder_of_another_trainer_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "model.safetensors").write_text("theirs")
+    flags = ("--objective=mdm", "--max_steps=1", "--resume_from_checkpoint=latest", "--save_total_limit=1")
+    with pytest.raises(ValueError, match="is no folder of a training run"):
+        run(tmp_path, *flags)
+    assert (tmp_path / "checkpoint-9" / "model.safetensors").read_text() == "theirs"
+
+
+def test_a_run_is_not_resumed_with_another_rank(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--lora_targets=query", "--save_steps=1")
+    run(tmp_path, *flags, "--rank=2", "--max_steps=1")
+    with pytest.raises(ValueError, match="other trainable tensors"):
+        run(tmp_path, *flags, "--rank=1", "--max_steps=2", "--resume_from_checkpoint=latest")
+
+
+def test_a_head_that_was_tuned_with_its_backbone_is_pushed_with_it_alone(tmp_path, pretrained):
+    pipe = run(tmp_path, "--objective=prism", "--full", f"--base_model={pretrained}", "--max_steps=1")
+    with pytest.raises(ValueError, match='what="pipeline"'):
+        pipe.push_to_hub("me/head")
+
+
+def test_an_adapter_is_no_base_and_another_pipeline_is_named(tmp_path, pretrained):
+    run(tmp_path / "lora", "--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--rank=2")
+    with pytest.raises(ValueError, match="is an adapter or a head with one"):
+        run(tmp_path / "x", "--objective=prism", f"--base_model={tmp_path / 'lora'}", "--max_steps=1", "--full")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "LLaDA2Pipeline"}')
+    with pytest.raises(ValueError, match="holds a saved LLaDA2Pipeline"):
+        run(tmp_path / "y", "--objective=mdm", f"--base_model={tmp_path / 'other'}", "--max_steps=1")
+    with pytest.raises(ValueError, match="holds a saved LLaDA2Pipeline"):
+        PrismPipeline.from_pretrained(tmp_path / "other")
 
 
 def test_a_head_alone_is_saved_without_its_backbone(tmp_path, pretrained):
@@ -395,6 +438,10 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=mdm", "--num_revealed=4"], "`--num_revealed` goes with --objective prism; mdm has no use"),
         (["--objective=mdm", "--head=mlp"], "`--head` goes with --objective prism or critic; mdm has no use"),
         (["--objective=critic", "--base_model=x/y", "--reveal_order=confidence"], "critic has no use for it"),
+        (["--objective=mdm", "--args_file=no/such.args"], "`--args_file` 'no/such.args' is no file"),
+        (["--objective=mdm", "--lr_scheduler_type=warmup_stable_decay"], "needs its length"),
+        (["--objective=mdm", "--sample_puzzles=3"], "pass --eval_strategy"),
+        (["--objective=prism", "--base_model=x/y", "--tokenizer=a/b"], "`--tokenizer` is of a new model"),
         (["--objective=mdm", "--push_to_hub"], "needs `--hub_model_id"),
         (
             ["--objective=prism", "--base_model=./mine", "--push_to_hub", "--hub_model_id=a/b"],

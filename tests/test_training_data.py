@@ -102,6 +102,25 @@ def test_ids_that_the_model_does_not_know_are_refused(tokenizer):
         list(encode_rows([{"text": "h"}], RowEncoder(tokenizer, MASK, 4, 10)))
 
 
+def test_a_token_that_the_model_never_writes_is_not_learned_but_may_stand_in_a_prompt(tokenizer):
+    encoder = RowEncoder(tokenizer, MASK, 8, len(WORDS), suppressed=(0,))
+    with pytest.raises(ValueError, match=r"holds '<pad>' .id 0. where it is to be learned"):
+        list(encode_rows([{"prompt": "a", "completion": "b <pad>"}], encoder))
+    assert len(list(encode_rows([{"prompt": "<pad> a", "completion": "b"}], encoder))) == 1
+
+
+def test_chats_that_are_no_lists_or_that_the_template_refuses_are_named(tokenizer):
+    encoder = RowEncoder(tokenizer, MASK, 8, len(WORDS))
+    with pytest.raises(ValueError, match=r"Row 0 .*must be a list of role and content"):
+        list(encode_rows([{"messages": "user: hello"}], encoder))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"Row 0 .*refuses it: roles must alternate"):
+        roles = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+        list(encode_rows([{"messages": roles}], encoder))
+    with pytest.raises(ValueError, match=r"Row 0 .*refuses it: Cannot apply"):
+        list(encode_rows([{"messages": roles[1:]}], encoder))
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "csv"])
 def test_local_files_are_read_alike_streamed_or_not(tmp_path, encoder, ending):
     lines = ["a b c d e f g h"] * 6
