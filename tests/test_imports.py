@@ -44,6 +44,7 @@ ALLOWED = {
     },
     "training_arguments": set(),
     "training_setup": {
+        "checkpointing",
         "denoiser",
         "families",
         "hub",
@@ -57,6 +58,7 @@ ALLOWED = {
     "training_callbacks": {
         "checkpointing",
         "evaluation",
+        "hub",
         "losses",
         "pipeline_prism",
         "plots",
