@@ -61,7 +61,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def muon_adamw(objective: nn.Module, muon_lr: float, lr: float, weight_decay: float) -> MuonAdamW:
-    """`MuonAdamW` over the trainable parameters of an objective: Muon for the backbone's linear weights alone."""
+    """`MuonAdamW` over the trainable parameters of an objective: Muon for the backbone's linear weights alone.
+
+    Raises:
+        ImportError: this torch has no Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"`--optimizer muon` needs torch 2.9 or newer, and this is {torch.__version__}.")
     denoiser = objective.denoiser
     output_head = denoiser.model.get_output_embeddings()
     linear = [m for m in denoiser.model.modules() if isinstance(m, nn.Linear) and m is not output_head]

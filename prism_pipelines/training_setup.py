@@ -35,9 +35,15 @@ def load_base(run):
         return new_model(run)
     where = {"revision": run.revision, "cache_dir": None, "token": None, "local_files_only": False}
     index = hub.read_json(run.base_model, "model_index.json", where)
+    inside = "" if index is None else "model"
+    if hub.read_json(run.base_model, hub.inside(inside, "adapter_config.json"), where) is not None:
+        raise ValueError(
+            f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
+            "or merge it into that first."
+        )
     loaded = hub.load_plain(
         run.base_model,
-        "" if index is None else "model",
+        inside,
         getattr(torch, run.dtype),
         run.trust_remote_code,
         where,
@@ -45,11 +51,6 @@ def load_base(run):
         mask_token_id=run.mask_token_id,
         quantization_config=quantization(run),
     )
-    if hub.adapters(loaded["model"]):
-        raise ValueError(
-            f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
-            "or merge it into that first."
-        )
     tokenizer = loaded["tokenizer"]
     if index is not None and tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(run.base_model, subfolder="tokenizer", revision=run.revision)

@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-runs/quickstart}
 shift || true
-python=${PYTHON:-python} me=${ME:-me}
+[ -x .venv/bin/python ] && python=${PYTHON:-.venv/bin/python} || python=${PYTHON:-python}
+me=${ME:-me}
 if [ -z "${HF_ENDPOINT:-}" ]; then
   port=${PORT:-8750}
   rm -rf "$folder/hf_home"  # that Hub begins anew each time, and what was loaded from the last one is not its
