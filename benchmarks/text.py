@@ -40,7 +40,7 @@ FIGURES = ROOT / "docs" / "figures"
 LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 256, 32, 40_000
 VALIDATION = "henry_v"
 JUDGE_ORDER = 6  # of bytes
-ETAS = (0.003, 0.01, 0.03, 0.1)
+ETAS = (0.01, 0.03, 0.1, 0.3)
 DRAWN = {
     "ngram_js": "character 4-grams: distance",
     "nll": "6-gram judge: nats per byte",

@@ -27,7 +27,7 @@ from prism_pipelines.evaluation.text import words
 VALIDATION = ("henry_v",)  # settings are chosen on it; the other held-out works are the test
 LENGTH, STEPS = 256, 32  # tokens of a sample; forwards at which settings are chosen
 CHOOSE_SEED, SHOW_SEED = 40_000, 0
-ETAS = (0.003, 0.01, 0.03, 0.1)
+ETAS = (0.01, 0.03, 0.1, 0.3)
 RANDOM = {"order": "random"}
 # The paper's window for text. Early on the quality of a token is little more than how frequent it is.
 SECOND_HALF = {"remask_start": 0.5}
