@@ -7,11 +7,13 @@ from .calibration import calibration_table, evaluate_calibration, write_calibrat
 from .compare import (
     bootstrap_interval,
     comparison_table,
+    fingerprint,
     make_scheduler,
     pareto_front,
     read_comparison,
     run_comparison,
     sudoku_task,
+    t_interval,
     write_comparison,
 )
 from .ngram_judge import ngram_judge
@@ -43,7 +45,7 @@ from .text import (
     text_task,
     unigram_entropy,
 )
-from .text_compare import choose_arm, task_of_folder, text_plan
+from .text_compare import choose_arm, folder_contents, task_of_folder, text_plan
 
 __all__ = [
     "SudokuScore",
@@ -58,6 +60,8 @@ __all__ = [
     "evaluate_calibration",
     "evaluate_sudoku",
     "evaluate_text",
+    "fingerprint",
+    "folder_contents",
     "generative_perplexity",
     "head_calibration",
     "known_word_share",
@@ -77,6 +81,7 @@ __all__ = [
     "run_comparison",
     "self_bleu",
     "sudoku_task",
+    "t_interval",
     "task_of_folder",
     "text_measures",
     "text_plan",

@@ -17,6 +17,7 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .sudoku import evaluate_sudoku, pipeline_solver, wilson_interval
 
@@ -48,6 +49,10 @@ def read_comparison(path) -> dict:
         raise ValueError(f"{path} has unknown fields {unknown}; known: {sorted(FIELDS)}.")
     if missing := [name for name in ("arms", "forwards", "seeds") if name not in fields]:
         raise ValueError(f"{path} lacks {missing}.")
+    if wrong := [name for name in ("arms", "forwards", "seeds") if not isinstance(fields[name], list)]:
+        raise ValueError(f"{path}: {wrong[0]!r} must be a list, got {fields[wrong[0]]!r}.")
+    if not all(isinstance(arm, dict) for arm in fields["arms"]):
+        raise ValueError(f'{path}: an arm is {{"name": ..., "scheduler": ..., ...config}}, got {fields["arms"]!r}.')
     return fields
 
 
@@ -64,7 +69,8 @@ def make_scheduler(arm: dict, temperature: float):
 
     Args:
         arm: {"name", "scheduler", ...config}; the scheduler a public class name such as "PrismScheduler". An arm with
-            "outside": true may have a temperature of its own, and is marked so in the table. "model" is not read here.
+            "outside": true may have a temperature, top_p or top_k of its own, and is marked so in the tables. "model"
+            is not read here.
         temperature: of all other arms.
     Returns:
         a new scheduler.
@@ -100,7 +106,7 @@ def run_comparison(
     temperature: float = 1.0,
     quality: str | None = None,
     reference: str | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = None,
     models: dict | None = None,
     progress: bool = True,
 ) -> dict:
@@ -112,7 +118,7 @@ def run_comparison(
         task: callable (pipe, steps, seed) -> {metric: number, or list of one number or bool per item}. It must run the
             pipeline with num_inference_steps=steps; the forwards of a refinement loop come on top and are taken off
             `steps` here. Lists must have the same items in the same order in every cell. A metric called "nfe" is
-            checked against the forwards wanted.
+            checked against the forwards wanted. Its attribute `lower_is_better`, if it has one, names metrics.
         arms: list of {"name", "scheduler", ...config}, see `make_scheduler`; "model" names one of `models`.
         forwards: numbers of forward passes.
         seeds: integers; every arm gets every one.
@@ -121,7 +127,7 @@ def run_comparison(
         temperature: of all arms.
         quality: metric of the figure; None for the first.
         reference: arm that the others are compared with, paired; None for the first.
-        higher_is_better: of `quality`.
+        higher_is_better: of `quality`; None for what the task's `lower_is_better` says, else True.
         progress: show a bar on stderr.
     Returns:
         {"task", "temperature", "seeds", "arms", "quality", "higher_is_better", "rows", "pairs", "front"}, see
@@ -174,7 +180,10 @@ def run_comparison(
     quality = metrics[0] if quality is None else quality
     if quality not in metrics:
         raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; metrics: {metrics}.")
-    points = [(row["forwards"], row["value"]) for row in rows if row["metric"] == quality]
+    if higher_is_better is None:
+        higher_is_better = quality not in getattr(task, "lower_is_better", ())
+    outside = _outside(arms)
+    points = [(row["forwards"], row["value"]) for row in rows if row["metric"] == quality and row["arm"] not in outside]
     result = {
         "task": task_name,
         "temperature": temperature,
@@ -214,7 +223,7 @@ def sudoku_task(puzzles, *, batch_size: int = 250):
 def bootstrap_interval(values, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
     """95 % percentile interval of a mean, by resampling the values; None for fewer than two.
 
-    With few values it is too narrow: for 3 it cannot leave their range. Measure items, or use many seeds.
+    With few values it is far too narrow (of 2 it misses the mean half of the time): use `t_interval` for these.
 
     Args:
         values: independent numbers, shape (N,).
@@ -233,21 +242,60 @@ def bootstrap_interval(values, *, resamples: int = 10_000, seed: int = 0) -> tup
     return float(low), float(high)
 
 
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the series below is right to 0.00002.
+T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
+
+
+def t_quantile(df: int) -> float:
+    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom.
+
+    Source: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, 26.7.5, for df of 10 and more.
+    """
+    if df <= len(T_QUANTILES):
+        return T_QUANTILES[df - 1]
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / df**k for k, term in enumerate(terms, start=1))
+
+
+def t_interval(values) -> tuple[float, float] | None:
+    """95 % interval of a mean by Student's t, for a few independent numbers such as one a seed; None for one.
+
+    Args:
+        values: independent numbers, shape (N,), about normal.
+    Returns:
+        (low, high), or None.
+    Source: Student, Biometrika 6 (1908).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    reach = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - reach), float(values.mean() + reach)
+
+
 def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[dict], list[dict]]:
     """Rows of the table, and differences from the reference arm paired by seed (and by item, where there are any).
 
     A list of bools gets Wilson's interval over all items and seeds; it treats the seeds of an item as independent. A
     list of numbers is averaged over seeds and bootstrapped over items, as are all differences of lists. A single number
-    is bootstrapped over seeds.
+    gets a t interval over seeds, and so do differences of these.
 
     Args:
         cells: {(arm, forwards, seed): {metric: number or list}}, complete.
         arms, forwards, seeds: what to tabulate.
         reference: arm that the others are compared with.
     Returns:
-        rows: {"arm", "forwards", "metric", "value", "low", "high", "n", "interval"};
+        rows: {"arm", "forwards", "metric", "value", "low", "high", "n", "interval"}, the last "wilson", "bootstrap"
+        or "t";
         pairs: {"arm", "reference", "forwards", "metric", "difference" (arm - reference), "low", "high", "n"}.
-        `n` counts what was resampled, or the trials of Wilson's interval; low and high are None where n is 1.
+        `n` counts the seeds of a t interval, the items of a bootstrap, or the trials of Wilson's interval; low and high
+        are None where n is 1 (but Wilson's).
     """
     rows, pairs = [], []
     metrics = list(cells[arms[0], forwards[0], seeds[0]])
@@ -261,12 +309,12 @@ def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[d
                     trials = sum(map(len, found))
                     interval, kind = wilson_interval(sum(map(sum, found)), trials), "wilson"
                 else:
-                    trials, interval, kind = len(means[arm]), bootstrap_interval(means[arm]), "bootstrap"
+                    trials, (interval, kind) = len(means[arm]), _interval(means[arm], found)
                 low, high = interval or (None, None)
                 rows.append({**place, "low": low, "high": high, "n": trials, "interval": kind})
                 if arm != reference:
                     difference = means[arm] - means[reference]
-                    low, high = bootstrap_interval(difference) or (None, None)
+                    low, high = _interval(difference, found)[0] or (None, None)
                     pairs.append(
                         {
                             "arm": arm,
@@ -282,8 +330,15 @@ def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[d
     return rows, pairs
 
 
+def _interval(values, found: list) -> tuple:
+    """Interval of the mean of `_independent` values or their differences, and its kind."""
+    if isinstance(found[0], list):
+        return bootstrap_interval(values), "bootstrap"
+    return t_interval(values), "t"
+
+
 def _independent(found: list) -> np.ndarray:
-    """Values to resample: means over seeds of each item (N,), or one number a seed (S,)."""
+    """Independent values: means over seeds of each item (N,), or one number a seed (S,)."""
     array = np.asarray(found, dtype=np.float64)
     return array.mean(axis=0) if array.ndim == 2 else array
 
@@ -303,6 +358,31 @@ def pareto_front(points, higher_is_better: bool = True) -> list[tuple]:
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(pipe, *contents: bytes | str) -> str:
+    """Hash of a pipeline's weights, head, scheduler config and of any other content that decides a result.
+
+    For `task_name`, so that cells of a retrained model or of other held-out texts are not taken for these.
+
+    Args:
+        pipe: a `PrismPipeline`.
+        contents: of files and settings.
+    Returns:
+        12 hex digits.
+    """
+    digest = hashlib.sha256()
+    for part in (pipe.model, pipe.quality_head):
+        for name, tensor in ({} if part is None else part.state_dict()).items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    contents = (type(pipe.scheduler).__name__ + json.dumps(config, sort_keys=True), *contents)
+    for content in contents:
+        content = content.encode() if isinstance(content, str) else content
+        digest.update(b"%d\n" % len(content) + content)
+    return digest.hexdigest()[:12]
 
 
 def cell_file(arm: dict, forwards: int, seed: int, temperature: float, task_name: str) -> str:
@@ -334,12 +414,22 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pi
     for arm in arms:
         if not isinstance(arm.get("name"), str) or not isinstance(arm.get("scheduler"), str):
             raise ValueError(f'An arm is {{"name": ..., "scheduler": ..., ...config}}, got {arm}.')
-    for name, values in (("arms", [arm["name"] for arm in arms]), ("forwards", forwards), ("seeds", seeds)):
-        if len(set(values)) != len(values):
-            raise ValueError(f"`{name}` must not hold one twice, got {values}.")
     for name, values, least in (("forwards", forwards, 1), ("seeds", seeds, 0)):
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
             raise ValueError(f"`{name}` must be integers of at least {least}, got {values}.")
+    for name, values in (("arms", [arm["name"] for arm in arms]), ("forwards", forwards), ("seeds", seeds)):
+        if len(set(values)) != len(values):
+            raise ValueError(f"`{name}` must not hold one twice, got {values}.")
+    inside = [arm for arm in arms if not arm.get("outside")]
+    if not inside:
+        raise ValueError('Every arm is "outside": true, so there is nothing to compare.')
+    for name in ("top_p", "top_k"):
+        found = {arm["name"]: arm.get(name) for arm in inside}
+        if any(value != found[inside[0]["name"]] for value in found.values()):
+            raise ValueError(
+                f"Arms are compared at the same {name}, got {found}. "
+                'Set "outside": true for one that stands beside the others.'
+            )
     for arm in arms:
         make_scheduler(arm, temperature)
         if arm.get("model") not in pipes:
@@ -348,6 +438,11 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pi
             raise ValueError(
                 f"Arm {arm['name']!r}: a loop of {arm['loop_steps']} forwards leaves none of {min(forwards)}."
             )
+
+
+def _outside(arms: list[dict]) -> set[str]:
+    """Names of the arms that stand beside the comparison."""
+    return {arm["name"] for arm in arms if arm.get("outside")}
 
 
 def _checked_metrics(metrics, key: tuple) -> dict:
@@ -458,26 +553,37 @@ def write_comparison(result: dict, out_dir) -> None:
 
 def comparison_table(result: dict) -> str:
     """Markdown: the table of all metrics, the paired differences, and the settings."""
-    outside = {arm["name"] for arm in result["arms"] if arm.get("outside")}
+    outside = _outside(result["arms"])
+
+    def named(arm):
+        return arm + " (outside)" * (arm in outside)
+
     front = {tuple(point) for point in result["front"]}
     lines = [f"# {result['task']}", "", "| metric | forwards | arm | value | 95 % interval | n |", "| --- " * 6 + "|"]
     for row in result["rows"]:
-        name = row["arm"] + (" (outside)" if row["arm"] in outside else "")
         best = row["metric"] == result["quality"] and (row["forwards"], row["value"]) in front
+        best = best and row["arm"] not in outside
         value = f"**{row['value']:.4g}**" if best else f"{row['value']:.4g}"
-        cells = [row["metric"], row["forwards"], name, value, _span(row), f"{row['n']} ({row['interval']})"]
+        cells = [
+            row["metric"],
+            row["forwards"],
+            named(row["arm"]),
+            value,
+            _span(row),
+            f"{row['n']} ({row['interval']})",
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if result["pairs"]:
-        lines += ["", f"Difference from {result['reference']}, paired by seed and item:", ""]
+        lines += ["", f"Difference from {named(result['reference'])}, paired by seed and item:", ""]
         lines += ["| metric | forwards | arm | difference | 95 % interval | n |", "| --- " * 6 + "|"]
         for pair in result["pairs"]:
-            cells = [pair["metric"], pair["forwards"], pair["arm"], f"{pair['difference']:+.4g}", _span(pair)]
+            cells = [pair["metric"], pair["forwards"], named(pair["arm"]), f"{pair['difference']:+.4g}", _span(pair)]
             lines.append("| " + " | ".join(map(str, [*cells, pair["n"]])) + " |")
     better = "higher" if result["higher_is_better"] else "lower"
     lines += ["", f"Temperature {result['temperature']:g}, seeds {result['seeds']}. Bold: on the Pareto front of "]
     lines[-1] += f"{result['quality']} ({better} is better) against forwards."
     if outside:
-        lines[-1] += " Outside: has a temperature of its own and is no part of the comparison."
+        lines[-1] += " Outside: has a temperature, top_p or top_k of its own and is no part of the comparison."
     return "\n".join(lines) + "\n"
 
 
