@@ -33,7 +33,7 @@ from sudoku import fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import choose_arm, ngram_judge, run_comparison, text_plan, text_task
-from prism_pipelines.evaluation.compare import tabulate
+from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
 from prism_pipelines.plots import measures_figure
 

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from prism_pipelines.evaluation import compare, pareto_front, read_comparison, run_comparison, wilson_interval
+from prism_pipelines.evaluation import (
+    compare,
+    pareto_front,
+    read_comparison,
+    run_comparison,
+    statistics,
+    wilson_interval,
+)
 
 pytest.importorskip("matplotlib")
 ARMS = [
@@ -43,11 +50,11 @@ def compared(tmp_path, pipe=None, task=task, arms=ARMS, forwards=(8, 16), seeds=
 def test_bootstrap_agrees_with_enumerating_every_resample():
     values = [0.0, 1.0, 1.5, 4.0, 10.0]
     means = sorted(sum(draw) / 5 for draw in itertools.product(values, repeat=5))
-    low, high = compare.bootstrap_interval(values, resamples=40_000)
+    low, high = statistics.bootstrap_interval(values, resamples=40_000)
     # 40,000 draws place a 2.5 % quantile to +-0.0008 (one sigma); +-0.004 is allowed.
     for bound, share in ((low, 0.025), (high, 0.975)):
         assert means[int((share - 0.004) * len(means))] <= bound <= means[int((share + 0.004) * len(means))]
-    assert compare.bootstrap_interval([1.0]) is None
+    assert statistics.bootstrap_interval([1.0]) is None
 
 
 def test_wilson_at_published_values():
@@ -67,11 +74,11 @@ def test_t_interval_covers_what_it_says_and_its_quantiles_are_those_of_the_table
         (30, 2.0423),
         (120, 1.9799),
     ):
-        assert compare.t_quantile(df) == pytest.approx(quantile, abs=6e-5)
-    assert compare.t_interval([1.0]) is None
-    assert compare.t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205))
+        assert statistics.t_quantile(df) == pytest.approx(quantile, abs=6e-5)
+    assert statistics.t_interval([1.0]) is None
+    assert statistics.t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205))
     draws = np.random.default_rng(0).normal(size=(4000, 3))
-    covered = np.mean([low <= 0 <= high for low, high in map(compare.t_interval, draws)])
+    covered = np.mean([low <= 0 <= high for low, high in map(statistics.t_interval, draws)])
     assert abs(covered - 0.95) < 0.014  # four sigmas of 4000 trials
 
 
@@ -95,14 +102,14 @@ def test_rows_and_pairs_by_hand():
         ("b", 8, 0): {"ok": [False, False, True], "x": [2.0, 3.0, 4.0], "s": 6.0},
         ("b", 8, 1): {"ok": [True, False, False], "x": [4.0, 3.0, 2.0], "s": 8.0},
     }
-    rows, pairs = compare.tabulate(cells, ["a", "b"], [8], [0, 1], "a")
+    rows, pairs = statistics.tabulate(cells, ["a", "b"], [8], [0, 1], "a")
     by = {(row["arm"], row["metric"]): row for row in rows}
     assert by["a", "ok"]["value"] == pytest.approx(5 / 6) and by["a", "ok"]["n"] == 6
     assert (by["a", "ok"]["low"], by["a", "ok"]["high"]) == wilson_interval(5, 6)
     assert (by["a", "x"]["low"], by["a", "x"]["high"], by["a", "x"]["n"]) == (2.0, 2.0, 3)  # seeds average to 2, 2, 2
     assert (by["b", "s"]["value"], by["b", "s"]["n"], by["b", "s"]["interval"]) == (7.0, 2, "t")
     assert [by["b", "s"][key] for key in ("low", "high")] == pytest.approx([7 - 12.706205, 7 + 12.706205])
-    (one,) = [row for row in compare.tabulate(cells, ["a"], [8], [0], "a")[0] if row["metric"] == "s"]
+    (one,) = [row for row in statistics.tabulate(cells, ["a"], [8], [0], "a")[0] if row["metric"] == "s"]
     assert (one["low"], one["high"], one["n"]) == (None, None, 1)
     differences = {pair["metric"]: pair for pair in pairs}
     # b - a is 1 for every item and every seed: pairing leaves no spread, though the arms themselves spread widely
@@ -286,6 +293,8 @@ def test_a_comparison_is_read_from_json_and_toml(tmp_path):
         ("a.json", "[]", "list"),
         ("a.json", '{"arms": [], "forwards": 2, "seeds": [0]}', "'forwards' must be a list"),
         ("a.json", '{"arms": [], "forwards": [2], "seeds": 3}', "'seeds' must be a list"),
+        ("a.json", '{"arms": [], "forwards": [2], "seeds": [3], "quality": ["x"]}', "'quality' must be a string"),
+        ("a.json", '{"arms": [{"model": []}], "forwards": [2], "seeds": [0]}', "an arm is"),
         ("a.json", '{"arms": ["x"], "forwards": [2], "seeds": [0]}', "an arm is"),
         ("a.json", '{"arms": [], "forwards": []}', "lacks.*seeds"),
         ("a.json", '{"arms": [], "forwards": [], "seeds": [], "temprature": 1}', "temprature"),

@@ -5,18 +5,16 @@
 
 from .calibration import calibration_table, evaluate_calibration, write_calibration
 from .compare import (
-    bootstrap_interval,
     comparison_table,
     fingerprint,
     make_scheduler,
-    pareto_front,
     read_comparison,
     run_comparison,
     sudoku_task,
-    t_interval,
     write_comparison,
 )
 from .ngram_judge import ngram_judge
+from .statistics import bootstrap_interval, pareto_front, t_interval
 from .sudoku import (
     SudokuScore,
     calibration,

@@ -19,9 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sudoku import evaluate_sudoku, pipeline_solver, wilson_interval
+from .statistics import pareto_front, tabulate
+from .sudoku import evaluate_sudoku, pipeline_solver
 
-FIELDS = {"arms", "forwards", "seeds", "temperature", "quality", "reference", "higher_is_better"}
+FIELDS = {
+    "arms": list,
+    "forwards": list,
+    "seeds": list,
+    "temperature": (int, float),
+    "quality": str,
+    "reference": str,
+    "higher_is_better": bool,
+}
 
 
 def read_comparison(path) -> dict:
@@ -45,13 +54,14 @@ def read_comparison(path) -> dict:
         raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold fields, got {type(fields).__name__}.")
-    if unknown := sorted(set(fields) - FIELDS):
+    if unknown := sorted(set(fields) - set(FIELDS)):
         raise ValueError(f"{path} has unknown fields {unknown}; known: {sorted(FIELDS)}.")
     if missing := [name for name in ("arms", "forwards", "seeds") if name not in fields]:
         raise ValueError(f"{path} lacks {missing}.")
-    if wrong := [name for name in ("arms", "forwards", "seeds") if not isinstance(fields[name], list)]:
-        raise ValueError(f"{path}: {wrong[0]!r} must be a list, got {fields[wrong[0]]!r}.")
-    if not all(isinstance(arm, dict) for arm in fields["arms"]):
+    if wrong := [name for name, value in fields.items() if not isinstance(value, FIELDS[name])]:
+        kind = {list: "a list", str: "a string", bool: "true or false"}.get(FIELDS[wrong[0]], "a number")
+        raise ValueError(f"{path}: {wrong[0]!r} must be {kind}, got {fields[wrong[0]]!r}.")
+    if not all(isinstance(arm, dict) and isinstance(arm.get("model", ""), str) for arm in fields["arms"]):
         raise ValueError(f'{path}: an arm is {{"name": ..., "scheduler": ..., ...config}}, got {fields["arms"]!r}.')
     return fields
 
@@ -217,146 +227,6 @@ def sudoku_task(puzzles, *, batch_size: int = 250):
     return task
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def bootstrap_interval(values, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile interval of a mean, by resampling the values; None for fewer than two.
-
-    With few values it is far too narrow (of 2 it misses the mean half of the time): use `t_interval` for these.
-
-    Args:
-        values: independent numbers, shape (N,).
-        resamples: bootstrap resamples.
-        seed: of the bootstrap.
-    Returns:
-        (low, high), or None.
-    Source: B. Efron, Annals of Statistics 7 (1979).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2:
-        return None
-    rng, n = np.random.default_rng(seed), len(values)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # (R, N)
-    low, high = np.quantile(times @ values / n, [0.025, 0.975])
-    return float(low), float(high)
-
-
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the series below is right to 0.00002.
-T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
-
-
-def t_quantile(df: int) -> float:
-    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom.
-
-    Source: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, 26.7.5, for df of 10 and more.
-    """
-    if df <= len(T_QUANTILES):
-        return T_QUANTILES[df - 1]
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / df**k for k, term in enumerate(terms, start=1))
-
-
-def t_interval(values) -> tuple[float, float] | None:
-    """95 % interval of a mean by Student's t, for a few independent numbers such as one a seed; None for one.
-
-    Args:
-        values: independent numbers, shape (N,), about normal.
-    Returns:
-        (low, high), or None.
-    Source: Student, Biometrika 6 (1908).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2:
-        return None
-    reach = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - reach), float(values.mean() + reach)
-
-
-def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[dict], list[dict]]:
-    """Rows of the table, and differences from the reference arm paired by seed (and by item, where there are any).
-
-    A list of bools gets Wilson's interval over all items and seeds; it treats the seeds of an item as independent. A
-    list of numbers is averaged over seeds and bootstrapped over items, as are all differences of lists. A single number
-    gets a t interval over seeds, and so do differences of these.
-
-    Args:
-        cells: {(arm, forwards, seed): {metric: number or list}}, complete.
-        arms, forwards, seeds: what to tabulate.
-        reference: arm that the others are compared with.
-    Returns:
-        rows: {"arm", "forwards", "metric", "value", "low", "high", "n", "interval"}, the last "wilson", "bootstrap"
-        or "t";
-        pairs: {"arm", "reference", "forwards", "metric", "difference" (arm - reference), "low", "high", "n"}.
-        `n` counts the seeds of a t interval, the items of a bootstrap, or the trials of Wilson's interval; low and high
-        are None where n is 1 (but Wilson's).
-    """
-    rows, pairs = [], []
-    metrics = list(cells[arms[0], forwards[0], seeds[0]])
-    for steps in forwards:
-        for metric in metrics:
-            values = {arm: [cells[arm, steps, seed][metric] for seed in seeds] for arm in arms}
-            means = {arm: _independent(found) for arm, found in values.items()}
-            for arm, found in values.items():
-                place = {"arm": arm, "forwards": steps, "metric": metric, "value": float(np.mean(means[arm]))}
-                if isinstance(found[0], list) and all(isinstance(item, bool) for run in found for item in run):
-                    trials = sum(map(len, found))
-                    interval, kind = wilson_interval(sum(map(sum, found)), trials), "wilson"
-                else:
-                    trials, (interval, kind) = len(means[arm]), _interval(means[arm], found)
-                low, high = interval or (None, None)
-                rows.append({**place, "low": low, "high": high, "n": trials, "interval": kind})
-                if arm != reference:
-                    difference = means[arm] - means[reference]
-                    low, high = _interval(difference, found)[0] or (None, None)
-                    pairs.append(
-                        {
-                            "arm": arm,
-                            "reference": reference,
-                            "forwards": steps,
-                            "metric": metric,
-                            "difference": float(difference.mean()),
-                            "low": low,
-                            "high": high,
-                            "n": len(difference),
-                        }
-                    )
-    return rows, pairs
-
-
-def _interval(values, found: list) -> tuple:
-    """Interval of the mean of `_independent` values or their differences, and its kind."""
-    if isinstance(found[0], list):
-        return bootstrap_interval(values), "bootstrap"
-    return t_interval(values), "t"
-
-
-def _independent(found: list) -> np.ndarray:
-    """Independent values: means over seeds of each item (N,), or one number a seed (S,)."""
-    array = np.asarray(found, dtype=np.float64)
-    return array.mean(axis=0) if array.ndim == 2 else array
-
-
-def pareto_front(points, higher_is_better: bool = True) -> list[tuple]:
-    """The (forwards, value) points that no other beats: none is better with as few forwards, or as good with fewer.
-
-    Returns:
-        the front, ascending in forwards; equal points once.
-    """
-    sign, front, best = (1 if higher_is_better else -1), [], -math.inf
-    for steps, value in sorted(set(points), key=lambda point: (point[0], -sign * point[1])):
-        if sign * value > best:
-            front.append((steps, value))
-            best = sign * value
-    return front
-
-
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +313,10 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pi
 def _outside(arms: list[dict]) -> set[str]:
     """Names of the arms that stand beside the comparison."""
     return {arm["name"] for arm in arms if arm.get("outside")}
+
+
+def _marked(name: str, outside: set[str]) -> str:
+    return f"{name} (outside)" if name in outside else name
 
 
 def _checked_metrics(metrics, key: tuple) -> dict:
@@ -540,12 +414,13 @@ def write_comparison(result: dict, out_dir) -> None:
     """Write what `run_comparison` found to comparison.json, comparison.md and comparison.png in a folder."""
     from ..plots import pareto_figure
 
-    folder, arms = Path(out_dir), {}
+    folder, arms, outside = Path(out_dir), {}, _outside(result["arms"])
     write_whole(folder / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_whole(folder / "comparison.md", comparison_table(result))
     for row in result["rows"]:
         if row["metric"] == result["quality"]:
-            arms.setdefault(row["arm"], []).append((row["forwards"], row["value"], row["low"], row["high"]))
+            point = (row["forwards"], row["value"], row["low"], row["high"])
+            arms.setdefault(_marked(row["arm"], outside), []).append(point)
     partial = folder / "comparison.partial.png"
     pareto_figure(arms, result["front"], result["quality"], partial)
     os.replace(partial, folder / "comparison.png")
@@ -554,10 +429,6 @@ def write_comparison(result: dict, out_dir) -> None:
 def comparison_table(result: dict) -> str:
     """Markdown: the table of all metrics, the paired differences, and the settings."""
     outside = _outside(result["arms"])
-
-    def named(arm):
-        return arm + " (outside)" * (arm in outside)
-
     front = {tuple(point) for point in result["front"]}
     lines = [f"# {result['task']}", "", "| metric | forwards | arm | value | 95 % interval | n |", "| --- " * 6 + "|"]
     for row in result["rows"]:
@@ -567,17 +438,23 @@ def comparison_table(result: dict) -> str:
         cells = [
             row["metric"],
             row["forwards"],
-            named(row["arm"]),
+            _marked(row["arm"], outside),
             value,
             _span(row),
             f"{row['n']} ({row['interval']})",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if result["pairs"]:
-        lines += ["", f"Difference from {named(result['reference'])}, paired by seed and item:", ""]
+        lines += ["", f"Difference from {_marked(result['reference'], outside)}, paired by seed and item:", ""]
         lines += ["| metric | forwards | arm | difference | 95 % interval | n |", "| --- " * 6 + "|"]
         for pair in result["pairs"]:
-            cells = [pair["metric"], pair["forwards"], named(pair["arm"]), f"{pair['difference']:+.4g}", _span(pair)]
+            cells = [
+                pair["metric"],
+                pair["forwards"],
+                _marked(pair["arm"], outside),
+                f"{pair['difference']:+.4g}",
+                _span(pair),
+            ]
             lines.append("| " + " | ".join(map(str, [*cells, pair["n"]])) + " |")
     better = "higher" if result["higher_is_better"] else "lower"
     lines += ["", f"Temperature {result['temperature']:g}, seeds {result['seeds']}. Bold: on the Pareto front of "]
