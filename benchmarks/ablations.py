@@ -6,7 +6,8 @@ and not with it. Sampling choices: the shipped model, one setting changed. All w
 at temperature 1, PRISM at the shipped eta; measures as in benchmarks/text.py. For the fine-tunes also: AUROC of the
 head and its mean error (Brier) on 16 tokens planted in held-out text, and the held-out loss of the backbone.
 
-A run that is there is resumed or not repeated, a finished cell is not measured again.
+A run that is there is resumed or not repeated, a finished cell is not measured again. `--sampling-only` leaves the
+part about fine-tunes in the table as it is.
 The last line of stdout is one JSON object.
 Usage: python benchmarks/ablations.py --base runs/text-mdm [--data runs/text-data] [--steps 100] [--sampling-only]
 """
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from sudoku import fingerprint, origin  # beside this file
-from text import JUDGE_ORDER, LENGTH, VALIDATION, load, works
+from text import JUDGE_ORDER, LENGTH, VALIDATION, data_hash, load, works
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
@@ -38,16 +40,23 @@ TRAINING = {
     "linear head": ["--head", "linear"],
     "mlp head": ["--head", "mlp"],
 }
-# name: fields that differ from the shipped arm
+# name: fields that differ from the shipped arm; of a window both ends, whatever the shipped one is
 SAMPLING = {
     "shipped": {},
-    "first half": {"remask_end": 0.5},
-    "second half": {"remask_start": 0.5},
+    "whole run": {"remask_start": 0.0, "remask_end": 1.0},
+    "first half": {"remask_start": 0.0, "remask_end": 0.5},
+    "second half": {"remask_start": 0.5, "remask_end": 1.0},
     "inverse eta, T_ref 32": {"eta_schedule": "inverse", "eta_reference_steps": 32},
     "loop of 4": {"loop_steps": 4, "loop_num_remask": LENGTH // 8},
     "loop of 8": {"loop_steps": 8, "loop_num_remask": LENGTH // 8},
     "loop of 8, half": {"loop_steps": 8, "loop_num_remask": LENGTH // 2},
 }
+
+
+def run_folder(runs: Path, name: str, base: Path, data: Path, steps: int) -> Path:
+    """Folder of a fine-tune; another one for other flags, steps, data or weights to start from."""
+    made_from = fingerprint(base, {"flags": TRAINING[name], "data": data_hash(data)})
+    return runs / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}_{steps}_{made_from}"
 
 
 def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int) -> None:
@@ -118,6 +127,7 @@ def main(argv=None) -> int:
     )
     shipped = next(arm for arm in text_plan(model)["arms"] if arm["name"] == "PRISM")
     settings = {"num_samples": args.num_samples, "length": LENGTH, "dtype": args.dtype, "eta": shipped["eta"]}
+    settings["data"] = data_hash(args.data, model / "words.txt")
     arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
     result = {"settings": settings, **origin()}
     result["sampling"] = compare(pipe, task, arms, args, [16, 32, 64], f"sampling {fingerprint(model, settings)}")
@@ -127,7 +137,7 @@ def main(argv=None) -> int:
         sequences = torch.tensor(ids[: 256 * LENGTH]).view(-1, LENGTH)
         models, heads, arms = {}, {}, []
         for name in args.variants:
-            folder = args.runs / name.replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
+            folder = run_folder(args.runs, name, args.base, args.data, args.steps)
             fine_tune(args.base, args.data, folder, TRAINING[name], args.steps)
             mark = f"{name} {fingerprint(folder, {})}"
             models[mark] = load(folder, args.dtype)
@@ -135,7 +145,9 @@ def main(argv=None) -> int:
             arms.append({**shipped, "name": name, "model": mark})
             print(json.dumps({name: heads[name]}), file=sys.stderr)
         result["training"] = compare(pipe, task, arms, args, [32], f"training {settings}", models)
-        result["training"] |= {"heads": heads, "steps": args.steps}
+        result["training"] |= {"heads": heads, "steps": args.steps, "commit": result["commit"]}
+    elif "training" in (known := json.loads(TABLE.read_text()) if TABLE.exists() else {}):
+        result["training"] = {"commit": known["commit"], **known["training"]}
     TABLE.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(json.dumps(result))
     return 0

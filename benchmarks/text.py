@@ -3,14 +3,15 @@
 Held fixed: bundled text model, temperature 1, 256 bytes a text, seeds. Varied: the rule, and the number of forwards
 (those of a refinement loop and of a critic count). Reference: MDLM, which remasks nothing. Every rule's one knob was
 chosen on another play from a grid of the same size (`arms.json`, made by examples/text/finish.py). Three arms have
-weights of their own and run if their folders are given: MDLM before PRISM's fine-tuning, Token-Critic, and PRISM with
-the head alone trained; their knobs are chosen here, in the same way on the same play.
+weights of their own and run if their folders are given: MDLM before PRISM's fine-tuning, Token-Critic, whose knob is
+chosen here in the same way on the same play, and PRISM with the head alone trained, which has every setting of the
+PRISM arm, so that weights alone differ.
 
 Measures: distance of character 4-grams and of words to the held-out plays (lower is better, grows as text gets less:
 all cells have as much), share of known words, entropy of the words of a text, distinct word pairs, self-BLEU, and the
 negative log-likelihood per byte under a 6-gram judge counted on the training text. The held-out play that settings
-were chosen on is measured like an arm, for scale. Intervals: 95 % bootstrap, of texts for entropy and nll, else of
-seeds.
+were chosen on is measured like an arm, for scale. Intervals, 95 %: bootstrap of texts for entropy and nll, else
+Student's t over seeds, paired for differences.
 
 A finished cell (arm, forwards, seed) is a file and is not run again: stop at any time and start again. When all are
 there the table and the figure are written to docs/figures. `--quick` runs a part on few texts and exits 1 if entropy
@@ -21,6 +22,7 @@ Usage: python benchmarks/text.py [--quick] [--data runs/text-data] [--critic FOL
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from sudoku import fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import choose_arm, ngram_judge, run_comparison, text_plan, text_task
-from prism_pipelines.evaluation.compare import tabulate
+from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
 from prism_pipelines.plots import measures_figure
 
@@ -40,7 +42,6 @@ FIGURES = ROOT / "docs" / "figures"
 LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 256, 32, 40_000
 VALIDATION = "henry_v"
 JUDGE_ORDER = 6  # of bytes
-ETAS = (0.01, 0.03, 0.1, 0.3)
 DRAWN = {
     "ngram_js": "character 4-grams: distance",
     "nll": "6-gram judge: nats per byte",
@@ -54,6 +55,14 @@ def works(path: Path) -> dict[str, str]:
     return {row["title"]: row["text"] for row in map(json.loads, path.read_text().splitlines())}
 
 
+def data_hash(data: Path, *more: Path) -> str:
+    """Hash of the training and held-out text, and of more files, for the names of cells."""
+    digest = hashlib.sha256()
+    for path in (data / "train.jsonl", data / "heldout.jsonl", *more):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
 def load(folder, dtype: str) -> PrismPipeline:
     """A saved pipeline without its progress bar."""
     pipe = PrismPipeline.from_pretrained(str(folder), torch_dtype=getattr(torch, dtype))
@@ -61,16 +70,21 @@ def load(folder, dtype: str) -> PrismPipeline:
     return pipe
 
 
-def extra_arms(folders: dict, dtype: str, validation: list[str], num_samples: int) -> tuple[list[dict], dict]:
-    """Arms with weights of their own, each with the best of four settings on the validation play; and their models."""
-    head = {"scheduler": "PrismScheduler", "order": "random"}
+def extra_arms(
+    folders: dict, dtype: str, validation: list[str], num_samples: int, shipped: list[dict]
+) -> tuple[list[dict], dict]:
+    """Arms with weights of their own; and their models.
+
+    Token-Critic has the best of four settings on the validation play, the frozen head those of the shipped "PRISM".
+    """
+    prism = next(arm for arm in shipped if arm["name"] == "PRISM")
     wanted = {
         "base": ("MDLM before fine-tuning", [{"scheduler": "MDLMScheduler", "order": "random"}]),
         "critic": (
             "Token-Critic",
             [{"scheduler": "TokenCriticScheduler", "noise": x} for x in (0.0, 0.5, 1.0, 2.0)],
         ),
-        "frozen": ("PRISM, head alone", [{**head, "eta": eta} for eta in ETAS]),
+        "frozen": ("PRISM, head alone", [prism]),
     }
     task = text_task(validation, num_samples=num_samples, gen_length=LENGTH, batch_size=64)
     arms, models = [], {}
@@ -78,7 +92,7 @@ def extra_arms(folders: dict, dtype: str, validation: list[str], num_samples: in
         if folders[name] is not None:
             mark = f"{name} {fingerprint(folders[name], {})}"  # a cell must not outlive the weights it was made with
             models[mark] = pipe = load(folders[name], dtype)
-            options = [{"name": title, **option, "model": mark} for option in options]
+            options = [{**option, "name": title, "model": mark} for option in options]
             arms.append(choose_arm(pipe, task, options, steps=CHOOSE_STEPS, seed=CHOOSE_SEED))
             print(json.dumps(arms[-1]), file=sys.stderr)
     return arms, models
@@ -154,10 +168,11 @@ def main(argv=None) -> int:
     vocabulary = set((model / "words.txt").read_text().split())
     task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64)
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
-    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count)
     plan = text_plan(model)
+    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count, plan["arms"])
     arms = [arm for arm in [*plan["arms"], *more] if args.arms is None or arm["name"] in args.arms]
     settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
+    settings["data"] = data_hash(args.data, model / "words.txt")
     mark = fingerprint(model, settings)
     result = run_comparison(
         pipe,

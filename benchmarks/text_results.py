@@ -37,6 +37,16 @@ def value(row: dict) -> str:
     return f"{row['value']:.3f} ({row['low']:.3f}-{row['high']:.3f})"
 
 
+def intervals(rows: list[dict]) -> str:
+    """What the intervals of a table are."""
+    kinds = {row["metric"]: row["interval"] for row in rows}
+    names = {"bootstrap": "bootstrap", "t": "Student's t"}
+    return (
+        f"95 % intervals: {names[kinds['entropy']]} over texts for entropy and the judge, "
+        f"{names[kinds['ngram_js']]} over seeds for the other measures (none for one seed)."
+    )
+
+
 def grid(rows: list[dict], metric: str, held_out: dict | None = None) -> list[str]:
     """A table of arms by forwards for one measure."""
     found = {(row["arm"], row["forwards"]): row for row in rows if row["metric"] == metric}
@@ -82,10 +92,11 @@ def text_section(table: dict) -> str:
         f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: texts of {settings['length']} bytes, "
         f"commit `{table['commit']}`, {table['device']}, torch "
         f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
-        "and critics are part of the number. 95 % bootstrap intervals, over texts for entropy and the judge, else over "
-        "seeds.",
+        f"and critics are part of the number. {intervals(table['rows'])}",
         "",
-        "Every rule's knob was chosen on another play from four values: " + "; ".join(knobs) + ".",
+        "Every rule's knob was chosen on another play from four values (a loop and the head alone have PRISM's): "
+        + "; ".join(knobs)
+        + ".",
         "",
         'Paired by seed, by character 4-grams and by entropy ("closer": nearer to held-out text, interval of the '
         'difference above 0; "even": the interval holds 0):',
@@ -130,7 +141,7 @@ def card_section(metrics: dict) -> str:
     lines += ["Difference from MDLM, paired by seed, in distance of character 4-grams (above 0 is worse):", ""]
     for pair in metrics["test"]["pairs"]:
         if pair["metric"] == "ngram_js":
-            span = f"{pair['low']:+.4f} to {pair['high']:+.4f}"
+            span = "one seed" if pair["low"] is None else f"{pair['low']:+.4f} to {pair['high']:+.4f}"
             lines.append(f"* {pair['arm']}, {pair['forwards']} forwards: {pair['difference']:+.4f} ({span})")
     lines += ["", "[What this says and what was tried](text.md#what-came-out).", ""]
     return "\n".join(lines)
@@ -156,8 +167,10 @@ def ablation_section(table: dict) -> str:
     if "training" in table:
         found = table["training"]
         values = {(row["arm"], row["metric"]): row for row in found["rows"]}
+        commit = found.get("commit", table["commit"])
+        made_at = "" if commit == table["commit"] else f" (commit `{commit}`)"
         lines += [
-            f"Fine-tunes of {found['steps']} steps each, from the same pretrained model; texts at "
+            f"Fine-tunes of {found['steps']} steps each, from the same pretrained model{made_at}; texts at "
             f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted a text.",
             "",
             "| fine-tune | AUROC | Brier | held-out loss | distance | judge | entropy |",

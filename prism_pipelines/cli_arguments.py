@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several subcommands take."""
+"""Types and checks of command-line arguments that several subcommands take."""
 
 from __future__ import annotations
 
@@ -19,3 +19,19 @@ def number_type(kind, low, words: str):
         return value
 
     return parse
+
+
+def check_device(name: str):
+    """The torch device of `--device`.
+
+    Raises:
+        ValueError: there is no such device, or it is not available.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device

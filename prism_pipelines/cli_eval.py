@@ -1,4 +1,4 @@
-"""`prism eval sudoku|text|code|calibration|compare`: `prism_pipelines.evaluation` on the command line."""
+"""`prism eval sudoku|text|calibration|code|compare`: `prism_pipelines.evaluation` on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 
-# What `compare` compares when no file says otherwise: the same order and number of remasked tokens for every rule.
+from .cli_arguments import check_device, number_type
+
+# What `compare` compares on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence
+# remask 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
 ARMS = [
     {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
     {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "num_remask": 4},
@@ -17,31 +20,33 @@ ARMS = [
 
 def add_parser(commands) -> None:
     """Add the subcommand `eval` to the subparsers of `prism`."""
-    parser = commands.add_parser("eval", help="measure a model: sudoku, text, calibration, compare")
+    parser = commands.add_parser("eval", help="measure a model: sudoku, text, calibration, code, compare")
     kinds = parser.add_subparsers(title="evaluations", metavar="EVALUATION", required=True)
+
+    count = number_type(int, 1, "a whole number of at least 1")
 
     sudoku = kinds.add_parser("sudoku", help="share of puzzles solved, with its interval")
     _common(sudoku, run_sudoku)
-    sudoku.add_argument("--steps", type=int, default=52, help="forward passes (default: %(default)s)")
-    sudoku.add_argument("--num-puzzles", type=int, default=100)
-    sudoku.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 17 to 80 (default: %(default)s)")
+    sudoku.add_argument("--steps", type=count, default=52, help="forward passes (default: %(default)s)")
+    sudoku.add_argument("--num-puzzles", type=count, default=100)
+    sudoku.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
 
     text = kinds.add_parser("text", help="distances to held-out text, diversity, perplexity under a judge, MAUVE")
     _common(text, run_text)
     text.add_argument("--texts", metavar="FILE", help="generated texts (.jsonl, .json, .txt); default: generate")
     text.add_argument("--reference", metavar="FILE", required=True, help="held-out texts, in the same formats")
-    text.add_argument("--num-samples", type=int, default=64)
-    text.add_argument("--gen-length", type=int, default=128)
-    text.add_argument("--steps", type=int, default=64, help="forward passes (default: %(default)s)")
+    text.add_argument("--num-samples", type=count, default=64)
+    text.add_argument("--gen-length", type=count, default=128)
+    text.add_argument("--steps", type=count, default=64, help="forward passes (default: %(default)s)")
     text.add_argument("--judge", help="folder or Hub id of a causal model, for generative perplexity")
     text.add_argument("--featurizer", help="folder or Hub id of a model, for MAUVE")
 
     calibration = kinds.add_parser("calibration", help="does the head know what is wrong? AUROC, ECE, Brier, figure")
     _common(calibration, run_calibration)
     calibration.add_argument("--data", default="sudoku", help='"sudoku" or a file of texts (default: %(default)s)')
-    calibration.add_argument("--num-sequences", type=int, default=256)
-    calibration.add_argument("--length", type=int, default=128, help="tokens of a sequence of text")
-    calibration.add_argument("--num-revealed", type=int, default=1, help="tokens planted at once (default: 1)")
+    calibration.add_argument("--num-sequences", type=count, default=256)
+    calibration.add_argument("--length", type=count, default=128, help="tokens of a sequence of text")
+    calibration.add_argument("--num-revealed", type=count, default=1, help="tokens planted at once (default: 1)")
     calibration.add_argument("--out", metavar="FOLDER", help="write calibration.json, .md and .png there")
 
     code = kinds.add_parser("code", help="HumanEval or MBPP: pass@k, executed in a sandbox")
@@ -50,12 +55,12 @@ def add_parser(commands) -> None:
     code.add_argument("--allow-execution", action="store_true", help="yes, run what the model writes")
     code.add_argument("--no-isolation", action="store_true", help="also where the machine allows no isolation")
     code.add_argument("--style", choices=["base", "instruct"], default="base")
-    code.add_argument("--num-samples", type=int, default=1, help="completions of each problem")
-    code.add_argument("--pass-at", type=int, nargs="+", default=[1], metavar="K")
-    code.add_argument("--limit", type=int, help="the first problems only; the result says that it is partial")
-    code.add_argument("--gen-length", type=int, default=512)
-    code.add_argument("--block-length", type=int, default=32)
-    code.add_argument("--steps", type=int, default=256, help="forward passes (default: %(default)s)")
+    code.add_argument("--num-samples", type=count, default=1, help="completions of each problem")
+    code.add_argument("--pass-at", type=count, nargs="+", default=[1], metavar="K")
+    code.add_argument("--limit", type=count, help="the first problems only; the result says that it is partial")
+    code.add_argument("--gen-length", type=count, default=512)
+    code.add_argument("--block-length", type=count, default=32)
+    code.add_argument("--steps", type=count, default=256, help="forward passes (default: %(default)s)")
     code.add_argument("--out", metavar="FILE", help="write everything, with programs and verdicts, as JSON")
 
     compare = kinds.add_parser("compare", help="arms by forwards by seeds at equal forwards, resumable")
@@ -63,20 +68,20 @@ def add_parser(commands) -> None:
     compare.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds, temperature")
     compare.add_argument("--task", choices=["sudoku", "text", "all"], help="default: sudoku; without --model all")
     compare.add_argument("--reference", metavar="FILE", help="held-out texts (default: those beside the text model)")
-    compare.add_argument("--forwards", type=int, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text")
-    compare.add_argument("--num-seeds", type=int, help="default: 3 for sudoku, 5 for text")
-    compare.add_argument("--num-puzzles", type=int, default=100)
-    compare.add_argument("--clues", type=int, default=30)
-    compare.add_argument("--num-samples", type=int, default=64)
-    compare.add_argument("--gen-length", type=int, help="tokens of a text (default: what fits, at most 256)")
+    compare.add_argument("--forwards", type=count, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text")
+    compare.add_argument("--num-seeds", type=count, help="seeds from --seed on (default: 3 for sudoku, 5 for text)")
+    compare.add_argument("--num-puzzles", type=count, default=100)
+    compare.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
+    compare.add_argument("--num-samples", type=count, default=64)
+    compare.add_argument("--gen-length", type=count, help="tokens of a text (default: what fits, at most 256)")
     compare.add_argument("--quick", action="store_true", help="few seeds, puzzles and texts: minutes")
     compare.add_argument("--out", metavar="FOLDER", default="runs/compare", help="default: %(default)s")
 
 
 def _common(parser, run) -> None:
-    parser.add_argument("--model", help="folder or Hub id (default: a bundled model)")
+    parser.add_argument("--model", help="folder or Hub id (default: the bundled model for the task, if there is one)")
     parser.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for it")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=run)
@@ -87,9 +92,10 @@ def _pipeline(args, default: str = "sudoku"):
     from . import bundled
     from .pipeline_prism import PrismPipeline
 
+    device = check_device(args.device)
     pipe = PrismPipeline.from_pretrained(args.model or bundled(default), quality_head=args.quality_head)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(args.device)
+    return pipe.to(device)
 
 
 def _print(result: dict, args: argparse.Namespace, text: str | None = None) -> int:
@@ -109,7 +115,7 @@ def run_sudoku(args: argparse.Namespace) -> int:
 
     puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, seed=args.seed)
     score = evaluation.evaluate_sudoku(evaluation.pipeline_solver(_pipeline(args), args.steps, args.seed), puzzles)
-    low, high = evaluation.wilson_interval(int(score.solved.sum()), len(puzzles))
+    low, high = score.interval
     result = {"solved": score.success, "low": low, "high": high, "puzzles": len(puzzles), "clues": args.clues}
     return _print(result | {"forwards": args.steps, "seed": args.seed}, args)
 
@@ -120,11 +126,11 @@ def run_text(args: argparse.Namespace) -> int:
 
     if args.texts is None and args.model is None:
         raise ValueError("Pass --texts FILE with generated texts, or --model to generate them.")
+    check_device(args.device)
     if args.texts is not None:
         texts = evaluation.read_texts(args.texts)
     else:
         texts = evaluation.pipeline_texts(_pipeline(args), args.num_samples, args.gen_length, args.steps, args.seed)
-        texts = texts[0] if isinstance(texts, tuple) else texts
     reference = evaluation.read_texts(args.reference)
     result = evaluation.evaluate_text(
         texts, reference, judge=args.judge, featurizer=args.featurizer, device=args.device
@@ -145,6 +151,8 @@ def run_code(args: argparse.Namespace) -> int:
         raise ValueError("This executes programs that the model writes, in a sandbox. Say so with --allow-execution.")
     if not args.no_isolation and (reason := isolation_problem()):
         raise ValueError(f"This machine cannot isolate programs: {reason} --no-isolation runs them all the same.")
+    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        raise ValueError(f"--out {args.out}: that folder does not exist, or it is a folder itself.")
     steps = {"num_inference_steps": args.steps, "gen_length": args.gen_length, "block_length": args.block_length}
     result = evaluate_code(
         _pipeline(args),
@@ -169,11 +177,14 @@ def run_calibration(args: argparse.Namespace) -> int:
 
     from . import evaluation, sudoku
 
-    pipe = _pipeline(args)
     if args.data == "sudoku":
+        pipe = _pipeline(args)
+        if pipe.mask_token_id != sudoku.MASK_ID or getattr(pipe.model.config, "vocab_size", None) != sudoku.VOCAB_SIZE:
+            raise ValueError(f"{args.model} is not a Sudoku model; pass --data FILE with texts.")
         sequences = torch.as_tensor(sudoku.make_puzzles(args.num_sequences, 36, seed=args.seed)[1]).long()
     else:
-        sequences = packed(evaluation.read_texts(args.data), pipe.tokenizer, args.length, args.num_sequences)
+        texts, pipe = evaluation.read_texts(args.data), _pipeline(args, "text")
+        sequences = packed(texts, pipe.tokenizer, args.length, args.num_sequences)
     result = evaluation.evaluate_calibration(
         pipe, sequences, num_revealed=args.num_revealed, seed=args.seed, out_dir=args.out
     )
@@ -184,7 +195,7 @@ def packed(texts: list[str], tokenizer, length: int, count: int):
     """The first `count` sequences of `length` tokens of texts laid end to end, int64 (N, length).
 
     Raises:
-        ValueError: no tokenizer, or less text than one sequence.
+        ValueError: no tokenizer, less text than one sequence, or a tokenizer that does not know most of it.
     """
     import torch
 
@@ -194,7 +205,12 @@ def packed(texts: list[str], tokenizer, length: int, count: int):
     count = min(count, len(ids) // length)
     if count == 0:
         raise ValueError(f"--data holds {len(ids)} tokens, less than one sequence of --length {length}.")
-    return torch.tensor(ids[: count * length]).view(count, length)
+    ids = torch.tensor(ids[: count * length]).view(count, length)
+    # Some tokenizers write padding for what they do not know.
+    strange = [token for token in (tokenizer.unk_token_id, tokenizer.pad_token_id) if token is not None]
+    if (unknown := torch.isin(ids, torch.tensor(strange, dtype=torch.long)).float().mean()) > 0.5:
+        raise ValueError(f"The model's tokenizer does not know {unknown:.0%} of --data: it is made for other text.")
+    return ids
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -214,12 +230,11 @@ def run_compare(args: argparse.Namespace) -> int:
         out = f"{args.out}/{kind}" if task == "all" else args.out
         pipe, compared, plan, name = (_compare_sudoku if kind == "sudoku" else _compare_text)(args)
         if args.config is not None:
-            kept = {field: plan[field] for field in ("quality", "higher_is_better") if field in plan}
-            plan = kept | evaluation.read_comparison(args.config)
+            plan = _configured(args, plan, kind)
         if args.forwards is not None:
             plan["forwards"] = args.forwards
         if args.num_seeds is not None:
-            plan["seeds"] = list(range(args.num_seeds))
+            plan["seeds"] = [args.seed + i for i in range(args.num_seeds)]
         if args.quick:
             plan["seeds"] = plan["seeds"][: 1 if kind == "sudoku" else 2]
         print(f"{kind}: {len(plan['arms'])} arms at {plan['forwards']} forwards", file=sys.stderr)
@@ -229,14 +244,27 @@ def run_compare(args: argparse.Namespace) -> int:
     return _print(results if task == "all" else results[task], args, text)
 
 
+def _configured(args, plan: dict, kind: str) -> dict:
+    """The plan of `--config`; of the task's own only its quality stays, where the file names no other."""
+    from . import evaluation
+
+    fields = evaluation.read_comparison(args.config)
+    if kind == "text" and args.seed and args.num_seeds is None:
+        raise ValueError("--seed has no effect beside the seeds of --config; pass --num-seeds too, or leave it out.")
+    kept = {field: plan[field] for field in ("quality", "higher_is_better") if field in plan}
+    return (kept if fields.get("quality", plan.get("quality")) == plan.get("quality") else {}) | fields
+
+
 def _compare_sudoku(args):
     """Pipeline, task, plan and name of a comparison on generated puzzles."""
     from . import evaluation, sudoku
 
     puzzles, _ = sudoku.make_puzzles(20 if args.quick else args.num_puzzles, args.clues, seed=args.seed)
-    name = f"{_named(args, 'sudoku')} sudoku-{len(puzzles)}-{args.clues}-{args.seed}"
-    plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [0, 1, 2]}
-    return _pipeline(args), evaluation.sudoku_task(puzzles), plan, name
+    pipe = _pipeline(args)
+    mark = evaluation.fingerprint(pipe)
+    name = f"{_named(args, 'sudoku')} sudoku-{len(puzzles)}-{args.clues}-{args.seed} {mark}"
+    plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
+    return pipe, evaluation.sudoku_task(puzzles), plan, name
 
 
 def _compare_text(args):
@@ -247,9 +275,12 @@ def _compare_text(args):
     folder, count, pipe = args.model or bundled("text"), 16 if args.quick else args.num_samples, _pipeline(args, "text")
     length = room(pipe, None, args.gen_length)
     task = evaluation.task_of_folder(folder, args.reference, num_samples=count, gen_length=length)
-    return pipe, task, evaluation.text_plan(folder), f"{_named(args, 'text')} {count}-{length}"
+    plan = evaluation.text_plan(folder)
+    plan["seeds"] = [args.seed + seed for seed in plan["seeds"]]
+    mark = evaluation.fingerprint(pipe, *evaluation.folder_contents(folder, args.reference))
+    return pipe, task, plan, f"{_named(args, 'text')} {count}-{length} {mark}"
 
 
 def _named(args, default: str) -> str:
-    """What a finished cell is found again by."""
+    """The model and head, for people; a finished cell is found again by this and `evaluation.fingerprint`."""
     return f"{args.model or f'bundled {default}'} {args.quality_head or ''}"

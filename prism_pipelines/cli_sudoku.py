@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import sudoku
-from .cli_arguments import number_type
+from .cli_arguments import check_device, number_type
 
 BATCH_SIZE = 128
 MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
@@ -148,17 +148,12 @@ def load_pipeline(args):
     Raises:
         ValueError: the device is not there, the model is no Sudoku model, or a flag does not fit the scheduler.
     """
-    import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     from . import PrismPipeline, bundled
 
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = check_device(args.device)
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
     try:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .cli_arguments import number_type
+from .cli_arguments import check_device, number_type
 
 COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
 SHOWN = ("ngram_js", "word_js", "known_words", "entropy", "distinct_2")
@@ -59,17 +59,12 @@ def load_pipeline(args):
     Raises:
         ValueError: the device is not there, or the model has no tokenizer.
     """
-    import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     from . import PrismPipeline, bundled
 
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = check_device(args.device)
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
     try:
@@ -117,6 +112,8 @@ def run_text(args) -> int:
 
     if args.compare and (args.prompt is not None or args.html):
         raise ValueError("--compare writes texts of its own; PROMPT and --html do not go with it")
+    if args.compare and args.scheduler:
+        raise ValueError("--compare compares decoding rules; --scheduler does not go with it")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("PROMPT is empty; leave it out to write from nothing")
     if args.html and (args.num_samples or 1) != 1:
@@ -181,7 +178,7 @@ def _run_compare(pipe, args, console) -> int:
     from rich.table import Table
 
     from . import bundled
-    from .evaluation import run_comparison, task_of_folder, text_plan
+    from .evaluation import fingerprint, folder_contents, run_comparison, task_of_folder, text_plan
 
     folder = args.model or bundled("text")
     plan, count, length = text_plan(folder), args.num_samples or 32, room(pipe, None, args.gen_length)
@@ -192,13 +189,14 @@ def _run_compare(pipe, args, console) -> int:
     if args.num_inference_steps:
         plan["forwards"] = [args.num_inference_steps]
     task = task_of_folder(folder, num_samples=count, gen_length=length)
+    mark = fingerprint(pipe, *folder_contents(folder))
     with tempfile.TemporaryDirectory() as temporary:
         found = run_comparison(
             pipe,
             task,
             **plan,
             out_dir=args.out or temporary,
-            task_name=f"{args.model or 'bundled text'}: {count} texts of {length} tokens",
+            task_name=f"{args.model or 'bundled text'}: {count} texts of {length} tokens, {mark}",
             progress=Console(stderr=True).is_terminal,
         )
     if args.json:
@@ -216,6 +214,7 @@ def _run_compare(pipe, args, console) -> int:
     console.print(table)
     console.print(
         f"{count} texts of {length} tokens, {args.num_seeds} seeds, temperature {found['temperature']:g}; 95 % "
-        "bootstrap intervals. ngram_js and word_js: distance to held-out text, lower is better; read entropy beside."
+        "intervals: of entropy a bootstrap over texts, else t over seeds. ngram_js and word_js: distance to held-out "
+        "text, lower is better; read entropy beside."
     )
     return 0

@@ -73,6 +73,8 @@ class PrismLM(LM):
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
         if gen_length is not None and (not isinstance(gen_length, int) or gen_length < 1):
             raise ValueError(f"`gen_length` must be an integer of at least 1, got {gen_length!r}.")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.pipe = PrismPipeline.from_pretrained(
             pretrained,

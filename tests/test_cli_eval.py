@@ -90,7 +90,25 @@ def test_compare_on_the_bundled_text_model(tmp_path, capsys):
     assert (tmp_path / "out" / "comparison.png").exists()
 
 
+def test_cells_of_text_follow_the_reference_and_seeds_start_at_the_seed(tmp_path, capsys):
+    flags = ["eval", "compare", "--task", "text", "--num-samples", "2", "--gen-length", "24", "--forwards", "4"]
+    plan = {"arms": [{"name": "a", "scheduler": "MDLMScheduler"}], "forwards": [4], "seeds": [0], "quality": "entropy"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    flags += ["--config", str(tmp_path / "plan.json"), "--num-seeds", "1", "--seed", "7", "--json"]
+    names = []
+    for words in ("To be or not to be", "that is the question"):
+        (tmp_path / "held.jsonl").write_text(json.dumps(words) + "\n")
+        assert main([*flags, "--reference", str(tmp_path / "held.jsonl"), "--out", str(tmp_path / "out")]) == 0
+        found = told(capsys)
+        assert found["seeds"] == [7] and found["higher_is_better"]  # that of the text plan was for its own quality
+        names.append(found["task"])
+    assert names[0] != names[1] and len(list((tmp_path / "out" / "cells").iterdir())) == 2
+
+
 BAD = [
+    ["sudoku", "--device", "nope"],
+    ["compare", "--device", "cuda:99"],
+    ["code", "--model", "x", "--problems", "y", "--allow-execution", "--no-isolation", "--out", "/no/such/dir/x.json"],
     ["calibration", "--data", "/no/such.txt"],
     ["compare", "--task", "text", "--model", bundled("sudoku")],
     ["compare", "--task", "all", "--model", bundled("sudoku")],
@@ -101,3 +119,30 @@ BAD = [
 def test_bad_input_is_one_line(flags, capsys, tmp_path):
     assert main(["eval", *flags]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("prism: error:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["calibration", "--length", "0"], "--length"),
+        (["calibration", "--num-sequences", "-1"], "--num-sequences"),
+        (["sudoku", "--steps", "0"], "--steps"),
+        (["compare", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_a_bad_number_is_one_line(flags, named, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", *flags])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and named in lines[0]
+
+
+def test_texts_are_calibrated_on_a_model_that_reads_them(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("To be or not to be that is the question " * 8)
+    flags = ["eval", "calibration", "--data", str(tmp_path / "t.txt"), "--length", "32", "--num-sequences", "2"]
+    assert main([*flags, "--json"]) == 0
+    assert told(capsys)["sequences"] == 2
+    assert main([*flags, "--model", bundled("sudoku")]) == 2
+    assert "does not know 100%" in capsys.readouterr().err
+    assert main(["eval", "calibration", "--model", bundled("text")]) == 2
+    assert "not a Sudoku model" in capsys.readouterr().err

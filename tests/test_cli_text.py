@@ -49,6 +49,7 @@ def test_the_page_shows_the_run(tmp_path, capsys):
     [
         (["--compare", "To be"], "PROMPT"),
         ([" "], "PROMPT"),
+        (["--compare", "--scheduler", "mdlm"], "--scheduler"),
         (["--num-samples", "2", "--html", "x.html"], "--num-samples"),
         (["--html", "/no/such/folder/x.html"], "/no/such/folder"),
         (["word " * 200], "256"),

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from prism_pipelines.evaluation import compare, pareto_front, read_comparison, run_comparison, wilson_interval
+from prism_pipelines.evaluation import (
+    compare,
+    pareto_front,
+    read_comparison,
+    run_comparison,
+    statistics,
+    wilson_interval,
+)
 
 pytest.importorskip("matplotlib")
 ARMS = [
@@ -43,17 +50,36 @@ def compared(tmp_path, pipe=None, task=task, arms=ARMS, forwards=(8, 16), seeds=
 def test_bootstrap_agrees_with_enumerating_every_resample():
     values = [0.0, 1.0, 1.5, 4.0, 10.0]
     means = sorted(sum(draw) / 5 for draw in itertools.product(values, repeat=5))
-    low, high = compare.bootstrap_interval(values, resamples=40_000)
+    low, high = statistics.bootstrap_interval(values, resamples=40_000)
     # 40,000 draws place a 2.5 % quantile to +-0.0008 (one sigma); +-0.004 is allowed.
     for bound, share in ((low, 0.025), (high, 0.975)):
         assert means[int((share - 0.004) * len(means))] <= bound <= means[int((share + 0.004) * len(means))]
-    assert compare.bootstrap_interval([1.0]) is None
+    assert statistics.bootstrap_interval([1.0]) is None
 
 
 def test_wilson_at_published_values():
     # R. Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 and 0 of 20.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_t_interval_covers_what_it_says_and_its_quantiles_are_those_of_the_tables():
+    # Tables of Student's t, 97.5 %: (degrees of freedom, quantile)
+    for df, quantile in (
+        (1, 12.7062),
+        (2, 4.3027),
+        (4, 2.7764),
+        (9, 2.2622),
+        (10, 2.2281),
+        (30, 2.0423),
+        (120, 1.9799),
+    ):
+        assert statistics.t_quantile(df) == pytest.approx(quantile, abs=6e-5)
+    assert statistics.t_interval([1.0]) is None
+    assert statistics.t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205))
+    draws = np.random.default_rng(0).normal(size=(4000, 3))
+    covered = np.mean([low <= 0 <= high for low, high in map(statistics.t_interval, draws)])
+    assert abs(covered - 0.95) < 0.014  # four sigmas of 4000 trials
 
 
 def dominated(point, points, sign):
@@ -76,12 +102,15 @@ def test_rows_and_pairs_by_hand():
         ("b", 8, 0): {"ok": [False, False, True], "x": [2.0, 3.0, 4.0], "s": 6.0},
         ("b", 8, 1): {"ok": [True, False, False], "x": [4.0, 3.0, 2.0], "s": 8.0},
     }
-    rows, pairs = compare.tabulate(cells, ["a", "b"], [8], [0, 1], "a")
+    rows, pairs = statistics.tabulate(cells, ["a", "b"], [8], [0, 1], "a")
     by = {(row["arm"], row["metric"]): row for row in rows}
     assert by["a", "ok"]["value"] == pytest.approx(5 / 6) and by["a", "ok"]["n"] == 6
     assert (by["a", "ok"]["low"], by["a", "ok"]["high"]) == wilson_interval(5, 6)
     assert (by["a", "x"]["low"], by["a", "x"]["high"], by["a", "x"]["n"]) == (2.0, 2.0, 3)  # seeds average to 2, 2, 2
-    assert (by["b", "s"]["value"], by["b", "s"]["n"]) == (7.0, 2)
+    assert (by["b", "s"]["value"], by["b", "s"]["n"], by["b", "s"]["interval"]) == (7.0, 2, "t")
+    assert [by["b", "s"][key] for key in ("low", "high")] == pytest.approx([7 - 12.706205, 7 + 12.706205])
+    (one,) = [row for row in statistics.tabulate(cells, ["a"], [8], [0], "a")[0] if row["metric"] == "s"]
+    assert (one["low"], one["high"], one["n"]) == (None, None, 1)
     differences = {pair["metric"]: pair for pair in pairs}
     # b - a is 1 for every item and every seed: pairing leaves no spread, though the arms themselves spread widely
     assert [differences["x"][key] for key in ("difference", "low", "high")] == pytest.approx([1, 1, 1])
@@ -185,6 +214,9 @@ def test_unequal_forwards_are_refused(tmp_path):
         ({"arms": [ARMS[0], ARMS[0]]}, "`arms` must not hold one twice"),
         ({"arms": [{"name": "x", "scheduler": "NoScheduler"}]}, "NoScheduler.*PrismScheduler"),
         ({"arms": [{"name": "x", "scheduler": "MDLMScheduler", "temperature": 0.0}]}, "temperature 0.0.*outside"),
+        ({"arms": [{**ARMS[0], "top_p": 0.9}, ARMS[1]]}, "same top_p.*outside"),
+        ({"arms": [{**ARMS[0], "outside": True}]}, "nothing to compare"),
+        ({"forwards": [[2]]}, "`forwards` must be integers"),
         ({"forwards": [2]}, "loop of 2 forwards leaves none of 2"),
         ({"forwards": [0]}, "`forwards` must be integers"),
         ({"seeds": [1.5]}, "`seeds` must be integers"),
@@ -203,8 +235,44 @@ def test_what_cannot_be_compared_is_named(tmp_path, change, names):
 def test_an_arm_outside_the_comparison_keeps_its_temperature_and_is_marked(tmp_path):
     greedy = {"name": "greedy", "scheduler": "MDLMScheduler", "temperature": 0.0, "outside": True}
     assert compare.make_scheduler(greedy, 1.0).config.temperature == 0.0
-    compared(tmp_path, arms=[*ARMS, greedy])
-    assert "greedy (outside)" in (tmp_path / "comparison.md").read_text()
+
+    def best(pipe, steps, seed):
+        loop = pipe.scheduler.config.get("loop_steps", 0)
+        for _ in range(steps + loop):
+            pipe.model(torch.zeros(1))
+        return {"x": 9.0 if pipe.scheduler.config.temperature == 0 else 1.0 + steps + loop}
+
+    found = compared(tmp_path, task=best, arms=[*ARMS, greedy], forwards=[6])
+    assert found["front"] == [(6, 7.0)]
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| greedy (outside) | 9 |" in table and "| greedy (outside) | +2 |" in table
+    compared(tmp_path, task=best, arms=[ARMS[0], {**ARMS[1], "top_k": 3, "outside": True}], forwards=[6])
+
+
+def test_a_task_says_which_of_its_metrics_are_better_low(tmp_path):
+    def costs(pipe, steps, seed):
+        return {"cost": float(steps), "gain": float(steps)}
+
+    costs.lower_is_better = ("cost",)
+    pipe = types.SimpleNamespace(scheduler=None)
+    assert compared(tmp_path, pipe, costs)["front"] == [(8, 6.0)]  # two of its 8 are the loop
+    assert compared(tmp_path, pipe, costs, quality="gain")["front"] == [(8, 8.0), (16, 16.0)]
+    assert not compared(tmp_path, pipe, costs, quality="gain", higher_is_better=False)["higher_is_better"]
+
+
+def test_the_fingerprint_follows_weights_head_scheduler_and_contents():
+    def made(weight=1.0, head=None, eta=0.1, dtype=torch.float32):
+        model = torch.nn.Linear(2, 2).to(dtype)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, weight)
+        scheduler = compare.make_scheduler({"name": "x", "scheduler": "PrismScheduler", "eta": eta}, 1.0)
+        return types.SimpleNamespace(model=model, quality_head=head, scheduler=scheduler)
+
+    assert compare.fingerprint(made(), b"a") == compare.fingerprint(made(), "a")
+    others = [made(2.0), made(head=torch.nn.Linear(2, 1)), made(eta=0.2), made(dtype=torch.bfloat16)]
+    marks = {compare.fingerprint(pipe, "a") for pipe in [made(), *others]}
+    marks |= {compare.fingerprint(made(), *contents) for contents in ((), ("b",), ("a", ""), ("", "a"))}
+    assert len(marks) == 9
 
 
 def test_a_comparison_is_read_from_json_and_toml(tmp_path):
@@ -223,6 +291,11 @@ def test_a_comparison_is_read_from_json_and_toml(tmp_path):
         ("a.yaml", "", "yaml"),
         ("a.json", "{", "not valid JSON"),
         ("a.json", "[]", "list"),
+        ("a.json", '{"arms": [], "forwards": 2, "seeds": [0]}', "'forwards' must be a list"),
+        ("a.json", '{"arms": [], "forwards": [2], "seeds": 3}', "'seeds' must be a list"),
+        ("a.json", '{"arms": [], "forwards": [2], "seeds": [3], "quality": ["x"]}', "'quality' must be a string"),
+        ("a.json", '{"arms": [{"model": []}], "forwards": [2], "seeds": [0]}', "an arm is"),
+        ("a.json", '{"arms": ["x"], "forwards": [2], "seeds": [0]}', "an arm is"),
         ("a.json", '{"arms": [], "forwards": []}', "lacks.*seeds"),
         ("a.json", '{"arms": [], "forwards": [], "seeds": [], "temprature": 1}', "temprature"),
     ],

@@ -7,8 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from prism_pipelines.evaluation import code
-from prism_pipelines.evaluation.code import build_program, build_prompt, evaluate_code, load_problems, pass_at_k
+from prism_pipelines.evaluation import code, wilson_interval
+from prism_pipelines.evaluation.code import (
+    build_program,
+    build_prompt,
+    estimate,
+    evaluate_code,
+    load_problems,
+    pass_at_k,
+)
 from prism_pipelines.evaluation.sandbox import Limits, SandboxUnavailable, isolation_problem
 
 # Verdicts are the same without isolation (test_sandbox.py), so these tests run everywhere.
@@ -78,6 +85,21 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass():
                 subsets = list(itertools.combinations(samples, k))
                 share = sum(any(subset) for subset in subsets) / len(subsets)
                 assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_the_interval_of_pass_at_k_has_a_width():
+    assert estimate([0] * 20, 1, 1) == {"value": 0, "interval": list(wilson_interval(0, 20))}
+    assert estimate([1] * 15 + [0] * 5, 1, 1)["interval"] == list(wilson_interval(15, 20))
+    assert estimate([4] * 20, 4, 2)["interval"] == list(wilson_interval(20, 20))
+    assert estimate([1], 1, 1) == {"value": 1, "interval": None}
+    low, high = estimate([0, 2, 4, 1], 4, 1)["interval"]
+    assert 0 < low < estimate([0, 2, 4, 1], 4, 1)["value"] < high < 1
+
+
+def test_a_line_separator_inside_a_row_does_not_cut_it(tmp_path):
+    row = {**HUMANEVAL[0], "prompt": "# a\u2028b\n" + HUMANEVAL[0]["prompt"]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_problems(tmp_path / "p.jsonl")[0].text == row["prompt"]
 
 
 def test_pass_at_k_refuses_more_than_there_is():

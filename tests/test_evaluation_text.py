@@ -121,6 +121,23 @@ def test_a_judge_scores_every_token_but_the_first_once_in_windows(judge_folder):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_judge_that_sees_later_tokens_is_refused(judge_folder, tmp_path):
+    from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+
+    for is_decoder in (True, False):
+        config = BertConfig(
+            vocab_size=5, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+        config.is_decoder = is_decoder
+        BertLMHeadModel(config).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(judge_folder[0]).save_pretrained(tmp_path)
+        if is_decoder:
+            assert callable(text.load_judge(str(tmp_path)))
+        else:
+            with pytest.raises(ValueError, match="not causal"):
+                text.load_judge(str(tmp_path))
+
+
 def test_the_featuriser_gives_the_last_hidden_state_of_the_last_token(judge_folder):
     folder, model = judge_folder
     with torch.no_grad():
@@ -193,6 +210,8 @@ def test_texts_are_read_from_every_format(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     assert text.read_texts(tmp_path / "a.jsonl") == text.read_texts(tmp_path / "a.json") == ["one", "two"]
     assert text.read_texts(tmp_path / "a.txt") == ["one\ntwo"]
+    (tmp_path / "c.jsonl").write_text('{"text": "one\u2028two\x85"}\r\n"three"\n', encoding="utf-8")
+    assert text.read_texts(tmp_path / "c.jsonl") == ["one\u2028two\x85", "three"]
     (tmp_path / "b.jsonl").write_text('{"txt": "one"}')
     for name, match in (("b.jsonl", "entry 0"), ("b.csv", "csv")):
         (tmp_path / "b.csv").write_text("x")

@@ -87,6 +87,8 @@ def test_refusals(folder):
         model.generate_until(requests({"num_beams": 2}), disable_tqdm=True)
     with pytest.raises(ValueError, match="empty prompt"):
         model.generate_until(requests({}, [""]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1, got 0"):
+        PrismLM(folder, steps=0)
     with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1, got 'auto'"):
         PrismLM(folder, batch_size="auto")
 

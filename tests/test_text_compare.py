@@ -30,8 +30,27 @@ def test_the_measures_of_a_task_are_those_of_the_single_functions():
     assert found["nll"] == [2.0, 5.0] and len(found["entropy"]) == 2
     assert found["entropy"][0] > found["entropy"][1]
     assert "nll" not in text_measures(TEXTS, REFERENCE, {"the"})
-    with pytest.raises(ValueError, match="empty"):
-        text_measures([" "], REFERENCE, {"the"})
+    assert found["degenerate"] == 0
+    for wrong, match in (([], "empty"), (["a [MASK]"], "MASK")):
+        with pytest.raises(ValueError, match=match):
+            text_measures(wrong, REFERENCE, {"the"})
+
+
+def test_a_wordless_text_is_counted_and_stops_nothing():
+    judge = lambda texts: [[float(len(text))] * len(text) for text in texts]  # noqa: E731
+    whole = text_measures(TEXTS, REFERENCE, {"the", "dog"}, judge=judge)
+    found = text_measures([TEXTS[0], "", " ?!", TEXTS[1]], REFERENCE, {"the", "dog"}, judge=judge)
+    assert found.pop("degenerate") == 0.5 and found["entropy"] == [whole["entropy"][0], 0, 0, whole["entropy"][1]]
+    assert found["nll"] == [22.0, pytest.approx(10.0), 3.0, 5.0]  # of the one without tokens, the others' mean
+    for name in ("ngram_js", "word_js", "known_words", "distinct_2", "self_bleu"):
+        assert found[name] == whole[name]
+    worst = text_measures([" ", "..."], REFERENCE, {"the"})
+    assert worst == {
+        "ngram_js": 1, "word_js": 1, "known_words": 0, "entropy": [0, 0], "distinct_2": 0, "self_bleu": 1,
+        "degenerate": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no token"):
+        text_measures(["", ""], REFERENCE, {"the"}, judge=judge)
 
 
 def test_the_arm_with_the_least_of_a_metric_is_chosen_and_the_scheduler_put_back():
@@ -53,6 +72,9 @@ def test_the_arm_with_the_least_of_a_metric_is_chosen_and_the_scheduler_put_back
     assert choose_arm(pipe, task, options[:1], steps=8, seed=5) == options[0] and not seen
     with pytest.raises(ValueError, match="options"):
         choose_arm(pipe, task, [], steps=8, seed=5)
+    with pytest.raises(KeyError):
+        choose_arm(pipe, task, options, steps=8, seed=5, metric="none")
+    assert pipe.scheduler == "shipped"
 
 
 def test_an_arm_with_a_model_of_its_own_runs_that_model(tmp_path):

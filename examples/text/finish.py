@@ -148,7 +148,8 @@ print(out.texts[0])
 Scheduler settings: {chosen}, chosen like those of all rules on `{", ".join(VALIDATION)}` at {STEPS} forwards.
 Below: {metrics["num_samples"]} samples for each of {len(metrics["test"]["seeds"])} seeds at temperature 1, compared
 with the other held-out plays. `ngram_js` (lower is better) is the distance of character 4-grams, `known_words` the
-share of words that the training text holds, `entropy` that of the words of a sample. 95 % bootstrap intervals.
+share of words that the training text holds, `entropy` that of the words of a sample. 95 % intervals: bootstrap over
+samples for `entropy`, else Student's t over seeds.
 
 | rule | measure | {" | ".join(f"{t} forwards" for t in forwards)} |
 | --- | --- | {" | ".join("---" for _ in forwards)} |

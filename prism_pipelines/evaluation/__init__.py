@@ -5,16 +5,16 @@
 
 from .calibration import calibration_table, evaluate_calibration, write_calibration
 from .compare import (
-    bootstrap_interval,
     comparison_table,
+    fingerprint,
     make_scheduler,
-    pareto_front,
     read_comparison,
     run_comparison,
     sudoku_task,
     write_comparison,
 )
 from .ngram_judge import ngram_judge
+from .statistics import bootstrap_interval, pareto_front, t_interval
 from .sudoku import (
     SudokuScore,
     calibration,
@@ -43,7 +43,7 @@ from .text import (
     text_task,
     unigram_entropy,
 )
-from .text_compare import choose_arm, task_of_folder, text_plan
+from .text_compare import choose_arm, folder_contents, task_of_folder, text_plan
 
 __all__ = [
     "SudokuScore",
@@ -58,6 +58,8 @@ __all__ = [
     "evaluate_calibration",
     "evaluate_sudoku",
     "evaluate_text",
+    "fingerprint",
+    "folder_contents",
     "generative_perplexity",
     "head_calibration",
     "known_word_share",
@@ -77,6 +79,7 @@ __all__ = [
     "run_comparison",
     "self_bleu",
     "sudoku_task",
+    "t_interval",
     "task_of_folder",
     "text_measures",
     "text_plan",

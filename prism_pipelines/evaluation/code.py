@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from .sandbox import Limits, SandboxUnavailable, isolation_problem, run_tests
+from .sudoku import wilson_interval
 
 HUB = {"humaneval": "openai/openai_humaneval", "mbpp": "google-research-datasets/mbpp"}
 # Codex paper (arXiv 2107.03374, section 2.1) for HumanEval; MBPP's prompt closes an answer with [DONE] (2108.07732).
@@ -108,7 +109,7 @@ def _rows(source):
         text = raw.decode("utf-8")
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{str(source)!r} is not JSON Lines, a JSON list or parquet: {error}.") from error
 
@@ -291,7 +292,7 @@ def evaluate_code(
         workers: programs executed at a time.
         on_progress: called as `on_progress(stage, done, total)`, stage "generate" or "execute".
     Returns:
-        JSON-able: `pass_at_k` ({"1": {"value", "interval"}}, 95 %, bootstrap over problems), `syntax_valid` (share that
+        JSON-able: `pass_at_k` ({"1": {"value", "interval"}}, 95 %, see `estimate`), `syntax_valid` (share that
         compiles), `outcomes` and `errors` (counts over samples), the settings, and `samples` (one object each: task_id,
         sample, completion, program, outcome, error, detail, seconds).
     Raises:
@@ -360,7 +361,7 @@ def evaluate_code(
         "generation": {k: v for k, v in (generation or {}).items() if isinstance(v, (str, int, float, type(None)))},
         "isolated": problem is None,
         "limits": asdict(limits),
-        "pass_at_k": {str(k): _estimate(passed, num_samples, k) for k in ks},
+        "pass_at_k": {str(k): estimate(passed, num_samples, k) for k in ks},
         "syntax_valid": sum(compiled) / len(compiled),
         "empty": sum(not text.strip() for text in completions),
         "outcomes": dict(Counter(v.outcome for v in verdicts).most_common()),
@@ -443,9 +444,24 @@ def _generate(generate, prompts, keys, benchmark, style, batch_size, seed, gener
     return completions
 
 
-def _estimate(passed, num_samples: int, k: int) -> dict:
-    """Mean of pass@k over problems with its 95 % bootstrap interval (10,000 resamples of problems, fixed seed)."""
+def estimate(passed, num_samples: int, k: int) -> dict:
+    """Mean of pass@k over problems with its 95 % interval.
+
+    Wilson's for one sample a problem, and where all problems have pass@k 0, or all 1: a bootstrap has no width there.
+    Else a bootstrap (10,000 resamples of problems, fixed seed).
+
+    Args:
+        passed: samples of each problem that passed.
+        num_samples: samples of each problem.
+        k: 1 to `num_samples`.
+    Returns:
+        {"value", "interval" [low, high]}; the interval None for a single problem.
+    """
     each = np.array([pass_at_k(num_samples, int(c), k) for c in passed])
+    if len(each) == 1:
+        return {"value": float(each[0]), "interval": None}
+    if num_samples == 1 or each.sum() in (0, len(each)):
+        return {"value": float(each.mean()), "interval": list(wilson_interval(int(each.sum()), len(each)))}
     draws = np.random.default_rng(0).integers(len(each), size=(10_000, len(each)))
     low, high = np.quantile(each[draws].mean(axis=1), [0.025, 0.975])
     return {"value": float(each.mean()), "interval": [float(low), float(high)]}

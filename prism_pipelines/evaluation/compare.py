@@ -17,10 +17,20 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from .sudoku import evaluate_sudoku, pipeline_solver, wilson_interval
+from .statistics import pareto_front, tabulate
+from .sudoku import evaluate_sudoku, pipeline_solver
 
-FIELDS = {"arms", "forwards", "seeds", "temperature", "quality", "reference", "higher_is_better"}
+FIELDS = {
+    "arms": list,
+    "forwards": list,
+    "seeds": list,
+    "temperature": (int, float),
+    "quality": str,
+    "reference": str,
+    "higher_is_better": bool,
+}
 
 
 def read_comparison(path) -> dict:
@@ -44,10 +54,15 @@ def read_comparison(path) -> dict:
         raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold fields, got {type(fields).__name__}.")
-    if unknown := sorted(set(fields) - FIELDS):
+    if unknown := sorted(set(fields) - set(FIELDS)):
         raise ValueError(f"{path} has unknown fields {unknown}; known: {sorted(FIELDS)}.")
     if missing := [name for name in ("arms", "forwards", "seeds") if name not in fields]:
         raise ValueError(f"{path} lacks {missing}.")
+    if wrong := [name for name, value in fields.items() if not isinstance(value, FIELDS[name])]:
+        kind = {list: "a list", str: "a string", bool: "true or false"}.get(FIELDS[wrong[0]], "a number")
+        raise ValueError(f"{path}: {wrong[0]!r} must be {kind}, got {fields[wrong[0]]!r}.")
+    if not all(isinstance(arm, dict) and isinstance(arm.get("model", ""), str) for arm in fields["arms"]):
+        raise ValueError(f'{path}: an arm is {{"name": ..., "scheduler": ..., ...config}}, got {fields["arms"]!r}.')
     return fields
 
 
@@ -64,7 +79,8 @@ def make_scheduler(arm: dict, temperature: float):
 
     Args:
         arm: {"name", "scheduler", ...config}; the scheduler a public class name such as "PrismScheduler". An arm with
-            "outside": true may have a temperature of its own, and is marked so in the table. "model" is not read here.
+            "outside": true may have a temperature, top_p or top_k of its own, and is marked so in the tables. "model"
+            is not read here.
         temperature: of all other arms.
     Returns:
         a new scheduler.
@@ -100,7 +116,7 @@ def run_comparison(
     temperature: float = 1.0,
     quality: str | None = None,
     reference: str | None = None,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = None,
     models: dict | None = None,
     progress: bool = True,
 ) -> dict:
@@ -112,7 +128,7 @@ def run_comparison(
         task: callable (pipe, steps, seed) -> {metric: number, or list of one number or bool per item}. It must run the
             pipeline with num_inference_steps=steps; the forwards of a refinement loop come on top and are taken off
             `steps` here. Lists must have the same items in the same order in every cell. A metric called "nfe" is
-            checked against the forwards wanted.
+            checked against the forwards wanted. Its attribute `lower_is_better`, if it has one, names metrics.
         arms: list of {"name", "scheduler", ...config}, see `make_scheduler`; "model" names one of `models`.
         forwards: numbers of forward passes.
         seeds: integers; every arm gets every one.
@@ -121,7 +137,7 @@ def run_comparison(
         temperature: of all arms.
         quality: metric of the figure; None for the first.
         reference: arm that the others are compared with, paired; None for the first.
-        higher_is_better: of `quality`.
+        higher_is_better: of `quality`; None for what the task's `lower_is_better` says, else True.
         progress: show a bar on stderr.
     Returns:
         {"task", "temperature", "seeds", "arms", "quality", "higher_is_better", "rows", "pairs", "front"}, see
@@ -174,7 +190,10 @@ def run_comparison(
     quality = metrics[0] if quality is None else quality
     if quality not in metrics:
         raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; metrics: {metrics}.")
-    points = [(row["forwards"], row["value"]) for row in rows if row["metric"] == quality]
+    if higher_is_better is None:
+        higher_is_better = quality not in getattr(task, "lower_is_better", ())
+    outside = _outside(arms)
+    points = [(row["forwards"], row["value"]) for row in rows if row["metric"] == quality and row["arm"] not in outside]
     result = {
         "task": task_name,
         "temperature": temperature,
@@ -208,101 +227,32 @@ def sudoku_task(puzzles, *, batch_size: int = 250):
     return task
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def bootstrap_interval(values, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile interval of a mean, by resampling the values; None for fewer than two.
-
-    With few values it is too narrow: for 3 it cannot leave their range. Measure items, or use many seeds.
-
-    Args:
-        values: independent numbers, shape (N,).
-        resamples: bootstrap resamples.
-        seed: of the bootstrap.
-    Returns:
-        (low, high), or None.
-    Source: B. Efron, Annals of Statistics 7 (1979).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2:
-        return None
-    rng, n = np.random.default_rng(seed), len(values)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # (R, N)
-    low, high = np.quantile(times @ values / n, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[dict], list[dict]]:
-    """Rows of the table, and differences from the reference arm paired by seed (and by item, where there are any).
-
-    A list of bools gets Wilson's interval over all items and seeds; it treats the seeds of an item as independent. A
-    list of numbers is averaged over seeds and bootstrapped over items, as are all differences of lists. A single number
-    is bootstrapped over seeds.
-
-    Args:
-        cells: {(arm, forwards, seed): {metric: number or list}}, complete.
-        arms, forwards, seeds: what to tabulate.
-        reference: arm that the others are compared with.
-    Returns:
-        rows: {"arm", "forwards", "metric", "value", "low", "high", "n", "interval"};
-        pairs: {"arm", "reference", "forwards", "metric", "difference" (arm - reference), "low", "high", "n"}.
-        `n` counts what was resampled, or the trials of Wilson's interval; low and high are None where n is 1.
-    """
-    rows, pairs = [], []
-    metrics = list(cells[arms[0], forwards[0], seeds[0]])
-    for steps in forwards:
-        for metric in metrics:
-            values = {arm: [cells[arm, steps, seed][metric] for seed in seeds] for arm in arms}
-            means = {arm: _independent(found) for arm, found in values.items()}
-            for arm, found in values.items():
-                place = {"arm": arm, "forwards": steps, "metric": metric, "value": float(np.mean(means[arm]))}
-                if isinstance(found[0], list) and all(isinstance(item, bool) for run in found for item in run):
-                    trials = sum(map(len, found))
-                    interval, kind = wilson_interval(sum(map(sum, found)), trials), "wilson"
-                else:
-                    trials, interval, kind = len(means[arm]), bootstrap_interval(means[arm]), "bootstrap"
-                low, high = interval or (None, None)
-                rows.append({**place, "low": low, "high": high, "n": trials, "interval": kind})
-                if arm != reference:
-                    difference = means[arm] - means[reference]
-                    low, high = bootstrap_interval(difference) or (None, None)
-                    pairs.append(
-                        {
-                            "arm": arm,
-                            "reference": reference,
-                            "forwards": steps,
-                            "metric": metric,
-                            "difference": float(difference.mean()),
-                            "low": low,
-                            "high": high,
-                            "n": len(difference),
-                        }
-                    )
-    return rows, pairs
-
-
-def _independent(found: list) -> np.ndarray:
-    """Values to resample: means over seeds of each item (N,), or one number a seed (S,)."""
-    array = np.asarray(found, dtype=np.float64)
-    return array.mean(axis=0) if array.ndim == 2 else array
-
-
-def pareto_front(points, higher_is_better: bool = True) -> list[tuple]:
-    """The (forwards, value) points that no other beats: none is better with as few forwards, or as good with fewer.
-
-    Returns:
-        the front, ascending in forwards; equal points once.
-    """
-    sign, front, best = (1 if higher_is_better else -1), [], -math.inf
-    for steps, value in sorted(set(points), key=lambda point: (point[0], -sign * point[1])):
-        if sign * value > best:
-            front.append((steps, value))
-            best = sign * value
-    return front
-
-
 # --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(pipe, *contents: bytes | str) -> str:
+    """Hash of a pipeline's weights, head, scheduler config and of any other content that decides a result.
+
+    For `task_name`, so that cells of a retrained model or of other held-out texts are not taken for these.
+
+    Args:
+        pipe: a `PrismPipeline`.
+        contents: of files and settings.
+    Returns:
+        12 hex digits.
+    """
+    digest = hashlib.sha256()
+    for part in (pipe.model, pipe.quality_head):
+        for name, tensor in ({} if part is None else part.state_dict()).items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    contents = (type(pipe.scheduler).__name__ + json.dumps(config, sort_keys=True), *contents)
+    for content in contents:
+        content = content.encode() if isinstance(content, str) else content
+        digest.update(b"%d\n" % len(content) + content)
+    return digest.hexdigest()[:12]
 
 
 def cell_file(arm: dict, forwards: int, seed: int, temperature: float, task_name: str) -> str:
@@ -334,12 +284,22 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pi
     for arm in arms:
         if not isinstance(arm.get("name"), str) or not isinstance(arm.get("scheduler"), str):
             raise ValueError(f'An arm is {{"name": ..., "scheduler": ..., ...config}}, got {arm}.')
-    for name, values in (("arms", [arm["name"] for arm in arms]), ("forwards", forwards), ("seeds", seeds)):
-        if len(set(values)) != len(values):
-            raise ValueError(f"`{name}` must not hold one twice, got {values}.")
     for name, values, least in (("forwards", forwards, 1), ("seeds", seeds, 0)):
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
             raise ValueError(f"`{name}` must be integers of at least {least}, got {values}.")
+    for name, values in (("arms", [arm["name"] for arm in arms]), ("forwards", forwards), ("seeds", seeds)):
+        if len(set(values)) != len(values):
+            raise ValueError(f"`{name}` must not hold one twice, got {values}.")
+    inside = [arm for arm in arms if not arm.get("outside")]
+    if not inside:
+        raise ValueError('Every arm is "outside": true, so there is nothing to compare.')
+    for name in ("top_p", "top_k"):
+        found = {arm["name"]: arm.get(name) for arm in inside}
+        if any(value != found[inside[0]["name"]] for value in found.values()):
+            raise ValueError(
+                f"Arms are compared at the same {name}, got {found}. "
+                'Set "outside": true for one that stands beside the others.'
+            )
     for arm in arms:
         make_scheduler(arm, temperature)
         if arm.get("model") not in pipes:
@@ -348,6 +308,15 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pi
             raise ValueError(
                 f"Arm {arm['name']!r}: a loop of {arm['loop_steps']} forwards leaves none of {min(forwards)}."
             )
+
+
+def _outside(arms: list[dict]) -> set[str]:
+    """Names of the arms that stand beside the comparison."""
+    return {arm["name"] for arm in arms if arm.get("outside")}
+
+
+def _marked(name: str, outside: set[str]) -> str:
+    return f"{name} (outside)" if name in outside else name
 
 
 def _checked_metrics(metrics, key: tuple) -> dict:
@@ -445,12 +414,13 @@ def write_comparison(result: dict, out_dir) -> None:
     """Write what `run_comparison` found to comparison.json, comparison.md and comparison.png in a folder."""
     from ..plots import pareto_figure
 
-    folder, arms = Path(out_dir), {}
+    folder, arms, outside = Path(out_dir), {}, _outside(result["arms"])
     write_whole(folder / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_whole(folder / "comparison.md", comparison_table(result))
     for row in result["rows"]:
         if row["metric"] == result["quality"]:
-            arms.setdefault(row["arm"], []).append((row["forwards"], row["value"], row["low"], row["high"]))
+            point = (row["forwards"], row["value"], row["low"], row["high"])
+            arms.setdefault(_marked(row["arm"], outside), []).append(point)
     partial = folder / "comparison.partial.png"
     pareto_figure(arms, result["front"], result["quality"], partial)
     os.replace(partial, folder / "comparison.png")
@@ -458,26 +428,39 @@ def write_comparison(result: dict, out_dir) -> None:
 
 def comparison_table(result: dict) -> str:
     """Markdown: the table of all metrics, the paired differences, and the settings."""
-    outside = {arm["name"] for arm in result["arms"] if arm.get("outside")}
+    outside = _outside(result["arms"])
     front = {tuple(point) for point in result["front"]}
     lines = [f"# {result['task']}", "", "| metric | forwards | arm | value | 95 % interval | n |", "| --- " * 6 + "|"]
     for row in result["rows"]:
-        name = row["arm"] + (" (outside)" if row["arm"] in outside else "")
         best = row["metric"] == result["quality"] and (row["forwards"], row["value"]) in front
+        best = best and row["arm"] not in outside
         value = f"**{row['value']:.4g}**" if best else f"{row['value']:.4g}"
-        cells = [row["metric"], row["forwards"], name, value, _span(row), f"{row['n']} ({row['interval']})"]
+        cells = [
+            row["metric"],
+            row["forwards"],
+            _marked(row["arm"], outside),
+            value,
+            _span(row),
+            f"{row['n']} ({row['interval']})",
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if result["pairs"]:
-        lines += ["", f"Difference from {result['reference']}, paired by seed and item:", ""]
+        lines += ["", f"Difference from {_marked(result['reference'], outside)}, paired by seed and item:", ""]
         lines += ["| metric | forwards | arm | difference | 95 % interval | n |", "| --- " * 6 + "|"]
         for pair in result["pairs"]:
-            cells = [pair["metric"], pair["forwards"], pair["arm"], f"{pair['difference']:+.4g}", _span(pair)]
+            cells = [
+                pair["metric"],
+                pair["forwards"],
+                _marked(pair["arm"], outside),
+                f"{pair['difference']:+.4g}",
+                _span(pair),
+            ]
             lines.append("| " + " | ".join(map(str, [*cells, pair["n"]])) + " |")
     better = "higher" if result["higher_is_better"] else "lower"
     lines += ["", f"Temperature {result['temperature']:g}, seeds {result['seeds']}. Bold: on the Pareto front of "]
     lines[-1] += f"{result['quality']} ({better} is better) against forwards."
     if outside:
-        lines[-1] += " Outside: has a temperature of its own and is no part of the comparison."
+        lines[-1] += " Outside: has a temperature, top_p or top_k of its own and is no part of the comparison."
     return "\n".join(lines) + "\n"
 
 

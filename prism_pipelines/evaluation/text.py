@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 SPECIAL_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "[PAD]", "<pad>", "[CLS]", "[SEP]", "<|endoftext|>")
+LOWER_IS_BETTER = ("ngram_js", "word_js", "self_bleu", "degenerate", "nll")  # of `text_measures`
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
@@ -60,7 +61,7 @@ def read_texts(path) -> list[str]:
         raise ValueError(f"{path} must end in .jsonl, .json or .txt, got {path.suffix!r}.")
     content = path.read_text(encoding="utf-8")
     try:
-        lines = [line for line in content.splitlines() if line.strip()]
+        lines = [line for line in content.split("\n") if line.strip()]  # splitlines() cuts at a raw U+2028 inside one
         entries = json.loads(content) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
@@ -288,9 +289,15 @@ def load_judge(name: str, *, device: str = "cpu", revision: str | None = None, m
     Returns:
         callable from a list of texts to a list of arrays: the negative log-likelihood of each token, in nats.
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or it looks at later tokens.
     """
     model, tokenizer = _load(name, "AutoModelForCausalLM", "judge", device, revision)
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"The judge {name!r} is not causal: its prediction of a token sees that token, so its likelihoods are none."
+        )
     context = getattr(model.config, "max_position_embeddings", None) or 1024
     window = min(max_length or context, context)
     if window < 2:
@@ -505,24 +512,44 @@ def evaluate_text(
 def text_measures(texts, reference, vocabulary, *, judge=None, unit: str = "word") -> dict:
     """The measures without download of one set of texts, as `run_comparison` wants them.
 
+    A text without a word, or an empty one, is counted as degenerate and does not stop the others from being scored: it
+    is left out of the pooled measures, its entropy is 0, and its nll, if the judge finds no token, the others' mean. A
+    measure that is left without anything to count has its worst value.
+
     Args:
         texts, reference, vocabulary, unit: as `evaluate_text`.
         judge: callable from texts to arrays of negative log-likelihoods, such as `ngram_judge`; None for none.
     Returns:
         numbers {"ngram_js" (characters, n = 4), "word_js" (n = 1), "known_words", "distinct_2", "self_bleu" (0 for one
-        text)} and lists with a value for each text {"entropy", and "nll", nats per token, with a judge}.
+        text), "degenerate" (share)} and lists with a value for each text {"entropy", and "nll", nats per token, with a
+        judge}.
+    Raises:
+        ValueError, TypeError: what `check_texts` raises but for an empty text; a judge that finds no token in any text.
     """
-    texts = check_texts(texts)
-    sequences = [units(text, unit) for text in texts]
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    spoken = [text for text in texts if not isinstance(text, str) or words(text)]
+    if spoken or not texts:
+        check_texts(spoken)
+    sequences = [units(text, unit) for text in spoken]
     found = {
-        "ngram_js": ngram_distance(texts, reference, n=4),
-        "word_js": ngram_distance(texts, reference, n=1, unit="word"),
-        "known_words": known_word_share(texts, vocabulary),
-        "entropy": [unigram_entropy([sequence]) for sequence in sequences],
-        "distinct_2": distinct_n(sequences, 2),
-        "self_bleu": self_bleu(sequences) or 0.0,
+        "ngram_js": ngram_distance(spoken, reference, n=4) if max(map(len, spoken), default=0) >= 4 else 1.0,
+        "word_js": ngram_distance(spoken, reference, n=1, unit="word") if spoken else 1.0,
+        "known_words": known_word_share(spoken, vocabulary) if spoken else 0.0,
+        "entropy": [unigram_entropy([units(text, unit)]) if words(text) else 0.0 for text in texts],
+        "distinct_2": distinct_n(sequences, 2) if max(map(len, sequences), default=0) >= 2 else 0.0,
+        "self_bleu": self_bleu(sequences) or 0.0 if spoken else 1.0,
+        "degenerate": 1 - len(spoken) / len(texts),
     }
-    return found if judge is None else found | {"nll": [float(np.mean(loss)) for loss in judge(texts)]}
+    return found if judge is None else found | {"nll": _mean_losses(judge(texts))}
+
+
+def _mean_losses(losses) -> list[float]:
+    """Mean of each text's losses; of one without any, the mean of the others."""
+    means = [float(np.mean(loss)) if len(loss) else None for loss in losses]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        raise ValueError(f"`judge` finds no token to score in any of the {len(means)} texts.")
+    return [sum(known) / len(known) if mean is None else mean for mean in means]
 
 
 def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, judge=None, unit="word", batch_size=16):
@@ -532,7 +559,7 @@ def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, 
         reference, vocabulary, judge, unit: as `text_measures`; a vocabulary of None is that of `reference`.
         num_samples, gen_length, batch_size: as `pipeline_texts`.
     Returns:
-        callable from (pipe, steps, seed) to what `text_measures` gives.
+        callable from (pipe, steps, seed) to what `text_measures` gives; its attribute `lower_is_better` names metrics.
     """
     reference = check_texts(reference, "reference")
     known = {word for text in reference for word in words(text)} if vocabulary is None else set(vocabulary)
@@ -541,4 +568,5 @@ def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, 
         texts = pipeline_texts(pipe, num_samples, gen_length, steps, seed, batch_size)
         return text_measures(texts, reference, known, judge=judge, unit=unit)
 
+    task.lower_is_better = LOWER_IS_BETTER
     return task

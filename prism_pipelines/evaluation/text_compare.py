@@ -41,12 +41,21 @@ def task_of_folder(folder, reference=None, **settings):
     Raises:
         ValueError: there are no held-out texts.
     """
-    path = Path(folder) / "heldout.jsonl" if reference is None else Path(reference)
+    path, words = _files(folder, reference)
     if reference is None and not path.exists():
         raise ValueError(f"{folder} has no heldout.jsonl to compare with: pass --reference FILE with held-out texts.")
-    words = Path(folder) / "words.txt"
     vocabulary = words.read_text(encoding="utf-8").split() if words.exists() else None
     return text_task(read_texts(path), vocabulary=vocabulary, **settings)
+
+
+def folder_contents(folder, reference=None) -> list[bytes]:
+    """What `task_of_folder` reads from the same files, for `fingerprint`; b"" for a file that is not there."""
+    return [path.read_bytes() if path.exists() else b"" for path in _files(folder, reference)]
+
+
+def _files(folder, reference) -> tuple[Path, Path]:
+    """Files of held-out texts and of known words."""
+    return Path(folder) / "heldout.jsonl" if reference is None else Path(reference), Path(folder) / "words.txt"
 
 
 def choose_arm(
@@ -55,7 +64,7 @@ def choose_arm(
     """The arm with the least of a metric, each run once at temperature 1: how one knob is tuned, of every rule alike.
 
     Args:
-        pipe: a `PrismPipeline`; its scheduler is put back.
+        pipe: a `PrismPipeline`; its scheduler is put back, also after an error.
         task: as `run_comparison`, on validation data that no result is reported for.
         options: arms that differ in the knob; of equals the first wins.
         steps: forward passes.
@@ -72,11 +81,13 @@ def choose_arm(
     if len(options) == 1:
         return options[0]
     shipped, scores = pipe.scheduler, []
-    for arm in options:
-        pipe.scheduler = make_scheduler(arm, 1.0)
-        found = task(pipe, steps - arm.get("loop_steps", 0), seed)
-        scores.append(found[metric])
-        if report is not None:
-            report(arm, found)
-    pipe.scheduler = shipped
+    try:
+        for arm in options:
+            pipe.scheduler = make_scheduler(arm, 1.0)
+            found = task(pipe, steps - arm.get("loop_steps", 0), seed)
+            scores.append(found[metric])
+            if report is not None:
+                report(arm, found)
+    finally:
+        pipe.scheduler = shipped
     return options[scores.index(min(scores))]

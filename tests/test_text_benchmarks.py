@@ -1,0 +1,74 @@
+"""The arms of benchmarks/text.py and benchmarks/ablations.py, and where finished work is kept."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from prism_pipelines import bundled
+from prism_pipelines.evaluation import make_scheduler, text_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Loads a script of benchmarks/ as a module, which may import its neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in ("text", "sudoku"):  # names that other tests may import something else by
+        sys.modules.pop(name, None)
+
+
+def data_folder(folder: Path, text: str = "a") -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in ("train", "heldout"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"title": "t", "text": text}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("window", [{}, {"remask_start": 0.5}, {"remask_end": 0.5}])
+def test_every_sampling_ablation_is_an_arm_whatever_the_shipped_window(script, window):
+    shipped = next(arm for arm in text_plan(bundled("text"))["arms"] if arm["name"] == "PRISM")
+    shipped = {name: value for name, value in shipped.items() if not name.startswith("remask_")} | window
+    for name, fields in script("ablations").SAMPLING.items():
+        config = make_scheduler({**shipped, **fields, "name": name}, 1.0).config
+        ends = {"whole run": (0, 1), "first half": (0, 0.5), "second half": (0.5, 1)}.get(name)
+        assert ends is None or (config.remask_start, config.remask_end) == ends
+
+
+def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(script, tmp_path):
+    ablations, data = script("ablations"), data_folder(tmp_path / "data")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"one")
+
+    def folder(name="k 1", steps=100):
+        return ablations.run_folder(tmp_path, name, base, data, steps)
+
+    seen = [folder(), folder("recipe (k 16, lambda 1, block)"), folder(steps=200)]
+    assert folder() == seen[0] and seen[1].name.startswith("recipe-k-16-lambda-1-block_100_")
+    data_folder(data, "b")
+    seen.append(folder())
+    (base / "model.safetensors").write_bytes(b"two")
+    seen.append(folder())
+    assert len(set(seen)) == 5
+
+
+def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeypatch):
+    text = script("text")
+    monkeypatch.setattr(text, "load", lambda folder, dtype: None)
+    shipped = text_plan(bundled("text"))["arms"]
+    folders = {"base": None, "critic": None, "frozen": tmp_path}
+    (arm,), models = text.extra_arms(folders, "float32", ["To be"], 1, shipped)
+    prism = next(arm for arm in shipped if arm["name"] == "PRISM")
+    assert arm == {**prism, "name": "PRISM, head alone", "model": next(iter(models))}
