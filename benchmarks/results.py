@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from sudoku import ARMS  # beside this file
+from sudoku_heads import ARMS as HEADS
 from text_results import PUBLISHED, ablation_section, card_section, loop_sentence, text_section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,26 @@ def sudoku_section(table: dict) -> str:
     return "\n".join(lines)
 
 
+def heads_section(table: dict) -> str:
+    """All weights, LoRA and a head alone, side by side."""
+    cell = table["cells"][0]
+    lines = [
+        "### All weights, LoRA, head alone",
+        "",
+        f"`examples/sudoku/heads.sh` ([how](training.md#all-weights-lora-frozen-backbone)), {cell['dtype']}, commit "
+        f"`{table['commit']}`: a smaller model, {cell['clues']} clues, random order, temperature 1, "
+        f"{table['rows'][0]['of']} runs a figure.",
+        "",
+        "| forwards | trained | solved | share of the gain of all weights |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in table["rows"]:
+        gained = "-" if row["share_of_gain"] is None else f"{row['share_of_gain']:.2f}"
+        solved = share(row | {"solved": row["solved"] * row["of"], "n": row["of"]})
+        lines.append(f"| {row['forwards']} | {HEADS[row['arm']]} | {solved} | {gained} |")
+    return "\n".join([*lines, ""])
+
+
 def ratio(pair: dict) -> str:
     """A paired ratio of failures with its interval; a dash where it is not defined."""
     values = [pair.get(name) for name in ("ratio", "low", "high")]
@@ -84,11 +105,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     tables = {}
-    for name in ("sudoku", "text", "ablations"):
+    for name in ("sudoku", "sudoku_heads", "text", "ablations"):
         path = ROOT / "docs" / "figures" / f"{name}.json"
         tables[name] = json.loads(path.read_text()) if path.exists() else None
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
-    parts = [HEAD, sudoku_section(tables["sudoku"]), card_section(metrics)]
+    parts = [HEAD, sudoku_section(tables["sudoku"]), heads_section(tables["sudoku_heads"]), card_section(metrics)]
     if tables["text"] is not None:
         parts += [text_section(tables["text"]), loop_sentence(tables["text"])]
     if tables["ablations"] is not None:
