@@ -14,6 +14,7 @@ from . import sudoku
 from .cli_arguments import check_device, number_type
 
 BATCH_SIZE = 128
+BEST_REMASK = {"self-confidence": 4, "PRISM": 8}  # of 2, 4, 8, 16, on the bundled model; benchmarks/sudoku.py
 MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
 COMPARE_SEED = 20_000  # puzzles of --compare; neither training's nor the benchmark's
 
@@ -314,15 +315,18 @@ def _run_file(pipe, puzzles, args) -> int:
     return 0 if solved == len(records) else 1
 
 
-def comparison(pipe, num_remask: int, temperature: float) -> dict:
-    """The schedulers of `--compare` by name: three rules that differ in remasking alone, and two for reference."""
+def comparison(pipe, num_remask: dict[str, int], temperature: float) -> dict:
+    """The schedulers of `--compare` by name: three rules that differ in remasking alone, and two for reference.
+
+    `num_remask`: cells a step of "self-confidence" and of "PRISM".
+    """
     from . import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
 
     same = {"order": "random", "temperature": temperature}
     return {
         "no remasking (MDLM)": MDLMScheduler(**same),
-        "self-confidence remasking": SelfConfidenceScheduler(**same, num_remask=num_remask),
-        "PRISM": PrismScheduler(**same, num_remask=num_remask),
+        "self-confidence remasking": SelfConfidenceScheduler(**same, num_remask=num_remask["self-confidence"]),
+        "PRISM": PrismScheduler(**same, num_remask=num_remask["PRISM"]),
         "MDLM, confidence order, greedy": MDLMScheduler(order="confidence", temperature=0.0),
         "PRISM as shipped": pipe.scheduler,
     }
@@ -333,7 +337,7 @@ def _run_compare(pipe, puzzles, args, console) -> int:
 
     if puzzles is None:
         puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, COMPARE_SEED + args.seed)
-    num_remask = 4 if args.num_remask is None else args.num_remask
+    num_remask = BEST_REMASK if args.num_remask is None else dict.fromkeys(BEST_REMASK, args.num_remask)
     temperature = 1.0 if args.temperature is None else args.temperature
     rows = []
     with _progress() as progress:
