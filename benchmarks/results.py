@@ -25,8 +25,8 @@ What was measured here; anyone can measure it again. This page is written by `ma
 MISSING = """## Not measured yet
 
 MAUVE and perplexity under a large judge (no such model could be loaded here), code, other seeds of training. Prepared
-and resumable, but without a committed table as long as none stands above: `benchmarks/text.py` (all rules,
-Token-Critic, head alone), `benchmarks/ablations.py`, `benchmarks/code_parse.py`. `prism eval compare` runs any of these
+and resumable, but without a committed table as long as none stands above: Token-Critic, the head alone and 64 to 256
+forwards in `benchmarks/text.py`, `benchmarks/ablations.py`, `benchmarks/code_parse.py`. `prism eval compare` runs any of these
 arms on any model.
 """
 
