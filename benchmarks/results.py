@@ -26,8 +26,8 @@ MISSING = """## Not measured yet
 
 MAUVE and perplexity under a large judge (no such model could be loaded here), code, other seeds of training. Prepared
 and resumable, but without a committed table as long as none stands above: Token-Critic, the head alone and 64 to 256
-forwards in `benchmarks/text.py`, `benchmarks/ablations.py`, `benchmarks/code_parse.py`. `prism eval compare` runs any of these
-arms on any model.
+forwards in `benchmarks/text.py`, `benchmarks/ablations.py`, `benchmarks/code_parse.py`. `prism eval compare` runs
+any of these arms on any model.
 """
 
 
