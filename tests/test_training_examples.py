@@ -73,6 +73,20 @@ def test_heads_of_the_side_by_side_train_what_they_say():
     }
 
 
+@pytest.mark.parametrize("kind", ["sudoku", "text"])
+def test_the_flags_of_the_quick_recipes_are_ones_that_a_run_takes(kind):
+    """Each stage of train.sh --quick, as the command reads its file of flags and those that shorten it."""
+    text = (ROOT / f"examples/{kind}/train.sh").read_text()
+    stages = re.findall(r"--args_file (\S+\.args) .*\$\{(\w+)\[@\]\}", text)
+    assert len(stages) == {"sudoku": 4, "text": 2}[kind]
+    for file, stage in stages:
+        (flags,) = re.findall(rf"^  {stage}=\((.*)\)$", text, re.MULTILINE)
+        words = ["--args_file", str(ROOT / file), "--output_dir", "z", "--dataset", "sudoku", *shlex.split(flags)]
+        words += [] if "--model_type" in (ROOT / file).read_text() else ["--base_model", "x/y"]
+        run_args, args = parse_arguments([*words, "--use_cpu", "true"])
+        assert 0 < args.max_steps <= 380 and run_args.sample_puzzles == 0
+
+
 def test_growing_repeats_the_middle_layers_and_saves_a_pipeline_that_trains_on(tmp_path):
     layers = "--config_overrides=hidden_size=32,num_hidden_layers=8,num_attention_heads=2,intermediate_size=64"
     run(tmp_path / "mdm", "--objective=mdm", "--max_steps=1", layers)

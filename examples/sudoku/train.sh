@@ -10,9 +10,9 @@ name=sudoku mdm=() puzzles=() deep=() prism=() finish=(--dtype bfloat16)
 if [ "${1:-}" = --quick ]; then
   name=sudoku-quick
   mdm=(--max_steps 380 --warmup_steps 50 --lr_scheduler_kwargs '{"num_decay_steps": 100}' --eval_strategy no)
-  puzzles=(--max_steps 60 --warmup_steps 10 --eval_strategy no)
-  deep=(--max_steps 30 --warmup_steps 10 --eval_strategy no)
-  prism=(--max_steps 30 --warmup_steps 10 --eval_strategy no)
+  puzzles=(--max_steps 60 --warmup_steps 10 --eval_strategy no --sample_puzzles 0)
+  deep=(--max_steps 30 --warmup_steps 10 --eval_strategy no --sample_puzzles 0)
+  prism=(--max_steps 30 --warmup_steps 10 --eval_strategy no --sample_puzzles 0)
   finish+=(--num_puzzles 50 --num_to_choose 20)
 elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2
