@@ -122,9 +122,7 @@ def main(argv=None) -> int:
     test = [text for title, text in works(args.data / "heldout.jsonl").items() if title != VALIDATION]
     judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer, n=JUDGE_ORDER)
     vocabulary = set((model / "words.txt").read_text().split())
-    task = text_task(
-        test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64
-    )
+    task = text_task(test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, judge=judge)
     shipped = next(arm for arm in text_plan(model)["arms"] if arm["name"] == "PRISM")
     settings = {"num_samples": args.num_samples, "length": LENGTH, "dtype": args.dtype, "eta": shipped["eta"]}
     settings["data"] = data_hash(args.data, model / "words.txt")

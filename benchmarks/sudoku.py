@@ -244,7 +244,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-puzzles", type=int, default=1000, help="of each set (default: %(default)s)")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "sudoku_cells.jsonl", help="finished cells")
     parser.add_argument("--table", type=Path, default=FIGURES / "sudoku.json", help="committed table")
-    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
     return parser.parse_args(argv)

@@ -32,7 +32,7 @@ import torch
 from sudoku import fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
-from prism_pipelines.evaluation import choose_arm, ngram_judge, run_comparison, text_plan, text_task
+from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms
 from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
 from prism_pipelines.plots import measures_figure
@@ -71,7 +71,7 @@ def load(folder, dtype: str) -> PrismPipeline:
 
 
 def extra_arms(
-    folders: dict, dtype: str, validation: list[str], num_samples: int, shipped: list[dict]
+    folders: dict, dtype: str, validation: list[str], num_samples: int, shipped: list[dict], cells: Path
 ) -> tuple[list[dict], dict]:
     """Arms with weights of their own; and their models.
 
@@ -79,22 +79,29 @@ def extra_arms(
     """
     prism = next(arm for arm in shipped if arm["name"] == "PRISM")
     wanted = {
-        "base": ("MDLM before fine-tuning", [{"scheduler": "MDLMScheduler", "order": "random"}]),
-        "critic": (
-            "Token-Critic",
-            [{"scheduler": "TokenCriticScheduler", "noise": x} for x in (0.0, 0.5, 1.0, 2.0)],
-        ),
-        "frozen": ("PRISM, head alone", [prism]),
+        "base": {"name": "MDLM before fine-tuning", "scheduler": "MDLMScheduler", "order": "random"},
+        "critic": {"name": "Token-Critic", "scheduler": "TokenCriticScheduler", "noise": [0.0, 0.5, 1.0, 2.0]},
+        "frozen": {**prism, "name": "PRISM, head alone"},
     }
-    task = text_task(validation, num_samples=num_samples, gen_length=LENGTH, batch_size=64)
     arms, models = [], {}
-    for name, (title, options) in wanted.items():
+    for name, arm in wanted.items():
         if folders[name] is not None:
             mark = f"{name} {fingerprint(folders[name], {})}"  # a cell must not outlive the weights it was made with
-            models[mark] = pipe = load(folders[name], dtype)
-            options = [{**option, "name": title, "model": mark} for option in options]
-            arms.append(choose_arm(pipe, task, options, steps=CHOOSE_STEPS, seed=CHOOSE_SEED))
-            print(json.dumps(arms[-1]), file=sys.stderr)
+            models[mark] = load(folders[name], dtype)
+            arms.append({**arm, "model": mark})
+    arms, _ = tune_arms(
+        None,
+        text_task(validation, num_samples=num_samples, gen_length=LENGTH),
+        arms,
+        steps=CHOOSE_STEPS,
+        seed=CHOOSE_SEED,
+        trials=4,
+        out_dir=cells / "tuning",
+        task_name=f"{num_samples} texts, {dtype}",
+        quality="ngram_js",
+        models=models,
+        report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr),
+    )
     return arms, models
 
 
@@ -166,10 +173,10 @@ def main(argv=None) -> int:
     test = [text for title, text in plays.items() if title != VALIDATION]
     judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer, n=JUDGE_ORDER)
     vocabulary = set((model / "words.txt").read_text().split())
-    task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge, batch_size=64)
+    task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge)
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
     plan = text_plan(model)
-    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count, plan["arms"])
+    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count, plan["arms"], args.cells)
     arms = [arm for arm in [*plan["arms"], *more] if args.arms is None or arm["name"] in args.arms]
     settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
     settings["data"] = data_hash(args.data, model / "words.txt")

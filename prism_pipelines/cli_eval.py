@@ -8,6 +8,8 @@ import sys
 
 from .cli_arguments import check_device, number_type
 
+# Puzzles and noise that settings are chosen on begin this far from those they are compared on.
+TUNE_SEED = 500_000
 # What `compare` compares on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence
 # remask 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
 ARMS = [
@@ -74,6 +76,9 @@ def add_parser(commands) -> None:
     compare.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
     compare.add_argument("--num-samples", type=count, default=64)
     compare.add_argument("--gen-length", type=count, help="tokens of a text (default: what fits, at most 256)")
+    compare.add_argument("--trials", type=count, default=8, help="settings tried of each arm with lists (default: 8)")
+    compare.add_argument("--tune-steps", type=count, help="forwards to try them at (default: the middle of --forwards)")
+    compare.add_argument("--tune-reference", metavar="FILE", help="other held-out texts, to try them on")
     compare.add_argument("--quick", action="store_true", help="few seeds, puzzles and texts: minutes")
     compare.add_argument("--out", metavar="FOLDER", default="runs/compare", help="default: %(default)s")
 
@@ -238,6 +243,7 @@ def run_compare(args: argparse.Namespace) -> int:
         if args.quick:
             plan["seeds"] = plan["seeds"][: 1 if kind == "sudoku" else 2]
         print(f"{kind}: {len(plan['arms'])} arms at {plan['forwards']} forwards", file=sys.stderr)
+        plan["arms"] = _tuned(args, plan, kind, pipe, out)
         results[kind] = evaluation.run_comparison(pipe, compared, out_dir=out, task_name=name, **plan)
         print(f"table and figure of {kind} are in {out}", file=sys.stderr)
     text = "\n".join(evaluation.comparison_table(result) for result in results.values())
@@ -255,6 +261,35 @@ def _configured(args, plan: dict, kind: str) -> dict:
     return (kept if fields.get("quality", plan.get("quality")) == plan.get("quality") else {}) | fields
 
 
+def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
+    """The arms of the plan, those with lists at the best of the settings tried: on other puzzles or texts."""
+    from . import evaluation, sudoku
+
+    if not any(isinstance(value, list) for arm in plan["arms"] for value in arm.values()):
+        return plan["arms"]
+    if kind == "sudoku":
+        puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, seed=TUNE_SEED + args.seed)
+        task, mark = evaluation.sudoku_task(puzzles), f"{args.num_puzzles}-{args.clues} {evaluation.fingerprint(pipe)}"
+    elif args.tune_reference is None:
+        raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
+    else:
+        task, mark = _text_task(args, pipe, args.tune_reference)
+    forwards = sorted(plan["forwards"])
+    arms, _ = evaluation.tune_arms(
+        pipe,
+        task,
+        plan["arms"],
+        steps=args.tune_steps or forwards[len(forwards) // 2],
+        seed=TUNE_SEED + args.seed,
+        trials=args.trials,
+        out_dir=f"{out}/tuning",
+        task_name=f"{_named(args, kind)} {mark}",
+        report=lambda arm, found: print(f"tried {json.dumps(arm | found)}", file=sys.stderr),
+        **{name: plan[name] for name in ("temperature", "quality", "higher_is_better") if name in plan},
+    )
+    return arms
+
+
 def _compare_sudoku(args):
     """Pipeline, task, plan and name of a comparison on generated puzzles."""
     from . import evaluation, sudoku
@@ -270,15 +305,23 @@ def _compare_sudoku(args):
 def _compare_text(args):
     """Pipeline, task, plan and name of a comparison by text written from nothing."""
     from . import bundled, evaluation
+
+    pipe, plan = _pipeline(args, "text"), evaluation.text_plan(args.model or bundled("text"))
+    plan["seeds"] = [args.seed + seed for seed in plan["seeds"]]
+    task, mark = _text_task(args, pipe, args.reference)
+    return pipe, task, plan, f"{_named(args, 'text')} {mark}"
+
+
+def _text_task(args, pipe, reference: str | None):
+    """The task of writing text from nothing, judged by a file or else by the model's own held-out texts; its name."""
+    from . import bundled, evaluation
     from .cli_text import room
 
-    folder, count, pipe = args.model or bundled("text"), 16 if args.quick else args.num_samples, _pipeline(args, "text")
+    folder, count = args.model or bundled("text"), 16 if args.quick else args.num_samples
     length = room(pipe, None, args.gen_length)
-    task = evaluation.task_of_folder(folder, args.reference, num_samples=count, gen_length=length)
-    plan = evaluation.text_plan(folder)
-    plan["seeds"] = [args.seed + seed for seed in plan["seeds"]]
-    mark = evaluation.fingerprint(pipe, *evaluation.folder_contents(folder, args.reference))
-    return pipe, task, plan, f"{_named(args, 'text')} {count}-{length} {mark}"
+    task = evaluation.task_of_folder(folder, reference, num_samples=count, gen_length=length)
+    mark = evaluation.fingerprint(pipe, *evaluation.folder_contents(folder, reference))
+    return task, f"{count}-{length} {mark}"
 
 
 def _named(args, default: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from . import sudoku
 from .cli_arguments import check_device, number_type
 
-BATCH_SIZE = 128
+BATCH_SIZE = 32
 BEST_REMASK = {"self-confidence": 4, "PRISM": 8}  # of 2, 4, 8, 16, on the bundled model; benchmarks/sudoku.py
 MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
 COMPARE_SEED = 20_000  # puzzles of --compare; neither training's nor the benchmark's

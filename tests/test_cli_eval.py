@@ -54,6 +54,37 @@ def test_compare_is_resumed(tmp_path, capsys):
     assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
+def test_lists_in_a_config_are_settings_to_choose_from(tmp_path, capsys):
+    arms = [{"name": "MDLM", "scheduler": "MDLMScheduler"}]
+    arms += [{"name": "PRISM", "scheduler": "PrismScheduler", "num_remask": [1, 4], "order": ["random", "confidence"]}]
+    (tmp_path / "plan.json").write_text(json.dumps({"arms": arms, "forwards": [4, 8, 6], "seeds": [0]}))
+    flags = ["eval", "compare", "--config", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out"), "--json"]
+    assert main([*flags, "--num-puzzles", "3", "--clues", "30"]) == 0
+    tuned = json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())
+    assert len(tuned["tried"]) == 4
+    assert tuned["steps"] == 6  # the middle one
+    best = max(tuned["tried"], key=lambda row: row["solved"])
+    found = next(arm for arm in told(capsys)["arms"] if arm["name"] == "PRISM")
+    assert found == {name: best[name] for name in found}
+    assert main([*flags, "--num-puzzles", "3", "--clues", "30", "--tune-steps", "5", "--trials", "4"]) == 0
+    capsys.readouterr()
+    assert json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())["steps"] == 5
+
+
+def test_settings_for_text_are_chosen_on_other_texts(tmp_path, capsys):
+    arms = [{"name": "PRISM", "scheduler": "PrismScheduler", "eta": [0.1, 0.3]}]
+    (tmp_path / "plan.json").write_text(json.dumps({"arms": arms, "forwards": [4], "seeds": [0, 1]}))
+    flags = ["eval", "compare", "--task", "text", "--config", str(tmp_path / "plan.json"), "--num-samples", "2"]
+    flags += ["--gen-length", "24", "--out", str(tmp_path / "out"), "--json"]
+    assert main(flags) == 2
+    assert "--tune-reference" in capsys.readouterr().err
+    (tmp_path / "other.jsonl").write_text(json.dumps("To be or not to be, that is the question.") + "\n")
+    assert main([*flags, "--tune-reference", str(tmp_path / "other.jsonl")]) == 0
+    tuned = json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())["tried"]
+    best = min(tuned, key=lambda row: row["ngram_js"])
+    assert told(capsys)["arms"][0]["eta"] == best["eta"]
+
+
 def test_code_of_a_model_that_cannot_write_any(tmp_path, capsys):
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["[PAD]", "[MASK]", "x", "="])}, "x"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", pad_token="[PAD]").save_pretrained(

@@ -9,7 +9,6 @@ import torch
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import (
-    choose_arm,
     distinct_n,
     known_word_share,
     ngram_distance,
@@ -51,30 +50,6 @@ def test_a_wordless_text_is_counted_and_stops_nothing():
     }  # fmt: skip
     with pytest.raises(ValueError, match="no token"):
         text_measures(["", ""], REFERENCE, {"the"}, judge=judge)
-
-
-def test_the_arm_with_the_least_of_a_metric_is_chosen_and_the_scheduler_put_back():
-    pipe, seen = types.SimpleNamespace(scheduler="shipped"), []
-
-    def task(pipe, steps, seed):
-        seen.append((pipe.scheduler.config.eta, steps, seed))
-        return {"ngram_js": abs(pipe.scheduler.config.eta - 0.1), "other": -pipe.scheduler.config.eta}
-
-    options = [
-        {"name": "a", "scheduler": "PrismScheduler", "eta": eta, "loop_steps": 2, "loop_num_remask": 1}
-        for eta in (0.3, 0.1, 0.2)
-    ]
-    assert choose_arm(pipe, task, options, steps=8, seed=5) == options[1]
-    assert seen == [(0.3, 6, 5), (0.1, 6, 5), (0.2, 6, 5)]  # the loop is part of the forwards
-    assert choose_arm(pipe, task, options, steps=8, seed=5, metric="other") == options[0]
-    assert pipe.scheduler == "shipped"
-    seen.clear()
-    assert choose_arm(pipe, task, options[:1], steps=8, seed=5) == options[0] and not seen
-    with pytest.raises(ValueError, match="options"):
-        choose_arm(pipe, task, [], steps=8, seed=5)
-    with pytest.raises(KeyError):
-        choose_arm(pipe, task, options, steps=8, seed=5, metric="none")
-    assert pipe.scheduler == "shipped"
 
 
 def test_an_arm_with_a_model_of_its_own_runs_that_model(tmp_path):

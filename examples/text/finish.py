@@ -16,32 +16,30 @@ import shutil
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 
 from prism_pipelines import PrismPipeline
-from prism_pipelines.evaluation import choose_arm, evaluate_calibration, make_scheduler, run_comparison, text_task
+from prism_pipelines.evaluation import evaluate_calibration, make_scheduler, run_comparison, text_task, tune_arms
 from prism_pipelines.evaluation.text import words
 
 VALIDATION = ("henry_v",)  # settings are chosen on it; the other held-out works are the test
 LENGTH, STEPS = 256, 32  # tokens of a sample; forwards at which settings are chosen
 CHOOSE_SEED, SHOW_SEED = 40_000, 0
-ETAS = (0.01, 0.03, 0.1, 0.3)
+ETAS = [0.01, 0.03, 0.1, 0.3]
 RANDOM = {"order": "random"}
 # The paper's window for text. Early on the quality of a token is little more than how frequent it is.
 SECOND_HALF = {"remask_start": 0.5}
-# name: what is fixed, the knob, and its grid; a rule without a knob has an empty grid
-GRID = {
-    "MDLM": ({"scheduler": "MDLMScheduler", **RANDOM}, None, ()),
-    "ReMDM-cap": ({"scheduler": "ReMDMScheduler", "strategy": "cap"}, "eta", ETAS),
-    "ReMDM-conf": ({"scheduler": "ReMDMScheduler", "strategy": "conf"}, None, ()),
-    "ReMDM-loop": ({"scheduler": "ReMDMScheduler", "strategy": "loop"}, "eta", ETAS),
-    "self-confidence": ({"scheduler": "SelfConfidenceScheduler", **RANDOM, **SECOND_HALF}, "eta", ETAS),
-    "P2": ({"scheduler": "P2Scheduler"}, "eta", (0.25, 0.5, 1.0, 2.0)),
-    "token-to-mask": ({"scheduler": "TokenToMaskScheduler", **RANDOM}, "threshold", (0.02, 0.05, 0.1, 0.2)),
-    "PRISM": ({"scheduler": "PrismScheduler", **RANDOM, **SECOND_HALF}, "eta", ETAS),
-}
+RULES = [  # a list is a knob
+    {"name": "MDLM", "scheduler": "MDLMScheduler", **RANDOM},
+    {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": ETAS},
+    {"name": "ReMDM-conf", "scheduler": "ReMDMScheduler", "strategy": "conf"},
+    {"name": "ReMDM-loop", "scheduler": "ReMDMScheduler", "strategy": "loop", "eta": ETAS},
+    {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", **RANDOM, **SECOND_HALF, "eta": ETAS},
+    {"name": "P2", "scheduler": "P2Scheduler", "eta": [0.25, 0.5, 1.0, 2.0]},
+    {"name": "token-to-mask", "scheduler": "TokenToMaskScheduler", **RANDOM, "threshold": [0.02, 0.05, 0.1, 0.2]},
+    {"name": "PRISM", "scheduler": "PrismScheduler", **RANDOM, **SECOND_HALF, "eta": ETAS},
+]
 SHOWN = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")  # arms of the card
 
 
@@ -49,41 +47,6 @@ def read_works(path: Path) -> dict[str, str]:
     """{title: text} of a file of prepare.py."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["title"]: row["text"] for row in rows}
-
-
-def scheduler_key(scheduler, mark: str) -> str:
-    """What a setting that was tried is found again by."""
-    fields = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return json.dumps([mark, type(scheduler).__name__, fields], sort_keys=True)
-
-
-def choose_arms(pipe, reference: list[str], num_samples: int, log: Path, mark: str) -> tuple[list[dict], list[dict]]:
-    """The arm of each rule with the least n-gram distance to the reference, and everything that was tried.
-
-    A setting that `log` holds for the same `mark` is not run again.
-    """
-    lines = log.read_text().splitlines() if log.exists() else []
-    known = {row["key"]: row["found"] for row in map(json.loads, lines)}
-    measure = text_task(reference, num_samples=num_samples, gen_length=LENGTH, batch_size=64)
-
-    def task(pipe, steps, seed):
-        key = scheduler_key(pipe.scheduler, mark)
-        if key not in known:
-            found = measure(pipe, steps, seed)
-            known[key] = {name: float(np.mean(found[name])) for name in ("ngram_js", "known_words", "entropy")}
-            with log.open("a") as file:
-                file.write(json.dumps({"key": key, "found": known[key]}) + "\n")
-        return known[key]
-
-    def report(arm, found):
-        tried.append(arm | found)
-        print(json.dumps(tried[-1]), flush=True)
-
-    arms, tried = [], []
-    for name, (fixed, knob, values) in GRID.items():
-        options = [{"name": name, **fixed, **({} if knob is None else {knob: value})} for value in values or (None,)]
-        arms.append(choose_arm(pipe, task, options, steps=STEPS, seed=CHOOSE_SEED, report=report))
-    return arms, tried
 
 
 def with_loop(arm: dict) -> dict:
@@ -204,11 +167,21 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((args.prism_run / "model" / "model.safetensors").read_bytes()).hexdigest()[:12]
     mark = f"{weights} {args.dtype} {args.num_samples}"
-    log = output.with_name(output.name + "-tried.jsonl")
-    arms, tried = choose_arms(pipe, validation, args.num_samples, log, mark)
+    arms, tried = tune_arms(
+        pipe,
+        text_task(validation, num_samples=args.num_samples, gen_length=LENGTH),
+        RULES,
+        steps=STEPS,
+        seed=CHOOSE_SEED,
+        trials=len(ETAS),
+        out_dir=output.with_name(output.name + "-tuning"),
+        task_name=mark,
+        quality="ngram_js",
+        report=lambda arm, found: print(json.dumps(arm | found), flush=True),
+    )
     settings = next(arm for arm in arms if arm["name"] == "PRISM")
     arms.append(with_loop(settings))
-    task = text_task(test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, batch_size=64)
+    task = text_task(test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary)
     found = run_comparison(
         pipe,
         task,

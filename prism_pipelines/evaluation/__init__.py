@@ -43,7 +43,8 @@ from .text import (
     text_task,
     unigram_entropy,
 )
-from .text_compare import choose_arm, folder_contents, task_of_folder, text_plan
+from .text_compare import folder_contents, task_of_folder, text_plan
+from .tuning import tune_arms
 
 __all__ = [
     "SudokuScore",
@@ -51,7 +52,6 @@ __all__ = [
     "calibration",
     "calibration_table",
     "check_texts",
-    "choose_arm",
     "comparison_table",
     "distinct_n",
     "diversity",
@@ -84,6 +84,7 @@ __all__ = [
     "text_measures",
     "text_plan",
     "text_task",
+    "tune_arms",
     "unigram_entropy",
     "wilson_interval",
     "write_calibration",

@@ -161,37 +161,21 @@ def run_comparison(
     folder = Path(out_dir) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {(arm["name"], t, s): folder / cell_file(arm, t, s, temperature, task_name) for arm, t, s in wanted}
-    cells = {key: _read_cell(path) for key, path in paths.items()}
+    cells = {key: read_cell(path) for key, path in paths.items()}
     todo = [(arm, t, s) for arm, t, s in wanted if cells[arm["name"], t, s] is None]
-    shipped = {name: one.scheduler for name, one in pipes.items()}
-    try:
-        with _progress(progress, todo, len(wanted)) as report:
-            for arm, steps, seed in todo:
-                key, start, running = (arm["name"], steps, seed), time.perf_counter(), pipes[arm.get("model")]
-                running.scheduler = make_scheduler(arm, temperature)
-                with _counted_forwards(running) as made:
-                    metrics = task(running, steps - arm.get("loop_steps", 0), seed)
-                metrics = _checked_metrics(metrics, key)
-                if quality is not None and quality not in metrics:
-                    raise ValueError(
-                        f"`quality` must be a metric of the task, got {quality!r}; it has {list(metrics)}."
-                    )
-                cell = {"arm": arm, "forwards": steps, "seed": seed, "task": task_name, "metrics": metrics}
-                cell |= {"model_forwards": made[0], "seconds": time.perf_counter() - start}
-                write_whole(paths[key], json.dumps(cell, allow_nan=False) + "\n")
-                cells[key] = cell
-                report(arm, steps, cell["seconds"])
-    finally:
-        for name, one in pipes.items():
-            one.scheduler = shipped[name]
+    with _progress(progress, todo, len(wanted)) as report:
+        for arm, steps, seed in todo:
+            key, running = (arm["name"], steps, seed), pipes[arm.get("model")]
+            settings = {"temperature": temperature, "task_name": task_name, "quality": quality}
+            cells[key] = run_cell(running, task, arm, steps, seed, path=paths[key], **settings)
+            report(arm, steps, cells[key]["seconds"])
     _check_equal(cells, names)
     rows, pairs = tabulate({key: cell["metrics"] for key, cell in cells.items()}, names, forwards, seeds, reference)
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     quality = metrics[0] if quality is None else quality
     if quality not in metrics:
         raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; metrics: {metrics}.")
-    if higher_is_better is None:
-        higher_is_better = quality not in getattr(task, "lower_is_better", ())
+    higher_is_better = is_higher_better(task, quality) if higher_is_better is None else higher_is_better
     outside = _outside(arms)
     points = [(row["forwards"], row["value"]) for row in rows if row["metric"] == quality and row["arm"] not in outside]
     result = {
@@ -210,7 +194,12 @@ def run_comparison(
     return result
 
 
-def sudoku_task(puzzles, *, batch_size: int = 250):
+def is_higher_better(task, quality: str) -> bool:
+    """What the task's `lower_is_better` says of a metric; true without one."""
+    return quality not in getattr(task, "lower_is_better", ())
+
+
+def sudoku_task(puzzles, *, batch_size: int = 32):
     """Solving puzzles as a task of `run_comparison`.
 
     Args:
@@ -255,6 +244,35 @@ def fingerprint(pipe, *contents: bytes | str) -> str:
     return digest.hexdigest()[:12]
 
 
+def run_cell(
+    pipe, task, arm: dict, steps: int, seed: int, *, path: Path, temperature: float, task_name: str, quality: str | None
+) -> dict:
+    """One cell: the task with the scheduler of the arm, and its file.
+
+    Args:
+        pipe, task, seed, temperature, task_name, quality: as `run_comparison`; the scheduler of `pipe` is put back.
+        arm: as `make_scheduler`.
+        steps: forwards, those of a refinement loop among them.
+        path: where the cell is written when it is done.
+    Returns:
+        {"arm", "forwards", "seed", "task", "metrics", "model_forwards", "seconds"}.
+    """
+    shipped, start = pipe.scheduler, time.perf_counter()
+    pipe.scheduler = make_scheduler(arm, temperature)
+    try:
+        with _counted_forwards(pipe) as made:
+            metrics = task(pipe, steps - arm.get("loop_steps", 0), seed)
+    finally:
+        pipe.scheduler = shipped
+    metrics = _checked_metrics(metrics, (arm["name"], steps, seed))
+    if quality is not None and quality not in metrics:
+        raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; it has {list(metrics)}.")
+    cell = {"arm": arm, "forwards": steps, "seed": seed, "task": task_name, "metrics": metrics}
+    cell |= {"model_forwards": made[0], "seconds": time.perf_counter() - start}
+    write_whole(path, json.dumps(cell, allow_nan=False) + "\n")
+    return cell
+
+
 def cell_file(arm: dict, forwards: int, seed: int, temperature: float, task_name: str) -> str:
     """File name of a cell: readable, and different whenever anything that decides its result differs."""
     settings = {key: value for key, value in arm.items() if key != "name"}
@@ -274,7 +292,8 @@ def write_whole(path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _read_cell(path: Path) -> dict | None:
+def read_cell(path: Path) -> dict | None:
+    """A finished cell; None if it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

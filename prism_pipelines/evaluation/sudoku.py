@@ -40,7 +40,7 @@ class SudokuScore:
         return wilson_interval(int(self.solved.sum()), len(self.solved))
 
 
-def evaluate_sudoku(solve, puzzles, *, batch_size: int = 250, on_batch=None) -> SudokuScore:
+def evaluate_sudoku(solve, puzzles, *, batch_size: int = 32, on_batch=None) -> SudokuScore:
     """Run a solver over puzzles and check every answer exactly.
 
     Args:
@@ -198,7 +198,7 @@ def calibration(quality, right, *, bins: int = 15) -> dict:
     }
 
 
-def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 250) -> dict:
+def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 32) -> dict:
     """Calibration of a pipeline's quality on grids that it partially filled itself.
 
     The pipeline runs on the puzzles with the scheduler it has (give it `MDLMScheduler(order="random")` at temperature 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compare import make_scheduler, read_comparison
+from .compare import read_comparison
 from .text import read_texts, text_task
 
 # Settings that nobody tuned, for a model without arms.json.
@@ -56,38 +56,3 @@ def folder_contents(folder, reference=None) -> list[bytes]:
 def _files(folder, reference) -> tuple[Path, Path]:
     """Files of held-out texts and of known words."""
     return Path(folder) / "heldout.jsonl" if reference is None else Path(reference), Path(folder) / "words.txt"
-
-
-def choose_arm(
-    pipe, task, options: list[dict], *, steps: int, seed: int, metric: str = "ngram_js", report=None
-) -> dict:
-    """The arm with the least of a metric, each run once at temperature 1: how one knob is tuned, of every rule alike.
-
-    Args:
-        pipe: a `PrismPipeline`; its scheduler is put back, also after an error.
-        task: as `run_comparison`, on validation data that no result is reported for.
-        options: arms that differ in the knob; of equals the first wins.
-        steps: forward passes.
-        seed: of the task.
-        metric: of the task; lower is better.
-        report: called with (arm, metrics) after each.
-    Returns:
-        one of `options`; the only one is not run.
-    Raises:
-        ValueError: no options.
-    """
-    if not options:
-        raise ValueError("`options` is empty: pass at least one arm.")
-    if len(options) == 1:
-        return options[0]
-    shipped, scores = pipe.scheduler, []
-    try:
-        for arm in options:
-            pipe.scheduler = make_scheduler(arm, 1.0)
-            found = task(pipe, steps - arm.get("loop_steps", 0), seed)
-            scores.append(found[metric])
-            if report is not None:
-                report(arm, found)
-    finally:
-        pipe.scheduler = shipped
-    return options[scores.index(min(scores))]

@@ -1,0 +1,159 @@
+"""The knobs of the arms of a comparison, chosen with equal effort: as many settings are tried for each of them.
+
+A knob is a setting of an arm that holds a list: {"name": "ReMDM", "scheduler": "ReMDMScheduler", "eta": [0.01, 0.1]}.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .compare import cell_file, is_higher_better, make_scheduler, read_cell, run_cell, write_whole
+
+MOST_SETTINGS = 10_000  # of one arm; each is checked before anything runs
+MOST_ASKED = 20  # proposals for each trial
+
+
+def knobs(arm: dict) -> dict[str, list]:
+    """{field: values} of the settings of an arm that hold a list."""
+    return {name: values for name, values in arm.items() if isinstance(values, list)}
+
+
+def settings_of(arm: dict, temperature: float) -> list[dict]:
+    """The arm once for each combination of its knobs' values, the last knob varying fastest; itself without any.
+
+    Raises:
+        ValueError: an empty list, too many combinations, or one that its scheduler refuses.
+    """
+    values = knobs(arm)
+    count = math.prod(map(len, values.values()))
+    if count == 0 or count > MOST_SETTINGS:
+        raise ValueError(f"Arm {arm.get('name')!r} has {count} settings to choose from; 1 to {MOST_SETTINGS} will do.")
+    options = [arm | dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    for option in options:
+        try:
+            make_scheduler(option, temperature)
+        except ValueError as error:
+            tried = {name: option[name] for name in values}
+            raise ValueError(f"Arm {arm.get('name')!r} cannot have {tried}: {error}") from error
+    return options
+
+
+def proposals(arm: dict, options: list[dict], trials: int, seed: int, score) -> Iterator[dict]:
+    """Settings to try: all if there are no more than `trials`, else those that optuna's TPE proposes from the scores.
+
+    Args:
+        arm: with knobs.
+        options: `settings_of(arm)`.
+        trials: most settings.
+        seed: of the proposals; the same scores give the same ones.
+        score: callable from a setting to its score, higher is better; called for what was yielded before.
+    """
+    if len(options) <= trials:
+        yield from options
+        return
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            f"Arm {arm['name']!r} has {len(options)} settings and {trials} trials. Choosing which to try needs optuna: "
+            'pip install "prism-pipelines[tune]", or raise the trials.'
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    seen = []
+    for asked in itertools.count():
+        trial = study.ask()
+        # By index: values stand in order as a rule, which a sampler can use, and may be of any kind.
+        chosen = {name: values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in knobs(arm).items()}
+        option = arm | chosen
+        if option not in seen:  # a setting proposed again is told its score and costs no trial
+            seen.append(option)
+            yield option
+        study.tell(trial, score(option))
+        if len(seen) == trials:
+            return
+        if asked == MOST_ASKED * trials:  # the sampler has settled
+            yield from [option for option in options if option not in seen][: trials - len(seen)]
+            return
+
+
+def tune_arms(
+    pipe,
+    task,
+    arms: list[dict],
+    *,
+    steps: int,
+    seed: int,
+    trials: int,
+    out_dir,
+    task_name: str,
+    temperature: float = 1.0,
+    quality: str | None = None,
+    higher_is_better: bool | None = None,
+    models: dict | None = None,
+    report=None,
+) -> tuple[list[dict], list[dict]]:
+    """Each arm with its best setting, on data that no result is reported for.
+
+    An arm without knobs is not run. Every setting tried is a cell as in `run_comparison` and not run again; resumed,
+    the same settings are proposed.
+
+    Args:
+        pipe, task, out_dir, task_name, temperature, quality, models: as `run_comparison`; the task on other data.
+        higher_is_better: as `run_comparison`.
+        arms: as `run_comparison`, with lists for the settings to choose; of equals the first wins.
+        steps: forward passes, those of a refinement loop among them.
+        seed: of the task, and of what is proposed.
+        trials: most settings of each arm, the same for all: no rule is looked at harder than another. All its
+            settings, in order, if there are no more; else proposals of optuna's TPE (extra `tune`).
+        report: called with (arm, {metric: mean}) after each.
+    Returns:
+        The arms without lists, and all that were tried: [arm | {metric: mean}].
+    Raises:
+        ValueError: trials or steps below 1, no setting left, settings that a scheduler refuses, or no such metric.
+        ImportError: optuna is needed and not installed.
+    Source: optuna (arXiv 1907.10902) for TPE.
+    """
+    if trials < 1:
+        raise ValueError(f"`trials` must be at least 1, got {trials}.")
+    options = {arm["name"]: settings_of(arm, temperature) for arm in arms}
+    for name, some in options.items():
+        if (loop := max(option.get("loop_steps", 0) for option in some)) >= steps:
+            raise ValueError(f"Arm {name!r}: a loop of {loop} forwards leaves none of `steps` = {steps}.")
+    folder, pipes = Path(out_dir) / "cells", {None: pipe, **(models or {})}
+    if unknown := [arm["name"] for arm in arms if arm.get("model") not in pipes]:
+        raise ValueError(f"Arms {unknown} want a model that `models` does not hold.")
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen, tried = [], []
+    for arm in arms:
+        if not knobs(arm):
+            chosen.append(arm)
+            continue
+        found = []
+
+        def score(option, found=found):
+            return next(value for value, other in found if other == option)
+
+        for option in proposals(arm, options[arm["name"]], trials, seed, score):
+            name = f"tuning {task_name}"
+            path = folder / cell_file(option, steps, seed, temperature, name)
+            settings = {"temperature": temperature, "task_name": name, "quality": quality, "path": path}
+            cell = read_cell(path) or run_cell(pipes[arm.get("model")], task, option, steps, seed, **settings)
+            means = {metric: float(np.mean(values)) for metric, values in cell["metrics"].items()}
+            judged = next(iter(means)) if quality is None else quality
+            better = is_higher_better(task, judged) if higher_is_better is None else higher_is_better
+            found.append((means[judged] if better else -means[judged], option))
+            tried.append(option | means)
+            if report is not None:
+                report(option, means)
+        chosen.append(max(found, key=lambda pair: pair[0])[1])
+    write_whole(
+        Path(out_dir) / "tuning.json", json.dumps({"steps": steps, "seed": seed, "tried": tried}, indent=1) + "\n"
+    )
+    return chosen, tried
