@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sudoku import fingerprint, origin  # beside this file
+from shared import fingerprint, origin  # beside this file
 from text import JUDGE_ORDER, LENGTH, VALIDATION, data_hash, load, works
 
 from prism_pipelines import bundled

@@ -20,15 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from shared import origin  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prism_pipelines import FAMILIES, MDLMScheduler, MDMSpec, PrismPipeline
@@ -155,9 +153,7 @@ def main(argv=None) -> int:
     cuda = args.device.startswith("cuda")
     if not cuda:
         torch.set_num_threads(1)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    rows = []
+    where, rows = origin(), []
     print(f"{'shape':11}{'batch':>6} {'cache':7}{'threshold':>10}{'forwards':>9}{'tokens/forward':>15}", end="")
     print(f"{'s':>8}{'tokens/s':>9}{'ratio':>7}")
     for name in args.shapes:
@@ -173,15 +169,8 @@ def main(argv=None) -> int:
     told = {
         "rows": rows,
         "settings": {"shapes": {name: asdict(SHAPES[name]) for name in args.shapes}, "repeats": args.repeats},
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "clock": "wall" if cuda else "process time",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": commit,
+        **where,
         "seed": SEED,
     }
     if args.output:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sudoku import origin  # beside this file
+from shared import origin  # beside this file
 
 from prism_pipelines import PrismPipeline
 from prism_pipelines.evaluation import bootstrap_interval, make_scheduler, wilson_interval

@@ -10,8 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from sudoku import ARMS  # beside this file
-from sudoku_heads import ARMS as HEADS
+from sudoku_heads import ARMS as HEADS  # beside this file
 from text_results import PUBLISHED, ablation_section, card_section, loop_sentence, text_section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +39,13 @@ def sudoku_section(table: dict) -> str:
     """Success by forwards for each set of puzzles, paired comparisons, calibration."""
     settings, rows = table["settings"], table["rows"]
     forwards = sorted({row["forwards"] for row in rows})
-    remasked = ", ".join(f"{ARMS[rule]} {count}" for rule, count in settings["num_remask"].items())
+    outside = {arm["name"] for arm in table["arms"] if arm.get("outside")}
+    knobs = {
+        arm["name"]: [f"{k} {arm[k]}" for k in ("num_remask", "eta", "threshold") if arm.get(k) is not None]
+        for arm in table["arms"]
+        if arm["name"] not in outside
+    }
+    chosen = ", ".join(f"{name} {knob[0]}" for name, knob in knobs.items() if knob)
     lines = [
         "## Sudoku",
         "",
@@ -49,21 +54,25 @@ def sudoku_section(table: dict) -> str:
         f"torch {table['versions']['torch']}. [What is held fixed](sudoku.md#how-the-benchmark-measures). Percent of "
         "puzzles solved, 95 % Wilson intervals.",
         "",
-        f"Cells remasked a step, chosen for each rule on other puzzles: {remasked}.",
+        f"Each rule's knob, the best of four on other puzzles: {chosen}.",
         "",
     ]
     for clues in dict.fromkeys(row["clues"] for row in rows):
         lines += [f"### {clues} clues", "", "| forwards | " + " | ".join(map(str, forwards)) + " |"]
         lines.append("| --- |" + " --- |" * len(forwards))
-        for arm, name in ARMS.items():
+        for arm in dict.fromkeys(row["arm"] for row in rows):
             found = {row["forwards"]: row for row in rows if row["clues"] == clues and row["arm"] == arm}
-            lines.append(f"| {name} | " + " | ".join(share(found[t]) for t in forwards) + " |")
+            lines.append(
+                f"| {arm}{' (outside)' if arm in outside else ''} | "
+                + " | ".join(share(found[t]) for t in forwards)
+                + " |"
+            )
         lines += ["", "PRISM's failures divided by those of the other rule, on the same puzzles (bootstrap, 95 %):", ""]
         lines += ["| forwards | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
-        for arm in ("mdlm", "random", "self-confidence"):
+        for arm in dict.fromkeys(p["arm"] for p in table["pairs"] if p["arm"] not in outside):
             found = {p["forwards"]: p for p in table["pairs"] if p["clues"] == clues and p["arm"] == arm}
             cells = [ratio(found[t]) for t in forwards]
-            lines.append(f"| PRISM / {ARMS[arm]} | " + " | ".join(cells) + " |")
+            lines.append(f"| PRISM / {arm} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["![share solved against forwards](figures/sudoku.png)", "", "### Calibration of the head", ""]
     lines += ["| states | AUROC | ECE |", "| --- | --- | --- |"]

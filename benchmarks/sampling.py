@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +33,7 @@ from pathlib import Path
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from shared import origin  # beside this file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -301,23 +300,6 @@ def print_rows(rows: list[dict]) -> None:
                 print(f"{row['arm']:30}" + "".join(f"{row[name]:15.2f}" for name in columns))
 
 
-def facts() -> dict:
-    """Device, threads, versions and commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": commit, "seed": SEED}
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def build(shape: Shape, device: str) -> tuple[LlamaForCausalLM, QualityHead]:
     """A model with random weights, made where it will be used, and the quality head that PRISM has for LLaDA."""
     config = LlamaConfig(
@@ -355,7 +337,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
-    told = facts()  # before anyone touches the files
+    told = {**origin(), "seed": SEED}  # before anyone touches the files
     shape = SHAPES[args.shape]
     if args.tokens_per_step is not None:
         shape = replace(shape, tokens_per_step=args.tokens_per_step)

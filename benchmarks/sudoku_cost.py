@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from shared import origin  # beside this file
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
 from prism_pipelines.evaluation import pipeline_solver
@@ -88,13 +86,8 @@ def main(argv=None) -> int:
             f"{name:18}{row['median_s']:10.3f}{row['min_s']:8.3f}{row['max_s']:8.3f}"
             f"{row['ratio_median']:18.3f}{row['ratio_min']:11.3f}"
         )
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     told = {"puzzles": args.puzzles, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats, "seed": 10_000}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    facts = {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": commit}
-    print(json.dumps({"rows": rows, "settings": told, **facts}))
+    print(json.dumps({"rows": rows, "settings": told, **origin()}))
     return 0
 
 

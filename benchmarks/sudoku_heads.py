@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from shared import origin  # beside this file
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
@@ -114,9 +113,7 @@ def main(argv=None) -> int:
         solved = f"{100 * row['solved']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
         gained = "-" if share is None else f"{share:.2f}"
         print(f"| {row['forwards']} | {ARMS[row['arm']]} | {solved} | {gained} | {met} |")
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    result = {"rows": rows, "cells": cells, "device": platform.machine(), "torch": torch.__version__, "commit": commit}
+    result = {"rows": rows, "cells": cells, **origin()}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0

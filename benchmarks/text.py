@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sudoku import fingerprint, origin  # beside this file
+from shared import fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import weakref
@@ -26,6 +24,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from shared import origin  # beside this file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -203,16 +202,11 @@ def main(argv=None) -> int:
     for name, value in ratios.items():
         goal = GOALS.get(name.split(", median_s")[0])
         print(f"{name}: {value:.2f}" + (f"  (goal {goal}: {'met' if value <= goal else 'MISSED'})" if goal else ""))
-    head = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False)
     result = {
         "rows": rows,
         "ratios": ratios,
         "sizes": sizes | {"batch": batch, "length": length},
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
+        **origin(),
         "seed": SEED,
     }
     if args.out:

@@ -1,0 +1,43 @@
+"""What several benchmarks need: a hash of what is measured, and where the numbers come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fingerprint(model: Path, settings: dict) -> str:
+    """Hash of weights, scheduler config and settings; a cell counts only for the same fingerprint."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in sorted([*model.rglob("*.safetensors"), *model.rglob("scheduler_config.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def origin() -> dict:
+    """Where these numbers come from: machine, versions and commit."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": commit}
