@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_pipelines import sudoku
+from prism_pipelines import PrismScheduler, bundled, sudoku
 from prism_pipelines.evaluation import (
     calibration,
     evaluate_sudoku,
@@ -234,7 +235,8 @@ def test_head_calibration_needs_a_partial_grid(puzzles):
 
 
 @pytest.fixture
-def benchmark():
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # it imports a neighbour
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "sudoku.py"
     spec = importlib.util.spec_from_file_location("sudoku_benchmark", path)
     module = importlib.util.module_from_spec(spec)
@@ -242,26 +244,42 @@ def benchmark():
     return module
 
 
-def test_an_interrupted_benchmark_goes_on_and_redoes_no_finished_cell(benchmark, puzzles, tmp_path, monkeypatch):
-    done, path = [], tmp_path / "cells.jsonl"
-    pipe = types.SimpleNamespace(quality_head=None, scheduler=types.SimpleNamespace(config={}))
-    monkeypatch.setattr(benchmark, "arrange", lambda pipe, parts, arm, seed: done.append((arm, seed)))
-    monkeypatch.setattr(benchmark, "pipeline_solver", lambda pipe, steps, seed: exact)
-    wanted = [("mdlm", 8, "30", 0), ("prism", 8, "30", 0), ("prism", 8, "30", 1)]
-    benchmark.run_cells(pipe, wanted[:2], {"30": puzzles[0]}, path, "mark", 4)
-    path.write_text(path.read_text() + '{"arm": "prism", "forw')  # killed while writing
-    cells = benchmark.run_cells(pipe, wanted, {"30": puzzles[0]}, path, "mark", 4)
-    assert done == [("mdlm", 0), ("prism", 0), ("prism", 1)]
-    assert cells == dict.fromkeys(wanted, "1" * 10) == benchmark.read_cells(path, "mark")
-    assert benchmark.read_cells(path, "another model") == {}
+def test_the_cells_of_a_comparison_become_marks_by_arm_and_forwards(benchmark, tmp_path):
+    (tmp_path / "cells").mkdir()
+    marks = {("PRISM", 0): [1, 1, 0], ("PRISM", 1): [0, 1, 1], ("MDLM", 0): [0, 0, 1], ("MDLM", 1): [1, 0, 0]}
+    for n, ((arm, seed), solved) in enumerate(marks.items()):
+        cell = {"arm": {"name": arm}, "forwards": 8, "seed": seed, "task": "mark", "metrics": {"solved": solved}}
+        (tmp_path / "cells" / f"{n}.json").write_text(json.dumps(cell))
+        (tmp_path / "cells" / f"other{n}.json").write_text(json.dumps(cell | {"task": "another model"}))
+    found = benchmark.solved_arrays(tmp_path, "mark", [1, 0])
+    assert {key: value.tolist() for key, value in found.items()} == {
+        ("PRISM", 8): [[0, 1, 1], [1, 1, 0]],
+        ("MDLM", 8): [[1, 0, 0], [0, 0, 1]],
+    }
+
+
+def test_noise_for_qualities_is_that_of_the_seed(benchmark, puzzles):
+    pipe, noise = benchmark.load(bundled("sudoku"), "cpu", "float32")
+    assert noise.model is pipe.model
+    task, runs = benchmark.task_of(puzzles[0][:4], 4), []
+    noise.scheduler = PrismScheduler(num_remask=8)
+    for seed in (3, 3, 4):
+        task(noise, 6, seed)
+        runs.append(torch.rand(3, generator=noise.quality_head.generator).tolist())  # where the noise has got to
+    assert runs[0] == runs[1] != runs[2]
 
 
 def test_the_table_pairs_every_arm_with_prism_on_the_same_puzzles(benchmark):
-    marks = {"prism": ("1110", "1111"), "mdlm": ("0110", "1011")}
-    cells = {(arm, 8, c, s): marks[arm][s] for arm in marks for c in benchmark.CLUES for s in (0, 1)}
-    rows, pairs = benchmark.tabulate(cells, marks, [8], [0, 1])
-    assert [(row["arm"], row["solved"], row["n"]) for row in rows[:2]] == [("prism", 7, 8), ("mdlm", 5, 8)]
-    assert [(pair["arm"], pair["failures"], pair["failures_other"]) for pair in pairs] == [("mdlm", 1, 3)] * 2
+    solved = {
+        ("PRISM", 8): np.array([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=bool),
+        ("MDLM", 8): np.array([[0, 1, 1, 0], [1, 0, 1, 1]], dtype=bool),
+    }
+    rows, pairs = benchmark.tabulate(solved, [{"name": "PRISM"}, {"name": "MDLM"}], [8], "30")
+    assert [(row["arm"], row["solved"], row["n"], row["clues"]) for row in rows] == [
+        ("PRISM", 7, 8, "30"),
+        ("MDLM", 5, 8, "30"),
+    ]
+    assert [(pair["arm"], pair["failures"], pair["failures_other"]) for pair in pairs] == [("MDLM", 1, 3)]
 
 
 def test_a_quick_run_is_told_where_it_leaves_the_committed_table(benchmark):

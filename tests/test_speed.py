@@ -346,8 +346,9 @@ def test_the_counter_counts():
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path):
+def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path, monkeypatch):
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "sampling.py"
+    monkeypatch.syspath_prepend(str(path.parent))  # it imports a neighbour
     spec = importlib.util.spec_from_file_location("benchmark_of_sampling", path)
     benchmark = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = benchmark  # its dataclasses look there
