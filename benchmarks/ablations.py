@@ -22,13 +22,12 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import fingerprint, origin  # beside this file
+from shared import ROOT, fingerprint, origin  # beside this file
 from text import JUDGE_ORDER, LENGTH, VALIDATION, data_hash, load, works
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
 # name: flags that differ from the recipe
 TRAINING = {

@@ -153,7 +153,7 @@ def main(argv=None) -> int:
     cuda = args.device.startswith("cuda")
     if not cuda:
         torch.set_num_threads(1)
-    where, rows = origin(), []
+    where, rows = origin(args.device), []
     print(f"{'shape':11}{'batch':>6} {'cache':7}{'threshold':>10}{'forwards':>9}{'tokens/forward':>15}", end="")
     print(f"{'s':>8}{'tokens/s':>9}{'ratio':>7}")
     for name in args.shapes:

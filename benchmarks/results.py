@@ -40,12 +40,9 @@ def sudoku_section(table: dict) -> str:
     settings, rows = table["settings"], table["rows"]
     forwards = sorted({row["forwards"] for row in rows})
     outside = {arm["name"] for arm in table["arms"] if arm.get("outside")}
-    knobs = {
-        arm["name"]: [f"{k} {arm[k]}" for k in ("num_remask", "eta", "threshold") if arm.get(k) is not None]
-        for arm in table["arms"]
-        if arm["name"] not in outside
-    }
-    chosen = ", ".join(f"{name} {knob[0]}" for name, knob in knobs.items() if knob)
+    inside = [arm for arm in table["arms"] if arm["name"] not in outside]
+    knobs = [(arm["name"], k, arm[k]) for arm in inside for k in ("num_remask", "eta", "threshold") if k in arm]
+    chosen = ", ".join(f"{name} {knob} {value}" for name, knob, value in knobs)
     lines = [
         "## Sudoku",
         "",

@@ -337,7 +337,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
-    told = {**origin(), "seed": SEED}  # before anyone touches the files
+    told = {**origin(args.device), "seed": SEED}  # before anyone touches the files
     shape = SHAPES[args.shape]
     if args.tokens_per_step is not None:
         shape = replace(shape, tokens_per_step=args.tokens_per_step)

@@ -30,8 +30,8 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def origin() -> dict:
-    """Where these numbers come from: machine, versions and commit."""
+def origin(device: str = "cpu") -> dict:
+    """Where these numbers come from: machine, versions and commit; `device` is where the models ran."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     versions = {
@@ -39,5 +39,5 @@ def origin() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, "commit": commit}
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions, "commit": commit}

@@ -239,7 +239,7 @@ def main(argv=None) -> int:
         rows, pairs = rows + some[0], pairs + some[1]
 
     settings |= {"seeds": seeds, "fingerprint": mark}
-    result = {"settings": settings, "arms": arms, **origin(), "rows": rows, "pairs": pairs}
+    result = {"settings": settings, "arms": arms, **origin(args.device), "rows": rows, "pairs": pairs}
     total = 10 * len(CALIBRATION_CLUES) if args.quick else total
     result["calibration"] = measure_calibration(pipe, total, args.batch_size)
     status = 0

@@ -87,7 +87,7 @@ def main(argv=None) -> int:
             f"{row['ratio_median']:18.3f}{row['ratio_min']:11.3f}"
         )
     told = {"puzzles": args.puzzles, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats, "seed": 10_000}
-    print(json.dumps({"rows": rows, "settings": told, **origin()}))
+    print(json.dumps({"rows": rows, "settings": told, **origin(args.device)}))
     return 0
 
 

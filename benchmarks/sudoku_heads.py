@@ -21,12 +21,11 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import origin  # beside this file
+from shared import ROOT, origin  # beside this file
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
 
-ROOT = Path(__file__).resolve().parent.parent
 ARMS = {"mdm": "MDM, no remasking", "full": "full", "lora": "LoRA", "frozen": "frozen backbone"}
 GOALS = {"lora": 0.9, "frozen": 0.5}
 SAME = {"order": "random", "temperature": 1.0}

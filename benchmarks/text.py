@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import fingerprint, origin  # beside this file
+from shared import ROOT, fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms
@@ -37,7 +37,6 @@ from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
 from prism_pipelines.plots import measures_figure
 
-ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
 LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 256, 32, 40_000
 VALIDATION = "henry_v"
@@ -71,7 +70,7 @@ def load(folder, dtype: str) -> PrismPipeline:
 
 
 def extra_arms(
-    folders: dict, dtype: str, validation: list[str], num_samples: int, shipped: list[dict], cells: Path
+    folders: dict, dtype: str, validation: str, num_samples: int, shipped: list[dict], cells: Path
 ) -> tuple[list[dict], dict]:
     """Arms with weights of their own; and their models.
 
@@ -91,13 +90,13 @@ def extra_arms(
             arms.append({**arm, "model": mark})
     arms, _ = tune_arms(
         None,
-        text_task(validation, num_samples=num_samples, gen_length=LENGTH),
+        text_task([validation], num_samples=num_samples, gen_length=LENGTH),
         arms,
         steps=CHOOSE_STEPS,
         seed=CHOOSE_SEED,
         trials=4,
         out_dir=cells / "tuning",
-        task_name=f"{num_samples} texts, {dtype}",
+        task_name=f"{num_samples} texts, {dtype}, {hashlib.sha256(validation.encode()).hexdigest()[:12]}",
         quality="ngram_js",
         models=models,
         report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr),
@@ -176,7 +175,7 @@ def main(argv=None) -> int:
     task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge)
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
     plan = text_plan(model)
-    more, models = extra_arms(folders, args.dtype, [plays[VALIDATION]], count, plan["arms"], args.cells)
+    more, models = extra_arms(folders, args.dtype, plays[VALIDATION], count, plan["arms"], args.cells)
     arms = [arm for arm in [*plan["arms"], *more] if args.arms is None or arm["name"] in args.arms]
     settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
     settings["data"] = data_hash(args.data, model / "words.txt")

@@ -33,7 +33,6 @@ from prism_pipelines import MDMSpec, QualityHead
 from prism_pipelines.denoiser import MaskedDenoiser
 from prism_pipelines.losses import MDMObjective, PRISMObjective
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
 GOALS = {"prism / mdm": 2.2, "frozen / two bodies": 1.3, "peak of prism / mdm": 1.3}
 
@@ -206,7 +205,7 @@ def main(argv=None) -> int:
         "rows": rows,
         "ratios": ratios,
         "sizes": sizes | {"batch": batch, "length": length},
-        **origin(),
+        **origin(args.device),
         "seed": SEED,
     }
     if args.out:

@@ -263,13 +263,14 @@ def _configured(args, plan: dict, kind: str) -> dict:
 
 def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
     """The arms of the plan, those with lists at the best of the settings tried: on other puzzles or texts."""
-    from . import evaluation, sudoku
+    from . import evaluation
+    from .evaluation.tuning import knobs
 
-    if not any(isinstance(value, list) for arm in plan["arms"] for value in arm.values()):
+    if not any(map(knobs, plan["arms"])):
         return plan["arms"]
     if kind == "sudoku":
-        puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, seed=TUNE_SEED + args.seed)
-        task, mark = evaluation.sudoku_task(puzzles), f"{args.num_puzzles}-{args.clues} {evaluation.fingerprint(pipe)}"
+        task, mark = _sudoku_task(args, args.num_puzzles, TUNE_SEED + args.seed)
+        mark += f" {evaluation.fingerprint(pipe)}"
     elif args.tune_reference is None:
         raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
     else:
@@ -292,14 +293,20 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
 
 def _compare_sudoku(args):
     """Pipeline, task, plan and name of a comparison on generated puzzles."""
+    from . import evaluation
+
+    task, mark = _sudoku_task(args, 20 if args.quick else args.num_puzzles, args.seed)
+    pipe = _pipeline(args)
+    plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
+    return pipe, task, plan, f"{_named(args, 'sudoku')} {mark} {evaluation.fingerprint(pipe)}"
+
+
+def _sudoku_task(args, count: int, seed: int):
+    """The task of solving so many generated puzzles; its name."""
     from . import evaluation, sudoku
 
-    puzzles, _ = sudoku.make_puzzles(20 if args.quick else args.num_puzzles, args.clues, seed=args.seed)
-    pipe = _pipeline(args)
-    mark = evaluation.fingerprint(pipe)
-    name = f"{_named(args, 'sudoku')} sudoku-{len(puzzles)}-{args.clues}-{args.seed} {mark}"
-    plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
-    return pipe, evaluation.sudoku_task(puzzles), plan, name
+    puzzles, _ = sudoku.make_puzzles(count, args.clues, seed=seed)
+    return evaluation.sudoku_task(puzzles), f"sudoku-{count}-{args.clues}-{seed}"
 
 
 def _compare_text(args):

@@ -25,7 +25,7 @@ def script(monkeypatch):
         return module
 
     yield load
-    for name in ("text", "sudoku"):  # names that other tests may import something else by
+    for name in ("text", "shared"):  # names that other tests may import something else by
         sys.modules.pop(name, None)
 
 
@@ -69,6 +69,6 @@ def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeyp
     monkeypatch.setattr(text, "load", lambda folder, dtype: None)
     shipped = text_plan(bundled("text"))["arms"]
     folders = {"base": None, "critic": None, "frozen": tmp_path}
-    (arm,), models = text.extra_arms(folders, "float32", ["To be"], 1, shipped, tmp_path)
+    (arm,), models = text.extra_arms(folders, "float32", "To be", 1, shipped, tmp_path)
     prism = next(arm for arm in shipped if arm["name"] == "PRISM")
     assert arm == {**prism, "name": "PRISM, head alone", "model": next(iter(models))}

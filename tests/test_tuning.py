@@ -112,6 +112,9 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
     one.task = real
     assert one.tune([arm], tmp_path)[0][0]["eta"] == 0.1
     assert [run[0] for run in one.runs] == [0.3, 0.2, 0.1]
+    with pytest.raises(ValueError, match="`quality` must be a metric of the task, got 'none'"):
+        one.tune([arm], tmp_path, quality="none")  # also where every cell is finished
+    assert len(one.runs) == 3
     one.tune([arm], tmp_path, task_name="other weights")
     assert len(one.runs) == 6
 

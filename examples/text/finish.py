@@ -166,7 +166,7 @@ def main() -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((args.prism_run / "model" / "model.safetensors").read_bytes()).hexdigest()[:12]
-    mark = f"{weights} {args.dtype} {args.num_samples}"
+    chosen_on = hashlib.sha256("".join(validation).encode()).hexdigest()[:12]
     arms, tried = tune_arms(
         pipe,
         text_task(validation, num_samples=args.num_samples, gen_length=LENGTH),
@@ -175,7 +175,7 @@ def main() -> None:
         seed=CHOOSE_SEED,
         trials=len(ETAS),
         out_dir=output.with_name(output.name + "-tuning"),
-        task_name=mark,
+        task_name=f"{args.num_samples} texts of {chosen_on}, {weights}, {args.dtype}",
         quality="ngram_js",
         report=lambda arm, found: print(json.dumps(arm | found), flush=True),
     )

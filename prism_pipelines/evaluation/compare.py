@@ -163,18 +163,17 @@ def run_comparison(
     paths = {(arm["name"], t, s): folder / cell_file(arm, t, s, temperature, task_name) for arm, t, s in wanted}
     cells = {key: read_cell(path) for key, path in paths.items()}
     todo = [(arm, t, s) for arm, t, s in wanted if cells[arm["name"], t, s] is None]
+    named = {"temperature": temperature, "task_name": task_name, "quality": quality}
     with _progress(progress, todo, len(wanted)) as report:
         for arm, steps, seed in todo:
             key, running = (arm["name"], steps, seed), pipes[arm.get("model")]
-            settings = {"temperature": temperature, "task_name": task_name, "quality": quality}
-            cells[key] = run_cell(running, task, arm, steps, seed, path=paths[key], **settings)
+            cells[key] = run_cell(running, task, arm, steps, seed, path=paths[key], **named)
             report(arm, steps, cells[key]["seconds"])
     _check_equal(cells, names)
     rows, pairs = tabulate({key: cell["metrics"] for key, cell in cells.items()}, names, forwards, seeds, reference)
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    check_quality(quality, metrics)
     quality = metrics[0] if quality is None else quality
-    if quality not in metrics:
-        raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; metrics: {metrics}.")
     higher_is_better = is_higher_better(task, quality) if higher_is_better is None else higher_is_better
     outside = _outside(arms)
     points = [(row["forwards"], row["value"]) for row in rows if row["metric"] == quality and row["arm"] not in outside]
@@ -192,6 +191,16 @@ def run_comparison(
     }
     write_comparison(result, out_dir)
     return result
+
+
+def check_quality(quality: str | None, metrics) -> None:
+    """Is `quality`, unless it is None, one of the metrics of a task?
+
+    Raises:
+        ValueError: it is not.
+    """
+    if quality is not None and quality not in metrics:
+        raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; it has {list(metrics)}.")
 
 
 def is_higher_better(task, quality: str) -> bool:
@@ -265,8 +274,7 @@ def run_cell(
     finally:
         pipe.scheduler = shipped
     metrics = _checked_metrics(metrics, (arm["name"], steps, seed))
-    if quality is not None and quality not in metrics:
-        raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; it has {list(metrics)}.")
+    check_quality(quality, metrics)
     cell = {"arm": arm, "forwards": steps, "seed": seed, "task": task_name, "metrics": metrics}
     cell |= {"model_forwards": made[0], "seconds": time.perf_counter() - start}
     write_whole(path, json.dumps(cell, allow_nan=False) + "\n")

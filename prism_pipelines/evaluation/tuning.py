@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .compare import cell_file, is_higher_better, make_scheduler, read_cell, run_cell, write_whole
+from .compare import cell_file, check_quality, is_higher_better, make_scheduler, read_cell, run_cell, write_whole
 
 MOST_SETTINGS = 10_000  # of one arm; each is checked before anything runs
 MOST_ASKED = 20  # proposals for each trial
@@ -44,7 +44,7 @@ def settings_of(arm: dict, temperature: float) -> list[dict]:
     return options
 
 
-def proposals(arm: dict, options: list[dict], trials: int, seed: int, score) -> Iterator[dict]:
+def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: list[float]) -> Iterator[dict]:
     """Settings to try: all if there are no more than `trials`, else those that optuna's TPE proposes from the scores.
 
     Args:
@@ -52,7 +52,7 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, score) -> 
         options: `settings_of(arm)`.
         trials: most settings.
         seed: of the proposals; the same scores give the same ones.
-        score: callable from a setting to its score, higher is better; called for what was yielded before.
+        scores: of what was yielded, in that order, higher is better; the caller adds one after each.
     """
     if len(options) <= trials:
         yield from options
@@ -75,7 +75,7 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, score) -> 
         if option not in seen:  # a setting proposed again is told its score and costs no trial
             seen.append(option)
             yield option
-        study.tell(trial, score(option))
+        study.tell(trial, scores[seen.index(option)])
         if len(seen) == trials:
             return
         if asked == MOST_ASKED * trials:  # the sampler has settled
@@ -122,37 +122,34 @@ def tune_arms(
     """
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
-    options = {arm["name"]: settings_of(arm, temperature) for arm in arms}
-    for name, some in options.items():
+    settings = {arm["name"]: settings_of(arm, temperature) for arm in arms}
+    for name, some in settings.items():
         if (loop := max(option.get("loop_steps", 0) for option in some)) >= steps:
             raise ValueError(f"Arm {name!r}: a loop of {loop} forwards leaves none of `steps` = {steps}.")
     folder, pipes = Path(out_dir) / "cells", {None: pipe, **(models or {})}
     if unknown := [arm["name"] for arm in arms if arm.get("model") not in pipes]:
         raise ValueError(f"Arms {unknown} want a model that `models` does not hold.")
     folder.mkdir(parents=True, exist_ok=True)
+    named = {"temperature": temperature, "task_name": f"tuning {task_name}", "quality": quality}
     chosen, tried = [], []
     for arm in arms:
         if not knobs(arm):
             chosen.append(arm)
             continue
-        found = []
-
-        def score(option, found=found):
-            return next(value for value, other in found if other == option)
-
-        for option in proposals(arm, options[arm["name"]], trials, seed, score):
-            name = f"tuning {task_name}"
-            path = folder / cell_file(option, steps, seed, temperature, name)
-            settings = {"temperature": temperature, "task_name": name, "quality": quality, "path": path}
-            cell = read_cell(path) or run_cell(pipes[arm.get("model")], task, option, steps, seed, **settings)
+        options, scores = [], []
+        for option in proposals(arm, settings[arm["name"]], trials, seed, scores):
+            path = folder / cell_file(option, steps, seed, temperature, named["task_name"])
+            cell = read_cell(path) or run_cell(pipes[arm.get("model")], task, option, steps, seed, path=path, **named)
+            check_quality(quality, cell["metrics"])  # a finished cell may lack it
             means = {metric: float(np.mean(values)) for metric, values in cell["metrics"].items()}
             judged = next(iter(means)) if quality is None else quality
             better = is_higher_better(task, judged) if higher_is_better is None else higher_is_better
-            found.append((means[judged] if better else -means[judged], option))
+            options.append(option)
+            scores.append(means[judged] if better else -means[judged])
             tried.append(option | means)
             if report is not None:
                 report(option, means)
-        chosen.append(max(found, key=lambda pair: pair[0])[1])
+        chosen.append(options[scores.index(max(scores))])
     write_whole(
         Path(out_dir) / "tuning.json", json.dumps({"steps": steps, "seed": seed, "tried": tried}, indent=1) + "\n"
     )
