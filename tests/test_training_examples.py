@@ -73,6 +73,18 @@ def test_heads_of_the_side_by_side_train_what_they_say():
     }
 
 
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("examples/*/*.args")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
+def test_every_file_of_flags_is_one_that_a_run_takes_as_it_stands(file):
+    """A flag on the command line hides what the file says of it, so a quick recipe alone does not read the file."""
+    words = ["--args_file", str(file), "--output_dir", "z", "--dataset", "sudoku", "--use_cpu", "true"]
+    words += [] if "--model_type" in file.read_text() else ["--base_model", "x/y"]
+    _, args = parse_arguments(words)
+    assert (args.lr_scheduler_type == "warmup_stable_decay") == bool(args.lr_scheduler_kwargs)
+    assert args.max_steps > 0
+
+
 @pytest.mark.parametrize("kind", ["sudoku", "text"])
 def test_the_flags_of_the_quick_recipes_are_ones_that_a_run_takes(kind):
     """Each stage of train.sh --quick, as the command reads its file of flags and those that shorten it."""
