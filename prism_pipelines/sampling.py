@@ -13,6 +13,7 @@ from .cache import CanvasForward, Seen
 from .canvas import Canvas, split_blocks
 from .denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from .families import MDMSpec
+from .precision import warn_of_slow_bfloat16
 from .stopping import finished_rows
 
 
@@ -130,6 +131,8 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
             with.
     """
     sample = run.canvas.sample
+    if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
+        warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
     filled = Filled(sample, 0, torch.zeros(len(sample), dtype=torch.long))
     look = Look(run)
     finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)

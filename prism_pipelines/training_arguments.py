@@ -11,6 +11,8 @@ from pathlib import Path
 import transformers
 from transformers import HfArgumentParser
 
+from .precision import warn_of_slow_bfloat16
+
 CHOICES = {
     "objective": ("mdm", "prism", "critic"),
     "optimizer": ("adamw", "muon"),
@@ -127,6 +129,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     run.share, args.push_to_hub = args.push_to_hub, False
     if run.share and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
+    if args.bf16 and args.device.type == "cpu":
+        warn_of_slow_bfloat16("Pass --bf16 false.")
     check_run(run)
     return run, args
 

@@ -27,7 +27,8 @@ ALLOWED = {
     "trace": set(),
     "canvas": set(),
     "cache": {"denoiser", "families"},
-    "sampling": {"cache", "canvas", "denoiser", "families", "stopping"},
+    "precision": set(),
+    "sampling": {"cache", "canvas", "denoiser", "families", "precision", "stopping"},
     "pipeline_prism": {
         "cache",
         "canvas",
@@ -42,7 +43,7 @@ ALLOWED = {
         "stopping",
         "trace",
     },
-    "training_arguments": set(),
+    "training_arguments": {"precision"},
     "training_setup": {
         "checkpointing",
         "denoiser",

@@ -6,10 +6,12 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
 [ -f "$RUNS/code-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/code/prepare.py "$RUNS/code-data"
+precision=()  # not every CPU is fast in bfloat16
+"$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || precision=(--bf16 false)
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
-    --dataset "$RUNS/code-data/train.jsonl" --eval_dataset "$RUNS/code-data/heldout.jsonl" "$@"
+    --dataset "$RUNS/code-data/train.jsonl" --eval_dataset "$RUNS/code-data/heldout.jsonl" "${precision[@]}" "$@"
 }
 run --args_file examples/code/pretrain.args --tokenizer "$RUNS/code-data/tokenizer" --output_dir "$RUNS/code-mdm"
 run --args_file examples/code/prism.args --base_model "$RUNS/code-mdm" --output_dir "$RUNS/code-prism"

@@ -11,13 +11,15 @@ BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
 base=${1:?usage: heads.sh FOLDER_OF_THE_PRETRAINED_MDM [flags]}
 shift
 
+precision=()  # not every CPU is fast in bfloat16
+"$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || precision=(--bf16 false)
 # prism.args says --full and muon, which are for all weights; the flags here win. LoRA and head take AdamW.
 train() {
   way=$1
   shift
   "$BIN/python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     -m prism_pipelines.training --resume_from_checkpoint latest --args_file examples/sudoku/prism.args \
-    --base_model "$base" --output_dir "$RUNS/sudoku-heads-$way" --sample_puzzles 0 "$@"
+    --base_model "$base" --output_dir "$RUNS/sudoku-heads-$way" --sample_puzzles 0 "${precision[@]}" "$@"
 }
 train full --muon_learning_rate 0.01 "$@"
 train lora --full false --optimizer adamw --rank 32 --learning_rate 6e-3 "$@"

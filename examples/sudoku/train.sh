@@ -19,11 +19,15 @@ elif [ $# -gt 0 ]; then
   exit 2
 fi
 
-cpu=()  # bfloat16 on a CPU must be asked for
-"$BIN/python" -c "import torch; raise SystemExit(torch.cuda.is_available())" && cpu=(--use_cpu true)
+device=()  # bfloat16 on a CPU must be asked for, and not every CPU is fast in it
+"$BIN/python" -c "import torch; raise SystemExit(torch.cuda.is_available())" && device=(--use_cpu true)
+if ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
+  [ ${#device[@]} = 0 ] || device+=(--bf16 false)
+  finish+=(--dtype float32)
+fi
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest "${cpu[@]}" "$@"
+    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest "${device[@]}" "$@"
 }
 run --args_file examples/sudoku/pretrain.args --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
 run --args_file examples/sudoku/puzzles.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-puzzles" "${puzzles[@]}"

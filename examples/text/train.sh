@@ -18,10 +18,12 @@ elif [ $# -gt 0 ]; then
 fi
 
 [ -f "$RUNS/text-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/text/prepare.py "$RUNS/text-data"
+precision=()  # not every CPU is fast in bfloat16
+"$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || precision=(--bf16 false)
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
-    --dataset "$RUNS/text-data/train.jsonl" --eval_dataset "$RUNS/text-data/heldout.jsonl" "$@"
+    --dataset "$RUNS/text-data/train.jsonl" --eval_dataset "$RUNS/text-data/heldout.jsonl" "${precision[@]}" "$@"
 }
 run --args_file examples/text/pretrain.args --tokenizer "$RUNS/text-data/tokenizer" --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
 run --args_file examples/text/prism.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-prism" "${prism[@]}"

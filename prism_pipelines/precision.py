@@ -1,0 +1,30 @@
+"""Where bfloat16 is slow."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import platform
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def bfloat16_is_emulated() -> bool:
+    """Whether products of bfloat16 matrices have no fast kernel on this CPU: an x86 with AVX2 and no AVX-512.
+
+    There they take tens of times as long as in float32, and nothing says so. False where that is not known.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # no public name asks oneDNN this
+    return supported is not None and not supported()
+
+
+@functools.cache
+def warn_of_slow_bfloat16(advice: str) -> None:
+    """One warning if this CPU has no fast bfloat16; `advice` says what to pass instead."""
+    if bfloat16_is_emulated():
+        logger.warning("This CPU has no fast bfloat16: it takes tens of times as long as float32. %s", advice)
