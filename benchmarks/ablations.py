@@ -1,10 +1,11 @@
 """What do PRISM's choices matter, on the text model: k, lambda, the kind of head, the window and schedule of remasking?
 
 Training choices: short fine-tunes of `--steps` steps from the same pretrained model and seed, each differing from the
-recipe (examples/text/prism.args) in one flag; none is as long as the shipped run, so they are compared with each other
-and not with it. Sampling choices: the shipped model, one setting changed. All write `--num-samples` texts of 256 bytes
-at temperature 1, PRISM at the shipped eta; measures as in benchmarks/text.py. For the fine-tunes also: AUROC of the
-head and its mean error (Brier) on 16 tokens planted in held-out text, and the held-out loss of the backbone.
+recipe (examples/text/prism.args) in one choice; none is as long as the shipped run, so they are compared with each
+other and with the first of them without remasking, not with the shipped model. Sampling choices: the shipped model, one
+setting changed. All write `--num-samples` texts of 256 bytes at temperature 1, PRISM at the shipped eta; measures as in
+benchmarks/text.py. For the fine-tunes also: AUROC of the head and its mean error (Brier) on 16 tokens planted in
+held-out text, and the held-out loss of the backbone.
 
 A run that is there is resumed or not repeated, a finished cell is not measured again. `--sampling-only` leaves the
 part about fine-tunes in the table as it is.
@@ -27,6 +28,7 @@ from text import JUDGE_ORDER, LENGTH, VALIDATION, data_hash, load, works
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
+from prism_pipelines.precision import bfloat16_is_emulated
 
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
 # name: flags that differ from the recipe
@@ -38,7 +40,9 @@ TRAINING = {
     "lambda 5": ["--lambda_mdm", "5"],
     "linear head": ["--head", "linear"],
     "mlp head": ["--head", "mlp"],
+    "head alone": ["--full", "false", "--freeze_backbone", "true", "--optimizer", "adamw"],
 }
+CALIBRATED_ON = 256  # stretches of held-out text
 # name: fields that differ from the shipped arm; of a window both ends, whatever the shipped one is
 SAMPLING = {
     "shipped": {},
@@ -60,7 +64,7 @@ def run_folder(runs: Path, name: str, base: Path, data: Path, steps: int) -> Pat
 
 def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int) -> None:
     """One short run of the recipe with other flags; goes on where it stopped."""
-    if (folder / "model_index.json").exists():
+    if (folder / "README.md").exists():  # the card: a run writes it last
         return
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
     words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -69,6 +73,7 @@ def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int
     words += ["--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")]
     words += ["--base_model", str(base), "--output_dir", str(folder), "--max_steps", str(steps)]
     words += ["--eval_strategy", "steps", "--eval_steps", str(steps), *flags]
+    words += ["--bf16", "false"] if bfloat16_is_emulated() else []
     print(" ".join(flags) or "recipe", file=sys.stderr)
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -79,7 +84,7 @@ def head_and_backbone(pipe, folder: Path, sequences) -> dict:
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     losses = [row["eval_loss_mdm"] for row in log if "eval_loss_mdm" in row]
     kept = {name: found[name] for name in ("auroc", "auroc_interval", "brier", "brier_interval")}
-    return kept | {"eval_loss_mdm": losses[-1] if losses else None}
+    return kept | {"eval_loss_mdm": losses[-1] if losses else None}  # a head alone changes no backbone
 
 
 def compare(pipe, task, arms, args, forwards, mark, models=None) -> dict:
@@ -107,6 +112,7 @@ def main(argv=None) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where the fine-tunes go")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "ablation_cells", help="finished cells")
     parser.add_argument("--steps", type=int, default=100, help="of each fine-tune (default: %(default)s)")
+    parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64], help="of the sampling choices")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models, to measure")
@@ -125,13 +131,10 @@ def main(argv=None) -> int:
     shipped = next(arm for arm in text_plan(model)["arms"] if arm["name"] == "PRISM")
     settings = {"num_samples": args.num_samples, "length": LENGTH, "dtype": args.dtype, "eta": shipped["eta"]}
     settings["data"] = data_hash(args.data, model / "words.txt")
-    arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
     result = {"settings": settings, **origin()}
-    result["sampling"] = compare(pipe, task, arms, args, [16, 32, 64], f"sampling {fingerprint(model, settings)}")
-
     if not args.sampling_only:
         ids = pipe.tokenizer("".join(test), add_special_tokens=False).input_ids
-        sequences = torch.tensor(ids[: 256 * LENGTH]).view(-1, LENGTH)
+        sequences = torch.tensor(ids[: CALIBRATED_ON * LENGTH]).view(-1, LENGTH)
         models, heads, arms = {}, {}, []
         for name in args.variants:
             folder = run_folder(args.runs, name, args.base, args.data, args.steps)
@@ -141,10 +144,15 @@ def main(argv=None) -> int:
             heads[name] = head_and_backbone(models[mark], folder, sequences)
             arms.append({**shipped, "name": name, "model": mark})
             print(json.dumps({name: heads[name]}), file=sys.stderr)
+        plain = {"scheduler": "MDLMScheduler", "order": "random"}
+        arms.append({**plain, "name": f"{args.variants[0]}, no remasking", "model": arms[0]["model"]})
         result["training"] = compare(pipe, task, arms, args, [32], f"training {settings}", models)
-        result["training"] |= {"heads": heads, "steps": args.steps, "commit": result["commit"]}
+        result["training"] |= {"heads": heads, "steps": args.steps, "base": args.base.name, "commit": result["commit"]}
     elif "training" in (known := json.loads(TABLE.read_text()) if TABLE.exists() else {}):
         result["training"] = {"commit": known["commit"], **known["training"]}
+    arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
+    mark = f"sampling {fingerprint(model, settings)}"
+    result["sampling"] = compare(pipe, task, arms, args, args.forwards, mark)
     TABLE.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(json.dumps(result))
     return 0

@@ -170,16 +170,21 @@ def ablation_section(table: dict) -> str:
         commit = found.get("commit", table["commit"])
         made_at = "" if commit == table["commit"] else f" (commit `{commit}`)"
         lines += [
-            f"Fine-tunes of {found['steps']} steps each, from the same pretrained model{made_at}; texts at "
-            f"{found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted a text.",
+            f"Fine-tunes of {found['steps']} steps each, from the same pretrained model (`{found['base']}`){made_at}; "
+            f"texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted "
+            "a text.",
             "",
-            "| fine-tune | AUROC | Brier | held-out loss | distance | judge | entropy |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| fine-tune | AUROC | Brier | held-out loss | distance | judge | known words | entropy |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, head in found["heads"].items():
-            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", f"{head['eval_loss_mdm'] or float('nan'):.3f}"]
-            cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "entropy")]
+            loss = "as before" if head["eval_loss_mdm"] is None else f"{head['eval_loss_mdm']:.3f}"
+            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", loss]
+            cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for name in dict.fromkeys(row["arm"] for row in found["rows"] if row["arm"] not in found["heads"]):
+            cells = [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
+            lines.append(f"| {name} | - | - | - | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [f"Sampling with the shipped model, eta {table['settings']['eta']:g}, one setting changed:", ""]
     for metric in ("ngram_js", "nll", "entropy", "distinct_2"):

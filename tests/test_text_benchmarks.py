@@ -9,6 +9,7 @@ import pytest
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import make_scheduler, text_plan
+from prism_pipelines.training_arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +63,23 @@ def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(scri
     (base / "model.safetensors").write_bytes(b"two")
     seen.append(folder())
     assert len(set(seen)) == 5
+
+
+def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says(script):
+    recipe = ["--args_file", str(ROOT / "examples/text/prism.args"), "--dataset", "x.jsonl", "--base_model", "x/y"]
+    recipe += ["--output_dir", "z", "--bf16", "false"]
+    runs = {name: parse_arguments([*recipe, *flags])[0] for name, flags in script("ablations").TRAINING.items()}
+    assert [(run.num_revealed, run.lambda_mdm, run.head, run.full) for run in runs.values()] == [
+        (16, 1, "block", True),
+        (1, 1, "block", True),
+        (4, 1, "block", True),
+        (16, 0, "block", True),
+        (16, 5, "block", True),
+        (16, 1, "linear", True),
+        (16, 1, "mlp", True),
+        (16, 1, "block", False),
+    ]
+    assert [name for name, run in runs.items() if run.freeze_backbone] == ["head alone"]
 
 
 def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeypatch):
