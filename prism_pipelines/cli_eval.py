@@ -241,7 +241,7 @@ def run_compare(args: argparse.Namespace) -> int:
         if args.num_seeds is not None:
             plan["seeds"] = [args.seed + i for i in range(args.num_seeds)]
         if args.quick:
-            plan["seeds"] = plan["seeds"][: 1 if kind == "sudoku" else 2]
+            plan["seeds"] = plan["seeds"][: 1 if kind == "sudoku" else 3]
         print(f"{kind}: {len(plan['arms'])} arms at {plan['forwards']} forwards", file=sys.stderr)
         plan["arms"] = _tuned(args, plan, kind, pipe, out)
         results[kind] = evaluation.run_comparison(pipe, compared, out_dir=out, task_name=name, **plan)
@@ -315,6 +315,7 @@ def _compare_text(args):
 
     pipe, plan = _pipeline(args, "text"), evaluation.text_plan(args.model or bundled("text"))
     plan["seeds"] = [args.seed + seed for seed in plan["seeds"]]
+    plan["forwards"] = [steps for steps in plan["forwards"] if not args.quick or steps <= 32] or plan["forwards"][:1]
     task, mark = _text_task(args, pipe, args.reference)
     return pipe, task, plan, f"{_named(args, 'text')} {mark}"
 

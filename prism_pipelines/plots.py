@@ -13,6 +13,52 @@ def _figure(columns: int):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def _arms(axis, arms: dict, scale: float = 1.0) -> dict:
+    """One line an arm against the number of forwards, bars for the intervals.
+
+    Arms stand a little beside each other, or their bars would hide one another; PRISM is drawn in black.
+
+    Args:
+        arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
+        scale: of the values.
+    Returns:
+        {(forwards, value): where it was drawn along the horizontal axis}.
+    """
+    places = {}
+    for k, (arm, points) in enumerate(arms.items()):
+        forwards, value, low, high = zip(*sorted(points), strict=True)
+        beside = [steps * (1 + 0.012 * (k - (len(arms) - 1) / 2)) for steps in forwards]
+        places |= dict(zip(zip(forwards, value, strict=True), beside, strict=True))
+        axis.errorbar(
+            beside,
+            [scale * v for v in value],
+            yerr=[
+                [0 if a is None else scale * (v - a) for v, a in zip(value, low, strict=True)],
+                [0 if b is None else scale * (b - v) for v, b in zip(value, high, strict=True)],
+            ],
+            marker="osD^vPX*<>"[k % 10],
+            color="black" if arm == "PRISM" else f"C{k % 10}",
+            linestyle="-" if k < 10 else "--",
+            linewidth=2 if arm == "PRISM" else 1.2,
+            elinewidth=1,
+            markersize=5,
+            capsize=2,
+            label=arm,
+        )
+    ticks = sorted({point[0] for points in arms.values() for point in points})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("forward passes")
+    axis.grid(alpha=0.3)
+    return places
+
+
+def _legend(figure, axis) -> None:
+    """The legend of one of the axes, beside them all: inside it would hide data."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+
+
 def success_figure(panels: dict, path) -> None:
     """Success against number of forwards, one panel a puzzle set, one line an arm, bars for the intervals.
 
@@ -23,23 +69,10 @@ def success_figure(panels: dict, path) -> None:
         ImportError: matplotlib is not installed.
     """
     figure, axes = _figure(len(panels))
-    markers = "osD^vPX*"
     for axis, (title, arms) in zip(axes, panels.items(), strict=True):
-        for k, (arm, points) in enumerate(arms.items()):
-            forwards, success, low, high = (list(column) for column in zip(*sorted(points), strict=True))
-            below = [100 * (s - a) for s, a in zip(success, low, strict=True)]
-            above = [100 * (b - s) for s, b in zip(success, high, strict=True)]
-            height = [100 * s for s in success]
-            axis.errorbar(
-                forwards, height, yerr=[below, above], marker=markers[k % 8], markersize=5, capsize=2, label=arm
-            )
-        ticks = sorted({point[0] for points in arms.values() for point in points})
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.set(title=title, xlabel="forward passes", ylabel="solved (%)", ylim=(-3, 103))
-        axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8)
+        _arms(axis, arms, scale=100)
+        axis.set(title=title, ylabel="solved (%)", ylim=(-3, 103))
+    _legend(figure, axes[-1])
     figure.savefig(path, dpi=150)
 
 
@@ -94,23 +127,19 @@ def pareto_figure(arms: dict, front: list, metric: str, path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure, axes = _figure(1)
-    axis = axes[0]
-    for k, (arm, points) in enumerate(arms.items()):
-        forwards, value, low, high = zip(*sorted(points), strict=True)
-        below = [0 if a is None else v - a for v, a in zip(value, low, strict=True)]
-        above = [0 if b is None else b - v for v, b in zip(value, high, strict=True)]
-        marker = "osD^vPX*"[k % 8]
-        axis.errorbar(forwards, value, yerr=[below, above], marker=marker, markersize=5, capsize=2, label=arm)
-    steps, best = zip(*front, strict=True)
-    axis.scatter(steps, best, s=130, facecolors="none", edgecolors="black", label="Pareto front")
-    ticks = sorted({point[0] for points in arms.values() for point in points})
-    axis.set_xscale("log")
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.minorticks_off()
-    axis.set(xlabel="forward passes", ylabel=metric)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure, (axis,) = _figure(1)
+    places = _arms(axis, arms)
+    best = [value for _, value in front]
+    axis.scatter(
+        [places[tuple(point)] for point in front],
+        best,
+        s=130,
+        facecolors="none",
+        edgecolors="black",
+        label="Pareto front",
+    )
+    axis.set_ylabel(metric)
+    _legend(figure, axis)
     figure.savefig(path, dpi=150)
 
 
@@ -126,28 +155,9 @@ def measures_figure(panels: dict, path, marks: dict | None = None) -> None:
     """
     figure, axes = _figure(len(panels))
     for axis, (measure, arms) in zip(axes, panels.items(), strict=True):
-        for k, (arm, points) in enumerate(arms.items()):
-            forwards, value, low, high = zip(*sorted(points), strict=True)
-            below = [0 if a is None else v - a for v, a in zip(value, low, strict=True)]
-            above = [0 if b is None else b - v for v, b in zip(value, high, strict=True)]
-            axis.errorbar(
-                forwards,
-                value,
-                yerr=[below, above],
-                marker="osD^vPX*<>"[k % 10],
-                color=f"C{k % 10}",
-                linestyle="-" if k < 10 else "--",
-                markersize=5,
-                capsize=2,
-                label=arm,
-            )
+        _arms(axis, arms)
         if marks and measure in marks:
             axis.axhline(marks[measure], color="grey", linestyle=":", label="held-out text")
-        ticks = sorted({point[0] for points in arms.values() for point in points})
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.set(title=measure, xlabel="forward passes")
-        axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7)
+        axis.set_title(measure)
+    _legend(figure, axes[-1])
     figure.savefig(path, dpi=130)

@@ -449,7 +449,8 @@ def write_comparison(result: dict, out_dir) -> None:
             point = (row["forwards"], row["value"], row["low"], row["high"])
             arms.setdefault(_marked(row["arm"], outside), []).append(point)
     partial = folder / "comparison.partial.png"
-    pareto_figure(arms, result["front"], result["quality"], partial)
+    better = "higher" if result["higher_is_better"] else "lower"
+    pareto_figure(arms, result["front"], f"{result['quality']} ({better} is better)", partial)
     os.replace(partial, folder / "comparison.png")
 
 
