@@ -28,16 +28,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train-sudoku: $(VENV)/.installed        ## the shipped weights from nothing; at most two hours on two cores, resumable
+train-sudoku: $(VENV)/.installed        ## a Sudoku model like the shipped one from nothing; hours on two cores, resumable
 	BIN=$(BIN) RUNS=$(RUNS) examples/sudoku/train.sh
 
-train-sudoku-quick: $(VENV)/.installed  ## a weaker model in ten minutes
+train-sudoku-quick: $(VENV)/.installed  ## the same stages, each cut short: a much weaker model
 	BIN=$(BIN) RUNS=$(RUNS) examples/sudoku/train.sh --quick
 
-train-text: $(VENV)/.installed          ## the shipped text model from nothing; about two hours on one core, resumable
+train-text: $(VENV)/.installed          ## a text model like the shipped one from nothing; hours on one core, resumable
 	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh
 
-train-text-quick: $(VENV)/.installed    ## a weaker text model in ten minutes
+train-text-quick: $(VENV)/.installed    ## the same stages, each cut short: a much weaker model
 	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh --quick
 
 bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes

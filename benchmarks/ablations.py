@@ -28,6 +28,7 @@ from text import JUDGE_ORDER, LENGTH, VALIDATION, data_hash, load, works
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
+from prism_pipelines.evaluation import fingerprint as weights_of
 from prism_pipelines.precision import bfloat16_is_emulated
 
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
@@ -75,7 +76,9 @@ def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int
     words += ["--eval_strategy", "steps", "--eval_steps", str(steps), *flags]
     words += ["--bf16", "false"] if bfloat16_is_emulated() else []
     print(" ".join(flags) or "recipe", file=sys.stderr)
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{done.stderr[-2000:]}\n{' '.join(words)}: exit status {done.returncode}")
 
 
 def head_and_backbone(pipe, folder: Path, sequences) -> dict:
@@ -84,7 +87,7 @@ def head_and_backbone(pipe, folder: Path, sequences) -> dict:
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     losses = [row["eval_loss_mdm"] for row in log if "eval_loss_mdm" in row]
     kept = {name: found[name] for name in ("auroc", "auroc_interval", "brier", "brier_interval")}
-    return kept | {"eval_loss_mdm": losses[-1] if losses else None}  # a head alone changes no backbone
+    return kept | {"eval_loss_mdm": losses[-1]}
 
 
 def compare(pipe, task, arms, args, forwards, mark, models=None) -> dict:
@@ -116,7 +119,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models, to measure")
-    parser.add_argument("--variants", nargs="+", default=list(TRAINING), help="fine-tunes, by name")
+    parser.add_argument("--variants", nargs="+", default=list(TRAINING), choices=list(TRAINING))
     parser.add_argument("--sampling-only", action="store_true", help="leave the fine-tunes out")
     args = parser.parse_args(argv)
     if args.base is None and not args.sampling_only:
@@ -139,9 +142,10 @@ def main(argv=None) -> int:
         for name in args.variants:
             folder = run_folder(args.runs, name, args.base, args.data, args.steps)
             fine_tune(args.base, args.data, folder, TRAINING[name], args.steps)
-            mark = f"{name} {fingerprint(folder, {})}"
-            models[mark] = load(folder, args.dtype)
-            heads[name] = head_and_backbone(models[mark], folder, sequences)
+            tuned = load(folder, args.dtype)
+            mark = f"{name} {weights_of(tuned)}"
+            models[mark] = tuned
+            heads[name] = head_and_backbone(tuned, folder, sequences)
             arms.append({**shipped, "name": name, "model": mark})
             print(json.dumps({name: heads[name]}), file=sys.stderr)
         plain = {"scheduler": "MDLMScheduler", "order": "random"}

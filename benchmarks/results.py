@@ -1,4 +1,4 @@
-"""Write docs/results.md from the committed tables in docs/figures: no number in it is typed by hand.
+"""Write docs/results.md and the figure of text from the committed tables in docs/figures: no number is typed by hand.
 
 Usage: python benchmarks/results.py [--check]   (--check: exit 1 if the file is not what the tables give)
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from sudoku_heads import ARMS as HEADS  # beside this file
-from text_results import PUBLISHED, ablation_section, card_section, loop_sentence, text_section
+from shared import ROOT  # beside this file
+from sudoku_heads import ARMS as HEADS
+from text import draw
+from text_results import PUBLISHED, ablation_section, card_section, loop_sentence, merged, text_section
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
@@ -111,22 +111,23 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     tables = {}
-    for name in ("sudoku", "sudoku_heads", "text", "ablations"):
+    for name in ("sudoku", "sudoku_heads", "text", "text_64", "ablations"):
         path = ROOT / "docs" / "figures" / f"{name}.json"
         tables[name] = json.loads(path.read_text()) if path.exists() else None
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
     parts = [HEAD, sudoku_section(tables["sudoku"]), heads_section(tables["sudoku_heads"]), card_section(metrics)]
-    if tables["text"] is not None:
-        parts += [text_section(tables["text"]), loop_sentence(tables["text"])]
+    text = [tables[name] for name in ("text", "text_64") if tables[name] is not None]
+    parts += [text_section(text), loop_sentence(merged(text))]
     if tables["ablations"] is not None:
         parts.append(ablation_section(tables["ablations"]))
-    text = "\n".join([*parts, PUBLISHED, MISSING])
+    page = "\n".join([*parts, PUBLISHED, MISSING])
     if args.check:
-        if RESULTS.read_text() != text:
+        if RESULTS.read_text() != page:
             print(f"{RESULTS} is not what the tables give: run `make results`", file=sys.stderr)
             return 1
         return 0
-    RESULTS.write_text(text)
+    RESULTS.write_text(page)
+    draw(merged(text), ROOT / "docs" / "figures" / "text.png")
     print(RESULTS)
     return 0
 

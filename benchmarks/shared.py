@@ -18,7 +18,8 @@ def fingerprint(model: Path, settings: dict) -> str:
     """Hash of weights, scheduler config and settings; a cell counts only for the same fingerprint."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted([*model.rglob("*.safetensors"), *model.rglob("scheduler_config.json")]):
-        digest.update(path.read_bytes())
+        if not path.relative_to(model).parts[0].startswith("checkpoint-"):  # a run's, which may be cleared away
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

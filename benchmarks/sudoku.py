@@ -119,12 +119,12 @@ def puzzles_of(clue_counts: tuple[int, ...], total: int) -> tuple[np.ndarray, np
     return np.concatenate([puzzles for puzzles, _ in made]), np.concatenate([solutions for _, solutions in made])
 
 
-def solved_arrays(folder: Path, task_name: str, seeds: list[int]) -> dict[tuple, np.ndarray]:
+def solved_arrays(folder: Path, task_name: str, arms: list[dict], seeds: list[int]) -> dict[tuple, np.ndarray]:
     """{(arm, forwards): bool (S, N)} from the cells of a comparison: which puzzles were solved with each seed."""
-    found = {}
-    for path in (folder / "cells").iterdir():
+    found, arms = {}, json.loads(json.dumps(arms))
+    for path in (folder / "cells").glob("*.json"):  # beside what a kill in the middle of a write left
         cell = json.loads(path.read_text())
-        if cell["task"] == task_name:
+        if cell["task"] == task_name and cell["arm"] in arms:  # the folder may hold other settings of an arm
             found[cell["arm"]["name"], cell["forwards"], cell["seed"]] = cell["metrics"]["solved"]
     return {(arm, t): np.array([found[arm, t, seed] for seed in seeds]) for arm, t, _ in found}
 
@@ -235,7 +235,7 @@ def main(argv=None) -> int:
             task_name=mark,
             models={"noise": noise},
         )
-        some = tabulate(solved_arrays(args.cells / clues, mark, seeds), arms, forwards, clues)
+        some = tabulate(solved_arrays(args.cells / clues, mark, arms, seeds), arms, forwards, clues)
         rows, pairs = rows + some[0], pairs + some[1]
 
     settings |= {"seeds": seeds, "fingerprint": mark}

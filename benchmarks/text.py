@@ -1,7 +1,7 @@
 """How close to held-out Shakespeare does each decoding rule write in a given number of forward passes?
 
 Held fixed: bundled text model, temperature 1, 256 bytes a text, seeds. Varied: the rule, and the number of forwards
-(those of a refinement loop and of a critic count). Reference: MDLM, which remasks nothing. Every rule's one knob was
+(those of a refinement loop and of a critic count). Reference: PRISM, paired by seed. Every rule's one knob was
 chosen on another play from a grid of the same size (`arms.json`, made by examples/text/finish.py). Three arms have
 weights of their own and run if their folders are given: MDLM before PRISM's fine-tuning, Token-Critic, whose knob is
 chosen here in the same way on the same play, and PRISM with the head alone trained, which has every setting of the
@@ -32,6 +32,7 @@ import torch
 from shared import ROOT, fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.evaluation import fingerprint as weights_of
 from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms
 from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
@@ -85,9 +86,12 @@ def extra_arms(
     arms, models = [], {}
     for name, arm in wanted.items():
         if folders[name] is not None:
-            mark = f"{name} {fingerprint(folders[name], {})}"  # a cell must not outlive the weights it was made with
-            models[mark] = load(folders[name], dtype)
+            pipe = load(folders[name], dtype)
+            mark = f"{name} {weights_of(pipe)}"  # a cell must not outlive the weights it was made with
+            models[mark] = pipe
             arms.append({**arm, "model": mark})
+    if not arms:
+        return [], {}
     arms, _ = tune_arms(
         None,
         text_task([validation], num_samples=num_samples, gen_length=LENGTH),
@@ -109,6 +113,8 @@ def held_out_rows(measure, tokenizer, play: str, num_samples: int, seeds: list[i
     ids = tokenizer(play, add_special_tokens=False).input_ids
     parts = [tokenizer.decode(ids[i : i + LENGTH]) for i in range(0, len(ids) - LENGTH, LENGTH)]
     groups = [parts[i * num_samples : (i + 1) * num_samples] for i in range(len(parts) // num_samples)][: len(seeds)]
+    if not groups:
+        raise SystemExit(f"error: --num-samples {num_samples}: the held-out play has {len(parts)} stretches.")
     cells = {("held-out", 0, i): measure(group) for i, group in enumerate(groups)}
     return tabulate(cells, ["held-out"], [0], list(range(len(groups))), "held-out")[0]
 
@@ -152,10 +158,15 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=64, help="texts of a cell (default: %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models")
-    parser.add_argument("--arms", nargs="+", help="only these, by name")
+    parser.add_argument("--arms", nargs="+", help="only these, by name, PRISM among them; needs --table of its own")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "text_cells", help="finished cells")
     parser.add_argument("--table", type=Path, default=FIGURES / "text.json", help="committed table")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.arms and "PRISM" not in args.arms:
+        parser.error("--arms are compared with PRISM: name it too")
+    if args.arms and not args.quick and args.table == parser.get_default("table"):
+        parser.error("--arms makes a part of the table: name another file by --table")
+    return args
 
 
 def main(argv=None) -> int:
@@ -176,10 +187,20 @@ def main(argv=None) -> int:
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
     plan = text_plan(model)
     more, models = extra_arms(folders, args.dtype, plays[VALIDATION], count, plan["arms"], args.cells)
-    arms = [arm for arm in [*plan["arms"], *more] if args.arms is None or arm["name"] in args.arms]
+    arms = [*plan["arms"], *more]
+    if unknown := set(args.arms or ()) - (names := {arm["name"] for arm in arms}):
+        raise SystemExit(f"error: --arms {sorted(unknown)} are none of {sorted(names)}.")
+    arms = [arm for arm in arms if args.arms is None or arm["name"] in args.arms]
     settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
     settings["data"] = data_hash(args.data, model / "words.txt")
     mark = fingerprint(model, settings)
+    held_out = held_out_rows(
+        lambda texts: text_measures(texts, test, vocabulary, judge=judge),
+        pipe.tokenizer,
+        plays[VALIDATION],
+        count,
+        seeds,
+    )
     result = run_comparison(
         pipe,
         task,
@@ -194,14 +215,7 @@ def main(argv=None) -> int:
         higher_is_better=False,
         models=models,
     )
-    result |= {"settings": {**settings, "fingerprint": mark}, **origin()}
-    result["held_out"] = held_out_rows(
-        lambda texts: text_measures(texts, test, vocabulary, judge=judge),
-        pipe.tokenizer,
-        plays[VALIDATION],
-        count,
-        seeds,
-    )
+    result |= {"settings": {**settings, "fingerprint": mark}, **origin(), "held_out": held_out}
     status = 0
     if args.quick:
         result["disagreements"] = overlap(result["rows"], json.loads(args.table.read_text()))

@@ -78,9 +78,34 @@ def verdict(table: dict) -> list[str]:
     return lines
 
 
-def text_section(table: dict) -> str:
+def command(table: dict) -> str:
+    """How a table of benchmarks/text.py was made."""
+    settings, forwards = table["settings"], sorted({row["forwards"] for row in table["rows"]})
+    return (
+        f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
+        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}` (commit `{table['commit']}`, {table['device']}, "
+        f"torch {table['versions']['torch']})"
+    )
+
+
+def merged(tables: list[dict]) -> dict:
+    """Tables of the same arms, text, seeds and weights at other numbers of forwards, as one.
+
+    Raises:
+        ValueError: they differ in more than that and the format of the numbers.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        same = [table[name] == first[name] for name in ("arms", "seeds", "temperature")]
+        same += [table["settings"][name] == first["settings"][name] for name in ("num_samples", "length", "data")]
+        if not all(same):
+            raise ValueError("The tables of text differ in arms, seeds or data: make them anew with the same ones.")
+    return first | {name: [row for table in tables for row in table[name]] for name in ("rows", "pairs")}
+
+
+def text_section(tables: list[dict]) -> str:
     """What was held fixed, the settings chosen, a table for each measure, and the verdict."""
-    settings, forwards, knobs = table["settings"], sorted({row["forwards"] for row in table["rows"]}), []
+    table, knobs = merged(tables), []
     for arm in table["arms"]:
         shown = {k: v for k, v in arm.items() if k in ("eta", "threshold", "noise", "loop_steps", "loop_num_remask")}
         if shown:
@@ -88,11 +113,9 @@ def text_section(table: dict) -> str:
     lines = [
         "## Text",
         "",
-        f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
-        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}`: texts of {settings['length']} bytes, "
-        f"commit `{table['commit']}`, {table['device']}, torch "
-        f"{table['versions']['torch']}. [The model and what is held fixed](text.md). Temperature 1; forwards of loops "
-        f"and critics are part of the number. {intervals(table['rows'])}",
+        f"{', '.join(map(command, tables))}: texts of {table['settings']['length']} bytes. [The model and what is held "
+        "fixed](text.md). Temperature 1; forwards of loops and critics are part of the number. "
+        f"{intervals(table['rows'])}",
         "",
         "Every rule's knob was chosen on another play from four values (a loop and the head alone have PRISM's): "
         + "; ".join(knobs)
@@ -178,8 +201,7 @@ def ablation_section(table: dict) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, head in found["heads"].items():
-            loss = "as before" if head["eval_loss_mdm"] is None else f"{head['eval_loss_mdm']:.3f}"
-            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", loss]
+            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", f"{head['eval_loss_mdm']:.3f}"]
             cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         for name in dict.fromkeys(row["arm"] for row in found["rows"] if row["arm"] not in found["heads"]):

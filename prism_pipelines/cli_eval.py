@@ -10,6 +10,8 @@ from .cli_arguments import check_device, number_type
 
 # Puzzles and noise that settings are chosen on begin this far from those they are compared on.
 TUNE_SEED = 500_000
+TRIALS = 8  # of an arm that has settings to choose from
+QUICK_PUZZLES = 20
 # What `compare` compares on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence
 # remask 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
 ARMS = [
@@ -76,7 +78,7 @@ def add_parser(commands) -> None:
     compare.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
     compare.add_argument("--num-samples", type=count, default=64)
     compare.add_argument("--gen-length", type=count, help="tokens of a text (default: what fits, at most 256)")
-    compare.add_argument("--trials", type=count, default=8, help="settings tried of each arm with lists (default: 8)")
+    compare.add_argument("--trials", type=count, help=f"settings tried of each arm with lists (default: {TRIALS})")
     compare.add_argument("--tune-steps", type=count, help="forwards to try them at (default: the middle of --forwards)")
     compare.add_argument("--tune-reference", metavar="FILE", help="other held-out texts, to try them on")
     compare.add_argument("--quick", action="store_true", help="few seeds, puzzles and texts: minutes")
@@ -264,15 +266,25 @@ def _configured(args, plan: dict, kind: str) -> dict:
 def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
     """The arms of the plan, those with lists at the best of the settings tried: on other puzzles or texts."""
     from . import evaluation
-    from .evaluation.tuning import knobs
+    from .evaluation.compare import check_comparison
+    from .evaluation.tuning import first_settings, knobs
 
     if not any(map(knobs, plan["arms"])):
+        given = {"--trials": args.trials, "--tune-steps": args.tune_steps, "--tune-reference": args.tune_reference}
+        if useless := [flag for flag, value in given.items() if value is not None]:
+            raise ValueError(f"{useless[0]} has no effect: no arm has a list of settings to choose from (--config).")
         return plan["arms"]
+    if kind == "sudoku" and args.tune_reference is not None:
+        raise ValueError("--tune-reference is for text; puzzles to choose settings on are generated.")
+    of_plan = plan["forwards"], plan["seeds"], plan.get("temperature", 1.0), {None: pipe}, plan.get("reference")
+    check_comparison(first_settings(plan["arms"]), *of_plan)  # what it refuses must not show after the search
     if kind == "sudoku":
-        task, mark = _sudoku_task(args, args.num_puzzles, TUNE_SEED + args.seed)
+        task, mark = _sudoku_task(args, QUICK_PUZZLES if args.quick else args.num_puzzles, TUNE_SEED + args.seed)
         mark += f" {evaluation.fingerprint(pipe)}"
     elif args.tune_reference is None:
         raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
+    elif _texts_read(args, args.tune_reference) == _texts_read(args, args.reference):
+        raise ValueError("--tune-reference holds the texts that the result is reported on: pass other texts.")
     else:
         task, mark = _text_task(args, pipe, args.tune_reference)
     forwards = sorted(plan["forwards"])
@@ -282,7 +294,7 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
         plan["arms"],
         steps=args.tune_steps or forwards[len(forwards) // 2],
         seed=TUNE_SEED + args.seed,
-        trials=args.trials,
+        trials=args.trials or TRIALS,
         out_dir=f"{out}/tuning",
         task_name=f"{_named(args, kind)} {mark}",
         report=lambda arm, found: print(f"tried {json.dumps(arm | found)}", file=sys.stderr),
@@ -295,7 +307,7 @@ def _compare_sudoku(args):
     """Pipeline, task, plan and name of a comparison on generated puzzles."""
     from . import evaluation
 
-    task, mark = _sudoku_task(args, 20 if args.quick else args.num_puzzles, args.seed)
+    task, mark = _sudoku_task(args, QUICK_PUZZLES if args.quick else args.num_puzzles, args.seed)
     pipe = _pipeline(args)
     plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
     return pipe, task, plan, f"{_named(args, 'sudoku')} {mark} {evaluation.fingerprint(pipe)}"
@@ -318,6 +330,13 @@ def _compare_text(args):
     plan["forwards"] = [steps for steps in plan["forwards"] if not args.quick or steps <= 32] or plan["forwards"][:1]
     task, mark = _text_task(args, pipe, args.reference)
     return pipe, task, plan, f"{_named(args, 'text')} {mark}"
+
+
+def _texts_read(args, reference: str | None) -> bytes:
+    """The file that texts are compared with."""
+    from . import bundled, evaluation
+
+    return evaluation.folder_contents(args.model or bundled("text"), reference)[0]
 
 
 def _text_task(args, pipe, reference: str | None):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from .checkpointing import is_whole, latest_checkpoint
+from .checkpointing import is_whole, latest_checkpoint, write_whole
 from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
 from .hub import is_hub_id
 from .muon import muon_adamw
@@ -25,7 +25,17 @@ from .pipeline_prism import PrismPipeline
 from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
 from .training_arguments import RunArguments, parse_arguments
 from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
-from .training_setup import build_objective, build_pipeline, check_output_dir, load_base, load_examples, pinned
+from .training_setup import (
+    RUN_FILE,
+    beginning,
+    build_objective,
+    build_pipeline,
+    check_beginning,
+    check_output_dir,
+    load_base,
+    load_examples,
+    pinned,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +57,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     set_seed(args.seed)
     run.revision = pinned(run)
     model, tokenizer, spec = load_base(run)
+    began = beginning(run, model)
     train_examples, held_out, collate = load_examples(run, args, model, tokenizer, spec)
     objective = build_objective(run, model, tokenizer, spec)
     optimizer = None
@@ -74,7 +85,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         raise ValueError(
             "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
         )
-    trainer.facts = run_facts(run, args)
+    trainer.facts, trainer.beginning = run_facts(run, args), began
     if args.process_index:
         set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
     return trainer, pipe
@@ -136,6 +147,11 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         raise ValueError(
             f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
         )
+    if checkpoint:
+        check_beginning(args.output_dir, trainer.beginning)
+    elif trainer.is_world_process_zero():
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(args.output_dir) / RUN_FILE, (json.dumps(trainer.beginning) + "\n").encode())
     if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -16,12 +17,14 @@ from . import (  # the pipeline by its public name: that enters our classes in d
 from .checkpointing import MANIFEST
 from .denoiser import MaskedDenoiser
 from .families import resolve_spec
+from .heads import fingerprint
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
 
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
+RUN_FILE = "run.json"  # in the folder of a run: what it began from
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
@@ -254,7 +257,12 @@ def check_output_dir(folder: str, resume) -> None:
     if path.is_file():
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    entries -= {".training_log.jsonl.partial", "runs"}  # of a run that was killed as it began, and of trackers
+    entries -= {
+        ".training_log.jsonl.partial",
+        f".{RUN_FILE}.partial",
+        RUN_FILE,
+        "runs",
+    }  # of a run that was killed as it began, and of trackers
     if not entries:
         return
     ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
@@ -266,4 +274,29 @@ def check_output_dir(folder: str, resume) -> None:
         raise ValueError(
             f"`--output_dir` {folder!r} holds a run already. Go on with it by --resume_from_checkpoint latest, or name "
             "a new folder."
+        )
+
+
+def beginning(run, model) -> dict:
+    """What a run goes on from only if it began there: its objective, and the weights of `--base_model`."""
+    return {"objective": run.objective, "base_fingerprint": fingerprint(model) if run.base_model else None}
+
+
+def check_beginning(folder: str, now: dict) -> None:
+    """Checks that a run that is resumed began from the weights that `--base_model` has now.
+
+    Raises:
+        ValueError: it did not: its checkpoints would be put on the wrong backbone, or count as this run's result.
+    """
+    file = Path(folder) / RUN_FILE
+    before = json.loads(file.read_text()) if file.exists() else now
+    if before["objective"] != now["objective"]:
+        raise ValueError(
+            f"`--output_dir` {folder!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name "
+            "a new folder."
+        )
+    if None not in (known := (before["base_fingerprint"], now["base_fingerprint"])) and known[0] != known[1]:
+        raise ValueError(
+            f"`--output_dir` {folder!r} holds a run that began from other weights than `--base_model` has now. Go on "
+            "from those, or name a new folder."
         )

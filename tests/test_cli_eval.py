@@ -71,6 +71,27 @@ def test_lists_in_a_config_are_settings_to_choose_from(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())["steps"] == 5
 
 
+@pytest.mark.parametrize(
+    ("plan", "flags", "match"),
+    [
+        ({"seeds": [0, 0]}, [], "`seeds` must not hold one twice"),
+        ({"reference": "none"}, [], "`reference` must name an arm"),
+        ({"forwards": []}, [], "Nothing to compare"),
+        ({"arms": [{"scheduler": "PrismScheduler", "num_remask": [1, 4]}]}, [], "An arm is"),
+        ({}, ["--tune-reference", "x.jsonl"], "--tune-reference is for text"),
+        ({"arms": [{"name": "a", "scheduler": "PrismScheduler"}]}, ["--trials", "4"], "--trials has no effect"),
+        ({"arms": [{"name": "a", "scheduler": "PrismScheduler"}]}, ["--tune-steps", "4"], "--tune-steps has no effect"),
+    ],
+)
+def test_what_a_comparison_refuses_is_said_before_settings_are_searched(tmp_path, capsys, plan, flags, match):
+    arms = [{"name": "PRISM", "scheduler": "PrismScheduler", "num_remask": [1, 4]}]
+    (tmp_path / "plan.json").write_text(json.dumps({"arms": arms, "forwards": [4], "seeds": [0]} | plan))
+    words = ["eval", "compare", "--config", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out"), *flags]
+    assert main([*words, "--num-puzzles", "2"]) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_for_text_are_chosen_on_other_texts(tmp_path, capsys):
     arms = [{"name": "PRISM", "scheduler": "PrismScheduler", "eta": [0.1, 0.3]}]
     (tmp_path / "plan.json").write_text(json.dumps({"arms": arms, "forwards": [4], "seeds": [0, 1]}))
@@ -78,6 +99,8 @@ def test_settings_for_text_are_chosen_on_other_texts(tmp_path, capsys):
     flags += ["--gen-length", "24", "--out", str(tmp_path / "out"), "--json"]
     assert main(flags) == 2
     assert "--tune-reference" in capsys.readouterr().err
+    assert main([*flags, "--tune-reference", f"{bundled('text')}/heldout.jsonl"]) == 2
+    assert "texts that the result is reported on" in capsys.readouterr().err
     (tmp_path / "other.jsonl").write_text(json.dumps("To be or not to be, that is the question.") + "\n")
     assert main([*flags, "--tune-reference", str(tmp_path / "other.jsonl")]) == 0
     tuned = json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())["tried"]

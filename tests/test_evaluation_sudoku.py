@@ -251,7 +251,10 @@ def test_the_cells_of_a_comparison_become_marks_by_arm_and_forwards(benchmark, t
         cell = {"arm": {"name": arm}, "forwards": 8, "seed": seed, "task": "mark", "metrics": {"solved": solved}}
         (tmp_path / "cells" / f"{n}.json").write_text(json.dumps(cell))
         (tmp_path / "cells" / f"other{n}.json").write_text(json.dumps(cell | {"task": "another model"}))
-    found = benchmark.solved_arrays(tmp_path, "mark", [1, 0])
+        old = cell | {"arm": {"name": arm, "num_remask": 4}, "metrics": {"solved": [0, 0, 0]}}
+        (tmp_path / "cells" / f"{n}-old.json").write_text(json.dumps(old))
+    (tmp_path / "cells" / "0.json.17.partial").write_text("")  # of a run that was killed as it wrote
+    found = benchmark.solved_arrays(tmp_path, "mark", [{"name": "PRISM"}, {"name": "MDLM"}], [1, 0])
     assert {key: value.tolist() for key, value in found.items()} == {
         ("PRISM", 8): [[0, 1, 1], [1, 1, 0]],
         ("MDLM", 8): [[1, 0, 0], [0, 0, 1]],

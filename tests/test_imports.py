@@ -48,6 +48,7 @@ ALLOWED = {
         "checkpointing",
         "denoiser",
         "families",
+        "heads",
         "hub",
         "losses",
         "pipeline_prism",

@@ -93,6 +93,21 @@ def test_a_finished_run_is_left_as_it_is_when_started_again(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_run_goes_on_only_from_what_it_began_with(tmp_path, pretrained):
+    """Or the result of one base would count as the result of another."""
+    run(tmp_path / "other", "--objective=mdm", "--max_steps=1", "--seed=9")
+    flags = ("--max_steps=1", "--save_steps=1", "--resume_from_checkpoint=latest")
+    head = (*flags, "--objective=prism", "--full=true")
+    run(tmp_path / "run", *head, f"--base_model={pretrained}")
+    run(tmp_path / "run", *head, f"--base_model={pretrained}")
+    before = weights(tmp_path / "run")
+    with pytest.raises(ValueError, match="began from other weights than `--base_model` has now"):
+        run(tmp_path / "run", *head, f"--base_model={tmp_path / 'other'}")
+    with pytest.raises(ValueError, match="holds a run of --objective prism, not mdm"):
+        run(tmp_path / "run", *flags, "--objective=mdm", f"--base_model={pretrained}")
+    assert_identical(before, weights(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("flags", [("--optimizer=muon",), ("--optimizer=adamw", "--lr_scheduler_type=cosine")])
 def test_an_interrupted_pretraining_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, flags):
     flags = ("--objective=mdm", "--max_steps=6", "--save_steps=2", "--resume_from_checkpoint=latest", *flags)
@@ -162,16 +177,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
 
 
 def test_checkpoints_of_other_flags_are_refused(tmp_path, pretrained):
-    run(tmp_path, "--objective=mdm", "--max_steps=2", "--save_steps=2")
-    flags = (
-        "--objective=prism",
-        "--full",
-        f"--base_model={pretrained}",
-        "--max_steps=4",
-        "--resume_from_checkpoint=latest",
-    )
+    flags = ("--objective=prism", "--full", f"--base_model={pretrained}", "--save_steps=2")
+    run(tmp_path, *flags, "--max_steps=2", "--head=linear")
     with pytest.raises(ValueError, match="other trainable tensors"):
-        run(tmp_path, *flags)
+        run(tmp_path, *flags, "--max_steps=4", "--head=block", "--resume_from_checkpoint=latest")
 
 
 def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained):

@@ -97,6 +97,8 @@ def test_the_flags_of_the_quick_recipes_are_ones_that_a_run_takes(kind):
         words += [] if "--model_type" in (ROOT / file).read_text() else ["--base_model", "x/y"]
         run_args, args = parse_arguments([*words, "--use_cpu", "true"])
         assert 0 < args.max_steps <= 380 and run_args.sample_puzzles == 0
+        if (kind, run_args.objective) == ("text", "prism"):  # finish.py reports the losses of this stage
+            assert args.eval_strategy == "steps" and args.eval_steps <= args.max_steps
 
 
 def test_growing_repeats_the_middle_layers_and_saves_a_pipeline_that_trains_on(tmp_path):

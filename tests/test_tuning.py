@@ -129,7 +129,10 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
         ({"eta": list(range(101)), "top_k": list(range(1, 101))}, {}, "10100 settings"),
         ({"eta": [0.1]}, {"trials": 0}, "`trials` must be at least 1, got 0"),
         ({"eta": [0.1, 0.2], "loop_steps": 8, "loop_num_remask": 1}, {}, "a loop of 8 forwards leaves none"),
-        ({"eta": [0.1], "model": "critic"}, {}, "want a model that `models` does not hold"),
+        ({"eta": [0.1], "model": "critic"}, {}, "wants the model 'critic', which `models` does not hold"),
+        ({"eta": [0.1], "scheduler": None}, {}, 'An arm is {"name": ..., "scheduler": ...'),
+        ({"eta": [0.1], "name": None}, {}, 'An arm is {"name": ..., "scheduler": ...'),
+        ({"eta": [0.1]}, {"steps": "8"}, "`forwards` must be integers"),
         ({"eta": [0.1, 0.2]}, {"quality": "none"}, "`quality` must be a metric"),
     ],
 )
@@ -137,7 +140,24 @@ def test_what_cannot_be_tuned_is_refused(tmp_path, arm, settings, match):
     one = Recorder()
     with pytest.raises(ValueError, match=match):
         one.tune([PRISM | arm], tmp_path, **settings)
-    assert len(one.runs) <= 1
+    assert len(one.runs) <= 1  # what only a result can show
+
+
+def test_two_arms_of_one_name_are_refused(tmp_path):
+    one = Recorder()
+    arms = [{**PRISM, "eta": [0.1, 0.2]}, {**PRISM, "scheduler": "SelfConfidenceScheduler", "eta": [0.3, 0.4]}]
+    with pytest.raises(ValueError, match="`arms` must not hold one twice"):
+        one.tune(arms, tmp_path)
+    assert not one.runs
+
+
+def test_optuna_is_asked_for_before_the_first_arm_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    one = Recorder()
+    arms = [{**PRISM, "name": "small", "eta": [0.1]}, {**PRISM, "eta": [0.1, 0.2, 0.3]}]
+    with pytest.raises(ImportError, match="'PRISM' has 3 settings and 2 trials"):
+        one.tune(arms, tmp_path, trials=2)
+    assert not one.runs
 
 
 def test_the_settings_of_an_arm_are_the_product_of_its_lists():

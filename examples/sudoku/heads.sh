@@ -11,15 +11,18 @@ BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
 base=${1:?usage: heads.sh FOLDER_OF_THE_PRETRAINED_MDM [flags]}
 shift
 
-precision=()  # not every CPU is fast in bfloat16
-"$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || precision=(--bf16 false)
+device=()  # bfloat16 on a CPU must be asked for, and not every CPU is fast in it
+if "$BIN/python" -c "import torch; raise SystemExit(torch.cuda.is_available())"; then
+  device=(--use_cpu true)
+  "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || device+=(--bf16 false)
+fi
 # prism.args says --full and muon, which are for all weights; the flags here win. LoRA and head take AdamW.
 train() {
   way=$1
   shift
   "$BIN/python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     -m prism_pipelines.training --resume_from_checkpoint latest --args_file examples/sudoku/prism.args \
-    --base_model "$base" --output_dir "$RUNS/sudoku-heads-$way" --sample_puzzles 0 "${precision[@]}" "$@"
+    --base_model "$base" --output_dir "$RUNS/sudoku-heads-$way" --sample_puzzles 0 "${device[@]}" "$@"
 }
 train full --muon_learning_rate 0.01 "$@"
 train lora --full false --optimizer adamw --rank 32 --learning_rate 6e-3 "$@"

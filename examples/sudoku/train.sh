@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The bundled Sudoku model from nothing: pretrain an MDM on grids, go on with puzzles, repeat its middle layers and go on
 # with hard puzzles, fine-tune with PRISM, measure, write the card.
-# Run again after an interruption and it goes on where it stopped. `--quick` makes a weaker model in ten minutes.
+# Run again after an interruption and it goes on where it stopped (measuring begins anew). `--quick` cuts each stage short.
 # Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -31,7 +31,7 @@ run() {
 }
 run --args_file examples/sudoku/pretrain.args --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
 run --args_file examples/sudoku/puzzles.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-puzzles" "${puzzles[@]}"
-[ -f "$RUNS/$name-grown/model_index.json" ] || "$BIN/python" examples/sudoku/grow.py "$RUNS/$name-puzzles" "$RUNS/$name-grown"
+"$BIN/python" examples/sudoku/grow.py "$RUNS/$name-puzzles" "$RUNS/$name-grown"
 run --args_file examples/sudoku/deep.args --base_model "$RUNS/$name-grown" --output_dir "$RUNS/$name-deep" "${deep[@]}"
 run --args_file examples/sudoku/prism.args --base_model "$RUNS/$name-deep" --output_dir "$RUNS/$name-prism" "${prism[@]}"
 "$BIN/python" examples/sudoku/finish.py "$RUNS/$name-mdm" "$RUNS/$name-puzzles" "$RUNS/$name-deep" "$RUNS/$name-prism" \

@@ -60,11 +60,23 @@ def sequences_of(texts: list[str], tokenizer, count: int) -> torch.Tensor:
     return torch.tensor(ids[: min(count, len(ids) // LENGTH) * LENGTH]).view(-1, LENGTH)
 
 
+def hash_of(texts: list[str]) -> str:
+    """Of texts that cells were measured with."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
 def held_out_losses(prism_run: Path) -> dict[str, float]:
     """The masked diffusion loss on held-out text at the beginning and the end of the fine-tuning, from its log."""
     rows = [json.loads(line) for line in (prism_run / "training_log.jsonl").read_text().splitlines()]
     found = [row["eval_loss_mdm"] for row in rows if "eval_loss_mdm" in row]
+    if not found:
+        raise SystemExit(f"error: {prism_run} has no eval_loss_mdm in its log: train it with --eval_strategy steps.")
     return {"before": found[0], "after": found[-1]}
+
+
+def figure(row: dict) -> str:
+    """A value with its interval, which one seed alone has not."""
+    return f"{row['value']:.3f}" + ("" if row["low"] is None else f" ({row['low']:.3f}-{row['high']:.3f})")
 
 
 def card(metrics: dict, sample: str) -> str:
@@ -75,7 +87,7 @@ def card(metrics: dict, sample: str) -> str:
     for arm in SHOWN:
         for metric in ("ngram_js", "known_words", "entropy"):
             found = {row["forwards"]: row for row in rows if row["arm"] == arm and row["metric"] == metric}
-            cells = [f"{found[t]['value']:.3f} ({found[t]['low']:.3f}-{found[t]['high']:.3f})" for t in forwards]
+            cells = [figure(found[t]) for t in forwards]
             lines.append(f"| {arm} | {metric} | " + " | ".join(cells) + " |")
     table = "\n".join(lines)
     chosen = ", ".join(f"`{k}={v!r}`" for k, v in metrics["settings"].items() if k not in ("name", "scheduler"))
@@ -166,7 +178,7 @@ def main() -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((args.prism_run / "model" / "model.safetensors").read_bytes()).hexdigest()[:12]
-    chosen_on = hashlib.sha256("".join(validation).encode()).hexdigest()[:12]
+    losses = held_out_losses(args.prism_run)  # asked first: the rest takes a while
     arms, tried = tune_arms(
         pipe,
         text_task(validation, num_samples=args.num_samples, gen_length=LENGTH),
@@ -175,7 +187,7 @@ def main() -> None:
         seed=CHOOSE_SEED,
         trials=len(ETAS),
         out_dir=output.with_name(output.name + "-tuning"),
-        task_name=f"{args.num_samples} texts of {chosen_on}, {weights}, {args.dtype}",
+        task_name=f"{args.num_samples} texts of {hash_of(validation)}, {weights}, {args.dtype}",
         quality="ngram_js",
         report=lambda arm, found: print(json.dumps(arm | found), flush=True),
     )
@@ -189,7 +201,7 @@ def main() -> None:
         args.forwards,
         list(range(args.seeds)),
         out_dir=output.with_name(output.name + "-card"),
-        task_name=f"{args.num_samples} texts, {weights}, {args.dtype}",
+        task_name=f"{args.num_samples} texts against {hash_of(test + vocabulary)}, {weights}, {args.dtype}",
         quality="ngram_js",
         higher_is_better=False,
     )
@@ -199,7 +211,7 @@ def main() -> None:
         "dtype": args.dtype,
         "test": {key: found[key] for key in ("seeds", "arms", "rows", "pairs")},
         "calibration": evaluate_calibration(pipe, sequences_of(test, pipe.tokenizer, 256), num_revealed=16),
-        "held_out_loss": held_out_losses(args.prism_run),
+        "held_out_loss": losses,
         "settings_tried": tried,
         "parameters": sum(p.numel() for part in (pipe.model, pipe.quality_head) for p in part.parameters()),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},

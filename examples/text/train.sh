@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The bundled text model from nothing: get the text, pretrain an MDM on it, fine-tune with PRISM, choose every decoding
 # rule's own setting, measure, write the card. Run again after an interruption and it goes on where it stopped.
-# `--quick` makes a much weaker model in ten minutes.
+# `--quick` cuts each stage short.
 # Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,7 +10,7 @@ name=text mdm=() prism=() finish=()
 if [ "${1:-}" = --quick ]; then
   name=text-quick
   mdm=(--max_steps 300 --warmup_steps 50 --lr_scheduler_kwargs '{"num_decay_steps": 80}' --eval_strategy no)
-  prism=(--max_steps 60 --warmup_steps 10 --eval_strategy no)
+  prism=(--max_steps 60 --warmup_steps 10 --eval_steps 60)
   finish=(--num_samples 16)
 elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2

@@ -89,6 +89,7 @@ def make_scheduler(arm: dict, temperature: float):
     """
     import prism_pipelines
 
+    _check_names(arm)
     config = {key: value for key, value in arm.items() if key not in ("name", "scheduler", "outside", "model")}
     names = sorted(name for name in prism_pipelines.__all__ if name.endswith("Scheduler"))
     if arm["scheduler"] not in names:
@@ -147,16 +148,13 @@ def run_comparison(
             finite; arms that made different numbers of forwards.
         ImportError: matplotlib is not installed (asked before anything runs).
     """
-    from ..plots import _figure
-
-    _figure(1)  # a missing extra must not show after hours of work
     arms, forwards, seeds = [dict(arm) for arm in arms], list(forwards), list(seeds)
     pipes = {None: pipe, **(models or {})}
-    _check(arms, forwards, seeds, temperature, pipes)
+    check_comparison(arms, forwards, seeds, temperature, pipes, reference)
+    if all(arm.get("outside") for arm in arms):
+        raise ValueError('Every arm is "outside": true, so there is nothing to compare.')
     names = [arm["name"] for arm in arms]
     reference = names[0] if reference is None else reference
-    if reference not in names:
-        raise ValueError(f"`reference` must name an arm, got {reference!r}; arms: {names}.")
     wanted = [(arm, steps, seed) for seed in seeds for steps in forwards for arm in arms]
     folder = Path(out_dir) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -305,24 +303,35 @@ def read_cell(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pipes: dict) -> None:
+def check_comparison(
+    arms: list[dict], forwards: list, seeds: list, temperature: float, pipes: dict, reference: str | None = None
+) -> None:
+    """What `run_comparison` refuses of its arms, asked before anything runs; arguments as there, `pipes` with the
+    model None.
+
+    Raises:
+        ValueError, ImportError: as `run_comparison`.
+    """
+    from ..plots import _figure
+
+    _figure(1)  # a missing extra must not show after hours of work
     if not arms or not forwards or not seeds:
         raise ValueError(f"Nothing to compare: {len(arms)} arms, {len(forwards)} forwards, {len(seeds)} seeds.")
     for arm in arms:
-        if not isinstance(arm.get("name"), str) or not isinstance(arm.get("scheduler"), str):
-            raise ValueError(f'An arm is {{"name": ..., "scheduler": ..., ...config}}, got {arm}.')
+        _check_names(arm)
     for name, values, least in (("forwards", forwards, 1), ("seeds", seeds, 0)):
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
             raise ValueError(f"`{name}` must be integers of at least {least}, got {values}.")
     for name, values in (("arms", [arm["name"] for arm in arms]), ("forwards", forwards), ("seeds", seeds)):
         if len(set(values)) != len(values):
             raise ValueError(f"`{name}` must not hold one twice, got {values}.")
+    names = [arm["name"] for arm in arms]
+    if reference is not None and reference not in names:
+        raise ValueError(f"`reference` must name an arm, got {reference!r}; arms: {names}.")
     inside = [arm for arm in arms if not arm.get("outside")]
-    if not inside:
-        raise ValueError('Every arm is "outside": true, so there is nothing to compare.')
     for name in ("top_p", "top_k"):
         found = {arm["name"]: arm.get(name) for arm in inside}
-        if any(value != found[inside[0]["name"]] for value in found.values()):
+        if len(set(found.values())) > 1:
             raise ValueError(
                 f"Arms are compared at the same {name}, got {found}. "
                 'Set "outside": true for one that stands beside the others.'
@@ -335,6 +344,11 @@ def _check(arms: list[dict], forwards: list, seeds: list, temperature: float, pi
             raise ValueError(
                 f"Arm {arm['name']!r}: a loop of {arm['loop_steps']} forwards leaves none of {min(forwards)}."
             )
+
+
+def _check_names(arm: dict) -> None:
+    if not isinstance(arm.get("name"), str) or not isinstance(arm.get("scheduler"), str):
+        raise ValueError(f'An arm is {{"name": ..., "scheduler": ..., ...config}}, got {arm}.')
 
 
 def _outside(arms: list[dict]) -> set[str]:

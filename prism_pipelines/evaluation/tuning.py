@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .compare import cell_file, check_quality, is_higher_better, make_scheduler, read_cell, run_cell, write_whole
+from .compare import (
+    cell_file,
+    check_comparison,
+    check_quality,
+    is_higher_better,
+    make_scheduler,
+    read_cell,
+    run_cell,
+    write_whole,
+)
 
 MOST_SETTINGS = 10_000  # of one arm; each is checked before anything runs
 MOST_ASKED = 20  # proposals for each trial
@@ -24,16 +33,28 @@ def knobs(arm: dict) -> dict[str, list]:
     return {name: values for name, values in arm.items() if isinstance(values, list)}
 
 
+def first_settings(arms: list[dict]) -> list[dict]:
+    """The arms with the first value of each knob.
+
+    Raises:
+        ValueError: an empty list, or too many combinations.
+    """
+    for arm in arms:
+        count = math.prod(map(len, knobs(arm).values()))
+        if count == 0 or count > MOST_SETTINGS:
+            raise ValueError(
+                f"Arm {arm.get('name')!r} has {count} settings to choose from; 1 to {MOST_SETTINGS} will do."
+            )
+    return [arm | {name: values[0] for name, values in knobs(arm).items()} for arm in arms]
+
+
 def settings_of(arm: dict, temperature: float) -> list[dict]:
     """The arm once for each combination of its knobs' values, the last knob varying fastest; itself without any.
 
     Raises:
-        ValueError: an empty list, too many combinations, or one that its scheduler refuses.
+        ValueError: one that its scheduler refuses.
     """
     values = knobs(arm)
-    count = math.prod(map(len, values.values()))
-    if count == 0 or count > MOST_SETTINGS:
-        raise ValueError(f"Arm {arm.get('name')!r} has {count} settings to choose from; 1 to {MOST_SETTINGS} will do.")
     options = [arm | dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     for option in options:
         try:
@@ -42,6 +63,23 @@ def settings_of(arm: dict, temperature: float) -> list[dict]:
             tried = {name: option[name] for name in values}
             raise ValueError(f"Arm {arm.get('name')!r} cannot have {tried}: {error}") from error
     return options
+
+
+def check_optuna(arm: dict, options: list[dict], trials: int) -> None:
+    """Asks for optuna where an arm has more settings than trials.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if len(options) <= trials:
+        return
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"Arm {arm['name']!r} has {len(options)} settings and {trials} trials. Choosing which to try needs optuna: "
+            'pip install "prism-pipelines[tune]", or raise the trials.'
+        ) from error
 
 
 def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: list[float]) -> Iterator[dict]:
@@ -57,13 +95,8 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
     if len(options) <= trials:
         yield from options
         return
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            f"Arm {arm['name']!r} has {len(options)} settings and {trials} trials. Choosing which to try needs optuna: "
-            'pip install "prism-pipelines[tune]", or raise the trials.'
-        ) from error
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     seen = []
@@ -116,28 +149,30 @@ def tune_arms(
     Returns:
         The arms without lists, and all that were tried: [arm | {metric: mean}].
     Raises:
-        ValueError: trials or steps below 1, no setting left, settings that a scheduler refuses, or no such metric.
-        ImportError: optuna is needed and not installed.
+        ValueError: trials or steps below 1, no setting left, settings that a scheduler refuses, no such metric; arms
+            that `run_comparison` refuses.
+        ImportError: optuna is needed and not installed, or matplotlib for the comparison that follows.
     Source: optuna (arXiv 1907.10902) for TPE.
     """
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
-    settings = {arm["name"]: settings_of(arm, temperature) for arm in arms}
-    for name, some in settings.items():
-        if (loop := max(option.get("loop_steps", 0) for option in some)) >= steps:
-            raise ValueError(f"Arm {name!r}: a loop of {loop} forwards leaves none of `steps` = {steps}.")
     folder, pipes = Path(out_dir) / "cells", {None: pipe, **(models or {})}
-    if unknown := [arm["name"] for arm in arms if arm.get("model") not in pipes]:
-        raise ValueError(f"Arms {unknown} want a model that `models` does not hold.")
+    first = first_settings(arms)
+    settings = [settings_of(arm, temperature) for arm in arms]
+    check_comparison(first, [steps], [seed], temperature, pipes)
+    for arm, some in zip(arms, settings, strict=True):
+        if (loop := max(option.get("loop_steps", 0) for option in some)) >= steps:
+            raise ValueError(f"Arm {arm['name']!r}: a loop of {loop} forwards leaves none of `steps` = {steps}.")
+        check_optuna(arm, some, trials)
     folder.mkdir(parents=True, exist_ok=True)
     named = {"temperature": temperature, "task_name": f"tuning {task_name}", "quality": quality}
     chosen, tried = [], []
-    for arm in arms:
+    for arm, some in zip(arms, settings, strict=True):
         if not knobs(arm):
             chosen.append(arm)
             continue
         options, scores = [], []
-        for option in proposals(arm, settings[arm["name"]], trials, seed, scores):
+        for option in proposals(arm, some, trials, seed, scores):
             path = folder / cell_file(option, steps, seed, temperature, named["task_name"])
             cell = read_cell(path) or run_cell(pipes[arm.get("model")], task, option, steps, seed, path=path, **named)
             check_quality(quality, cell["metrics"])  # a finished cell may lack it
