@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from .cli_arguments import check_device, number_type
 
@@ -31,18 +32,22 @@ def add_parser(commands) -> None:
 
     sudoku = kinds.add_parser("sudoku", help="share of puzzles solved, with its interval")
     _common(sudoku, run_sudoku)
+    _sampling(sudoku)
     sudoku.add_argument("--steps", type=count, default=52, help="forward passes (default: %(default)s)")
     sudoku.add_argument("--num-puzzles", type=count, default=100)
     sudoku.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
 
     text = kinds.add_parser("text", help="distances to held-out text, diversity, perplexity under a judge, MAUVE")
     _common(text, run_text)
+    _sampling(text)
     text.add_argument("--texts", metavar="FILE", help="generated texts (.jsonl, .json, .txt); default: generate")
     text.add_argument("--reference", metavar="FILE", required=True, help="held-out texts, in the same formats")
     text.add_argument("--num-samples", type=count, default=64)
     text.add_argument("--gen-length", type=count, default=128)
     text.add_argument("--steps", type=count, default=64, help="forward passes (default: %(default)s)")
+    text.add_argument("--words", metavar="FILE", help="known words, between blanks (default: those of --reference)")
     text.add_argument("--judge", help="folder or Hub id of a causal model, for generative perplexity")
+    text.add_argument("--ngram-judge", metavar="FILE", help="or texts to count a 6-gram judge of bytes in: no download")
     text.add_argument("--featurizer", help="folder or Hub id of a model, for MAUVE")
 
     calibration = kinds.add_parser("calibration", help="does the head know what is wrong? AUROC, ECE, Brier, figure")
@@ -55,12 +60,19 @@ def add_parser(commands) -> None:
 
     code = kinds.add_parser("code", help="HumanEval or MBPP: pass@k, executed in a sandbox")
     _common(code, run_code)
+    _sampling(code)
     code.add_argument("--problems", required=True, help="file of HumanEval or MBPP, or humaneval, mbpp, a Hub id")
     code.add_argument("--allow-execution", action="store_true", help="yes, run what the model writes")
     code.add_argument("--no-isolation", action="store_true", help="also where the machine allows no isolation")
     code.add_argument("--style", choices=["base", "instruct"], default="base")
     code.add_argument("--num-samples", type=count, default=1, help="completions of each problem")
     code.add_argument("--pass-at", type=count, nargs="+", default=[1], metavar="K")
+    code.add_argument("--split", choices=["test", "all"], default="test", help="of MBPP (default: %(default)s)")
+    code.add_argument(
+        "--few-shot", type=int, metavar="N", help="examples shown, for MBPP 0 to 3 (default: as published)"
+    )
+    code.add_argument("--batch-size", type=count, default=8, help="prompts at a time (default: %(default)s)")
+    code.add_argument("--workers", type=count, default=1, help="programs run at a time (default: %(default)s)")
     code.add_argument("--limit", type=count, help="the first problems only; the result says that it is partial")
     code.add_argument("--gen-length", type=count, default=512)
     code.add_argument("--block-length", type=count, default=32)
@@ -94,6 +106,15 @@ def _common(parser, run) -> None:
     parser.set_defaults(run=run)
 
 
+def _sampling(parser) -> None:
+    parser.add_argument("--scheduler", metavar="NAME", help="such as SelfConfidenceScheduler (default: the model's)")
+    parser.add_argument(
+        "--scheduler-config",
+        metavar="JSON",
+        help='fields to set in it, such as \'{"num_remask": 4, "temperature": 0}\'',
+    )
+
+
 def _pipeline(args, default: str = "sudoku"):
     """The pipeline of `--model`, or the bundled one of this name."""
     from . import bundled
@@ -102,6 +123,11 @@ def _pipeline(args, default: str = "sudoku"):
     device = check_device(args.device)
     pipe = PrismPipeline.from_pretrained(args.model or bundled(default), quality_head=args.quality_head)
     pipe.set_progress_bar_config(disable=True)
+    name, fields = getattr(args, "scheduler", None), getattr(args, "scheduler_config", None)
+    if name is not None or fields is not None:
+        from .generate_many import set_scheduler
+
+        set_scheduler(pipe, name, fields)
     return pipe.to(device)
 
 
@@ -133,6 +159,10 @@ def run_text(args: argparse.Namespace) -> int:
 
     if args.texts is None and args.model is None:
         raise ValueError("Pass --texts FILE with generated texts, or --model to generate them.")
+    if args.texts is not None and (args.scheduler or args.scheduler_config):
+        raise ValueError("--scheduler and --scheduler-config are for texts that a --model writes, not for --texts.")
+    if args.judge is not None and args.ngram_judge is not None:
+        raise ValueError("Pass one of --judge and --ngram-judge.")
     check_device(args.device)
     if args.texts is not None:
         texts = evaluation.read_texts(args.texts)
@@ -140,15 +170,28 @@ def run_text(args: argparse.Namespace) -> int:
         texts = evaluation.pipeline_texts(_pipeline(args), args.num_samples, args.gen_length, args.steps, args.seed)
     reference = evaluation.read_texts(args.reference)
     result = evaluation.evaluate_text(
-        texts, reference, judge=args.judge, featurizer=args.featurizer, device=args.device
+        texts,
+        reference,
+        vocabulary=None if args.words is None else set(Path(args.words).read_text(encoding="utf-8").lower().split()),
+        judge=args.judge if args.ngram_judge is None else _byte_judge(args.ngram_judge),
+        featurizer=args.featurizer,
+        device=args.device,
     )
     return _print(result, args)
 
 
+def _byte_judge(file: str):
+    """A 6-gram judge of bytes, counted in the texts of a file."""
+    from transformers import AutoTokenizer
+
+    from . import bundled, evaluation
+
+    tokenizer = AutoTokenizer.from_pretrained(f"{bundled('text')}/tokenizer")
+    return evaluation.ngram_judge(evaluation.read_texts(file), tokenizer, n=6)
+
+
 def run_code(args: argparse.Namespace) -> int:
     """pass@k of a model on a file of problems. Returns the exit status."""
-    from pathlib import Path
-
     from .evaluation.code import evaluate_code
     from .evaluation.sandbox import isolation_problem
 
@@ -169,7 +212,11 @@ def run_code(args: argparse.Namespace) -> int:
         style=args.style,
         num_samples=args.num_samples,
         ks=tuple(args.pass_at),
+        few_shot=args.few_shot,
+        split=args.split,
         limit=args.limit,
+        batch_size=args.batch_size,
+        workers=args.workers,
         seed=args.seed,
         generation=steps,
     )

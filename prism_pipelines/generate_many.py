@@ -415,9 +415,9 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     try:
         changed = json.loads(fields or "{}")
     except ValueError as error:
-        raise ValueError(f"--scheduler_config is not JSON: {error}.") from None
+        raise ValueError(f"The fields of a scheduler, {fields!r}, are not JSON: {error}.") from None
     if not isinstance(changed, dict):
-        raise ValueError(f'--scheduler_config must be an object such as {{"num_remask": 4}}, got {fields!r}.')
+        raise ValueError(f'The fields of a scheduler must be an object such as {{"num_remask": 4}}, got {fields!r}.')
     known = set(inspect.signature(kind).parameters)
     if unknown := sorted(set(changed) - known):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")

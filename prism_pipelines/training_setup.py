@@ -116,6 +116,7 @@ def new_model(run):
         type_vocab_size=1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,  # some families have one of their own, outside this vocabulary
     )
     if run.config_overrides:
         config.update_from_string(run.config_overrides)

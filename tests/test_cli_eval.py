@@ -23,6 +23,23 @@ def test_sudoku(capsys):
     assert result["low"] <= result["solved"] <= result["high"]
 
 
+def test_a_rule_and_its_fields_are_flags(monkeypatch, capsys):
+    seen = []
+
+    def solver(pipe, steps, seed):
+        seen.append(pipe.scheduler)
+        return lambda puzzles: puzzles
+
+    monkeypatch.setattr("prism_pipelines.evaluation.pipeline_solver", solver)
+    flags = ["eval", "sudoku", "--num-puzzles", "1", "--json", "--scheduler", "MDLMScheduler"]
+    assert main([*flags, "--scheduler-config", '{"order": "random", "temperature": 0.5}']) == 0
+    assert type(seen[0]).__name__ == "MDLMScheduler"
+    assert (seen[0].config.order, seen[0].config.temperature) == ("random", 0.5)
+    assert told(capsys)["solved"] == 0
+    assert main([*flags, "--scheduler-config", '{"nothing": 1}']) == 2
+    assert "MDLMScheduler has no field 'nothing'" in capsys.readouterr().err
+
+
 def test_text_of_a_file(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "the cat sat on the mat"}\n{"text": "a dog ran to the cat"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "the dog sat on a mat"}\n{"text": "the cat ran to a dog"}\n')
@@ -33,6 +50,27 @@ def test_text_of_a_file(tmp_path, capsys):
     assert result["known_words"] == 1
     assert main(["eval", "text", "--reference", str(tmp_path / "b.jsonl")]) == 2
     assert "--texts" in capsys.readouterr().err
+
+
+def test_text_with_a_judge_and_words_of_own_files(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat sat"}\n{"text": "a dog"}\n')
+    (tmp_path / "words.txt").write_text("The\ncat sat\n")
+    flags = ["eval", "text", "--texts", str(tmp_path / "a.jsonl"), "--reference", str(tmp_path / "a.jsonl"), "--json"]
+    flags += ["--words", str(tmp_path / "words.txt")]
+    found = {}
+    for name, text in (("alike", "the cat sat on a dog. " * 9), ("unlike", "zzzz qqqq xxxx " * 9)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        assert main([*flags, "--ngram-judge", str(tmp_path / f"{name}.jsonl")]) == 0
+        result = told(capsys)
+        assert result["known_words"] == 0.6
+        found[name] = result["perplexity"]["perplexity"]
+    assert found["alike"] < found["unlike"] / 2
+    assert main([*flags, "--ngram-judge", str(tmp_path / "alike.jsonl"), "--judge", "x/y"]) == 2
+    assert "one of --judge and --ngram-judge" in capsys.readouterr().err
+    assert main([*flags, "--scheduler", "MDLMScheduler"]) == 2
+    assert "--scheduler" in capsys.readouterr().err
+    assert main([*flags[:-1], str(tmp_path / "none.txt")]) == 2
+    assert "none.txt" in capsys.readouterr().err
 
 
 def test_calibration_writes_its_files(tmp_path, capsys):
@@ -128,9 +166,12 @@ def test_code_of_a_model_that_cannot_write_any(tmp_path, capsys):
     assert "--allow-execution" in capsys.readouterr().err
     if isolation_problem():
         pytest.skip(isolation_problem())
+    arguments += ["--workers", "2", "--batch-size", "1", "--num-samples", "2", "--scheduler", "MDLMScheduler"]
+    assert main([*arguments, "--few-shot", "1", "--allow-execution"]) == 2
+    assert "few_shot" in capsys.readouterr().err
     assert main([*arguments, "--allow-execution", "--out", str(tmp_path / "out.json")]) == 0
     assert told(capsys)["pass_at_k"]["1"]["value"] == 0
-    assert len(json.loads((tmp_path / "out.json").read_text())["samples"]) == 1
+    assert len(json.loads((tmp_path / "out.json").read_text())["samples"]) == 2
 
 
 def test_compare_on_the_bundled_text_model(tmp_path, capsys):

@@ -373,7 +373,7 @@ def test_a_log_gets_lines_with_the_rate(tmp_path, capsys, monkeypatch):
     [
         ("--scheduler=Nothing", "No scheduler is called 'Nothing'"),
         ("--scheduler_config=[1]", "must be an object"),
-        ("--scheduler_config={", "is not JSON"),
+        ("--scheduler_config={", "are not JSON"),
         ('--scheduler_config={"remask": 1}', "PrismScheduler has no field 'remask'"),
         ("--batch_size=0", "`batch_size` must be an integer of at least 1, got 0"),
         ("--num_processes=0", "--num_processes must be at least 1"),

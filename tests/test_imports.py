@@ -91,7 +91,7 @@ ALLOWED = {
     "probes": {"denoiser", "families", "hub"},
     "cli_info": {"families", "pipeline_prism", "probes"},
     "cli_train": set(),
-    "cli_eval": {"cli_arguments", "cli_text", "evaluation", "pipeline_prism", "sudoku"},
+    "cli_eval": {"cli_arguments", "cli_text", "evaluation", "generate_many", "pipeline_prism", "sudoku"},
     "run_files": set(),
     "generate_many": {"canvas", "hub", "pipeline_prism", "run_files", "schedulers", "stopping"},
     "cli_generate": {"generate_many"},
