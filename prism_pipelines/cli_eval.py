@@ -327,7 +327,7 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
     check_comparison(first_settings(plan["arms"]), *of_plan)  # what it refuses must not show after the search
     if kind == "sudoku":
         task, mark = _sudoku_task(args, QUICK_PUZZLES if args.quick else args.num_puzzles, TUNE_SEED + args.seed)
-        mark += f" {evaluation.fingerprint(pipe)}"
+        mark += f" [{evaluation.fingerprint(pipe)}]"
     elif args.tune_reference is None:
         raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
     elif _texts_read(args, args.tune_reference) == _texts_read(args, args.reference):
@@ -343,7 +343,7 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
         seed=TUNE_SEED + args.seed,
         trials=args.trials or TRIALS,
         out_dir=f"{out}/tuning",
-        task_name=f"{_named(args, kind)} {mark}",
+        task_name=f"{_named(args, kind)}: {mark}",
         report=lambda arm, found: print(f"tried {json.dumps(arm | found)}", file=sys.stderr),
         **{name: plan[name] for name in ("temperature", "quality", "higher_is_better") if name in plan},
     )
@@ -357,7 +357,7 @@ def _compare_sudoku(args):
     task, mark = _sudoku_task(args, QUICK_PUZZLES if args.quick else args.num_puzzles, args.seed)
     pipe = _pipeline(args)
     plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
-    return pipe, task, plan, f"{_named(args, 'sudoku')} {mark} {evaluation.fingerprint(pipe)}"
+    return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.fingerprint(pipe)}]"
 
 
 def _sudoku_task(args, count: int, seed: int):
@@ -365,7 +365,7 @@ def _sudoku_task(args, count: int, seed: int):
     from . import evaluation, sudoku
 
     puzzles, _ = sudoku.make_puzzles(count, args.clues, seed=seed)
-    return evaluation.sudoku_task(puzzles), f"sudoku-{count}-{args.clues}-{seed}"
+    return evaluation.sudoku_task(puzzles), f"{count} puzzles of {args.clues} clues from seed {seed}"
 
 
 def _compare_text(args):
@@ -376,7 +376,7 @@ def _compare_text(args):
     plan["seeds"] = [args.seed + seed for seed in plan["seeds"]]
     plan["forwards"] = [steps for steps in plan["forwards"] if not args.quick or steps <= 32] or plan["forwards"][:1]
     task, mark = _text_task(args, pipe, args.reference)
-    return pipe, task, plan, f"{_named(args, 'text')} {mark}"
+    return pipe, task, plan, f"{_named(args, 'text')}: {mark}"
 
 
 def _texts_read(args, reference: str | None) -> bytes:
@@ -395,9 +395,10 @@ def _text_task(args, pipe, reference: str | None):
     length = room(pipe, None, args.gen_length)
     task = evaluation.task_of_folder(folder, reference, num_samples=count, gen_length=length)
     mark = evaluation.fingerprint(pipe, *evaluation.folder_contents(folder, reference))
-    return task, f"{count}-{length} {mark}"
+    return task, f"{count} texts of {length} tokens [{mark}]"
 
 
 def _named(args, default: str) -> str:
     """The model and head, for people; a finished cell is found again by this and `evaluation.fingerprint`."""
-    return f"{args.model or f'bundled {default}'} {args.quality_head or ''}"
+    head = f" with {args.quality_head}" if args.quality_head else ""
+    return f"{args.model or f'bundled {default}'}{head}"
