@@ -117,7 +117,8 @@ def main() -> int:
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
     parts = [HEAD, sudoku_section(tables["sudoku"]), heads_section(tables["sudoku_heads"]), card_section(metrics)]
     text = [tables[name] for name in ("text", "text_64") if tables[name] is not None]
-    parts += [text_section(text), loop_sentence(merged(text))]
+    if text:
+        parts += [text_section(text), loop_sentence(merged(text))]
     if tables["ablations"] is not None:
         parts.append(ablation_section(tables["ablations"]))
     page = "\n".join([*parts, PUBLISHED, MISSING])
@@ -127,7 +128,8 @@ def main() -> int:
             return 1
         return 0
     RESULTS.write_text(page)
-    draw(merged(text), ROOT / "docs" / "figures" / "text.png")
+    if text:
+        draw(merged(text), ROOT / "docs" / "figures" / "text.png")
     print(RESULTS)
     return 0
 

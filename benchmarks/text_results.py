@@ -89,12 +89,14 @@ def command(table: dict) -> str:
 
 
 def merged(tables: list[dict]) -> dict:
-    """Tables of the same arms, text, seeds and weights at other numbers of forwards, as one.
+    """Tables of the same arms, text and seeds at other numbers of forwards, as one.
 
     Raises:
-        ValueError: they differ in more than that and the format of the numbers.
+        ValueError: they differ in more than that and the format of the numbers, or share a number of forwards.
     """
-    first = tables[0]
+    first, forwards = tables[0], [steps for table in tables for steps in {row["forwards"] for row in table["rows"]}]
+    if len(set(forwards)) < len(forwards):
+        raise ValueError(f"The tables of text hold the same numbers of forwards: {sorted(forwards)}.")
     for table in tables[1:]:
         same = [table[name] == first[name] for name in ("arms", "seeds", "temperature")]
         same += [table["settings"][name] == first["settings"][name] for name in ("num_samples", "length", "data")]

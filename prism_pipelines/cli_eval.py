@@ -131,6 +131,12 @@ def _pipeline(args, default: str = "sudoku"):
     return pipe.to(device)
 
 
+def _rule(pipe) -> dict:
+    """The scheduler that a result was made with, and its fields."""
+    fields = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {"scheduler": {"name": type(pipe.scheduler).__name__, **fields}}
+
+
 def _print(result: dict, args: argparse.Namespace, text: str | None = None) -> int:
     if args.json:
         print(json.dumps(result))
@@ -146,11 +152,12 @@ def run_sudoku(args: argparse.Namespace) -> int:
     """Share of generated puzzles that the model solves. Returns the exit status."""
     from . import evaluation, sudoku
 
+    pipe = _pipeline(args)
     puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, seed=args.seed)
-    score = evaluation.evaluate_sudoku(evaluation.pipeline_solver(_pipeline(args), args.steps, args.seed), puzzles)
+    score = evaluation.evaluate_sudoku(evaluation.pipeline_solver(pipe, args.steps, args.seed), puzzles)
     low, high = score.interval
     result = {"solved": score.success, "low": low, "high": high, "puzzles": len(puzzles), "clues": args.clues}
-    return _print(result | {"forwards": args.steps, "seed": args.seed}, args)
+    return _print(result | {"forwards": args.steps, "seed": args.seed} | _rule(pipe), args)
 
 
 def run_text(args: argparse.Namespace) -> int:
@@ -164,20 +171,24 @@ def run_text(args: argparse.Namespace) -> int:
     if args.judge is not None and args.ngram_judge is not None:
         raise ValueError("Pass one of --judge and --ngram-judge.")
     check_device(args.device)
+    # What can be wrong with the files must not show after the texts were written.
+    reference, vocabulary = evaluation.read_texts(args.reference), None
+    if args.words is not None:
+        vocabulary = set(Path(args.words).read_text(encoding="utf-8").lower().split())
+        if not vocabulary:
+            raise ValueError(f"--words {args.words} holds no words.")
+    judge = args.judge if args.ngram_judge is None else _byte_judge(args.ngram_judge)
+    rule = {}
     if args.texts is not None:
         texts = evaluation.read_texts(args.texts)
     else:
-        texts = evaluation.pipeline_texts(_pipeline(args), args.num_samples, args.gen_length, args.steps, args.seed)
-    reference = evaluation.read_texts(args.reference)
+        pipe = _pipeline(args)
+        rule = _rule(pipe)
+        texts = evaluation.pipeline_texts(pipe, args.num_samples, args.gen_length, args.steps, args.seed)
     result = evaluation.evaluate_text(
-        texts,
-        reference,
-        vocabulary=None if args.words is None else set(Path(args.words).read_text(encoding="utf-8").lower().split()),
-        judge=args.judge if args.ngram_judge is None else _byte_judge(args.ngram_judge),
-        featurizer=args.featurizer,
-        device=args.device,
+        texts, reference, vocabulary=vocabulary, judge=judge, featurizer=args.featurizer, device=args.device
     )
-    return _print(result, args)
+    return _print(result | rule, args)
 
 
 def _byte_judge(file: str):
@@ -204,8 +215,9 @@ def run_code(args: argparse.Namespace) -> int:
     if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise ValueError(f"--out {args.out}: that folder does not exist, or it is a folder itself.")
     steps = {"num_inference_steps": args.steps, "gen_length": args.gen_length, "block_length": args.block_length}
+    pipe = _pipeline(args)
     result = evaluate_code(
-        _pipeline(args),
+        pipe,
         args.problems,
         allow_execution=True,
         require_isolation=not args.no_isolation,
@@ -220,6 +232,7 @@ def run_code(args: argparse.Namespace) -> int:
         seed=args.seed,
         generation=steps,
     )
+    result |= _rule(pipe)
     if args.out is not None:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     return _print({name: value for name, value in result.items() if name != "samples"}, args)

@@ -395,12 +395,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the repository")
 
 
+# Of a scheduler's config; eta and threshold mean something else from rule to rule.
+SHARED_FIELDS = {"order", "temperature", "top_p", "top_k", "mask_token_id"}
+
+
 def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     """Give a pipeline the scheduler of that name, or its own, with some fields changed.
 
     Args:
         name: a class of `prism_pipelines.schedulers`; None to keep the pipeline's.
-        fields: JSON object of its fields, or None. Fields that are not named stay as the pipeline has them.
+        fields: JSON object of its fields, or None. Of the same class the others stay as the pipeline has them, of
+            another those that mean the same everywhere (`SHARED_FIELDS`).
     Raises:
         ValueError: an unknown name or field, or no JSON object.
     """
@@ -408,8 +413,8 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
 
     from . import schedulers
 
-    if name is not None and name not in schedulers.__all__:
-        known = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
+    known = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
+    if name is not None and name not in known:
         raise ValueError(f"No scheduler is called {name!r}; known: {', '.join(known)}.")
     kind = type(pipe.scheduler) if name is None else getattr(schedulers, name)
     try:
@@ -421,7 +426,9 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     known = set(inspect.signature(kind).parameters)
     if unknown := sorted(set(changed) - known):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    kept = {key: value for key, value in pipe.scheduler.config.items() if key in known}
+    stays = known if kind is type(pipe.scheduler) else known & SHARED_FIELDS
+    stays -= {"eta", "num_remask"} if {"eta", "num_remask"} & set(changed) else set()  # one is in place of the other
+    kept = {key: value for key, value in pipe.scheduler.config.items() if key in stays}
     pipe.scheduler = kind(**(kept | changed))
 
 

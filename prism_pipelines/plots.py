@@ -22,19 +22,20 @@ def _arms(axis, arms: dict, scale: float = 1.0) -> dict:
         arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
         scale: of the values.
     Returns:
-        {(forwards, value): where it was drawn along the horizontal axis}.
+        {arm: {(forwards, value): where it was drawn along the horizontal axis}}.
     """
     places = {}
     for k, (arm, points) in enumerate(arms.items()):
         forwards, value, low, high = zip(*sorted(points), strict=True)
         beside = [steps * (1 + 0.012 * (k - (len(arms) - 1) / 2)) for steps in forwards]
-        places |= dict(zip(zip(forwards, value, strict=True), beside, strict=True))
+        places[arm] = dict(zip(zip(forwards, value, strict=True), beside, strict=True))
         axis.errorbar(
             beside,
             [scale * v for v in value],
             yerr=[
-                [0 if a is None else scale * (v - a) for v, a in zip(value, low, strict=True)],
-                [0 if b is None else scale * (b - v) for v, b in zip(value, high, strict=True)],
+                # An interval without width may miss the value by a rounding.
+                [0 if a is None else max(0, scale * (v - a)) for v, a in zip(value, low, strict=True)],
+                [0 if b is None else max(0, scale * (b - v)) for v, b in zip(value, high, strict=True)],
             ],
             marker="osD^vPX*<>"[k % 10],
             color="black" if arm == "PRISM" else f"C{k % 10}",
@@ -116,7 +117,7 @@ def reliability_comparison_figure(panels: dict, path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def pareto_figure(arms: dict, front: list, metric: str, path) -> None:
+def pareto_figure(arms: dict, front: list, metric: str, path, outside=()) -> None:
     """Quality against number of forwards, one line an arm, bars for the intervals, rings on the Pareto front.
 
     Args:
@@ -124,20 +125,19 @@ def pareto_figure(arms: dict, front: list, metric: str, path) -> None:
         front: (forwards, value) of the points that no other point beats.
         metric: label of the vertical axis.
         path: PNG file to write.
+        outside: arms that are no part of the front.
     Raises:
         ImportError: matplotlib is not installed.
     """
     figure, (axis,) = _figure(1)
-    places = _arms(axis, arms)
-    best = [value for _, value in front]
-    axis.scatter(
-        [places[tuple(point)] for point in front],
-        best,
-        s=130,
-        facecolors="none",
-        edgecolors="black",
-        label="Pareto front",
-    )
+    best = {tuple(point) for point in front}
+    rings = [
+        (along, point[1])
+        for arm, places in _arms(axis, arms).items()
+        for point, along in places.items()
+        if arm not in outside and point in best
+    ]
+    axis.scatter(*zip(*rings, strict=True), s=130, facecolors="none", edgecolors="black", label="Pareto front")
     axis.set_ylabel(metric)
     _legend(figure, axis)
     figure.savefig(path, dpi=150)

@@ -147,9 +147,9 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         raise ValueError(
             f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
         )
-    if checkpoint:
-        check_beginning(args.output_dir, trainer.beginning)
-    elif trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
+        if checkpoint:
+            check_beginning(Path(checkpoint).parent, trainer.beginning)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.output_dir) / RUN_FILE, (json.dumps(trainer.beginning) + "\n").encode())
     if checkpoint and finished(checkpoint, args):

@@ -129,8 +129,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     run.share, args.push_to_hub = args.push_to_hub, False
     if run.share and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
-    if args.bf16 and args.device.type == "cpu":
-        warn_of_slow_bfloat16("Pass --bf16 false.")
+    if (args.bf16 or run.dtype == "bfloat16") and args.device.type == "cpu":
+        warn_of_slow_bfloat16("Pass --bf16 false --dtype float32.")
     check_run(run)
     return run, args
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,14 +18,13 @@ from . import (  # the pipeline by its public name: that enters our classes in d
 from .checkpointing import MANIFEST
 from .denoiser import MaskedDenoiser
 from .families import resolve_spec
-from .heads import fingerprint
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
 
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
-RUN_FILE = "run.json"  # in the folder of a run: what it began from
+RUN_FILE = "training_run.json"  # in the folder of a run: what it began from
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
@@ -258,12 +258,9 @@ def check_output_dir(folder: str, resume) -> None:
     if path.is_file():
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    entries -= {
-        ".training_log.jsonl.partial",
-        f".{RUN_FILE}.partial",
-        RUN_FILE,
-        "runs",
-    }  # of a run that was killed as it began, and of trackers
+    # Of a run that was killed as it began, and of trackers.
+    entries -= {".training_log.jsonl.partial", f".{RUN_FILE}.partial", "runs"}
+    entries -= {RUN_FILE} if read_beginning(path) else set()
     if not entries:
         return
     ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
@@ -278,26 +275,51 @@ def check_output_dir(folder: str, resume) -> None:
         )
 
 
-def beginning(run, model) -> dict:
-    """What a run goes on from only if it began there: its objective, and the weights of `--base_model`."""
-    return {"objective": run.objective, "base_fingerprint": fingerprint(model) if run.base_model else None}
+def beginning(run, model) -> dict[str, str | None]:
+    """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
+
+    Returns:
+        {"objective", "base_weights"}; the weights "new" without a base, None where they are not there to be read.
+    """
+    return {"objective": run.objective, "base_weights": weights_mark(model) if run.base_model else "new"}
 
 
-def check_beginning(folder: str, now: dict) -> None:
-    """Checks that a run that is resumed began from the weights that `--base_model` has now.
+def weights_mark(model) -> str | None:
+    """Hash of 64 numbers of every parameter, in bfloat16: the same in float32; None if one has no data here."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 64)][:64].cpu()
+        some = some.to(torch.bfloat16) if some.is_floating_point() else some
+        digest.update(name.encode() + some.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_beginning(folder) -> dict | None:
+    """What `beginning` said of the run in a folder; None if there is no such file, or it is of something else."""
+    try:
+        found = json.loads((Path(folder) / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and set(found) == {"objective", "base_weights"} else None
+
+
+def check_beginning(folder, now: dict) -> None:
+    """Checks that the run in a folder began from the weights that `--base_model` has now.
 
     Raises:
         ValueError: it did not: its checkpoints would be put on the wrong backbone, or count as this run's result.
     """
-    file = Path(folder) / RUN_FILE
-    before = json.loads(file.read_text()) if file.exists() else now
+    before = read_beginning(folder) or now
     if before["objective"] != now["objective"]:
         raise ValueError(
-            f"`--output_dir` {folder!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name "
-            "a new folder."
+            f"{str(folder)!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name a new "
+            "`--output_dir`."
         )
-    if None not in (known := (before["base_fingerprint"], now["base_fingerprint"])) and known[0] != known[1]:
+    if None not in (known := (before["base_weights"], now["base_weights"])) and known[0] != known[1]:
         raise ValueError(
-            f"`--output_dir` {folder!r} holds a run that began from other weights than `--base_model` has now. Go on "
-            "from those, or name a new folder."
+            f"{str(folder)!r} holds a run that began from other weights than `--base_model` has now. Go on from those, "
+            "or name a new `--output_dir`."
         )

@@ -35,7 +35,9 @@ def test_a_rule_and_its_fields_are_flags(monkeypatch, capsys):
     assert main([*flags, "--scheduler-config", '{"order": "random", "temperature": 0.5}']) == 0
     assert type(seen[0]).__name__ == "MDLMScheduler"
     assert (seen[0].config.order, seen[0].config.temperature) == ("random", 0.5)
-    assert told(capsys)["solved"] == 0
+    result = told(capsys)
+    assert result["solved"] == 0
+    assert result["scheduler"]["name"] == "MDLMScheduler" and result["scheduler"]["temperature"] == 0.5
     assert main([*flags, "--scheduler-config", '{"nothing": 1}']) == 2
     assert "MDLMScheduler has no field 'nothing'" in capsys.readouterr().err
 

@@ -14,10 +14,24 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines import (
+    MDLMScheduler,
+    MDMSpec,
+    PrismPipeline,
+    PrismScheduler,
+    QualityHead,
+    TokenToMaskScheduler,
+)
 from prism_pipelines.cli import main
 from prism_pipelines.cli_generate import command
-from prism_pipelines.generate_many import generate_many, plan_batches, read_parts, read_prompts, run_file
+from prism_pipelines.generate_many import (
+    generate_many,
+    plan_batches,
+    read_parts,
+    read_prompts,
+    run_file,
+    set_scheduler,
+)
 
 WORDS = [f"w{i}" for i in range(26)]
 PROMPTS = [" ".join(WORDS[(i * 7 + j) % 26] for j in range(1 + i * 5 % 11)) for i in range(24)]
@@ -368,9 +382,23 @@ def test_a_log_gets_lines_with_the_rate(tmp_path, capsys, monkeypatch):
     assert [re.sub(r"[\d,]+ tokens/s", "R", line) for line in told] == ["prompts: 2 of 4, R", "prompts: 4 of 4, R"]
 
 
+def test_another_rule_takes_over_only_what_means_the_same_there():
+    pipe = pipeline(scheduler=PrismScheduler(order="confidence", temperature=0.5, eta=0.1, threshold=0.8))
+    set_scheduler(pipe, "TokenToMaskScheduler", None)
+    assert pipe.scheduler.config.threshold == TokenToMaskScheduler().config.threshold
+    assert pipe.scheduler.config.temperature == 0.5
+    pipe.scheduler = PrismScheduler(eta=0.1, order="confidence")
+    set_scheduler(pipe, None, '{"num_remask": 2}')
+    assert (pipe.scheduler.config.num_remask, pipe.scheduler.config.eta) == (2, None)
+    assert pipe.scheduler.config.order == "confidence"
+    set_scheduler(pipe, "SelfConfidenceScheduler", '{"eta": 0.3}')
+    assert (pipe.scheduler.config.num_remask, pipe.scheduler.config.eta) == (None, 0.3)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
+        ("--scheduler=PrismSchedulerOutput", "No scheduler is called 'PrismSchedulerOutput'"),
         ("--scheduler=Nothing", "No scheduler is called 'Nothing'"),
         ("--scheduler_config=[1]", "must be an object"),
         ("--scheduler_config={", "are not JSON"),

@@ -48,7 +48,6 @@ ALLOWED = {
         "checkpointing",
         "denoiser",
         "families",
-        "heads",
         "hub",
         "losses",
         "pipeline_prism",

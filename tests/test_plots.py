@@ -27,14 +27,16 @@ def drawn(monkeypatch):
 
 
 def test_a_ring_sits_on_the_point_it_marks_and_arms_stand_beside_each_other(drawn, tmp_path):
-    plots.pareto_figure(ARMS, [(16, 0.4), (32, 0.8)], "share", tmp_path / "a.png")
+    arms = ARMS | {"apart (outside)": [(16, 0.7, 0.6, 0.8), (32, 0.8, 0.8 + 1e-17, 0.8 - 1e-16)]}
+    front = [(16, 0.7), (32, 0.8)]
+    plots.pareto_figure(arms, front, "share", tmp_path / "a.png", outside={"apart (outside)"})
     (axis,) = drawn[0].axes
     points = {tuple(point) for line in axis.containers for point in line.lines[0].get_xydata()}
-    assert len(points) == 6  # two arms have the same value at 16 forwards
+    assert len(points) == 8  # arms have the same values
     rings = {tuple(point) for point in axis.collections[-1].get_offsets()}
-    assert rings < points and {value for _, value in rings} == {0.4, 0.8}
+    assert rings < points and sorted(value for _, value in rings) == [0.7, 0.7, 0.8]  # not those of the arm outside
     assert all(
-        abs(x / steps - 1) < 0.05 for x, steps in zip(sorted(x for x, _ in points), [16] * 3 + [32] * 3, strict=True)
+        abs(x / steps - 1) < 0.05 for x, steps in zip(sorted(x for x, _ in points), [16] * 4 + [32] * 4, strict=True)
     )
 
 

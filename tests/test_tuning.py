@@ -69,13 +69,14 @@ def test_optuna_proposes_as_many_settings_as_there_are_trials_and_none_twice(tmp
     pytest.importorskip("optuna")
     one = Recorder()
     arm = {**PRISM, "eta": [i / 50 for i in range(50)], "temperature": [0.5, 1.0], "outside": True}
-    arms, tried = one.tune([arm], tmp_path, trials=12)
+    plain = {"name": "MDLM", "scheduler": "MDLMScheduler"}
+    arms, tried = one.tune([arm, plain], tmp_path, trials=12)
     assert len(one.runs) == len(tried) == len(set(one.runs)) == 12
     assert arms[0]["eta"] == min((run[0] for run in one.runs), key=lambda eta: abs(eta - 0.1))
     # Random search would come this close in 12 trials with probability 0.6; the sampler learns from the scores.
     assert abs(arms[0]["eta"] - 0.1) <= 0.04
     again = Recorder()
-    assert again.tune([arm], tmp_path, trials=12) == (arms, tried)
+    assert again.tune([arm, plain], tmp_path, trials=12) == (arms, tried)
     assert again.runs == []  # the same proposals, all of them finished
 
 
@@ -125,8 +126,11 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
         ({"eta": []}, {}, "'PRISM' has 0 settings"),
         ({"eta": [0.1, 2.0]}, {}, r"'PRISM' cannot have \{'eta': 2.0\}"),
         ({"eta": [0.1], "num_remask": [1]}, {}, "cannot have.*num_remask"),
-        ({"temperature": [0.5, 1.0]}, {}, "cannot have.*same temperature"),
-        ({"eta": list(range(101)), "top_k": list(range(1, 101))}, {}, "10100 settings"),
+        ({"temperature": [0.5, 1.0]}, {}, "temperature cannot be a list"),
+        ({"top_k": [5, 10], "eta": 0.1}, {}, "top_k cannot be a list"),
+        ({"eta": [0.1, 0.2], "outside": True}, {}, "nothing to compare"),
+        ({"scheduler": ["PrismScheduler"]}, {}, "scheduler cannot be a list"),
+        ({"eta": list(range(101)), "loop_num_remask": list(range(1, 101))}, {}, "10100 settings"),
         ({"eta": [0.1]}, {"trials": 0}, "`trials` must be at least 1, got 0"),
         ({"eta": [0.1, 0.2], "loop_steps": 8, "loop_num_remask": 1}, {}, "a loop of 8 forwards leaves none"),
         ({"eta": [0.1], "model": "critic"}, {}, "wants the model 'critic', which `models` does not hold"),

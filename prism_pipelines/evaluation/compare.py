@@ -151,8 +151,6 @@ def run_comparison(
     arms, forwards, seeds = [dict(arm) for arm in arms], list(forwards), list(seeds)
     pipes = {None: pipe, **(models or {})}
     check_comparison(arms, forwards, seeds, temperature, pipes, reference)
-    if all(arm.get("outside") for arm in arms):
-        raise ValueError('Every arm is "outside": true, so there is nothing to compare.')
     names = [arm["name"] for arm in arms]
     reference = names[0] if reference is None else reference
     wanted = [(arm, steps, seed) for seed in seeds for steps in forwards for arm in arms]
@@ -329,6 +327,8 @@ def check_comparison(
     if reference is not None and reference not in names:
         raise ValueError(f"`reference` must name an arm, got {reference!r}; arms: {names}.")
     inside = [arm for arm in arms if not arm.get("outside")]
+    if not inside:
+        raise ValueError('Every arm is "outside": true, so there is nothing to compare.')
     for name in ("top_p", "top_k"):
         found = {arm["name"]: arm.get(name) for arm in inside}
         if len(set(found.values())) > 1:
@@ -464,7 +464,8 @@ def write_comparison(result: dict, out_dir) -> None:
             arms.setdefault(_marked(row["arm"], outside), []).append(point)
     partial = folder / "comparison.partial.png"
     better = "higher" if result["higher_is_better"] else "lower"
-    pareto_figure(arms, result["front"], f"{result['quality']} ({better} is better)", partial)
+    marked = {_marked(name, outside) for name in outside}
+    pareto_figure(arms, result["front"], f"{result['quality']} ({better} is better)", partial, outside=marked)
     os.replace(partial, folder / "comparison.png")
 
 

@@ -25,6 +25,7 @@ from .compare import (
 )
 
 MOST_SETTINGS = 10_000  # of one arm; each is checked before anything runs
+FIXED, SAME = ("name", "scheduler", "model", "outside"), ("temperature", "top_p", "top_k")
 MOST_ASKED = 20  # proposals for each trial
 
 
@@ -34,10 +35,10 @@ def knobs(arm: dict) -> dict[str, list]:
 
 
 def first_settings(arms: list[dict]) -> list[dict]:
-    """The arms with the first value of each knob.
+    """The arms with the first value of each knob, of `loop_steps` the largest: what must be possible if any is.
 
     Raises:
-        ValueError: an empty list, or too many combinations.
+        ValueError: an empty list, too many combinations, or a list of what is no setting or the same for all arms.
     """
     for arm in arms:
         count = math.prod(map(len, knobs(arm).values()))
@@ -45,7 +46,16 @@ def first_settings(arms: list[dict]) -> list[dict]:
             raise ValueError(
                 f"Arm {arm.get('name')!r} has {count} settings to choose from; 1 to {MOST_SETTINGS} will do."
             )
-    return [arm | {name: values[0] for name, values in knobs(arm).items()} for arm in arms]
+        fixed = FIXED if arm.get("outside") else FIXED + SAME
+        if wrong := [name for name in knobs(arm) if name in fixed]:
+            raise ValueError(
+                f"Arm {arm.get('name')!r}: {wrong[0]} cannot be a list; it is no setting to choose, or one that all "
+                "arms share."
+            )
+    return [
+        arm | {name: max(values) if name == "loop_steps" else values[0] for name, values in knobs(arm).items()}
+        for arm in arms
+    ]
 
 
 def settings_of(arm: dict, temperature: float) -> list[dict]:
@@ -161,8 +171,6 @@ def tune_arms(
     settings = [settings_of(arm, temperature) for arm in arms]
     check_comparison(first, [steps], [seed], temperature, pipes)
     for arm, some in zip(arms, settings, strict=True):
-        if (loop := max(option.get("loop_steps", 0) for option in some)) >= steps:
-            raise ValueError(f"Arm {arm['name']!r}: a loop of {loop} forwards leaves none of `steps` = {steps}.")
         check_optuna(arm, some, trials)
     folder.mkdir(parents=True, exist_ok=True)
     named = {"temperature": temperature, "task_name": f"tuning {task_name}", "quality": quality}
