@@ -60,22 +60,19 @@ def check_run(out: Path, settings: dict) -> bool:
 
 
 def run_settings(pipe, rows: list[dict], generation: dict) -> dict:
-    """What decides the output: the rows, the settings, and digests of the model, head and scheduler.
-
-    The digest of a module reads the first 64 numbers of each of its tensors, so it notices training and another dtype,
-    and costs milliseconds.
-    """
+    """What decides the output: the rows, the settings, and digests of the model, head and scheduler."""
     settings = {"prompts": len(rows), "prompts_sha256": _sha256(json.dumps(rows).encode())} | generation
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     settings["scheduler"] = f"{type(pipe.scheduler).__name__} {json.dumps(scheduler, sort_keys=True, default=str)}"
     settings["mdm_spec"] = _sha256(json.dumps(pipe.config.mdm_spec, sort_keys=True, default=str).encode())
     for name in ("model", "quality_head"):
         module = getattr(pipe, name)
-        settings[name] = None if module is None else _digest(module)
+        settings[name] = None if module is None else module_digest(module)
     return json.loads(json.dumps(settings))
 
 
-def _digest(module) -> str:
+def module_digest(module) -> str:
+    """Hash of the first 64 numbers of each tensor: it notices training and another dtype, and costs milliseconds."""
     import torch
 
     digest = hashlib.sha256()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from .denoiser import MaskedDenoiser
 from .families import resolve_spec
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 from .quality_head import QualityHead
+from .run_files import module_digest
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
 
@@ -275,26 +275,13 @@ def check_output_dir(folder: str, resume) -> None:
         )
 
 
-def beginning(run, model) -> dict[str, str | None]:
+def beginning(run, model) -> dict[str, str]:
     """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
 
     Returns:
-        {"objective", "base_weights"}; the weights "new" without a base, None where they are not there to be read.
+        {"objective", "base_weights"}; the weights are a digest, or "new" without a base.
     """
-    return {"objective": run.objective, "base_weights": weights_mark(model) if run.base_model else "new"}
-
-
-def weights_mark(model) -> str | None:
-    """Hash of 64 numbers of every parameter, in bfloat16: the same in float32; None if one has no data here."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            return None
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 64)][:64].cpu()
-        some = some.to(torch.bfloat16) if some.is_floating_point() else some
-        digest.update(name.encode() + some.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return {"objective": run.objective, "base_weights": module_digest(model) if run.base_model else "new"}
 
 
 def read_beginning(folder) -> dict | None:
@@ -318,7 +305,7 @@ def check_beginning(folder, now: dict) -> None:
             f"{str(folder)!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name a new "
             "`--output_dir`."
         )
-    if None not in (known := (before["base_weights"], now["base_weights"])) and known[0] != known[1]:
+    if before["base_weights"] != now["base_weights"]:
         raise ValueError(
             f"{str(folder)!r} holds a run that began from other weights than `--base_model` has now. Go on from those, "
             "or name a new `--output_dir`."

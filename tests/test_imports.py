@@ -52,6 +52,7 @@ ALLOWED = {
         "losses",
         "pipeline_prism",
         "quality_head",
+        "run_files",
         "schedulers",
         "sudoku",
         "training_data",

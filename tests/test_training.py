@@ -20,7 +20,7 @@ from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
 from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
 from prism_pipelines.training import main, parse_arguments, prepare, run_facts, train
 from prism_pipelines.training_data import SudokuGrids
-from prism_pipelines.training_setup import RUN_FILE, read_beginning, weights_mark
+from prism_pipelines.training_setup import RUN_FILE, read_beginning
 
 TINY = [
     "--dataset=sudoku",
@@ -124,16 +124,6 @@ def test_a_run_from_nothing_is_no_run_on_a_base_and_a_checkpoint_elsewhere_is_ch
     (tmp_path / "theirs" / RUN_FILE).write_text('{"lr": 1}')
     with pytest.raises(ValueError, match="is no folder of a training run"):
         run(tmp_path / "theirs", *flags)
-
-
-def test_the_mark_of_weights_is_that_of_every_parameter_in_any_format():
-    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 300))
-    mark = weights_mark(model.bfloat16())
-    assert mark == weights_mark(model.float())
-    with torch.no_grad():
-        model[1].bias += 1
-    assert weights_mark(model) != mark
-    assert weights_mark(model.to("meta")) is None
 
 
 @pytest.mark.parametrize("flags", [("--optimizer=muon",), ("--optimizer=adamw", "--lr_scheduler_type=cosine")])
