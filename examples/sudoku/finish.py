@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model, to measure")
     parser.add_argument("--output_dir", type=Path, help="default: PRISM_RUN without its -prism")
     args = parser.parse_args()
+    if args.num_puzzles < 1 or args.num_to_choose < 2:
+        parser.error("--num_puzzles must be at least 1 and --num_to_choose 2: half of these have 25 clues, half 30")
     output = args.output_dir or args.prism_run.with_name(args.prism_run.name.removesuffix("-prism"))
 
     pipe = PrismPipeline.from_pretrained(str(args.prism_run)).to(getattr(torch, args.dtype))
