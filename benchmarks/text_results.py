@@ -187,30 +187,44 @@ def loop_sentence(table: dict) -> str:
 
 
 def ablation_section(table: dict) -> str:
-    """Fine-tunes that differ in one flag, and sampling that differs in one setting."""
-    lines = ["## Ablations on the text model", "", f"`python benchmarks/ablations.py`, commit `{table['commit']}`.", ""]
+    """Fine-tunes that differ in one choice, and sampling that differs in one setting."""
+    settings, sampling = table["settings"], table["sampling"]
+    forwards = " ".join(map(str, sorted({row["forwards"] for row in sampling["rows"]})))
+    lines = [
+        "## Ablations on the text model",
+        "",
+        f"`python benchmarks/ablations.py --num-samples {settings['num_samples']} --seeds {len(sampling['seeds'])} "
+        f"--forwards {forwards} --dtype {settings['dtype']}`, commit `{table['commit']}`, {table['device']}: texts of "
+        f"{settings['length']} bytes, compared with other plays than the settings were chosen on. "
+        f"{intervals(sampling['rows'])} Fewer texts than above, so distances are larger.",
+        "",
+    ]
     if "training" in table:
-        found = table["training"]
-        values = {(row["arm"], row["metric"]): row for row in found["rows"]}
-        commit = found.get("commit", table["commit"])
-        made_at = "" if commit == table["commit"] else f" (commit `{commit}`)"
-        lines += [
-            f"Fine-tunes of {found['steps']} steps each, from the same pretrained model (`{found['base']}`){made_at}; "
-            f"texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the head, 16 tokens planted "
-            "a text.",
-            "",
-            "| fine-tune | AUROC | Brier | held-out loss | distance | judge | known words | entropy |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for name, head in found["heads"].items():
-            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", f"{head['eval_loss_mdm']:.3f}"]
-            cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        for name in dict.fromkeys(row["arm"] for row in found["rows"] if row["arm"] not in found["heads"]):
-            cells = [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
-            lines.append(f"| {name} | - | - | - | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += [f"Sampling with the shipped model, eta {table['settings']['eta']:g}, one setting changed:", ""]
+        lines += fine_tunes(table["training"], table["commit"])
+    lines += [f"Sampling with the shipped model, eta {settings['eta']:g}, one setting changed:", ""]
     for metric in ("ngram_js", "nll", "entropy", "distinct_2"):
-        lines += [f"{MEASURES[metric]}:", "", *grid(table["sampling"]["rows"], metric), ""]
+        lines += [f"{MEASURES[metric]}:", "", *grid(sampling["rows"], metric), ""]
     return "\n".join(lines)
+
+
+def fine_tunes(found: dict, commit: str) -> list[str]:
+    """The table of fine-tunes; `commit` is that of the page's other tables."""
+    values = {(row["arm"], row["metric"]): row for row in found["rows"]}
+    made_at = "" if found.get("commit", commit) == commit else f" (commit `{found['commit']}`)"
+    lines = [
+        f"Fine-tunes of {found['steps']} steps (`--steps {found['steps']} --base runs/{found['base']}`){made_at}, each "
+        "different from the first in what its name says; far shorter than that of the shipped model, so they say "
+        f"something of each other only. Texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the "
+        "head, 16 tokens planted a text.",
+        "",
+        "| fine-tune | AUROC | Brier | held-out loss | distance | judge | known words | entropy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["arm"] for row in found["rows"]):
+        head = found["heads"].get(name)
+        cells = ["-"] * 3
+        if head is not None:
+            cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", f"{head['eval_loss_mdm']:.3f}"]
+        cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
