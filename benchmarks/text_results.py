@@ -214,8 +214,8 @@ def fine_tunes(found: dict, commit: str) -> list[str]:
     lines = [
         f"Fine-tunes of {found['steps']} steps (`--steps {found['steps']} --base runs/{found['base']}`){made_at}, each "
         "different from the first in what its name says; far shorter than that of the shipped model, so they say "
-        f"something of each other only. Texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of the "
-        "head, 16 tokens planted a text.",
+        f"something of each other only. Texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of "
+        "the head, 16 tokens planted a text.",
         "",
         "| fine-tune | AUROC | Brier | held-out loss | distance | judge | known words | entropy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
