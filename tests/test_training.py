@@ -294,7 +294,8 @@ def test_lora_is_saved_as_an_adapter_with_a_head(tmp_path, pretrained):
     assert any(value.abs().sum() > 0 for name, value in saved.items() if "lora_B" in name)
     ids = torch.randint(1, 10, (2, 81))
     again = PrismPipeline.from_pretrained(str(tmp_path))
-    assert torch.equal(again.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0])
+    # Not bit by bit: where the same numbers lie in memory decides how some CPUs add them up.
+    torch.testing.assert_close(again.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0], rtol=0, atol=1e-6)
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 100_000
 
 
