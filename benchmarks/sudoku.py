@@ -39,6 +39,7 @@ from prism_pipelines.evaluation import (
     tune_arms,
     wilson_interval,
 )
+from prism_pipelines.schedulers.arguments import own_fields
 
 FIGURES = ROOT / "docs" / "figures"
 SAME = {"order": "random"}
@@ -98,10 +99,9 @@ def task_of(puzzles: np.ndarray, batch_size: int):
 
 def outside_arms(pipe: PrismPipeline) -> list[dict]:
     """The two arms with an order and a temperature of their own."""
-    shipped = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return [
         {"name": "MDLM, confidence order", "scheduler": "MDLMScheduler", "order": "confidence", "temperature": 0.0},
-        {"name": "PRISM as shipped", "scheduler": type(pipe.scheduler).__name__, **shipped},
+        {"name": "PRISM as shipped", "scheduler": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)},
     ]
 
 

@@ -12,7 +12,6 @@ from .cli_arguments import check_device, number_type
 # Puzzles and noise that settings are chosen on begin this far from those they are compared on.
 TUNE_SEED = 500_000
 TRIALS = 8  # of an arm that has settings to choose from
-QUICK_PUZZLES = 20
 # What `compare` compares on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence
 # remask 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
 ARMS = [
@@ -133,8 +132,9 @@ def _pipeline(args, default: str = "sudoku"):
 
 def _rule(pipe) -> dict:
     """The scheduler that a result was made with, and its fields."""
-    fields = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    return {"scheduler": {"name": type(pipe.scheduler).__name__, **fields}}
+    from .schedulers.arguments import own_fields
+
+    return {"scheduler": {"name": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)}}
 
 
 def _print(result: dict, args: argparse.Namespace, text: str | None = None) -> int:
@@ -339,7 +339,7 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
     of_plan = plan["forwards"], plan["seeds"], plan.get("temperature", 1.0), {None: pipe}, plan.get("reference")
     check_comparison(first_settings(plan["arms"]), *of_plan)  # what it refuses must not show after the search
     if kind == "sudoku":
-        task, mark = _sudoku_task(args, QUICK_PUZZLES if args.quick else args.num_puzzles, TUNE_SEED + args.seed)
+        task, mark = _sudoku_task(args, TUNE_SEED + args.seed)
         mark += f" [{evaluation.fingerprint(pipe)}]"
     elif args.tune_reference is None:
         raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
@@ -367,16 +367,17 @@ def _compare_sudoku(args):
     """Pipeline, task, plan and name of a comparison on generated puzzles."""
     from . import evaluation
 
-    task, mark = _sudoku_task(args, QUICK_PUZZLES if args.quick else args.num_puzzles, args.seed)
+    task, mark = _sudoku_task(args, args.seed)
     pipe = _pipeline(args)
     plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
     return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.fingerprint(pipe)}]"
 
 
-def _sudoku_task(args, count: int, seed: int):
-    """The task of solving so many generated puzzles; its name."""
+def _sudoku_task(args, seed: int):
+    """The task of solving generated puzzles; its name."""
     from . import evaluation, sudoku
 
+    count = 20 if args.quick else args.num_puzzles
     puzzles, _ = sudoku.make_puzzles(count, args.clues, seed=seed)
     return evaluation.sudoku_task(puzzles), f"{count} puzzles of {args.clues} clues from seed {seed}"
 

@@ -397,6 +397,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 # Of a scheduler's config; eta and threshold mean something else from rule to rule.
 SHARED_FIELDS = {"order", "temperature", "top_p", "top_k", "mask_token_id"}
+AMOUNTS = {"eta", "num_remask"}  # one in place of the other
 
 
 def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
@@ -413,9 +414,9 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
 
     from . import schedulers
 
-    known = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
-    if name is not None and name not in known:
-        raise ValueError(f"No scheduler is called {name!r}; known: {', '.join(known)}.")
+    names = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
+    if name is not None and name not in names:
+        raise ValueError(f"No scheduler is called {name!r}; known: {', '.join(names)}.")
     kind = type(pipe.scheduler) if name is None else getattr(schedulers, name)
     try:
         changed = json.loads(fields or "{}")
@@ -427,7 +428,8 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     if unknown := sorted(set(changed) - known):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     stays = known if kind is type(pipe.scheduler) else known & SHARED_FIELDS
-    stays -= {"eta", "num_remask"} if {"eta", "num_remask"} & set(changed) else set()  # one is in place of the other
+    if not AMOUNTS.isdisjoint(changed):
+        stays = stays - AMOUNTS
     kept = {key: value for key, value in pipe.scheduler.config.items() if key in stays}
     pipe.scheduler = kind(**(kept | changed))
 

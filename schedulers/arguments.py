@@ -17,6 +17,11 @@ def require(valid: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
+def own_fields(scheduler) -> dict:
+    """The fields of a scheduler's config without those that diffusers adds for itself."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
 def is_int(value: object, low: int) -> bool:
     """Is it an integer (no bool) of at least `low`?"""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low

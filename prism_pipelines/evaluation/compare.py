@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..schedulers.arguments import own_fields
 from .statistics import pareto_front, tabulate
 from .sudoku import evaluate_sudoku, pipeline_solver
 
@@ -241,7 +242,7 @@ def fingerprint(pipe, *contents: bytes | str) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy())
-    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    config = own_fields(pipe.scheduler)
     contents = (type(pipe.scheduler).__name__ + json.dumps(config, sort_keys=True), *contents)
     for content in contents:
         content = content.encode() if isinstance(content, str) else content
