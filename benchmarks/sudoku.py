@@ -217,7 +217,7 @@ def main(argv=None) -> int:
             seed=0,
             trials=4,
             out_dir=args.cells / "tuning",
-            task_name=mark,
+            task_name=fingerprint(model, {"dtype": args.dtype}),
             models={"noise": noise},
             report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr, flush=True),
         )

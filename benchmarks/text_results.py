@@ -78,13 +78,13 @@ def verdict(table: dict) -> list[str]:
     return lines
 
 
-def command(table: dict) -> str:
-    """How a table of benchmarks/text.py was made."""
+def command(table: dict, more: str = "") -> str:
+    """How a table of benchmarks/text.py was made; `more`: further flags."""
     settings, forwards = table["settings"], sorted({row["forwards"] for row in table["rows"]})
     return (
-        f"`python benchmarks/text.py --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} --forwards "
-        f"{' '.join(map(str, forwards))} --dtype {settings['dtype']}` (commit `{table['commit']}`, {table['device']}, "
-        f"torch {table['versions']['torch']})"
+        f"`python benchmarks/text.py{more} --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} "
+        f"--forwards {' '.join(map(str, forwards))} --dtype {settings['dtype']}` (commit `{table['commit']}`, "
+        f"{table['device']}, torch {table['versions']['torch']})"
     )
 
 
@@ -102,26 +102,31 @@ def merged(tables: list[dict]) -> dict:
         same += [table["settings"][name] == first["settings"][name] for name in ("num_samples", "length", "data")]
         if not all(same):
             raise ValueError("The tables of text differ in arms, seeds or data: make them anew with the same ones.")
-    return first | {name: [row for table in tables for row in table[name]] for name in ("rows", "pairs")}
+    whole = {name: [row for table in tables for row in table[name]] for name in ("rows", "pairs")}
+    return first | whole | {"commands": list(map(command, tables))}
 
 
-def text_section(tables: list[dict]) -> str:
-    """What was held fixed, the settings chosen, a table for each measure, and the verdict."""
-    table, knobs = merged(tables), []
+def knobs(table: dict) -> str:
+    """The settings of the arms that were chosen."""
+    parts = []
     for arm in table["arms"]:
         shown = {k: v for k, v in arm.items() if k in ("eta", "threshold", "noise", "loop_steps", "loop_num_remask")}
         if shown:
-            knobs.append(f"{arm['name']} " + ", ".join(f"{name} {setting:g}" for name, setting in shown.items()))
+            parts.append(f"{arm['name']} " + ", ".join(f"{name} {setting:g}" for name, setting in shown.items()))
+    return "; ".join(parts)
+
+
+def text_section(table: dict) -> str:
+    """What was held fixed, the settings chosen, a table for each measure, and the verdict; of what `merged` gives."""
     lines = [
         "## Text",
         "",
-        f"{', '.join(map(command, tables))}: texts of {table['settings']['length']} bytes. [The model and what is held "
+        f"{', '.join(table['commands'])}: texts of {table['settings']['length']} bytes. [The model and what is held "
         "fixed](text.md). Temperature 1; forwards of loops and critics are part of the number. "
         f"{intervals(table['rows'])}",
         "",
         "Every rule's knob was chosen on another play from four values (a loop and the head alone have PRISM's): "
-        + "; ".join(knobs)
-        + ".",
+        + f"{knobs(table)}.",
         "",
         'Paired by seed, by character 4-grams and by entropy ("closer": nearer to held-out text, interval of the '
         'difference above 0; "even": the interval holds 0):',
@@ -134,6 +139,24 @@ def text_section(tables: list[dict]) -> str:
     held_out = {row["metric"]: row for row in table["held_out"]}
     for metric, title in MEASURES.items():
         lines += [f"### {title}", "", *grid(table["rows"], metric, held_out.get(metric)), ""]
+    return "\n".join(lines)
+
+
+def critic_section(table: dict) -> str:
+    """Token-Critic beside PRISM and MDLM."""
+    flags = " --critic runs/text-critic --arms " + " ".join(arm["name"] for arm in table["arms"])
+    lines = [
+        "### Token-Critic",
+        "",
+        f"{command(table, flags)}: a critic with weights of its own ([how it was trained](text.md#token-critic)); each "
+        "of its steps makes two forwards, both counted. Knobs as above, the critic's chosen here in the same way: "
+        f"{knobs(table)}. {intervals(table['rows'])}",
+        "",
+        *verdict(table),
+        "",
+    ]
+    for metric in ("ngram_js", "word_js", "nll", "known_words", "entropy", "distinct_2"):
+        lines += [f"{MEASURES[metric]}:", "", *grid(table["rows"], metric), ""]
     return "\n".join(lines)
 
 
