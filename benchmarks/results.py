@@ -82,9 +82,14 @@ def sudoku_section(table: dict) -> str:
             lines.append(f"| PRISM / {arm} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["![share solved against forwards](figures/sudoku.png)", "", "### Calibration of the head", ""]
-    lines += ["| states | AUROC | ECE |", "| --- | --- | --- |"]
-    for name, found in table["calibration"].items():
-        lines.append(f"| {name} | {found['auroc']:.3f} | {found['ece']:.3f} |")
+    lines += ["Of 'this cell is right'. Pooled AUROC also rewards telling hard puzzles from easy ones.", ""]
+    lines += ["| clues | states | cells | wrong (%) | AUROC | ECE |", "| --- " * 6 + "|"]
+    by_clues = table["calibration"]["by_clues"]
+    for clues, found in [*by_clues.items(), ("all", table["calibration"])]:
+        for name in ("revealed", "filled"):
+            one = found[name]
+            auroc = "-" if one["auroc"] is None else f"{one['auroc']:.3f}"
+            lines.append(f"| {clues} | {name} | {one['n']} | {100 * one['wrong']:.1f} | {auroc} | {one['ece']:.3f} |")
     lines += ["", "![reliability](figures/sudoku_calibration.png)", ""]
     return "\n".join(lines)
 

@@ -177,7 +177,7 @@ def draw(result: dict) -> None:
         panels.setdefault(f"{row['clues']} clues", {}).setdefault(row["arm"], []).append(point)
     success_figure(panels, FIGURES / "sudoku.png")
     titles = {"revealed": f"{NUM_REVEALED} cells just revealed", "filled": "all states of the run"}
-    curves = {titles[name]: found["reliability"] for name, found in result["calibration"].items()}
+    curves = {title: result["calibration"][name]["reliability"] for name, title in titles.items()}
     reliability_figure(curves, FIGURES / "sudoku_calibration.png")
 
 

@@ -224,6 +224,18 @@ def test_head_calibration_scores_the_cells_the_pipeline_wrote_and_no_clue(puzzle
     assert found["filled"]["wrong"] == pytest.approx(expected)
     assert found["filled"]["auroc"] == 1.0  # 0.2 for every wrong cell, 0.9 for every right one
     assert found["filled"]["ece"] == pytest.approx(0.2 * expected + 0.1 * (1 - expected))
+    assert found["by_clues"] == {36: {name: found[name] for name in ("revealed", "filled")}}
+
+
+def test_head_calibration_tells_puzzles_of_different_numbers_of_clues_apart(puzzles):
+    given, solutions = puzzles
+    easier = given.copy()
+    easier[:, :9] = solutions[:, :9]
+    twice = np.concatenate([given, easier]), np.concatenate([solutions, solutions])
+    both = head_calibration(OraclePipeline(), *twice, num_revealed=9)
+    alone = head_calibration(OraclePipeline(), given, solutions, num_revealed=9)
+    assert both["by_clues"][36] == {name: alone[name] for name in ("revealed", "filled")}
+    assert sum(found["filled"]["n"] for found in both["by_clues"].values()) == both["filled"]["n"]
 
 
 def test_head_calibration_needs_a_partial_grid(puzzles):

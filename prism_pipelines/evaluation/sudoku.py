@@ -204,7 +204,8 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
     The pipeline runs on the puzzles with the scheduler it has (give it `MDLMScheduler(order="random")` at temperature 1
     for the states of the training loss), writing `num_revealed` cells a forward. After every forward each cell written
     so far is scored, and is right if it equals the unique solution. The states after the first forward are those of the
-    fine-tuning loss (k cells revealed in a clean grid); later ones carry the errors made on the way.
+    fine-tuning loss (k cells revealed in a clean grid); later ones carry the errors made on the way. Pooled over easy
+    and hard puzzles, AUROC also rewards telling these apart, of which remasking has no use: read it by number of clues.
 
     Args:
         pipe: a `PrismPipeline` with a quality head.
@@ -213,25 +214,32 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
         seed: of the sampling.
         batch_size: puzzles per run; those of a batch run together, grouped by their number of blanks.
     Returns:
-        {"revealed": calibration after the first forward, "filled": calibration over all states but the complete grid}.
+        {"revealed": calibration after the first forward, "filled": calibration over all states but the complete grid,
+        "by_clues": {number of clues: the same two}}.
     Raises:
         ValueError: no puzzle has more than `num_revealed` blanks.
     """
     puzzles, solutions = np.asarray(puzzles, dtype=np.int64), np.asarray(solutions, dtype=np.int64)
     blanks = (puzzles == 0).sum(axis=1)
-    states = []
+    states = {}
     for number in np.unique(blanks):
         rows, steps = np.flatnonzero(blanks == number), math.ceil(int(number) / num_revealed)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            states += _scored_states(pipe, puzzles[batch], solutions[batch], steps, seed)
+            scored = _scored_states(pipe, puzzles[batch], solutions[batch], steps, seed)
+            states.setdefault(81 - int(number), []).extend(scored)
+    states = {clues: found for clues, found in states.items() if found}
     if not states:
         raise ValueError(f"No puzzle has more than `num_revealed` = {num_revealed} blanks, so no partial grid arises.")
 
     def pooled(chosen):
         return calibration(np.concatenate([s[1] for s in chosen]), np.concatenate([s[2] for s in chosen]))
 
-    return {"revealed": pooled([s for s in states if s[0] == 0]), "filled": pooled(states)}
+    def both(chosen):
+        return {"revealed": pooled([s for s in chosen if s[0] == 0]), "filled": pooled(chosen)}
+
+    everything = [state for found in states.values() for state in found]
+    return {**both(everything), "by_clues": {clues: both(found) for clues, found in states.items()}}
 
 
 def _scored_states(pipe, puzzles, solutions, steps: int, seed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
