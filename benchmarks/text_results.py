@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prism_pipelines.evaluation.calibration import calibration_table
+
 MEASURES = {
     "ngram_js": "Distance of character 4-grams to the held-out plays (lower is better)",
     "word_js": "Distance of words to the held-out plays (lower is better)",
@@ -162,17 +164,22 @@ def critic_section(table: dict) -> str:
 
 def card_section(metrics: dict) -> str:
     """What `make train-text` measured for the bundled model: settings tried on one play, four rules on the others."""
-    pooled, losses = metrics["calibration"]["pooled"], metrics["held_out_loss"]
+    losses = metrics["held_out_loss"]
     lines = [
         "## Text: the bundled model",
         "",
         "`make train-text` ([recipe](text.md)); from `prism_pipelines/bundled/text/metrics.json`, "
         f"{metrics['dtype']}, {metrics['num_samples']} texts of 256 bytes a figure, temperature 1.",
         "",
-        f"Head: AUROC {pooled['head']['auroc']:.3f} of 'this token is right'; of the backbone's own probability of the "
-        f"visible token {pooled['visible']['auroc']:.3f}. Masked diffusion loss on held-out text, nats per byte: "
-        f"{losses['before']:.3f} before the fine-tuning, {losses['after']:.3f} after it.",
+        f"Masked diffusion loss on held-out text, nats per byte: {losses['before']:.3f} before the fine-tuning, "
+        f"{losses['after']:.3f} after it.",
         "",
+        "### Is a planted byte right?",
+        "",
+        'Remasking ranks the bytes of one text, so the rows of one mask ratio count; "all" also rewards knowing how '
+        "much is masked.",
+        "",
+        calibration_table(metrics["calibration"]),
         "### Settings tried on the validation play, 32 forwards",
         "",
         "| rule | setting | distance of character 4-grams | known words | entropy of words |",
