@@ -19,6 +19,7 @@ from text_results import (
     critic_section,
     loop_sentence,
     merged,
+    ranking_section,
     text_section,
     value,
 )
@@ -162,12 +163,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     folder, tables = ROOT / "docs" / "figures", {}
-    for name in ("sudoku", "sudoku_heads", *TEXT, "text_critic", "ablations", "code"):
+    for name in ("sudoku", "sudoku_heads", *TEXT, "text_critic", "text_ranking", "ablations", "code"):
         tables[name] = json.loads((folder / f"{name}.json").read_text())
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
     parts = [HEAD, sudoku_section(tables["sudoku"]), heads_section(tables["sudoku_heads"]), card_section(metrics)]
     text = merged([tables[name] for name in TEXT])
     parts += [text_section(text), loop_sentence(text), critic_section(tables["text_critic"])]
+    parts.append(ranking_section(tables["text_ranking"]))
     parts += [ablation_section(tables["ablations"]), code_section(tables["code"])]
     page = "\n".join([*parts, PUBLISHED, MISSING])
     if args.check:

@@ -162,6 +162,38 @@ def critic_section(table: dict) -> str:
     return "\n".join(lines)
 
 
+def ranking_section(table: dict) -> str:
+    """Which tokens head and backbone put last, against the leave-one-out probability."""
+    settings, rows = table["settings"], {(r["texts"], r["score"], r["metric"]): r for r in table["rows"]}
+    lowest, titles = settings["lowest"], {"head": "quality head", "visible": "backbone, token visible"}
+    lines = [
+        "### Which bytes come last",
+        "",
+        f"`python benchmarks/text_ranking.py --num-texts {settings['num_texts']}` (commit `{table['commit']}`, "
+        f"{table['device']}, torch {table['versions']['torch']}): scores against the backbone's own probability of a "
+        f"byte with that byte masked, by rank correlation over all visible bytes, and by the {lowest} bytes put last, "
+        f"which are what remasking reads: how many are among the {lowest} least likely, and their mean log probability "
+        "(lower is better). Bootstrap over texts.",
+        "",
+        f"| texts | score | rank correlation | of {lowest} last | log probability of these | of all / least |",
+        "| --- " * 6 + "|",
+    ]
+    for texts in dict.fromkeys(row["texts"] for row in table["rows"]):
+        bounds = [f"{rows[texts, name, 'log_probability']['value']:.2f}" for name in ("all", "exact")]
+        for score, title in titles.items():
+            cells = [value(rows[texts, score, metric]) for metric in ("rank_correlation", "among_least")]
+            cells.append(interval_of(rows[texts, score, "log_probability"]))
+            lines.append(f"| {texts} | {title} | " + " | ".join(cells) + f" | {' / '.join(bounds)} |")
+    return "\n".join([*lines, ""])
+
+
+def interval_of(row: dict) -> str:
+    """A figure that may be negative, with its interval."""
+    if row["low"] is None:
+        return f"{row['value']:.2f}"
+    return f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
 def card_section(metrics: dict) -> str:
     """What `make train-text` measured for the bundled model: settings tried on one play, four rules on the others."""
     losses = metrics["held_out_loss"]

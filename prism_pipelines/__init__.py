@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
     "PrismPipeline": "pipeline_prism",
-    "PrismPipelineOutput": "pipeline_prism",
+    "PrismPipelineOutput": "pipeline_output",
     "PrismScheduler": "schedulers",
     "PrismSchedulerOutput": "schedulers",
     "MDLMScheduler": "schedulers",

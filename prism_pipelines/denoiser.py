@@ -74,9 +74,11 @@ class MaskedDenoiser(nn.Module):
         forbidden = torch.zeros(vocab_size, dtype=torch.bool)
         forbidden[list({spec.mask_token_id, *suppressed})] = True
         forbidden[vocab_size if num_tokens is None else num_tokens :] = True
-        ids = forbidden.nonzero()[:, 0]
-        self.register_buffer("forbidden", forbidden.to(head.weight.device), persistent=False)  # (V,)
-        self.register_buffer("forbidden_ids", ids.to(head.weight.device), persistent=False)  # a few of them
+        ids, device = forbidden.nonzero()[:, 0], head.weight.device
+        if device.type == "meta":  # an offloaded weight, which comes back where and when it is used
+            device = forbidden.device
+        self.register_buffer("forbidden", forbidden.to(device), persistent=False)  # (V,)
+        self.register_buffer("forbidden_ids", ids.to(device), persistent=False)  # a few of them
 
     def _output_head(self) -> nn.Module:
         head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
@@ -200,9 +202,10 @@ class MaskedDenoiser(nn.Module):
         logits = self._output_head()(rows)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
+        ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does
         if logits.requires_grad:
-            return logits.index_fill(-1, self.forbidden_ids, -torch.inf)
-        return logits.index_fill_(-1, self.forbidden_ids, -torch.inf)  # fresh from the head: no need of a copy
+            return logits.index_fill(-1, ids, -torch.inf)
+        return logits.index_fill_(-1, ids, -torch.inf)  # fresh from the head: no need of a copy
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits that predict the tokens at `positions`.

@@ -73,14 +73,14 @@ def enable_prism(
     if source is not None and not getattr(getattr(pipe, "_prism", None), "adapter", False):
         hub.refuse_taken(model, ADAPTER)
     recommended = None if source is None else heads.load_scheduler(source, where)
-    has_adapter = source is not None and hub.read_json(source, "adapter_config.json", where) is not None
+    adapter = None if source is None else hub.adapter_subfolder(source, where)
 
     kept = PrismScheduler if head is not None else OURS
     in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
-    enabled = pipe._prism = _Enabled(pipe.scheduler, adapter=has_adapter)
-    if has_adapter:
-        hub.load_adapter(model, source, ADAPTER, where)
+    enabled = pipe._prism = _Enabled(pipe.scheduler, adapter=adapter is not None)
+    if adapter is not None:
+        hub.load_adapter(model, source, ADAPTER, where, adapter)
     default = SelfConfidenceScheduler if head is None else PrismScheduler
     pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
     enabled.replaced = type(pipe.scheduler)

@@ -395,8 +395,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the repository")
 
 
-# Of a scheduler's config; eta and threshold mean something else from rule to rule.
-SHARED_FIELDS = {"order", "temperature", "top_p", "top_k", "mask_token_id"}
 AMOUNTS = {"eta", "num_remask"}  # one in place of the other
 
 
@@ -413,6 +411,7 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     import inspect
 
     from . import schedulers
+    from .schedulers.arguments import SHARED_FIELDS
 
     names = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
     if name is not None and name not in names:
@@ -427,7 +426,7 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     known = set(inspect.signature(kind).parameters)
     if unknown := sorted(set(changed) - known):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    stays = known if kind is type(pipe.scheduler) else known & SHARED_FIELDS
+    stays = known if kind is type(pipe.scheduler) else known.intersection(SHARED_FIELDS)
     if not AMOUNTS.isdisjoint(changed):
         stays = stays - AMOUNTS
     kept = {key: value for key, value in pipe.scheduler.config.items() if key in stays}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import yaml
@@ -35,6 +36,8 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         The folder.
     Raises:
         ValueError: no quality head, no base model is known, or an unknown fact.
+    Warns:
+        UserWarning: the scheduler, which is recommended with the head, does not read it.
     """
     if pipe.quality_head is None:
         raise ValueError("This pipeline has no quality head to save. Load or train one, or save the whole pipeline.")
@@ -48,6 +51,12 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         )
     if unknown := sorted(set(facts) - FACTS):
         raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(FACTS)}.")
+    if not pipe.scheduler.needs_quality:
+        warnings.warn(
+            f"{type(pipe.scheduler).__name__} does not read the quality head, and is saved as what is recommended with "
+            "it. Give the pipeline the scheduler that readers shall use, such as PrismScheduler.",
+            stacklevel=2,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     rank = save_adapter(pipe, folder, base_model, base_revision)
     pipe.quality_head.save_pretrained(folder / "quality_head", safe_serialization=True)
@@ -69,15 +78,14 @@ def write_card(folder: Path, card: str, facts: dict) -> None:
 
 def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
     """Write the active adapter as PEFT does, and return its rank; None if there is none."""
-    names = hub.adapters(pipe.model)
-    active = names and pipe.model.active_adapters()
-    if not active:
+    active = hub.active_adapter(pipe.model)
+    if active is None:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / name).unlink(missing_ok=True)
         return None
     pipe.model.save_pretrained(folder, safe_serialization=True)  # transformers writes the active adapter alone
     rewrite(folder / "adapter_config.json", {"base_model_name_or_path": base_model, "revision": base_revision})
-    return pipe.model.peft_config[active[0]].r
+    return pipe.model.peft_config[active].r
 
 
 def rewrite(file: Path, values: dict) -> None:

@@ -70,6 +70,13 @@ def scheduler_for(quality_head, has, where: dict):
     return recommended or (has if has.needs_quality else schedulers.PrismScheduler())
 
 
+def check_scheduler(scheduler) -> None:
+    """Raise a TypeError for what is no scheduler of ours; None is let through."""
+    if scheduler is not None and not hasattr(scheduler, "needs_quality"):
+        names = ", ".join(name for name in schedulers.__all__ if name.endswith("Scheduler"))
+        raise TypeError(f"`scheduler` must be one of {names}; got {type(scheduler).__name__}.")
+
+
 def check_head(quality_head: QualityHead | None, model, revision: str | None = None) -> None:
     """Check that a head was made for this model.
 
@@ -77,7 +84,7 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
         ValueError: it was made for another hidden size, or for another repository of the Hub.
         TypeError: it is no `QualityHead`.
     Warns:
-        UserWarning: it was made for another revision.
+        UserWarning: it was made for another revision, or the dtype of the model hides whether it was made for it.
     """
     if quality_head is None:
         return
@@ -94,9 +101,13 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
     has_fingerprint = fingerprint(model) if trained_with else None
     # A tuned backbone with its head is pushed under a name of its own; the embeddings tell that they belong together.
     if not has_fingerprint and is_hub_id(base) and is_hub_id(here) and base != here:
+        made_for = f"`quality_head` was made for {base!r}, and the model is {here!r}"
+        if trained_with:
+            warnings.warn(f"{made_for}; in {model.dtype} it cannot be told whether they are the same.", stacklevel=3)
+            return
         raise ValueError(
-            f"`quality_head` was made for {base!r}, and the model is {here!r}. Load the head of this model, or that "
-            "model; a head judges the hidden states of its own backbone only."
+            f"{made_for}. Load the head of this model, or that model; a head judges the hidden states of its own "
+            "backbone only."
         )
     revised = bool(trained_on and revision and trained_on != revision)
     if has_fingerprint and trained_with != has_fingerprint and not revised:

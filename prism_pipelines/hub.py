@@ -469,8 +469,24 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
     if fetch_file(path, inside(subfolder, "adapter_model.safetensors"), where) is None:
         raise OSError(f"The adapter of {path!r} has no {inside(subfolder, 'adapter_model.safetensors')}.")
     keys = {key: value for key, value in where.items() if value is not None}
+    if not adapters(model):
+        model._plain_weight_conversions = getattr(model, "_weight_conversions", None)
     model.load_adapter(path, adapter_name=name, adapter_kwargs=keys | ({"subfolder": subfolder} if subfolder else {}))
     model.eval()
+
+
+def adapter_subfolder(path: str, where: dict) -> str | None:
+    """Where the LoRA adapter of a head lies: "" in the head's own repository, "model" in a saved pipeline; or None."""
+    places = ("", "model")
+    return next((p for p in places if read_json(path, inside(p, "adapter_config.json"), where) is not None), None)
+
+
+def active_adapter(model) -> str | None:
+    """Name of the adapter that takes part in a forward; None if there is none, or all are switched off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return None if layer is None or layer.disable_adapters else next(iter(layer.active_adapters), None)
 
 
 def refuse_taken(model, name: str) -> None:
@@ -492,9 +508,24 @@ def use_adapter(model, name: str) -> None:
 
 
 def drop_adapter(model, name: str) -> None:
-    """Remove the adapter of that name, if there is one."""
-    if name in adapters(model):
-        model.delete_adapter(name)
+    """Remove the adapter of that name, if there is one; after the last, the model is saved as if there had been none.
+
+    transformers leaves PEFT's wrappers in place, and the names that weights have under them: saved like that, no weight
+    would be found again.
+    """
+    if name not in adapters(model):
+        return
+    model.delete_adapter(name)
+    if adapters(model):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, child_name, child.get_base_layer())
+    if "_plain_weight_conversions" in vars(model):
+        model._weight_conversions = vars(model).pop("_plain_weight_conversions")
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import heads, hub
@@ -15,34 +14,13 @@ from .cache import check_cache
 from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_prompt, changed_sample, repeat_rows
 from .denoiser import MaskedDenoiser
 from .families import MDMSpec, resolve_spec
+from .pipeline_output import PrismPipelineOutput
 from .quality_head import QualityHead
 from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.arguments import is_number
 from .stopping import decode, end_tokens, stop_strings, token_ids
 from .trace import TraceStep
-
-
-@dataclass
-class PrismPipelineOutput(BaseOutput):
-    """What a call of `PrismPipeline` returns.
-
-    Args:
-        sequences: the whole canvas, prompt and padding included, int64 (B, L).
-        texts: the generated part of each row, or the whole row for `infill`; None with output_type="seq".
-        quality: P(token is right) of every token, float32 (B, L) in [0, 1], 1 where nothing was generated; None unless
-            `return_quality`.
-        nfe: forward passes made.
-        nfe_per_row: the same for each row, list of B ints.
-        trace: list of `TraceStep`, or None unless `return_trace`.
-    """
-
-    sequences: Tensor
-    texts: list[str] | None = None
-    quality: Tensor | None = None
-    nfe: int = 0
-    nfe_per_row: list[int] | None = None
-    trace: list[TraceStep] | None = None
 
 
 class PrismPipeline(DiffusionPipeline):
@@ -59,13 +37,16 @@ class PrismPipeline(DiffusionPipeline):
         TypeError: `quality_head` is no `QualityHead`.
     """
 
-    model_cpu_offload_seq = "model->quality_head"
+    # None, so that `enable_model_cpu_offload` says that it cannot be: the output head is read after the model has run,
+    # and would be back on the CPU by then. transformers' `device_map` works.
+    model_cpu_offload_seq = None
     _optional_components = ["tokenizer", "quality_head", "scheduler"]  # noqa: RUF012  diffusers reads the list
     _callback_tensor_inputs = ["sample", "quality", "remasked", "unmasked", "generation_mask"]  # noqa: RUF012
 
     def __init__(self, model, tokenizer=None, quality_head=None, scheduler=None, mdm_spec=None):
         super().__init__()
         spec = resolve_spec(model.config, tokenizer, mdm_spec=mdm_spec)
+        heads.check_scheduler(scheduler)
         if scheduler is None:
             scheduler = MDLMScheduler() if quality_head is None else PrismScheduler()
         heads.check_head(quality_head, model)
@@ -157,7 +138,8 @@ class PrismPipeline(DiffusionPipeline):
                 token like others, and all is generated. `texts` end before it either way, but for `infill`.
             suppress_tokens: ids that are never written. With the end tokens here, every text has its whole length.
             stop: strings that finish a row likewise; `texts` end before the first one.
-            generator: one, or a list of one per row: then a row's result does not depend on the other rows.
+            generator: one, or a list of one per row: then a row's result does not depend on the other rows, if
+                `num_inference_steps` is given; the default counts the masks of the row that has most.
             output_type: "text", or "seq" for ids only.
             return_dict: False for a plain tuple.
             return_quality: also give the quality of the result; one more forward, counted in `nfe`.
@@ -175,7 +157,7 @@ class PrismPipeline(DiffusionPipeline):
             cache_refresh_interval: with a cache, steps of a block from one full forward to the next; 1 is exact.
                 None: one at the start of each block.
         Returns:
-            `PrismPipelineOutput`, or its fields as a tuple.
+            `PrismPipelineOutput`, or all its fields as a tuple, in their order.
         Raises:
             ValueError, TypeError: an argument that no run can use, by name.
             torch.OutOfMemoryError: with what to lower.
@@ -254,7 +236,7 @@ class PrismPipeline(DiffusionPipeline):
             nfe_per_row=(filled.nfe_per_row + return_quality).tolist(),
             trace=trace if return_trace else None,
         )
-        return output if return_dict else output.to_tuple()
+        return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
     @torch.no_grad()
     def score(
@@ -304,6 +286,7 @@ class PrismPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if output_type not in ("text", "seq"):
             raise ValueError(f'`output_type` must be "text" or "seq", got {output_type!r}.')
+        heads.check_scheduler(self.scheduler)
         if self.quality_head is None and self.scheduler.needs_quality:
             raise ValueError(
                 f"{type(self.scheduler).__name__} remasks by quality, and this pipeline has no quality head. Pass "
@@ -466,10 +449,11 @@ class PrismPipeline(DiffusionPipeline):
             pipe = super().from_pretrained(path, use_safetensors=True, **where, **given)
         hub.check_attention(pipe.denoiser, path)
         pipe._revision = where["revision"]
+        if pipe.quality_head is not None:
+            pipe._place(pipe.quality_head)
         if quality_head is not None:
             pipe.load_quality_head(quality_head, **head_where)
-            if scheduler is None:
-                pipe.scheduler = heads.scheduler_for(quality_head, pipe.scheduler, head_where)
+            pipe.scheduler = scheduler or heads.scheduler_for(quality_head, pipe.scheduler, head_where)
         return pipe
 
     @classmethod
@@ -497,10 +481,12 @@ class PrismPipeline(DiffusionPipeline):
         chosen = scheduler or (pipeline.scheduler if ours else None)
         pipe = cls(model, getattr(pipeline, "tokenizer", None), head, chosen, spec)
         hub.check_attention(pipe.denoiser, type(model).__name__)
+        if head is not None:
+            pipe._heads.clear()
+            pipe._heads.update(pipeline._heads)  # under their names, which are those of their adapters
         if quality_head is not None:
             pipe.load_quality_head(quality_head)
-            if scheduler is None:
-                pipe.scheduler = heads.scheduler_for(quality_head, pipe.scheduler, {})
+            pipe.scheduler = scheduler or heads.scheduler_for(quality_head, pipe.scheduler, {})
         return pipe
 
     def load_quality_head(
@@ -514,6 +500,9 @@ class PrismPipeline(DiffusionPipeline):
         local_files_only: bool = False,
     ) -> None:
         """Load a quality head, and the LoRA adapter it was trained with if there is one, and use it.
+
+        With the first head a scheduler that never remasks gives way to that recommended with the head, or to
+        `PrismScheduler`; any other stays.
 
         Args:
             quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`.
@@ -529,16 +518,20 @@ class PrismPipeline(DiffusionPipeline):
         source = heads.head_place(quality_head)
         head = quality_head if source is None else heads.load_head(source, where)
         heads.check_head(head, self.model, getattr(self, "_revision", None))
-        if name in self._heads:  # the scheduler stays, for the new head
+        if replaces := name in self._heads:  # the scheduler stays, for the new head
             hub.drop_adapter(self.model, name)
             if self._heads.pop(name) is self.quality_head:
                 self.register_modules(quality_head=None)
         elif source is not None:
             hub.refuse_taken(self.model, name)
-        if source is not None and hub.read_json(source, "adapter_config.json", where) is not None:
-            hub.load_adapter(self.model, source, name, where)
-        self._heads[name] = head.to(self.device)
+        adapter = None if source is None else hub.adapter_subfolder(source, where)
+        if adapter is not None:
+            hub.load_adapter(self.model, source, name, where, adapter)
+        is_first = not self._heads and not replaces
+        self._heads[name] = head
         self.set_quality_head(name)
+        if is_first and not self.scheduler.can_remask:
+            self.scheduler = heads.scheduler_for(quality_head, self.scheduler, where)
 
     def load_lora_weights(self, pretrained_model_name_or_path, adapter_name: str = "prism", **kwargs) -> None:
         """The name that users of diffusers expect for `load_quality_head(path, name=adapter_name, ...)`."""
@@ -583,6 +576,24 @@ class PrismPipeline(DiffusionPipeline):
             self.__dict__["_named_heads"] = {} if self.quality_head is None else {"prism": self.quality_head}
         return self.__dict__["_named_heads"]
 
+    def _place(self, head: QualityHead) -> QualityHead:
+        """The head, on the device of the output head, whose input it reads."""
+        return head.to(self.denoiser.forbidden.device)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in diffusers.
+
+        Raises:
+            ValueError: the model holds adapters that the head in use has no part in; transformers would save one of
+                them in place of the model.
+        """
+        if (held := hub.adapters(self.model)) and hub.active_adapter(self.model) is None:
+            raise ValueError(
+                f"The quality head in use has no adapter, and the model holds {held} of other heads, switched off. "
+                f"Drop these first: pipe.unload_quality_head({held[0]!r})."
+            )
+        super().save_pretrained(*args, **kwargs)
+
     def set_quality_head(self, name: str) -> None:
         """Switch to a loaded head and its adapter.
 
@@ -592,10 +603,12 @@ class PrismPipeline(DiffusionPipeline):
         if name not in self._heads:
             raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
         hub.use_adapter(self.model, name)
-        self.register_modules(quality_head=self._heads[name])
+        self.register_modules(quality_head=self._place(self._heads[name]))
 
     def unload_quality_head(self, name: str | None = None) -> None:
-        """Drop a head and its adapter; None for all. A scheduler left without one becomes `MDLMScheduler`, and warns.
+        """Drop a head and its adapter; None for all. A scheduler left without any becomes `MDLMScheduler`, and warns.
+
+        If other heads are left, none of them is taken into use by itself: `set_quality_head`.
 
         Raises:
             ValueError: no head of that name.
@@ -607,6 +620,9 @@ class PrismPipeline(DiffusionPipeline):
             hub.drop_adapter(self.model, gone)
             if in_use:
                 self.register_modules(quality_head=None)
-        if self.quality_head is None and self.scheduler.needs_quality:
+                hub.use_adapter(self.model, gone)  # which is none; PEFT would go on with that of another head
+        if name is None and self.quality_head is not None:  # one that was set as an attribute
+            self.register_modules(quality_head=None)
+        if not self._heads and self.quality_head is None and self.scheduler.needs_quality:
             warnings.warn("The scheduler needed the head; the pipeline goes on with MDLMScheduler.", stacklevel=2)
             self.scheduler = MDLMScheduler.from_config(self.scheduler.config)

@@ -6,9 +6,41 @@ import math
 from collections.abc import Mapping
 
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor
 
 from .functional import ORDERS
+
+# Fields that mean the same in every scheduler. Of the others, eta and threshold mean something else from rule to rule,
+# but among the first three classes all fields of one name are the same.
+SHARED_FIELDS = ("order", "temperature", "top_p", "top_k", "mask_token_id")
+RELATED = ("PrismScheduler", "SelfConfidenceScheduler", "MDLMScheduler")
+OURS = (*RELATED, "ReMDMScheduler", "P2Scheduler", "TokenToMaskScheduler", "TokenCriticScheduler")
+
+
+class SchedulerConfig(ConfigMixin):
+    """The config of our schedulers: it knows whose it is, so that another class takes from it only what it means."""
+
+    def register_to_config(self, **kwargs):
+        """As diffusers', with the name of the class."""
+        super().register_to_config(**kwargs | {"_class_name": type(self).__name__})
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """A scheduler from the config of another, or of any that diffusers has; keyword arguments replace fields.
+
+        `PrismScheduler`, `SelfConfidenceScheduler` and `MDLMScheduler` take all fields of each other, other classes of
+        ours those of `SHARED_FIELDS`. `num_remask` given here takes the place of an `eta` there, and the reverse.
+        """
+        if isinstance(config, Mapping):
+            source, names = config.get("_class_name"), cls._get_init_keys(cls)
+            if source in OURS and source != cls.__name__ and not {source, cls.__name__} <= set(RELATED):
+                config = {name: config[name] for name in SHARED_FIELDS if name in config}
+            replaced = {"num_remask": {"eta": None, "eta_schedule": "constant"}, "eta": {"num_remask": None}}
+            for name, others in replaced.items():
+                if kwargs.get(name) is not None:
+                    kwargs = {other: value for other, value in others.items() if other in names} | kwargs
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
 
 def require(valid: bool, name: str, value: object, allowed: str) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import check_config, check_run, read_sampling, read_step
+from .arguments import SchedulerConfig, check_config, check_run, read_sampling, read_step
 from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .functional import reveal, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
 
 
 @runs_in_llada2_pipeline
-class MDLMScheduler(SchedulerMixin, ConfigMixin):
+class MDLMScheduler(SchedulerMixin, SchedulerConfig):
     """Static schedule of T steps; a token once written stays.
 
     Of M generated tokens ceil(M (i + 1) / T) are visible after step i, in every row. The paper's ancestral sampler

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import check_config, check_run, is_number, read_sampling, read_step, require
+from .arguments import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 from .functional import draw_at, highest, probability_at, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
 
 
-class P2Scheduler(SchedulerMixin, ConfigMixin):
+class P2Scheduler(SchedulerMixin, SchedulerConfig):
     """Static schedule of T steps in which written and unwritten positions compete for the visible places.
 
     A step draws a token at every mask and ranks all generated positions by log p: of the token drawn at a mask, and,

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .arguments import check_config, check_run, is_int, is_number, read_sampling, read_step, require
+from .arguments import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
 from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .functional import binomial, lowest, remdm_cap, reveal, uniform_at, visible_target
 
@@ -38,7 +38,7 @@ class PrismSchedulerOutput(BaseOutput):
 
 
 @runs_in_llada2_pipeline
-class PrismScheduler(SchedulerMixin, ConfigMixin):
+class PrismScheduler(SchedulerMixin, SchedulerConfig):
     """Static schedule of T steps with remasking of the tokens that the quality head trusts least.
 
     Of M generated tokens ceil(M (i + 1) / T) are visible after step i, in every row. A step remasks n visible tokens

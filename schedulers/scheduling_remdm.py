@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import check_config, check_run, is_number, read_sampling, read_step, require
+from .arguments import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 from .functional import draw_at, remdm_cap, remdm_confidence, remdm_rescale, uniform_at, unmask_probability
 from .scheduling_prism import PrismSchedulerOutput
 
 STRATEGIES = ("cap", "rescale", "conf", "loop")
 
 
-class ReMDMScheduler(SchedulerMixin, ConfigMixin):
+class ReMDMScheduler(SchedulerMixin, SchedulerConfig):
     """Per-token sampling in T steps: each visible token is remasked with probability sigma, each mask filled with
     probability (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t).
 

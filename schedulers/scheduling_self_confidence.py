@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import check_config, check_run, is_int, read_sampling, read_step, require
+from .arguments import SchedulerConfig, check_config, check_run, is_int, read_sampling, read_step, require
 from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .functional import probability_at
 from .scheduling_prism import (
@@ -20,7 +20,7 @@ from .scheduling_prism import (
 
 
 @runs_in_llada2_pipeline
-class SelfConfidenceScheduler(SchedulerMixin, ConfigMixin):
+class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
     """`PrismScheduler`'s rule with the backbone's own probability of a visible token as its quality.
 
     It needs no trained head and so runs on every masked diffusion model. But a backbone is trained to predict masked

@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import check_config, check_run, is_number, read_sampling, read_step, require
+from .arguments import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 from .functional import lowest, reveal, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
 
 
-class TokenCriticScheduler(SchedulerMixin, ConfigMixin):
+class TokenCriticScheduler(SchedulerMixin, SchedulerConfig):
     """T forward passes, two for each full step but the last: one draws, one judges.
 
     A drawing half-step fills every mask. A judging half-step, on the full sequence, keeps the tokens that the critic

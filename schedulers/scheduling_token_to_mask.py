@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import check_config, check_run, is_int, is_number, read_sampling, read_step, require
+from .arguments import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
 from .functional import lowest, probability_at, reveal, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
 
 
-class TokenToMaskScheduler(SchedulerMixin, ConfigMixin):
+class TokenToMaskScheduler(SchedulerMixin, SchedulerConfig):
     """Static schedule of T steps; visible tokens of probability below a threshold are remasked.
 
     The probability is the model's own of the token that stands there, at temperature 1, as `SelfConfidenceScheduler`

@@ -109,6 +109,17 @@ def test_a_whole_pipeline_goes_to_the_hub_and_back(hub, base):
     assert torch.equal(generate(again), generate(pipe)) and again.scheduler.config.num_remask == 3
 
 
+@pytest.mark.filterwarnings("error::UserWarning:prism_pipelines")
+def test_a_whole_pipeline_under_a_new_name_loads_in_every_dtype(hub, base):
+    pipe = trained(base, lora=False)
+    pipe.push_to_hub("me/whole", what="pipeline", base_model=BASE)
+    for dtype in (torch.float32, torch.bfloat16):
+        PrismPipeline.from_pretrained("me/whole", torch_dtype=dtype)
+    with pytest.warns(UserWarning, match=r"float16 it cannot be told"):
+        half = PrismPipeline.from_pretrained("me/whole", torch_dtype=torch.float16)
+    assert half.quality_head is not None and half.model.dtype == torch.float16
+
+
 def test_a_head_for_another_model_of_the_same_size_is_refused(hub, base, tmp_path):
     folder = save_head_repo(trained(base), tmp_path / "head")
     other = save_bert(tmp_path / "other", seed=5)

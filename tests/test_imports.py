@@ -29,6 +29,7 @@ ALLOWED = {
     "cache": {"denoiser", "families"},
     "precision": set(),
     "sampling": {"cache", "canvas", "denoiser", "families", "precision", "stopping"},
+    "pipeline_output": {"trace"},
     "pipeline_prism": {
         "cache",
         "canvas",
@@ -37,6 +38,7 @@ ALLOWED = {
         "head_repo",
         "heads",
         "hub",
+        "pipeline_output",
         "quality_head",
         "sampling",
         "schedulers",

@@ -285,7 +285,9 @@ def test_ids_in_and_ids_out_without_a_tokenizer():
     out = pipe(infill=torch.tensor([[1, MASK_ID, 3]]), num_inference_steps=1)
     assert out.texts is None and out.sequences[0, [0, 2]].tolist() == [1, 3]
     assert isinstance(pipe.scheduler, MDLMScheduler)
-    sequences = pipe(gen_length=3, num_inference_steps=1, return_dict=False)[0]
+    fields = pipe(gen_length=3, num_inference_steps=1, return_dict=False, output_type="seq")
+    sequences, texts, quality, nfe, nfe_per_row, trace = fields  # also those that are None, each in its place
+    assert texts is quality is trace is None and nfe == 1 and nfe_per_row == [1]
     assert sequences.shape == (1, 3)
 
 

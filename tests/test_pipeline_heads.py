@@ -5,11 +5,21 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from peft import LoraConfig, get_peft_model
 from test_pipeline import seeded, twin
 
-from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, disable_prism, enable_prism
+from prism_pipelines import (
+    MDLMScheduler,
+    PrismPipeline,
+    PrismScheduler,
+    QualityHead,
+    SelfConfidenceScheduler,
+    disable_prism,
+    enable_prism,
+)
+from prism_pipelines.head_repo import save_head_repo
 from prism_pipelines.hub import adapters
 from prism_pipelines.sudoku import sudoku_tokenizer
 
@@ -133,6 +143,158 @@ def test_a_head_whose_adapter_is_broken_leaves_no_head_to_judge_without_its_adap
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
         pipe.load_quality_head(second)
     with pytest.raises(ValueError, match="no quality head"):
+        tokens(pipe)
+
+
+def plain_head(folder, base):
+    """A head without an adapter, in a folder."""
+    torch.manual_seed(9)
+    QualityHead(32, base_model=base).save_pretrained(folder / "quality_head")
+    PrismScheduler(num_remask=4).save_pretrained(folder / "scheduler")
+    return str(folder)
+
+
+def test_a_model_is_saved_whole_once_its_last_adapter_is_gone(repos, tmp_path):
+    base, first, second = repos
+    weights = PrismPipeline.from_pretrained(base).model.state_dict()
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.load_quality_head(second, name="other")
+    with pytest.warns(UserWarning, match="MDLMScheduler"):
+        pipe.unload_quality_head()
+    pipe.save_pretrained(tmp_path / "saved")
+    back = PrismPipeline.from_pretrained(tmp_path / "saved").model.state_dict()
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+    pipe.load_quality_head(first)  # and it takes an adapter again, as if it had never had one
+    ids = torch.full((1, 6), 2)
+    fresh = PrismPipeline.from_pretrained(base, quality_head=first)
+    torch.testing.assert_close(pipe.score(input_ids=ids)[0], fresh.score(input_ids=ids)[0])
+    pipe.save_pretrained(tmp_path / "with_adapter")
+    again = PrismPipeline.from_pretrained(tmp_path / "with_adapter")
+    torch.testing.assert_close(again.score(input_ids=ids)[0], fresh.score(input_ids=ids)[0])
+
+
+def test_disable_prism_leaves_a_model_that_can_be_saved(repos, tmp_path):
+    base, head, _ = repos
+    model = PrismPipeline.from_pretrained(base).model
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    pipe = LLaDA2Pipeline(model=model, scheduler=BlockRefinementScheduler(), tokenizer=sudoku_tokenizer())
+    enable_prism(pipe, head)
+    disable_prism(pipe)
+    model.save_pretrained(tmp_path / "saved")
+    back = type(model).from_pretrained(tmp_path / "saved").state_dict()
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_a_head_without_an_adapter_is_not_saved_with_that_of_another(repos, tmp_path):
+    base, first, _ = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.load_quality_head(plain_head(tmp_path / "plain", base), name="plain")
+    ids = torch.full((1, 6), 2)
+    score = pipe.score(input_ids=ids)[0]
+    save_head_repo(pipe, tmp_path / "repo", base_model=base)
+    assert not (tmp_path / "repo" / "adapter_model.safetensors").exists()
+    assert torch.equal(PrismPipeline.from_pretrained(tmp_path / "repo").score(input_ids=ids)[0], score)
+    with pytest.raises(ValueError, match=r"holds \['prism'\].*switched off.*unload_quality_head\('prism'\)"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.unload_quality_head("prism")
+    pipe.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(PrismPipeline.from_pretrained(tmp_path / "saved").score(input_ids=ids)[0], score)
+
+
+def test_the_head_of_a_saved_pipeline_comes_with_the_adapter_that_lies_in_its_model(repos, tmp_path):
+    base, head, _ = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=head)
+    pipe.save_pretrained(tmp_path / "saved")
+    ids = torch.full((1, 6), 2)
+    found = PrismPipeline.from_pretrained(base, quality_head=str(tmp_path / "saved"))
+    assert torch.equal(found.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0])
+    other = LLaDA2Pipeline(model=twin(), scheduler=BlockRefinementScheduler(), tokenizer=sudoku_tokenizer())
+    enable_prism(other, str(tmp_path / "saved"))
+    assert adapters(other.model) == ["prism"]
+
+
+def test_the_first_head_brings_a_scheduler_that_reads_it_and_others_change_none(repos, tmp_path):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base)
+    pipe.load_quality_head(first)
+    assert isinstance(pipe.scheduler, PrismScheduler) and pipe.scheduler.config.num_remask == 3
+    pipe.load_quality_head(second, name="other")
+    assert pipe.scheduler.config.num_remask == 3
+    chosen = PrismPipeline.from_pretrained(base, scheduler=SelfConfidenceScheduler())
+    chosen.load_quality_head(first)
+    assert isinstance(chosen.scheduler, SelfConfidenceScheduler)
+    given = PrismPipeline.from_pretrained(base, quality_head=first, scheduler=MDLMScheduler())
+    assert isinstance(given.scheduler, MDLMScheduler)
+    with pytest.warns(UserWarning, match="MDLMScheduler does not read the quality head"):
+        save_head_repo(given, tmp_path / "repo", base_model=base)
+
+
+def test_one_of_two_heads_is_unloaded_and_the_other_goes_on_as_before(repos, tmp_path):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    before = tokens(pipe)
+    pipe.load_quality_head(second, name="other")
+    pipe.unload_quality_head("other")
+    with torch.no_grad():  # PEFT would go on with the adapter that is left
+        assert torch.equal(pipe.model(before).logits, PrismPipeline.from_pretrained(base).model(before).logits)
+    with pytest.raises(ValueError, match="no quality head"):
+        tokens(pipe)
+    pipe.set_quality_head("prism")
+    assert torch.equal(tokens(pipe), before)
+
+
+def test_from_pipe_keeps_the_names_of_the_heads(repos):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.load_quality_head(second, name="other")
+    ids = torch.full((1, 6), 2)
+    score = pipe.score(input_ids=ids)[0]
+    shared = PrismPipeline.from_pipe(pipe)
+    shared.set_quality_head("prism")
+    shared.set_quality_head("other")
+    assert torch.equal(shared.score(input_ids=ids)[0], score)
+
+
+def test_a_head_set_as_an_attribute_is_unloaded_with_the_rest(repos):
+    base, first, _ = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.quality_head = QualityHead(32)
+    with pytest.warns(UserWarning, match="MDLMScheduler"):
+        pipe.unload_quality_head()
+    assert pipe.quality_head is None and adapters(pipe.model) == []
+
+
+def test_heads_out_of_use_follow_the_model_to_its_device(repos, tmp_path):
+    base, first, _ = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.load_quality_head(plain_head(tmp_path / "plain", base), name="plain")
+    idle = pipe._heads["prism"]
+    moved = []
+    idle.to = lambda device: moved.append(device) or idle
+    pipe.set_quality_head("prism")
+    assert moved == [pipe.device]
+
+
+def test_an_offloaded_model_gives_the_same_tokens(repos):
+    base, first, _ = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    before = tokens(pipe)
+    cpu_offload(pipe.model, torch.device("cpu"))  # weights are on "meta" but while their layer runs
+    assert pipe.model.get_output_embeddings().weight.is_meta
+    after = pipe(gen_length=12, num_inference_steps=6, generator=seeded(), output_type="seq").sequences
+    assert torch.equal(after, before)
+    with pytest.raises(ValueError, match="offload"):
+        pipe.enable_model_cpu_offload()
+
+
+def test_what_is_no_scheduler_of_ours_is_refused_by_name(repos):
+    base, first, _ = repos
+    scheduler = BlockRefinementScheduler()
+    with pytest.raises(TypeError, match=r"`scheduler` must be one of .*PrismScheduler.*; got"):
+        PrismPipeline.from_pretrained(base, scheduler=scheduler)
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.scheduler = scheduler
+    with pytest.raises(TypeError, match=r"`scheduler` must be one of"):
         tokens(pipe)
 
 

@@ -729,6 +729,35 @@ def test_a_config_survives_saving_and_the_switch_between_schedulers(remasking, t
             assert plain.config.get(key, value) == value
 
 
+@pytest.mark.parametrize("source", ["fresh", "loaded"])
+@pytest.mark.parametrize("kind", [ReMDMScheduler, P2Scheduler, TokenToMaskScheduler, TokenCriticScheduler])
+def test_another_rule_takes_from_a_config_only_what_means_the_same(kind, source, tmp_path):
+    scheduler = PrismScheduler(eta=0.3, threshold=0.7, use_threshold=True, order="confidence", top_p=0.8)
+    if source == "loaded":
+        scheduler.save_pretrained(tmp_path)
+        scheduler = PrismScheduler.from_pretrained(tmp_path)
+    made, plain = kind.from_config(scheduler.config), kind()
+    for name, value in plain.config.items():
+        if not name.startswith("_"):
+            kept = {"order": "confidence", "top_p": 0.8}
+            assert made.config[name] == kept.get(name, value), name
+    back = PrismScheduler.from_config(made.config)
+    assert back.config.eta is None and back.config.threshold == 0.9 and back.config.top_p == 0.8
+    made.save_pretrained(tmp_path / "made")
+    assert json.loads((tmp_path / "made" / "scheduler_config.json").read_text())["_class_name"] == kind.__name__
+
+
+@pytest.mark.parametrize("kind", [PrismScheduler, SelfConfidenceScheduler])
+def test_an_amount_given_takes_the_place_of_the_other_in_the_config(kind):
+    by_eta = PrismScheduler(eta=0.3, eta_schedule="inverse", eta_reference_steps=64, temperature=0.5)
+    by_number = kind.from_config(by_eta.config, num_remask=4)
+    assert by_number.config.num_remask == 4 and by_number.config.eta is None and by_number.config.temperature == 0.5
+    again = kind.from_config(by_number.config, eta=0.2)
+    assert again.config.eta == 0.2 and again.config.num_remask is None
+    with pytest.raises(ValueError, match="exclude each other"):
+        kind.from_config(by_eta.config, num_remask=4, eta=0.2)
+
+
 def test_the_config_of_diffusers_block_refinement_scheduler_is_accepted():
     from diffusers import BlockRefinementScheduler
 
