@@ -128,7 +128,8 @@ def text_section(table: dict) -> str:
         f"{intervals(table['rows'])}",
         "",
         "Every rule's knob was chosen on another play from four values (a loop and the head alone have PRISM's): "
-        + f"{knobs(table)}.",
+        + f"{knobs(table)}. P2 writes in confidence order, as published, the others in random order: its rows show both "
+        "differences.",
         "",
         'Paired by seed, by character 4-grams and by entropy ("closer": nearer to held-out text, interval of the '
         'difference above 0; "even": the interval holds 0):',
@@ -222,7 +223,8 @@ def card_section(metrics: dict) -> str:
         figures = " | ".join(f"{row[name]:.3f}" for name in ("ngram_js", "known_words", "entropy"))
         lines.append(f"| {row['name']} | {knob} {row[knob]:g} | {figures} |")
     seeds = len(metrics["test"]["seeds"])
-    lines += ["", f"### Four rules at their best setting, other plays, {seeds} seeds", ""]
+    lines += ["", "Known words here: those of the play; in all other tables those of the training text.", ""]
+    lines += [f"### Four rules at their best setting, other plays, {seeds} seeds", ""]
     for metric in ("ngram_js", "known_words", "entropy"):
         lines += [f"{MEASURES[metric]}:", "", *grid(metrics["test"]["rows"], metric), ""]
     lines += ["Difference from MDLM, paired by seed, in distance of character 4-grams (above 0 is worse):", ""]
