@@ -128,8 +128,8 @@ def text_section(table: dict) -> str:
         f"{intervals(table['rows'])}",
         "",
         "Every rule's knob was chosen on another play from four values (a loop and the head alone have PRISM's): "
-        + f"{knobs(table)}. P2 writes in confidence order, as published, the others in random order: its rows show both "
-        "differences.",
+        + f"{knobs(table)}. P2 writes in confidence order, as published, the others in random order: its rows show "
+        "both.",
         "",
         'Paired by seed, by character 4-grams and by entropy ("closer": nearer to held-out text, interval of the '
         'difference above 0; "even": the interval holds 0):',
