@@ -32,6 +32,68 @@ class Canvas:
         return replace(self, sample=self.sample.to(device), generated=self.generated.to(device), attention_mask=mask)
 
 
+def has_chat_template(tokenizer) -> bool:
+    """Does a tokenizer, or None, know how a chat is written?"""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_texts(messages, prompt, tokenizer) -> list[str]:
+    """Chats as texts, by the tokenizer's template, up to where the answer begins.
+
+    Args:
+        messages: a chat, list of {"role", "content"}, or a list of chats; or None.
+        prompt: in its place a text or texts, each a chat of one turn.
+        tokenizer: with a chat template.
+    Raises:
+        ValueError: both, no template, or what is no chat.
+        TypeError: `prompt` is no text.
+    """
+    if messages is not None and prompt is not None:
+        raise ValueError("Pass either `prompt` or `messages`, not both.")
+    if not has_chat_template(tokenizer):
+        raise ValueError("`messages` needs a tokenizer with a chat template; this one has none. Pass `prompt`.")
+    if prompt is not None:
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("`prompt` must be a text or texts, to go into the chat template; ids are `input_ids`.")
+        chats = [[{"role": "user", "content": text}] for text in texts]
+    else:
+        chats = messages if isinstance(messages, (list, tuple)) else [messages]
+        chats = chats if chats and isinstance(chats[0], (list, tuple)) else [chats]
+        if not all(chat and all(isinstance(turn, dict) and "role" in turn for turn in chat) for chat in chats):
+            raise ValueError(
+                '`messages` must be a chat, a list of {"role": ..., "content": ...}, or a list of chats, '
+                f"got {messages!r:.80}."
+            )
+    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+
+def canvas_of(
+    given: dict, tokenizer, mask_token_id: int, attention_mask, num_samples: int, gen_length: int | None
+) -> Canvas:
+    """The canvas of a call of the pipeline.
+
+    Args:
+        given: {"prompt", "input_ids", "infill"}, at most one not None; without any, `num_samples` rows from nothing.
+        tokenizer, mask_token_id, attention_mask, gen_length: as `canvas_of_prompt`.
+    Raises:
+        ValueError: more than one, or arguments that do not go together.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"Pass one of `prompt`, `messages`, `input_ids` and `infill`, got {named}.")
+    source = given[named[0]] if named else ""
+    if attention_mask is not None and (isinstance(source, str) or any(isinstance(text, str) for text in source)):
+        raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
+    if not named:
+        return canvas_of_nothing(num_samples, gen_length, mask_token_id)
+    if named != ["infill"]:
+        return canvas_of_prompt(source, tokenizer, mask_token_id, gen_length, attention_mask)
+    if gen_length is not None:
+        raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
+    return canvas_of_infill(source, tokenizer, mask_token_id, attention_mask)
+
+
 def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: int) -> Canvas:
     """`num_samples` rows of `gen_length` masks.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import heads, hub
 from .cache import check_cache
-from .canvas import Canvas, canvas_of_infill, canvas_of_nothing, canvas_of_prompt, changed_sample, repeat_rows
+from .canvas import Canvas, canvas_of, canvas_of_infill, changed_sample, chat_texts, has_chat_template, repeat_rows
 from .denoiser import MaskedDenoiser
 from .families import MDMSpec, resolve_spec
 from .pipeline_output import PrismPipelineOutput
@@ -175,9 +175,10 @@ class PrismPipeline(DiffusionPipeline):
         if stops and (self.tokenizer is None or not ends):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
-        if messages is not None or (prompt is not None and use_chat_template and self._has_chat_template()):
-            prompt = self._chat(messages, prompt)
-        canvas = self._canvas(prompt, input_ids, attention_mask, infill, num_samples, gen_length)
+        if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
+            prompt = chat_texts(messages, prompt, self.tokenizer)
+        given = {"prompt": prompt, "input_ids": input_ids, "infill": infill}
+        canvas = canvas_of(given, self.tokenizer, self.mask_token_id, attention_mask, num_samples, gen_length)
         if num_samples > 1 and not (prompt is input_ids is infill is None):
             canvas = repeat_rows(canvas, num_samples)
         canvas = canvas.to(self._execution_device)
@@ -303,46 +304,6 @@ class PrismPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
             )
         return names
-
-    def _has_chat_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
-
-    def _chat(self, messages, prompt) -> list[str]:
-        if messages is not None and prompt is not None:
-            raise ValueError("Pass either `prompt` or `messages`, not both.")
-        if not self._has_chat_template():
-            raise ValueError("`messages` needs a tokenizer with a chat template; this one has none. Pass `prompt`.")
-        if prompt is not None:
-            texts = [prompt] if isinstance(prompt, str) else prompt
-            if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
-                raise TypeError("`prompt` must be a text or texts, to go into the chat template; ids are `input_ids`.")
-            chats = [[{"role": "user", "content": text}] for text in texts]
-        else:
-            chats = messages if isinstance(messages, (list, tuple)) else [messages]
-            chats = chats if chats and isinstance(chats[0], (list, tuple)) else [chats]
-            if not all(chat and all(isinstance(turn, dict) and "role" in turn for turn in chat) for chat in chats):
-                raise ValueError(
-                    '`messages` must be a chat, a list of {"role": ..., "content": ...}, or a list of chats, '
-                    f"got {messages!r:.80}."
-                )
-        return [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-
-    def _canvas(self, prompt, input_ids, attention_mask, infill, num_samples, gen_length) -> Canvas:
-        given = {"prompt": prompt, "input_ids": input_ids, "infill": infill}
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"Pass one of `prompt`, `messages`, `input_ids` and `infill`, got {named}.")
-        source = given[named[0]] if named else ""
-        if attention_mask is not None and (isinstance(source, str) or any(isinstance(text, str) for text in source)):
-            raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
-        if not named:
-            return canvas_of_nothing(num_samples, gen_length, self.mask_token_id)
-        if infill is None:
-            source = prompt if input_ids is None else input_ids
-            return canvas_of_prompt(source, self.tokenizer, self.mask_token_id, gen_length, attention_mask)
-        if gen_length is not None:
-            raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
-        return canvas_of_infill(infill, self.tokenizer, self.mask_token_id, attention_mask)
 
     def _check_canvas(self, canvas: Canvas, generator) -> None:
         rows, length = canvas.sample.shape
