@@ -151,8 +151,8 @@ def critic_section(table: dict) -> str:
     lines = [
         "### Token-Critic",
         "",
-        f"{command(table, flags)}: a critic with weights of its own ([how it was trained](text.md#token-critic)); each "
-        "of its steps makes two forwards, both counted. Knobs as above, the critic's chosen here in the same way: "
+        f"{command(table, flags)}: a critic with a backbone of its own ([how it was trained](text.md#token-critic)); "
+        "each of its steps makes two forwards, both counted. Knobs as above, the critic's chosen here in the same way: "
         f"{knobs(table)}. {intervals(table['rows'])}",
         "",
         *verdict(table),
