@@ -23,6 +23,18 @@ def fingerprint(model: Path, settings: dict) -> str:
     return digest.hexdigest()[:16]
 
 
+def disagreements(rows: list[dict], committed: list[dict], keys: tuple[str, ...]) -> list[str]:
+    """Rows whose interval misses that of the committed row with the same `keys`; one that is not committed is left out."""
+    known, apart = {tuple(row[key] for key in keys): row for row in committed}, []
+    for row in rows:
+        place = tuple(row[key] for key in keys)
+        other = known.get(place)
+        if other and (row["low"] > other["high"] or row["high"] < other["low"]):
+            found = "{low:.3f}-{high:.3f} here".format(**row) + ", {low:.3f}-{high:.3f} committed".format(**other)
+            apart.append(f"{' '.join(map(str, place))}: {found}")
+    return apart
+
+
 def cpu_name() -> str:
     """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")

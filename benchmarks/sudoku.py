@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import ROOT, fingerprint, origin  # beside this file
+from shared import ROOT, disagreements, fingerprint, origin  # beside this file
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.evaluation import (
@@ -153,20 +153,6 @@ def measure_calibration(pipe, total: int, batch_size: int) -> dict:
     return found
 
 
-def disagreements(rows: list[dict], table: dict) -> list[str]:
-    """Rows whose interval does not overlap that of the committed table."""
-    committed = {(row["clues"], row["forwards"], row["arm"]): row for row in table["rows"]}
-    apart = []
-    for row in rows:
-        known = committed[row["clues"], row["forwards"], row["arm"]]
-        if row["low"] > known["high"] or row["high"] < known["low"]:
-            apart.append(
-                f"{row['arm']} T={row['forwards']} clues={row['clues']}: {row['low']:.3f}-{row['high']:.3f} here, "
-                f"{known['low']:.3f}-{known['high']:.3f} committed"
-            )
-    return apart
-
-
 def draw(result: dict) -> None:
     """The two figures of docs/figures."""
     from prism_pipelines.plots import reliability_figure, success_figure
@@ -244,7 +230,7 @@ def main(argv=None) -> int:
     result["calibration"] = measure_calibration(pipe, total, args.batch_size)
     status = 0
     if args.quick:
-        apart = disagreements(rows, committed)
+        apart = disagreements(rows, committed["rows"], ("clues", "forwards", "arm"))
         result["disagreements"] = apart
         status = 1 if apart else 0
         print("\n".join(apart) or f"all {len(rows)} figures agree with {args.table.name}", file=sys.stderr)

@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import ROOT, fingerprint, origin  # beside this file
+from shared import ROOT, disagreements, fingerprint, origin  # beside this file
 
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import fingerprint as weights_of
@@ -119,20 +119,6 @@ def held_out_rows(measure, tokenizer, play: str, num_samples: int, seeds: list[i
     return tabulate(cells, ["held-out"], [0], list(range(len(groups))), "held-out")[0]
 
 
-def overlap(rows: list[dict], table: dict) -> list[str]:
-    """Rows of measures that do not depend on the amount of text, whose interval misses that of the committed table."""
-    known = {(r["arm"], r["forwards"], r["metric"]): r for r in table["rows"]}
-    apart = []
-    for row in rows:
-        other = known.get((row["arm"], row["forwards"], row["metric"]))
-        if row["metric"] in ("entropy", "nll") and other and (row["low"] > other["high"] or row["high"] < other["low"]):
-            apart.append(
-                f"{row['arm']} T={row['forwards']} {row['metric']}: {row['low']:.3f}-{row['high']:.3f} here, "
-                f"{other['low']:.3f}-{other['high']:.3f} committed"
-            )
-    return apart
-
-
 def draw(result: dict, path: Path) -> None:
     """The figure: four measures against forwards."""
     panels = {title: {} for title in DRAWN.values()}
@@ -218,7 +204,10 @@ def main(argv=None) -> int:
     result |= {"settings": {**settings, "fingerprint": mark}, **origin(), "held_out": held_out}
     status = 0
     if args.quick:
-        result["disagreements"] = overlap(result["rows"], json.loads(args.table.read_text()))
+        # The others depend on the amount of text.
+        rows = [row for row in result["rows"] if row["metric"] in ("entropy", "nll")]
+        committed = json.loads(args.table.read_text())["rows"]
+        result["disagreements"] = disagreements(rows, committed, ("arm", "forwards", "metric"))
         status = 1 if result["disagreements"] else 0
         print("\n".join(result["disagreements"]) or f"entropy and nll agree with {args.table.name}", file=sys.stderr)
     else:

@@ -299,10 +299,11 @@ def test_the_table_pairs_every_arm_with_prism_on_the_same_puzzles(benchmark):
 
 def test_a_quick_run_is_told_where_it_leaves_the_committed_table(benchmark):
     place = {"clues": "30", "forwards": 8, "arm": "prism"}
-    table = {"rows": [{**place, "low": 0.4, "high": 0.6}]}
-    assert benchmark.disagreements([{**place, "low": 0.55, "high": 0.9}], table) == []
-    (said,) = benchmark.disagreements([{**place, "low": 0.7, "high": 0.9}], table)
-    assert "prism T=8 clues=30" in said and "0.400-0.600 committed" in said
+    table = [{**place, "low": 0.4, "high": 0.6}]
+    assert benchmark.disagreements([{**place, "low": 0.55, "high": 0.9}], table, tuple(place)) == []
+    (said,) = benchmark.disagreements([{**place, "low": 0.7, "high": 0.9}], table, tuple(place))
+    assert benchmark.disagreements([{**place, "arm": "new", "low": 0.7, "high": 0.9}], table, tuple(place)) == []
+    assert said.startswith("30 8 prism: 0.700-0.900 here") and "0.400-0.600 committed" in said
 
 
 def test_a_small_benchmark_uses_the_first_puzzles_of_a_large_one(benchmark):
