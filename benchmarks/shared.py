@@ -24,7 +24,7 @@ def fingerprint(model: Path, settings: dict) -> str:
 
 
 def disagreements(rows: list[dict], committed: list[dict], keys: tuple[str, ...]) -> list[str]:
-    """Rows whose interval misses that of the committed row with the same `keys`; one that is not committed is left out."""
+    """Rows whose interval misses that of the committed row with the same `keys`; others are left out."""
     known, apart = {tuple(row[key] for key in keys): row for row in committed}, []
     for row in rows:
         place = tuple(row[key] for key in keys)
