@@ -93,10 +93,17 @@ def writing(rows: list[list[int]], kind: str, batch_size: int):
     return task
 
 
+def last_step(run: Path) -> int | None:
+    """Steps of a training run, from its log; None without one."""
+    log = run / "training_log.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else None
+
+
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="saved pipeline of examples/code/train.sh")
+    parser.add_argument("--base", type=Path, default=None, help="the run that it started from, to name its steps")
     parser.add_argument("--data", type=Path, default=Path("runs/code-data"), help="folder of examples/code/prepare.py")
     parser.add_argument("--num-functions", type=int, default=200, help="of a cell, and of the choice of settings")
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64])
@@ -122,6 +129,7 @@ def main(argv=None) -> int:
     np.random.default_rng(0).shuffle(rows)  # neighbours are of one module
     tested, others = rows[: args.num_functions], rows[args.num_functions : 2 * args.num_functions]
     settings = {"num_functions": args.num_functions, "span": SPAN, "longest": LONGEST}
+    settings["steps"] = {"prism": last_step(args.model), "pretraining": args.base and last_step(args.base)}
     settings["data"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
     mark = fingerprint(pipe, json.dumps(settings))
     arms, _ = tune_arms(

@@ -125,9 +125,11 @@ def code_section(table: dict) -> str:
         f"`examples/code/train.sh`, then `python benchmarks/code_parse.py runs/code-prism --num-functions "
         f"{settings['num_functions']} --seeds {len(table['seeds'])} --forwards {' '.join(map(str, forwards))}` (commit "
         f"`{table['commit']}`, {table['device']}, torch {table['versions']['torch']}): an experiment, not shipped. A "
-        f"small model of short functions of the standard library (at most {settings['longest']} tokens); temperature "
-        f"1, random order; each knob the best of four by what parses, on other functions: {knobs}. Entropy of held-out "
-        f"functions: {table['held_out_entropy']:.2f} nats. 95 % intervals: Wilson's for what parses, else bootstrap "
+        f"small model of short functions of the standard library (at most {settings['longest']} tokens), "
+        f"{settings['steps']['pretraining']} steps of pretraining and {settings['steps']['prism']} of PRISM (by "
+        f"`--max_steps`; the `.args` files say more); temperature 1, random order; each knob the best of four by what "
+        f"parses, on other functions: {knobs}. Entropy of held-out functions: {table['held_out_entropy']:.2f} nats. 95 % "
+        "intervals: Wilson's for what parses, else bootstrap "
         "over functions.",
         "",
     ]

@@ -15,4 +15,4 @@ run() {
 }
 run --args_file examples/code/pretrain.args --tokenizer "$RUNS/code-data/tokenizer" --output_dir "$RUNS/code-mdm"
 run --args_file examples/code/prism.args --base_model "$RUNS/code-mdm" --output_dir "$RUNS/code-prism"
-"$BIN/python" benchmarks/code_parse.py "$RUNS/code-prism" --data "$RUNS/code-data"
+"$BIN/python" benchmarks/code_parse.py "$RUNS/code-prism" --base "$RUNS/code-mdm" --data "$RUNS/code-data"
