@@ -128,9 +128,8 @@ def code_section(table: dict) -> str:
         f"small model of short functions of the standard library (at most {settings['longest']} tokens), "
         f"{settings['steps']['pretraining']} steps of pretraining and {settings['steps']['prism']} of PRISM (by "
         f"`--max_steps`; the `.args` files say more); temperature 1, random order; each knob the best of four by what "
-        f"parses, on other functions: {knobs}. Entropy of held-out functions: {table['held_out_entropy']:.2f} nats. 95 % "
-        "intervals: Wilson's for what parses, else bootstrap "
-        "over functions.",
+        f"parses, on other functions: {knobs}. Entropy of held-out functions: {table['held_out_entropy']:.2f} nats. "
+        "95 % intervals: Wilson's for what parses, else bootstrap over functions.",
         "",
     ]
     head = ["| forwards | rule | parses | tokens as they were | entropy |", "| --- " * 5 + "|"]
