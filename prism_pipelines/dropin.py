@@ -26,6 +26,7 @@ class _Enabled:
     scheduler: object
     handles: list = field(default_factory=list)
     adapter: bool = False
+    former_adapter: str | None = None
     attention_mask: torch.Tensor | None = None
     replaced: type = PrismScheduler
 
@@ -78,9 +79,11 @@ def enable_prism(
     kept = PrismScheduler if head is not None else OURS
     in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
-    enabled = pipe._prism = _Enabled(pipe.scheduler, adapter=adapter is not None)
+    enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapter=hub.active_adapter(model))
     if adapter is not None:
         hub.load_adapter(model, source, ADAPTER, where, adapter)
+        hub.use_adapter(model, ADAPTER)  # all may have been switched off
+        enabled.adapter = True
     default = SelfConfidenceScheduler if head is None else PrismScheduler
     pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
     enabled.replaced = type(pipe.scheduler)
@@ -129,6 +132,7 @@ def disable_prism(pipe) -> None:
         handle.remove()
     if enabled.adapter:
         hub.drop_adapter(pipe.model, ADAPTER)
+        hub.use_adapter(pipe.model, enabled.former_adapter)
     deliver_quality(pipe.scheduler, None)
     deliver_wanted(pipe.scheduler, None)
     if isinstance(pipe.scheduler, (PrismScheduler, enabled.replaced)):

@@ -51,6 +51,7 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         )
     if unknown := sorted(set(facts) - FACTS):
         raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(FACTS)}.")
+    heads.check_scheduler(pipe.scheduler)
     if not pipe.scheduler.needs_quality:
         warnings.warn(
             f"{type(pipe.scheduler).__name__} does not read the quality head, and is saved as what is recommended with "
@@ -144,7 +145,8 @@ def push_head_repo(
             pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
         )
         message = commit_message or "PRISM quality head"
-        return upload(folder, repo_id, private=private, token=token, revision=revision, commit_message=message)
+        target = {"private": private, "token": token, "revision": revision, "commit_message": message}
+        return upload(folder, repo_id, ["adapter_*", "quality_head/*", "scheduler/*"], **target)
 
 
 def push_pipeline(
@@ -174,17 +176,25 @@ def push_pipeline(
             scrub(file, base_model)
         write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, repo_id), facts or {})
         message = commit_message or "PRISM pipeline"
-        return upload(Path(temporary), repo_id, private=private, token=token, revision=revision, commit_message=message)
+        target = {"private": private, "token": token, "revision": revision, "commit_message": message}
+        return upload(Path(temporary), repo_id, ["model/*", "quality_head/*", "scheduler/*", "tokenizer/*"], **target)
 
 
-def upload(folder: Path, repo_id: str, *, private, token, revision, commit_message: str) -> str:
-    """Make a repository if there is none, and commit a folder to it; returns the commit's URL."""
+def upload(folder: Path, repo_id: str, replaces: list[str], *, private, token, revision, commit_message: str) -> str:
+    """Make a repository if there is none, and commit a folder to it; returns the commit's URL.
+
+    What matches a pattern of `replaces` and is not in the folder is deleted there, lest an old adapter be loaded.
+    """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        delete_patterns=replaces,
     ).commit_url
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import schedulers
-from .hub import absence, is_hub_id, read_json
+from .hub import absence, active_adapter, adapters, is_hub_id, read_json
 from .quality_head import QualityHead
 
 
@@ -71,10 +71,46 @@ def scheduler_for(quality_head, has, where: dict):
 
 
 def check_scheduler(scheduler) -> None:
-    """Raise a TypeError for what is no scheduler of ours; None is let through."""
-    if scheduler is not None and not hasattr(scheduler, "needs_quality"):
+    """Raise a TypeError for what is no scheduler of ours."""
+    if not hasattr(scheduler, "needs_quality"):
         names = ", ".join(name for name in schedulers.__all__ if name.endswith("Scheduler"))
         raise TypeError(f"`scheduler` must be one of {names}; got {type(scheduler).__name__}.")
+
+
+def check_adapter(name: str | None, with_adapter: set[str], model) -> None:
+    """Raise a ValueError if the adapter that the head of that name came with is gone from the model."""
+    if name in with_adapter and name not in adapters(model):
+        raise ValueError(
+            f"The adapter of the quality head {name!r} is no longer in the model: another pipeline that shares it has "
+            "unloaded it. Load the head again."
+        )
+
+
+def check_saving(model, folder: Path, names) -> None:
+    """Check that what transformers would save of a model is the model in use, and alone in its folder.
+
+    Args:
+        model: perhaps with adapters.
+        folder: where it will be saved.
+        names: of the heads of the pipeline.
+    Raises:
+        ValueError: there are adapters and all are off, so that one would be saved in place of the model; or the folder
+            holds a whole model where an adapter is saved, or the reverse.
+    """
+    held, active = adapters(model), active_adapter(model)
+    if held and active is None:
+        drop = "pipe.unload_quality_head" if held[0] in names else "pipe.model.delete_adapter"
+        raise ValueError(
+            f"The quality head in use has no adapter, and the model holds {held}, switched off. Drop these first: "
+            f"{drop}({held[0]!r})."
+        )
+    stale = sorted(folder.glob("model*.safetensors*" if active else "adapter_*"))
+    if stale:
+        kinds = ("a whole model", "adapter") if active else ("an adapter", "whole model")
+        raise ValueError(
+            f"{folder} holds {stale[0].name}, {kinds[0]} saved before; beside this pipeline's {kinds[1]} it would be "
+            "loaded again. Save to another folder."
+        )
 
 
 def check_head(quality_head: QualityHead | None, model, revision: str | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -46,9 +47,9 @@ class PrismPipeline(DiffusionPipeline):
     def __init__(self, model, tokenizer=None, quality_head=None, scheduler=None, mdm_spec=None):
         super().__init__()
         spec = resolve_spec(model.config, tokenizer, mdm_spec=mdm_spec)
-        heads.check_scheduler(scheduler)
         if scheduler is None:
             scheduler = MDLMScheduler() if quality_head is None else PrismScheduler()
+        heads.check_scheduler(scheduler)
         heads.check_head(quality_head, model)
         self.register_modules(model=model, tokenizer=tokenizer, quality_head=quality_head, scheduler=scheduler)
         self.register_to_config(mdm_spec=spec.to_dict())
@@ -257,6 +258,7 @@ class PrismPipeline(DiffusionPipeline):
         """
         if self.quality_head is None:
             raise ValueError("`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo).")
+        self._check_adapter()
         if (texts is None) == (input_ids is None):
             raise ValueError("Pass either `texts` or `input_ids` to `score`.")
         source = texts if input_ids is None else input_ids
@@ -294,6 +296,7 @@ class PrismPipeline(DiffusionPipeline):
                 "quality_head=... to from_pretrained or call pipe.load_quality_head(...); or, without a head, use "
                 "scheduler=SelfConfidenceScheduler() (training-free) or MDLMScheduler() (no remasking)."
             )
+        self._check_adapter()
         if self.quality_head is None and return_quality:
             raise ValueError("`return_quality` needs a quality head; this pipeline has none.")
 
@@ -442,9 +445,8 @@ class PrismPipeline(DiffusionPipeline):
         chosen = scheduler or (pipeline.scheduler if ours else None)
         pipe = cls(model, getattr(pipeline, "tokenizer", None), head, chosen, spec)
         hub.check_attention(pipe.denoiser, type(model).__name__)
-        if head is not None:
-            pipe._heads.clear()
-            pipe._heads.update(pipeline._heads)  # under their names, which are those of their adapters
+        if ours and quality_head is None:  # under their names, which are those of their adapters
+            pipe.__dict__["_named_heads"], pipe.__dict__["_tuned"] = dict(pipeline._heads), set(pipeline._with_adapter)
         if quality_head is not None:
             pipe.load_quality_head(quality_head)
             pipe.scheduler = scheduler or heads.scheduler_for(quality_head, pipe.scheduler, {})
@@ -476,11 +478,13 @@ class PrismPipeline(DiffusionPipeline):
             OSError: no head there.
         """
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        heads.check_scheduler(self.scheduler)
         source = heads.head_place(quality_head)
         head = quality_head if source is None else heads.load_head(source, where)
         heads.check_head(head, self.model, getattr(self, "_revision", None))
         if replaces := name in self._heads:  # the scheduler stays, for the new head
             hub.drop_adapter(self.model, name)
+            self._with_adapter.discard(name)
             if self._heads.pop(name) is self.quality_head:
                 self.register_modules(quality_head=None)
         elif source is not None:
@@ -488,6 +492,7 @@ class PrismPipeline(DiffusionPipeline):
         adapter = None if source is None else hub.adapter_subfolder(source, where)
         if adapter is not None:
             hub.load_adapter(self.model, source, name, where, adapter)
+            self._with_adapter.add(name)
         is_first = not self._heads and not replaces
         self._heads[name] = head
         self.set_quality_head(name)
@@ -537,23 +542,26 @@ class PrismPipeline(DiffusionPipeline):
             self.__dict__["_named_heads"] = {} if self.quality_head is None else {"prism": self.quality_head}
         return self.__dict__["_named_heads"]
 
+    @property
+    def _with_adapter(self) -> set[str]:
+        """Names of the heads that came with an adapter."""
+        if "_tuned" not in self.__dict__:
+            self.__dict__["_tuned"] = set(self._heads) & set(hub.adapters(self.model))
+        return self.__dict__["_tuned"]
+
+    def _check_adapter(self, name: str | None = None) -> None:
+        """Raise a ValueError if the adapter of a head, by default the one in use, is gone from the model."""
+        name = name or next((name for name, head in self._heads.items() if head is self.quality_head), None)
+        heads.check_adapter(name, self._with_adapter, self.model)
+
     def _place(self, head: QualityHead) -> QualityHead:
         """The head, on the device of the output head, whose input it reads."""
         return head.to(self.denoiser.forbidden.device)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in diffusers.
-
-        Raises:
-            ValueError: the model holds adapters that the head in use has no part in; transformers would save one of
-                them in place of the model.
-        """
-        if (held := hub.adapters(self.model)) and hub.active_adapter(self.model) is None:
-            raise ValueError(
-                f"The quality head in use has no adapter, and the model holds {held} of other heads, switched off. "
-                f"Drop these first: pipe.unload_quality_head({held[0]!r})."
-            )
-        super().save_pretrained(*args, **kwargs)
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in diffusers; raises what `heads.check_saving` does."""
+        heads.check_saving(self.model, Path(save_directory) / "model", self._heads)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_quality_head(self, name: str) -> None:
         """Switch to a loaded head and its adapter.
@@ -563,7 +571,9 @@ class PrismPipeline(DiffusionPipeline):
         """
         if name not in self._heads:
             raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
-        hub.use_adapter(self.model, name)
+        self._check_adapter(name)
+        if name in hub.adapters(self.model) or hub.active_adapter(self.model) in self._heads:  # a user's own stays
+            hub.use_adapter(self.model, name)
         self.register_modules(quality_head=self._place(self._heads[name]))
 
     def unload_quality_head(self, name: str | None = None) -> None:
@@ -574,14 +584,17 @@ class PrismPipeline(DiffusionPipeline):
         Raises:
             ValueError: no head of that name.
         """
+        heads.check_scheduler(self.scheduler)
         if name is not None and name not in self._heads:
             raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
         for gone in list(self._heads) if name is None else [name]:
             in_use = self._heads.pop(gone) is self.quality_head
             hub.drop_adapter(self.model, gone)
+            self._with_adapter.discard(gone)
             if in_use:
                 self.register_modules(quality_head=None)
-                hub.use_adapter(self.model, gone)  # which is none; PEFT would go on with that of another head
+                if hub.active_adapter(self.model) in self._heads:  # PEFT goes on with one that is left
+                    hub.use_adapter(self.model, None)
         if name is None and self.quality_head is not None:  # one that was set as an attribute
             self.register_modules(quality_head=None)
         if not self._heads and self.quality_head is None and self.scheduler.needs_quality:

@@ -15,7 +15,8 @@ from .functional import ORDERS
 # but among the first three classes all fields of one name are the same.
 SHARED_FIELDS = ("order", "temperature", "top_p", "top_k", "mask_token_id")
 RELATED = ("PrismScheduler", "SelfConfidenceScheduler", "MDLMScheduler")
-OURS = (*RELATED, "ReMDMScheduler", "P2Scheduler", "TokenToMaskScheduler", "TokenCriticScheduler")
+UNRELATED = ("ReMDMScheduler", "P2Scheduler", "TokenToMaskScheduler", "TokenCriticScheduler")
+OURS = RELATED + UNRELATED
 
 
 class SchedulerConfig(ConfigMixin):
@@ -29,13 +30,16 @@ class SchedulerConfig(ConfigMixin):
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """A scheduler from the config of another, or of any that diffusers has; keyword arguments replace fields.
 
-        `PrismScheduler`, `SelfConfidenceScheduler` and `MDLMScheduler` take all fields of each other, other classes of
-        ours those of `SHARED_FIELDS`. `num_remask` given here takes the place of an `eta` there, and the reverse.
+        `PrismScheduler`, `SelfConfidenceScheduler` and `MDLMScheduler` take all fields of each other and of diffusers'
+        own; of any other class a scheduler takes those of `SHARED_FIELDS`. `num_remask` given here takes the place of
+        an `eta` there, and the reverse.
         """
         if isinstance(config, Mapping):
             source, names = config.get("_class_name"), cls._get_init_keys(cls)
-            if source in OURS and source != cls.__name__ and not {source, cls.__name__} <= set(RELATED):
-                config = {name: config[name] for name in SHARED_FIELDS if name in config}
+            kin = next((base.__name__ for base in cls.__mro__ if base.__name__ in OURS), None)  # of a user's subclass
+            takes_all = source in (None, kin, cls.__name__) or (kin in RELATED and source not in UNRELATED)
+            if not takes_all:
+                config = {name: config[name] for name in SHARED_FIELDS if name in config and name in names}
             replaced = {"num_remask": {"eta": None, "eta_schedule": "constant"}, "eta": {"num_remask": None}}
             for name, others in replaced.items():
                 if kwargs.get(name) is not None:

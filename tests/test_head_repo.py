@@ -109,6 +109,16 @@ def test_a_whole_pipeline_goes_to_the_hub_and_back(hub, base):
     assert torch.equal(generate(again), generate(pipe)) and again.scheduler.config.num_remask == 3
 
 
+@pytest.mark.parametrize("what", ["head", "pipeline"])
+def test_a_push_takes_away_what_an_earlier_one_left(hub, base, what):
+    trained(base).push_to_hub(HEAD, what=what, base_model=BASE)
+    pipe = trained(base, lora=False)
+    pipe.push_to_hub(HEAD, what=what, base_model=BASE)
+    assert not any("adapter" in name for name in hub.files(HEAD))
+    again = PrismPipeline.from_pretrained(HEAD)
+    assert torch.equal(again.score(input_ids=IDS)[0], pipe.score(input_ids=IDS)[0])
+
+
 @pytest.mark.filterwarnings("error::UserWarning:prism_pipelines")
 def test_a_whole_pipeline_under_a_new_name_loads_in_every_dtype(hub, base):
     pipe = trained(base, lora=False)

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_pipeline import seeded, twin
 
 from prism_pipelines import (
@@ -33,8 +34,9 @@ def save_base(folder):
 
 def save_head(folder, base, seed, **scheduler):
     """A head repository as the design lays it out: PEFT adapter at the root, quality_head/, scheduler/."""
+    model = twin()
     torch.manual_seed(seed)
-    model = get_peft_model(twin(), LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     QualityHead(32, "mlp", base_model=base).save_pretrained(folder / "quality_head")
@@ -194,7 +196,7 @@ def test_a_head_without_an_adapter_is_not_saved_with_that_of_another(repos, tmp_
     save_head_repo(pipe, tmp_path / "repo", base_model=base)
     assert not (tmp_path / "repo" / "adapter_model.safetensors").exists()
     assert torch.equal(PrismPipeline.from_pretrained(tmp_path / "repo").score(input_ids=ids)[0], score)
-    with pytest.raises(ValueError, match=r"holds \['prism'\].*switched off.*unload_quality_head\('prism'\)"):
+    with pytest.raises(ValueError, match=r"holds \['prism'\], switched off.*unload_quality_head\('prism'\)"):
         pipe.save_pretrained(tmp_path / "saved")
     pipe.unload_quality_head("prism")
     pipe.save_pretrained(tmp_path / "saved")
@@ -273,6 +275,96 @@ def test_heads_out_of_use_follow_the_model_to_its_device(repos, tmp_path):
     idle.to = lambda device: moved.append(device) or idle
     pipe.set_quality_head("prism")
     assert moved == [pipe.device]
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(repos, tmp_path):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base)
+    pipe.model.requires_grad_(True)
+    ids = torch.full((1, 6), 2)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    weights = load_file(file)
+    renamed = {key.replace("layer.1.", "layer.7."): value for key, value in weights.items()}
+    cut = {key: value[:2] if "lora_A" in key else value for key, value in weights.items()}
+    with torch.no_grad():
+        before = pipe.model(ids).logits
+    for broken, error in ((renamed, ValueError), (cut, RuntimeError)):
+        save_file({key: value.contiguous() for key, value in broken.items()}, file)
+        with pytest.raises(error, match=r"does not fit|size mismatch|ize"):
+            pipe.load_quality_head(second)
+        with torch.no_grad():
+            assert torch.equal(pipe.model(ids).logits, before)
+        assert adapters(pipe.model) == [] and pipe.quality_head is None
+    pipe.load_quality_head(first)
+    with pytest.warns(UserWarning, match="MDLMScheduler"):
+        pipe.unload_quality_head()
+    assert all(value.requires_grad for value in pipe.model.parameters())
+
+
+@pytest.mark.parametrize("more", [{"bias": "all"}, {"modules_to_save": ["dense"]}, {"use_dora": True}])
+def test_an_adapter_that_is_more_than_lora_is_refused_by_name(repos, tmp_path, more):
+    base, first, _ = repos
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    with pytest.raises(ValueError, match=rf"{next(iter(more))}=.*plain LoRA"):
+        PrismPipeline.from_pretrained(base, quality_head=first)
+
+
+def test_a_save_over_one_of_another_kind_is_refused(repos, tmp_path):
+    base, first, _ = repos
+    plain, tuned = PrismPipeline.from_pretrained(base), PrismPipeline.from_pretrained(base, quality_head=first)
+    plain.save_pretrained(tmp_path / "plain")
+    tuned.save_pretrained(tmp_path / "tuned")
+    for pipe, folder, words in ((tuned, "plain", "a whole model saved"), (plain, "tuned", "an adapter saved")):
+        with pytest.raises(ValueError, match=rf"{words} before.*another folder"):
+            pipe.save_pretrained(tmp_path / folder)
+    plain.save_pretrained(tmp_path / "plain")
+    tuned.save_pretrained(save_directory=tmp_path / "tuned")
+
+
+def test_a_users_own_adapter_stays_as_it_was(repos):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base)
+    pipe.model.load_adapter(second, adapter_name="mine")
+    ids = torch.full((1, 6), 2)
+    with torch.no_grad():
+        before = pipe.model(ids).logits
+        pipe.load_quality_head(QualityHead(32))
+        assert torch.equal(pipe.model(ids).logits, before)
+        pipe.load_quality_head(first)
+        assert not torch.equal(pipe.model(ids).logits, before)
+        with pytest.warns(UserWarning, match="MDLMScheduler"):
+            pipe.unload_quality_head()
+        assert torch.equal(pipe.model(ids).logits, before) and adapters(pipe.model) == ["mine"]
+
+
+def test_a_head_whose_adapter_another_pipeline_took_away_is_not_used(repos):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=first)
+    pipe.load_quality_head(second, name="other")
+    shared = PrismPipeline.from_pipe(pipe)
+    shared.unload_quality_head("prism")
+    with pytest.raises(ValueError, match=r"adapter of the quality head 'prism' is no longer"):
+        pipe.set_quality_head("prism")
+    shared.unload_quality_head("other")
+    with pytest.raises(ValueError, match=r"adapter of the quality head 'other' is no longer"):
+        pipe.score(input_ids=torch.full((1, 6), 2))
+
+
+def test_enable_prism_uses_its_adapter_also_where_others_are_switched_off(repos, tmp_path):
+    base, first, second = repos
+    pipe = PrismPipeline.from_pretrained(base, quality_head=second)
+    pipe.load_quality_head(second, name="other")
+    pipe.unload_quality_head("prism")
+    pipe.load_quality_head(plain_head(tmp_path / "plain", base), name="plain")
+    other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=sudoku_tokenizer())
+    ids = torch.full((1, 6), 2)
+    with torch.no_grad():
+        before = pipe.model(ids).logits
+        enable_prism(other, first)
+        assert torch.equal(pipe.model(ids).logits, PrismPipeline.from_pretrained(first).model(ids).logits)
+        disable_prism(other)
+        assert torch.equal(pipe.model(ids).logits, before)
 
 
 def test_an_offloaded_model_gives_the_same_tokens(repos):

@@ -747,6 +747,19 @@ def test_another_rule_takes_from_a_config_only_what_means_the_same(kind, source,
     assert json.loads((tmp_path / "made" / "scheduler_config.json").read_text())["_class_name"] == kind.__name__
 
 
+def test_a_subclass_takes_all_fields_and_a_foreign_threshold_is_not_one_of_ours():
+    from diffusers import BlockRefinementScheduler
+
+    class Mine(PrismScheduler):
+        pass
+
+    made = Mine.from_config(PrismScheduler(num_remask=5, threshold=0.7).config)
+    assert made.config.num_remask == 5 and PrismScheduler.from_config(made.config).config.num_remask == 5
+    theirs = dict(BlockRefinementScheduler(threshold=0.8).config) | {"_class_name": "BlockRefinementScheduler"}
+    assert TokenToMaskScheduler.from_config(theirs).config.threshold == 0.5
+    assert PrismScheduler.from_config(theirs).config.threshold == 0.8
+
+
 @pytest.mark.parametrize("kind", [PrismScheduler, SelfConfidenceScheduler])
 def test_an_amount_given_takes_the_place_of_the_other_in_the_config(kind):
     by_eta = PrismScheduler(eta=0.3, eta_schedule="inverse", eta_reference_steps=64, temperature=0.5)
