@@ -35,9 +35,10 @@ What was measured here; anyone can measure it again. This page is written by `ma
 MISSING = """## Not measured yet
 
 MAUVE and perplexity under a large judge (no such model could be loaded here), other seeds of training; Sudoku on
-1,000 puzzles and several seeds; code by a model that was trained in full. Prepared and resumable, but without a
-committed table: 128 and 256 forwards in `benchmarks/text.py`, further fine-tunes of `benchmarks/ablations.py`. `prism
-eval compare` runs any of these arms on any model.
+1,000 puzzles and several seeds; code by a model that was trained in full: with the few steps of the one above hardly a
+function parses under any rule, so its table shows that the experiment runs, and not which rule is better. Prepared and
+resumable, but without a committed table: 128 and 256 forwards in `benchmarks/text.py`, further fine-tunes of
+`benchmarks/ablations.py`. `prism eval compare` runs any of these arms on any model.
 """
 
 
