@@ -143,7 +143,7 @@ the rows of one mask ratio; "all" also rewards knowing how much is masked.
 
 ## Limits
 
-About an hour of training on a single author: words and lines look right, sentences mean nothing. Names and
+Little more than an hour of training on a single author: words and lines look right, sentences mean nothing. Names and
 attitudes are those of the plays. At most {LENGTH} bytes.
 """
 
