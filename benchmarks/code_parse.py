@@ -27,7 +27,7 @@ import torch
 from shared import ROOT, origin  # beside this file
 
 from prism_pipelines import PrismPipeline
-from prism_pipelines.evaluation import fingerprint, run_comparison, tune_arms
+from prism_pipelines.evaluation import fingerprint, run_comparison, tune_arms, unigram_entropy
 
 SPAN, LONGEST, CHOOSE_STEPS, CHOOSE_SEED = 0.3, 128, 32, 40_000
 ETA = [0.03, 0.1, 0.3, 0.5]
@@ -58,18 +58,12 @@ def masked(ids: list[int], kind: str, mask_id: int, rng) -> list[int]:
     return ids[:start] + [mask_id] * length + ids[start + length :]
 
 
-def entropy(ids: list[int]) -> float:
-    """Entropy of the distribution of tokens, nats."""
-    share = np.unique(ids, return_counts=True)[1] / max(1, len(ids))
-    return float(-(share * np.log(share)).sum())
-
-
 def writing(rows: list[list[int]], kind: str, batch_size: int):
     """Writing or filling functions as a task of `run_comparison`; lists of one value a function."""
 
     def task(pipe, steps: int, seed: int) -> dict:
-        rng, end, found = np.random.default_rng(seed), pipe.tokenizer.eos_token_id, {"parse": [], "right": []}
-        found["entropy"] = []
+        rng, end = np.random.default_rng(seed), pipe.tokenizer.eos_token_id
+        found = {"parse": [], "right": [], "entropy": []}
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
@@ -87,7 +81,7 @@ def writing(rows: list[list[int]], kind: str, batch_size: int):
                 places = [j for j in range(len(row)) if ids[i, j] == pipe.mask_token_id]
                 found["parse"].append(is_function(pipe.tokenizer.decode(code)))
                 found["right"].append(float(np.mean([written[j] == row[j] for j in places])))
-                found["entropy"].append(entropy(code))
+                found["entropy"].append(unigram_entropy([code]) if code else 0.0)
         return found
 
     return task
@@ -156,7 +150,7 @@ def main(argv=None) -> int:
             reference="PRISM",
         )
         result[kind] = {name: found[name] for name in ("rows", "pairs")}
-    result["held_out_entropy"] = float(np.mean([entropy(row[:-1]) for row in tested]))
+    result["held_out_entropy"] = unigram_entropy([row[:-1] for row in tested])
     args.table.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(json.dumps(result))
     return 0

@@ -554,6 +554,11 @@ class PrismPipeline(DiffusionPipeline):
         name = name or next((name for name, head in self._heads.items() if head is self.quality_head), None)
         heads.check_adapter(name, self._with_adapter, self.model)
 
+    def _use_adapter(self, name: str | None) -> None:
+        """Make the adapter of a head the active one, or none; a user's own stays beside a head without one."""
+        if name in hub.adapters(self.model) or hub.active_adapter(self.model) in self._heads:
+            hub.use_adapter(self.model, name)
+
     def _place(self, head: QualityHead) -> QualityHead:
         """The head, on the device of the output head, whose input it reads."""
         return head.to(self.denoiser.forbidden.device)
@@ -572,8 +577,7 @@ class PrismPipeline(DiffusionPipeline):
         if name not in self._heads:
             raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
         self._check_adapter(name)
-        if name in hub.adapters(self.model) or hub.active_adapter(self.model) in self._heads:  # a user's own stays
-            hub.use_adapter(self.model, name)
+        self._use_adapter(name)
         self.register_modules(quality_head=self._place(self._heads[name]))
 
     def unload_quality_head(self, name: str | None = None) -> None:
@@ -593,8 +597,7 @@ class PrismPipeline(DiffusionPipeline):
             self._with_adapter.discard(gone)
             if in_use:
                 self.register_modules(quality_head=None)
-                if hub.active_adapter(self.model) in self._heads:  # PEFT goes on with one that is left
-                    hub.use_adapter(self.model, None)
+                self._use_adapter(None)  # PEFT goes on with one that is left
         if name is None and self.quality_head is not None:  # one that was set as an attribute
             self.register_modules(quality_head=None)
         if not self._heads and self.quality_head is None and self.scheduler.needs_quality:

@@ -224,10 +224,10 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
     states = {}
     for number in np.unique(blanks):
         rows, steps = np.flatnonzero(blanks == number), math.ceil(int(number) / num_revealed)
+        found = states[81 - int(number)] = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            scored = _scored_states(pipe, puzzles[batch], solutions[batch], steps, seed)
-            states.setdefault(81 - int(number), []).extend(scored)
+            found += _scored_states(pipe, puzzles[batch], solutions[batch], steps, seed)
     states = {clues: found for clues, found in states.items() if found}
     if not states:
         raise ValueError(f"No puzzle has more than `num_revealed` = {num_revealed} blanks, so no partial grid arises.")
