@@ -182,15 +182,10 @@ def set_scheduler(pipe, args) -> None:
 
     rules = {"prism": PrismScheduler, "mdlm": MDLMScheduler, "self-confidence": SelfConfidenceScheduler}
     rule = rules[args.scheduler] if args.scheduler else type(pipe.scheduler)
-    has = pipe.scheduler.config
-    settings = {name: has[name] for name in rule().config if name in has and not name.startswith("_")}
-    if args.temperature is not None:
-        settings["temperature"] = args.temperature
-    if args.num_remask is not None:
-        if "num_remask" not in rule().config:
-            raise ValueError("--num-remask has no meaning with a rule that never remasks (mdlm)")
-        settings |= {"num_remask": args.num_remask, "eta": None, "eta_schedule": "constant"}
-    pipe.scheduler = rule(**settings)
+    if args.num_remask is not None and "num_remask" not in rule().config:
+        raise ValueError("--num-remask has no meaning with a rule that never remasks (mdlm)")
+    wanted = {name: getattr(args, name) for name in ("temperature", "num_remask") if getattr(args, name) is not None}
+    pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
 
 
 def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[Outcome], list]:
@@ -334,6 +329,7 @@ def comparison(pipe, num_remask: dict[str, int], temperature: float) -> dict:
 
 def _run_compare(pipe, puzzles, args, console) -> int:
     from .evaluation import evaluate_sudoku, pipeline_solver
+    from .schedulers.arguments import own_fields
 
     if puzzles is None:
         puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, COMPARE_SEED + args.seed)
@@ -346,7 +342,7 @@ def _run_compare(pipe, puzzles, args, console) -> int:
         for name, scheduler in rules.items():
             pipe.scheduler = scheduler
             # A loop adds forwards of its own; every rule gets the same number in all.
-            steps = max(1, args.steps - scheduler.config.get("loop_steps", 0))
+            steps = max(1, args.steps - own_fields(scheduler).get("loop_steps", 0))
             done = len(rows) * len(puzzles)
             score = evaluate_sudoku(
                 pipeline_solver(pipe, steps, args.seed),

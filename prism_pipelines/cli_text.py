@@ -84,9 +84,8 @@ def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
 
     rules = {"prism": PrismScheduler, "mdlm": MDLMScheduler, "self-confidence": SelfConfidenceScheduler}
     rule = rules[name] if name else type(pipe.scheduler)
-    has = pipe.scheduler.config
-    settings = {key: has[key] for key in rule().config if key in has and not key.startswith("_")}
-    pipe.scheduler = rule(**settings | ({} if temperature is None else {"temperature": temperature}))
+    wanted = {} if temperature is None else {"temperature": temperature}
+    pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
 
 
 def room(pipe, prompt: str | None, gen_length: int | None) -> int:
@@ -95,11 +94,11 @@ def room(pipe, prompt: str | None, gen_length: int | None) -> int:
     Raises:
         ValueError: nothing fits.
     """
-    from . import hub
+    from . import checks
 
     if gen_length is not None:
         return gen_length
-    limit = min(hub.max_length(pipe.model.config) or 256, 256)
+    limit = min(checks.max_length(pipe.model.config) or 256, 256)
     used = len(pipe.tokenizer(prompt).input_ids) if prompt else 0
     if used >= limit:
         raise ValueError(f"PROMPT has {used} tokens, and the model takes {limit} in all: shorten it.")

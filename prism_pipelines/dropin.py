@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import heads, hub
+from . import adapters, heads
 from .quality_head import QualityHead
 from .schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
 from .schedulers.dropin import deliver_quality, deliver_wanted
@@ -72,17 +72,17 @@ def enable_prism(
     if head is not None:
         _check_head(head, model, output_head)
     if source is not None and not getattr(getattr(pipe, "_prism", None), "adapter", False):
-        hub.refuse_taken(model, ADAPTER)
+        adapters.refuse_taken(model, ADAPTER)
     recommended = None if source is None else heads.load_scheduler(source, where)
-    adapter = None if source is None else hub.adapter_subfolder(source, where)
+    adapter = None if source is None else adapters.adapter_subfolder(source, where)
 
     kept = PrismScheduler if head is not None else OURS
     in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
-    enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapter=hub.active_adapter(model))
+    enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapter=adapters.active_adapter(model))
     if adapter is not None:
-        hub.load_adapter(model, source, ADAPTER, where, adapter)
-        hub.use_adapter(model, ADAPTER)  # all may have been switched off
+        adapters.load_adapter(model, source, ADAPTER, where, adapter)
+        adapters.use_adapter(model, ADAPTER)  # all may have been switched off
         enabled.adapter = True
     default = SelfConfidenceScheduler if head is None else PrismScheduler
     pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
@@ -131,8 +131,8 @@ def disable_prism(pipe) -> None:
     for handle in enabled.handles:
         handle.remove()
     if enabled.adapter:
-        hub.drop_adapter(pipe.model, ADAPTER)
-        hub.use_adapter(pipe.model, enabled.former_adapter)
+        adapters.drop_adapter(pipe.model, ADAPTER)
+        adapters.use_adapter(pipe.model, enabled.former_adapter)
     deliver_quality(pipe.scheduler, None)
     deliver_wanted(pipe.scheduler, None)
     if isinstance(pipe.scheduler, (PrismScheduler, enabled.replaced)):

@@ -290,7 +290,7 @@ def generate_many(
 
 
 def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
-    from .hub import max_length
+    from .checks import max_length
 
     limit, skipped = max_length(pipe.model.config), {}
     for i, length in enumerate(lengths):
@@ -395,23 +395,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the repository")
 
 
-AMOUNTS = {"eta", "num_remask"}  # one in place of the other
-
-
 def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     """Give a pipeline the scheduler of that name, or its own, with some fields changed.
 
     Args:
         name: a class of `prism_pipelines.schedulers`; None to keep the pipeline's.
-        fields: JSON object of its fields, or None. Of the same class the others stay as the pipeline has them, of
-            another those that mean the same everywhere (`SHARED_FIELDS`).
+        fields: JSON object of its fields, or None. The others stay as `from_config` of that class takes them over.
     Raises:
         ValueError: an unknown name or field, or no JSON object.
     """
     import inspect
 
     from . import schedulers
-    from .schedulers.arguments import SHARED_FIELDS
 
     names = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
     if name is not None and name not in names:
@@ -426,11 +421,7 @@ def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
     known = set(inspect.signature(kind).parameters)
     if unknown := sorted(set(changed) - known):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    stays = known if kind is type(pipe.scheduler) else known.intersection(SHARED_FIELDS)
-    if not AMOUNTS.isdisjoint(changed):
-        stays = stays - AMOUNTS
-    kept = {key: value for key, value in pipe.scheduler.config.items() if key in stays}
-    pipe.scheduler = kind(**(kept | changed))
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changed)
 
 
 def run(args: argparse.Namespace) -> int:

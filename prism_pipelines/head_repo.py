@@ -11,11 +11,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi
 
-from . import heads, hub
+from . import adapters, checks, heads
+from .repo_files import is_hub_id
+from .schedulers.arguments import own_fields
 
 CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
 FACTS = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
-SETTINGS_LEFT_OUT = ("_class_name", "_diffusers_version")
 
 
 def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
@@ -79,7 +80,7 @@ def write_card(folder: Path, card: str, facts: dict) -> None:
 
 def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
     """Write the active adapter as PEFT does, and return its rank; None if there is none."""
-    active = hub.active_adapter(pipe.model)
+    active = adapters.active_adapter(pipe.model)
     if active is None:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / name).unlink(missing_ok=True)
@@ -101,7 +102,7 @@ def scrub(file: Path, base_model: str | None) -> None:
     content = json.loads(file.read_text())
     named = [key for key in ("_name_or_path", "name_or_path") if key in content]
     based = [key for key in ("base_model", "base_model_name_or_path") if content.get(key)]
-    values = {key: base_model for key in based if not hub.is_hub_id(content[key])}
+    values = {key: base_model for key in based if not is_hub_id(content[key])}
     if named or values:
         content = {key: value for key, value in content.items() if key not in named} | values
         file.write_text(json.dumps(content, indent=2) + "\n")
@@ -135,7 +136,7 @@ def push_head_repo(
         ValueError: the base model is a folder here, or what `save_head_repo` raises.
     """
     base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
-    if base_model and not hub.is_hub_id(base_model):
+    if base_model and not is_hub_id(base_model):
         raise ValueError(
             f"The base model of this head is {base_model!r}, which is no id on the Hub (owner/name), so nobody else "
             "could load it. Push the base model first, and pass its id as `base_model`."
@@ -159,9 +160,9 @@ def push_pipeline(
     Raises:
         ValueError: it has an adapter, and the base model is a folder here.
     """
-    if hub.adapters(pipe.model):
+    if adapters.adapter_names(pipe.model):
         base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
-        if not base_model or not hub.is_hub_id(base_model):
+        if not base_model or not is_hub_id(base_model):
             raise ValueError(
                 f"This pipeline has a LoRA adapter, and its base model {base_model!r} is no id on the Hub. "
                 "Pass `base_model`, or merge the adapter into the weights first."
@@ -206,7 +207,7 @@ def model_card(
 ) -> str:
     """README.md of a head's repository; what is not known is left out."""
     kind = pipe.quality_head.config.architecture
-    name = base_model if hub.is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
+    name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
     at = f" at revision `{base_revision}`" if base_revision else ""
     adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
     use = usage(pipe, repo_id)
@@ -247,7 +248,7 @@ def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None
 def header(library: str, base_model: str | None, tags: list[str], facts: dict) -> str:
     """The YAML block of a card, between its lines of dashes."""
     values = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*CARD_TAGS, *tags]}
-    if hub.is_hub_id(base_model):
+    if is_hub_id(base_model):
         values["base_model"] = base_model
     if "license" in facts:
         values["license"] = facts["license"]
@@ -277,7 +278,7 @@ def training(facts: dict) -> list[str]:
 
 def usage(pipe, repo_id: str | None) -> str:
     """How a reader loads the repository and generates with it; runs as it stands, in the folder if it has no id."""
-    length = min(32, hub.max_length(pipe.model.config) or 32)
+    length = min(32, checks.max_length(pipe.model.config) or 32)
     what, shown = "num_samples=1, ", "out.texts[0]"
     if pipe.tokenizer is None:
         shown = "out.sequences[0]"
@@ -316,11 +317,7 @@ def adapter_usage(pipe, base_model: str, repo_id: str | None) -> str:
 
 def settings(scheduler) -> str:
     """The scheduler's settings that differ from the defaults of its class."""
-    plain = type(scheduler)().config
-    changed = {
-        key: value
-        for key, value in scheduler.config.items()
-        if key not in SETTINGS_LEFT_OUT and not key.startswith("_") and value != plain.get(key)
-    }
+    plain = own_fields(type(scheduler)())
+    changed = {key: value for key, value in own_fields(scheduler).items() if value != plain[key]}
     words = ", ".join(f"{key}={value!r}" for key, value in sorted(changed.items()))
     return f"`{type(scheduler).__name__}({words})`, loaded with the head."

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from . import schedulers
-from .hub import absence, active_adapter, adapters, is_hub_id, read_json
+from .adapters import active_adapter, adapter_names
 from .quality_head import QualityHead
+from .repo_files import absence, is_hub_id, read_json
 
 
 def head_config(path: str, where: dict) -> dict | None:
@@ -79,7 +80,7 @@ def check_scheduler(scheduler) -> None:
 
 def check_adapter(name: str | None, with_adapter: set[str], model) -> None:
     """Raise a ValueError if the adapter that the head of that name came with is gone from the model."""
-    if name in with_adapter and name not in adapters(model):
+    if name in with_adapter and name not in adapter_names(model):
         raise ValueError(
             f"The adapter of the quality head {name!r} is no longer in the model: another pipeline that shares it has "
             "unloaded it. Load the head again."
@@ -97,7 +98,7 @@ def check_saving(model, folder: Path, names) -> None:
         ValueError: there are adapters and all are off, so that one would be saved in place of the model; or the folder
             holds a whole model where an adapter is saved, or the reverse.
     """
-    held, active = adapters(model), active_adapter(model)
+    held, active = adapter_names(model), active_adapter(model)
     if held and active is None:
         drop = "pipe.unload_quality_head" if held[0] in names else "pipe.model.delete_adapter"
         raise ValueError(

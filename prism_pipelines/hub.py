@@ -1,72 +1,27 @@
-"""Where backbones and their adapters come from, and what is refused because it would not work."""
+"""Backbones out of folders and repositories of the Hub, and what is refused because it would not work."""
 
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import transformers
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter
 
-from .denoiser import MaskedDenoiser
+from .adapters import load_adapter
+from .checks import check_rope
 from .families import FAMILIES, MDMSpec, as_spec, family_of, resolve_spec
 from .mdlm import load_mdlm
+from .repo_files import absence, fetch_file, inside, out_of_reach, read_json
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
 UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-def fetch_file(path: str, name: str, where: dict) -> str | None:
-    """Local path of a file of a folder or Hub repository, or None if it has no such file.
-
-    Raises:
-        OSError: no such repository, or the Hub cannot be reached and nothing is known about the file.
-    """
-    if Path(path).is_dir():
-        file = Path(path) / name
-        return str(file) if file.is_file() else None
-    try:
-        return hf_hub_download(path, name, **where)
-    except LocalEntryNotFoundError as error:
-        known = try_to_load_from_cache(path, name, cache_dir=where.get("cache_dir"), revision=where.get("revision"))
-        if where.get("local_files_only") or is_offline_mode() or known is _CACHED_NO_EXIST:
-            return None
-        raise OSError(f"The Hub cannot be reached, and {name} of {path!r} was not downloaded before.") from error
-    except EntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise OSError(f"{path!r} is neither a folder here nor an id on the Hub (owner/name).") from error
-
-
-def read_json(path: str, name: str, where: dict) -> dict | None:
-    """A JSON file of a folder or Hub repository, or None if it has no such file."""
-    file = fetch_file(path, name, where)
-    return None if file is None else json.loads(Path(file).read_text())
-
-
-def out_of_reach(path: str, name: str, where: dict) -> bool:
-    """Is a file of the Hub unknown to the cache while nothing may be fetched?"""
-    if Path(path).is_dir() or not (where.get("local_files_only") or is_offline_mode()):
-        return False
-    known = try_to_load_from_cache(path, name, cache_dir=where.get("cache_dir"), revision=where.get("revision"))
-    return known is None
-
-
-def absence(path: str, name: str, where: dict) -> str:
-    """That a file is not there, in words: the repository lacks it, or it is not in the cache and may not be fetched."""
-    if not out_of_reach(path, name, where):
-        return f"{path!r} has no {name}"
-    why = "local_files_only=True" if where.get("local_files_only") else "HF_HUB_OFFLINE"
-    return f"{name} of {path!r} was not downloaded before, and {why} forbids to fetch it now"
 
 
 def spec_of_index(index: dict, path: str) -> dict:
@@ -81,14 +36,6 @@ def spec_of_index(index: dict, path: str) -> dict:
             "own class, and go on with PrismPipeline.from_pipe; or name the folder of its model."
         )
     return index["mdm_spec"]
-
-
-def inside(subfolder: str | None, name: str) -> str:
-    """Path of a file inside a repository."""
-    return f"{subfolder}/{name}" if subfolder else name
-
-
-# --- backbones --------------------------------------------------------------------------------------------------------
 
 
 def load_plain(
@@ -423,188 +370,3 @@ def rows_of(key: str, path: str, subfolder: str, where: dict) -> int | None:
         return None
     with safe_open(file, "pt") as weights:
         return weights.get_slice(key).get_shape()[0] if key in weights.keys() else None  # noqa: SIM118
-
-
-def check_rope(model, name: str) -> None:
-    """Raise a ValueError if a rotary embedding's frequencies are not those of its config.
-
-    Some remote code leaves them uninitialised under transformers 5, and the model then writes garbage in silence.
-    """
-    for buffer_name, buffer in model.named_buffers():
-        if buffer_name.endswith("inv_freq") and buffer.numel():
-            values = buffer.float()
-            sane = values.isfinite().all() and (values > 0).all() and (values <= 1.0001).all()
-            if not sane or (values.diff() > 0).any():
-                raise ValueError(
-                    f"The rotary frequencies of {name!r} ({buffer_name}) are not initialised: its code does not fit "
-                    f"transformers {transformers.__version__}."
-                )
-
-
-def max_length(config) -> int | None:
-    """The most tokens a model takes, or None if its config does not say.
-
-    RoBERTa-like models and ESM count positions from pad_token_id + 1, so they take fewer than they have embeddings.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and ("roberta" in config.model_type or config.model_type == "esm"):
-        limit -= (config.pad_token_id or 0) + 1
-    return limit
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-# Fields of an adapter's config by which it is more than LoRA.
-MORE_THAN_LORA = ("bias", "modules_to_save", "trainable_token_indices", "use_dora")
-NOTHING = ("none", None, False, [], {})
-
-
-def adapters(model) -> list[str]:
-    """Names of the PEFT adapters in a model."""
-    return sorted(model.peft_config) if getattr(model, "_hf_peft_config_loaded", False) else []
-
-
-def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") -> None:
-    """Put the LoRA adapter of a folder or repository into a model, as transformers' `load_adapter`; or change nothing.
-
-    Raises:
-        OSError: its weights are not safetensors.
-        ValueError: it is more than LoRA, or its weights are not those that its config speaks of in this model.
-    """
-    if fetch_file(path, inside(subfolder, "adapter_model.safetensors"), where) is None:
-        raise OSError(f"The adapter of {path!r} has no {inside(subfolder, 'adapter_model.safetensors')}.")
-    config = read_json(path, inside(subfolder, "adapter_config.json"), where)
-    if more := [f"{key}={config[key]!r}" for key in MORE_THAN_LORA if config.get(key, "none") not in NOTHING]:
-        raise ValueError(
-            f"The adapter of {path!r} has {', '.join(more)}. What that changes cannot be switched off or taken out "
-            "again, so only plain LoRA is supported."
-        )
-    if "_before_adapters" not in vars(model) and _tuned_layer(model) is None:
-        trainable = {key for key, value in model.named_parameters() if value.requires_grad}
-        model._before_adapters = (getattr(model, "_weight_conversions", None), trainable)
-    keys = {key: value for key, value in where.items() if value is not None}
-    keys |= {"subfolder": subfolder} if subfolder else {}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
-            info = model.load_adapter(path, adapter_name=name, adapter_kwargs=keys)
-        # transformers also names those of the adapters that were there before.
-        lost = [key for key in info.missing_keys if f".{name}." in key] + list(info.unexpected_keys)
-        if lost:
-            raise ValueError(
-                f"The adapter of {path!r} does not fit {type(model).__name__}: {len(lost)} weights are missing or have "
-                f"no place, such as {sorted(lost)[:3]}."
-            )
-    except BaseException:
-        drop_adapter(model, name)
-        raise
-    model.eval()
-
-
-def adapter_subfolder(path: str, where: dict) -> str | None:
-    """Where the LoRA adapter of a head lies: "" in the head's own repository, "model" in a saved pipeline; or None."""
-    places = ("", "model")
-    return next((p for p in places if read_json(path, inside(p, "adapter_config.json"), where) is not None), None)
-
-
-def _tuned_layer(model):
-    """A layer of a model that PEFT has wrapped, or None."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-
-
-def active_adapter(model) -> str | None:
-    """Name of the adapter that takes part in a forward; None if there is none, or all are switched off."""
-    layer = _tuned_layer(model)
-    return None if layer is None or layer.disable_adapters else next(iter(layer.active_adapters), None)
-
-
-def refuse_taken(model, name: str) -> None:
-    """Raise a ValueError if there is an adapter of that name: a head that is loaded now was not trained on it."""
-    if name in adapters(model):
-        raise ValueError(
-            f"The model has an adapter called {name!r} already, perhaps of another pipeline that shares the model. "
-            "Remove it first: pipe.unload_quality_head(), or disable_prism(pipe), there; or pass another `name`."
-        )
-
-
-def use_adapter(model, name: str | None) -> None:
-    """Make the adapter of that name the active one; none if there is no such adapter."""
-    if name in adapters(model):
-        model.enable_adapters()
-        model.set_adapter(name)
-    elif adapters(model):
-        model.disable_adapters()
-
-
-def drop_adapter(model, name: str) -> None:
-    """Remove the adapter of that name, if there is one; after the last, the model is as if there had been none.
-
-    transformers leaves PEFT's wrappers in place, and the names that weights have under them: saved like that, no weight
-    would be found again.
-    """
-    if name not in (getattr(model, "peft_config", None) or {}):
-        return
-    model._hf_peft_config_loaded = True  # not yet, where loading failed halfway
-    model.delete_adapter(name)
-    if adapters(model):
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                setattr(parent, child_name, child.get_base_layer())
-    conversions, trainable = vars(model).pop("_before_adapters", (None, ()))
-    model._weight_conversions = conversions  # None: transformers finds them again
-    for key, value in model.named_parameters():
-        value.requires_grad_(key in trainable)
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Does a name look like owner/name on the Hub, and not like a path?"""
-    return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
-# --- probes -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) -> bool:
-    """Does the last token influence the first position, among `length` tokens, by more than `noise`?
-
-    Two sequences that differ in their last token alone are compared at the hidden state of their first position, by its
-    largest change relative to its largest entry. Each has a forward of its own: rows of a batch differ by rounding.
-    """
-    device = denoiser.forbidden.device
-    allowed = (~denoiser.forbidden).nonzero().flatten()
-    first, other = int(allowed[0]), int(allowed[-1])
-    ids = torch.full((2, length), first, device=device)
-    ids[:, :-1:2] = denoiser.spec.mask_token_id
-    ids[1, -1] = other
-    one, two = (denoiser.hidden(row[None])[0, 0].float() for row in ids)
-    return bool((one - two).abs().max() > noise * one.abs().max())
-
-
-def is_causal_class(model) -> bool:
-    """Is it a class of transformers that is causal unless its mask or its config says otherwise?"""
-    kind = type(model)
-    return kind.__module__.startswith("transformers.") and kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def check_attention(denoiser: MaskedDenoiser, name: str) -> None:
-    """Raise a ValueError if a model's attention is not what its spec says.
-
-    Within a block, or for a bidirectional model anywhere, later tokens must be seen; beyond the block they must not.
-    """
-    block = denoiser.spec.block_length if denoiser.spec.attention == "block_causal" else None
-    if block != 1 and not sees_ahead(denoiser, min(4, block or 4)):
-        raise ValueError(
-            f"{name!r} is causal: its first position does not change with its last token, so it cannot fill masks from "
-            "both sides. Load a bidirectional model."
-        )
-    # A mixture of experts sorts its tokens by expert, so its rounding depends on tokens that are not seen.
-    if block is not None and sees_ahead(denoiser, block + 1, noise=0.01):
-        raise ValueError(f"{name!r} is declared block-causal, but its first block sees the second.")

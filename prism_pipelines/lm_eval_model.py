@@ -19,8 +19,8 @@ try:
 except ImportError as error:
     raise ImportError('The model class of lm-eval needs it: pip install "prism-pipelines[eval]".') from error
 
+from .checks import max_length
 from .generate_many import plan_batches, set_scheduler
-from .hub import max_length
 from .pipeline_prism import PrismPipeline
 
 # What a task may ask for beside `until`; the others cannot be honoured and are refused.

@@ -10,16 +10,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from . import heads, hub
+from . import adapters, checks, heads, hub
 from .cache import check_cache
 from .canvas import Canvas, canvas_of, canvas_of_infill, changed_sample, chat_texts, has_chat_template, repeat_rows
 from .denoiser import MaskedDenoiser
 from .families import MDMSpec, resolve_spec
 from .pipeline_output import PrismPipelineOutput
 from .quality_head import QualityHead
+from .repo_files import inside, read_json
 from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of
 from .schedulers import MDLMScheduler, PrismScheduler
-from .schedulers.arguments import is_number
+from .schedulers.arguments import is_number, own_fields
 from .stopping import decode, end_tokens, stop_strings, token_ids
 from .trace import TraceStep
 
@@ -54,8 +55,8 @@ class PrismPipeline(DiffusionPipeline):
         self.register_modules(model=model, tokenizer=tokenizer, quality_head=quality_head, scheduler=scheduler)
         self.register_to_config(mdm_spec=spec.to_dict())
         model.eval()
-        if spec.mask_format == "padding" and hub.is_causal_class(model):
-            hub.check_attention(self.denoiser, type(model).__name__)
+        if spec.mask_format == "padding" and checks.is_causal_class(model):
+            checks.check_attention(self.denoiser, type(model).__name__)
 
     @property
     def mask_token_id(self) -> int:
@@ -202,7 +203,7 @@ class PrismPipeline(DiffusionPipeline):
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         trace, step_number = [], 0
-        loop_steps = scheduler.config.get("loop_steps", 0)
+        loop_steps = own_fields(scheduler).get("loop_steps", 0)
         with (
             memory_errors(*canvas.sample.shape),
             self.progress_bar(total=sum(num_steps + loop_steps for _, num_steps in blocks)) as bar,
@@ -310,7 +311,7 @@ class PrismPipeline(DiffusionPipeline):
 
     def _check_canvas(self, canvas: Canvas, generator) -> None:
         rows, length = canvas.sample.shape
-        limit = hub.max_length(self.model.config)
+        limit = checks.max_length(self.model.config)
         if limit is not None and length > limit:
             raise ValueError(f"The canvas has {length} tokens, and the model takes {limit} at most. Shorten the input.")
         vocab_size = self.model.config.vocab_size
@@ -373,9 +374,9 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError(f"`torch_dtype` and `dtype` name the same thing, got {torch_dtype} and {dtype}.")
         path, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype or torch.float32
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        index = hub.read_json(path, "model_index.json", where)
+        index = read_json(path, "model_index.json", where)
         lone_head = None
-        if index is None and hub.read_json(path, hub.inside(subfolder, "config.json"), where) is None:
+        if index is None and read_json(path, inside(subfolder, "config.json"), where) is None:
             lone_head = heads.head_config(path, where)
         if lone_head is not None:
             if not lone_head.get("base_model"):
@@ -385,7 +386,7 @@ class PrismPipeline(DiffusionPipeline):
             base_where = where | {"revision": lone_head.get("base_revision")}
             quality_head, head_where = path, where
             path, where = lone_head["base_model"], base_where
-            index = hub.read_json(path, "model_index.json", where)
+            index = read_json(path, "model_index.json", where)
             mdm_spec = mdm_spec or lone_head.get("mdm_spec")
         else:
             head_where = where | {"revision": None}
@@ -411,12 +412,12 @@ class PrismPipeline(DiffusionPipeline):
         else:
             given |= {"model": loaded["model"], "mdm_spec": loaded["mdm_spec"]}
             pipe = super().from_pretrained(path, use_safetensors=True, **where, **given)
-        hub.check_attention(pipe.denoiser, path)
+        checks.check_attention(pipe.denoiser, path)
         pipe._revision = where["revision"]
         if pipe.quality_head is not None:
             pipe._place(pipe.quality_head)
         if quality_head is not None:
-            pipe.load_quality_head(quality_head, **head_where)
+            pipe._take_head(quality_head, "prism", head_where)
             pipe.scheduler = scheduler or heads.scheduler_for(quality_head, pipe.scheduler, head_where)
         return pipe
 
@@ -444,11 +445,11 @@ class PrismPipeline(DiffusionPipeline):
         head = pipeline.quality_head if ours and quality_head is None else None
         chosen = scheduler or (pipeline.scheduler if ours else None)
         pipe = cls(model, getattr(pipeline, "tokenizer", None), head, chosen, spec)
-        hub.check_attention(pipe.denoiser, type(model).__name__)
+        checks.check_attention(pipe.denoiser, type(model).__name__)
         if ours and quality_head is None:  # under their names, which are those of their adapters
             pipe.__dict__["_named_heads"], pipe.__dict__["_tuned"] = dict(pipeline._heads), set(pipeline._with_adapter)
         if quality_head is not None:
-            pipe.load_quality_head(quality_head)
+            pipe._take_head(quality_head, "prism", {})
             pipe.scheduler = scheduler or heads.scheduler_for(quality_head, pipe.scheduler, {})
         return pipe
 
@@ -479,25 +480,29 @@ class PrismPipeline(DiffusionPipeline):
         """
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         heads.check_scheduler(self.scheduler)
+        is_first = not self._heads
+        self._take_head(quality_head, name, where)
+        if is_first and not self.scheduler.can_remask:
+            self.scheduler = heads.scheduler_for(quality_head, self.scheduler, where)
+
+    def _take_head(self, quality_head: QualityHead | str, name: str, where: dict) -> None:
+        """`load_quality_head`, but for the scheduler."""
         source = heads.head_place(quality_head)
         head = quality_head if source is None else heads.load_head(source, where)
         heads.check_head(head, self.model, getattr(self, "_revision", None))
-        if replaces := name in self._heads:  # the scheduler stays, for the new head
-            hub.drop_adapter(self.model, name)
+        if name in self._heads:
+            adapters.drop_adapter(self.model, name)
             self._with_adapter.discard(name)
             if self._heads.pop(name) is self.quality_head:
                 self.register_modules(quality_head=None)
         elif source is not None:
-            hub.refuse_taken(self.model, name)
-        adapter = None if source is None else hub.adapter_subfolder(source, where)
+            adapters.refuse_taken(self.model, name)
+        adapter = None if source is None else adapters.adapter_subfolder(source, where)
         if adapter is not None:
-            hub.load_adapter(self.model, source, name, where, adapter)
+            adapters.load_adapter(self.model, source, name, where, adapter)
             self._with_adapter.add(name)
-        is_first = not self._heads and not replaces
         self._heads[name] = head
         self.set_quality_head(name)
-        if is_first and not self.scheduler.can_remask:
-            self.scheduler = heads.scheduler_for(quality_head, self.scheduler, where)
 
     def load_lora_weights(self, pretrained_model_name_or_path, adapter_name: str = "prism", **kwargs) -> None:
         """The name that users of diffusers expect for `load_quality_head(path, name=adapter_name, ...)`."""
@@ -546,7 +551,7 @@ class PrismPipeline(DiffusionPipeline):
     def _with_adapter(self) -> set[str]:
         """Names of the heads that came with an adapter."""
         if "_tuned" not in self.__dict__:
-            self.__dict__["_tuned"] = set(self._heads) & set(hub.adapters(self.model))
+            self.__dict__["_tuned"] = set(self._heads) & set(adapters.adapter_names(self.model))
         return self.__dict__["_tuned"]
 
     def _check_adapter(self, name: str | None = None) -> None:
@@ -556,8 +561,8 @@ class PrismPipeline(DiffusionPipeline):
 
     def _use_adapter(self, name: str | None) -> None:
         """Make the adapter of a head the active one, or none; a user's own stays beside a head without one."""
-        if name in hub.adapters(self.model) or hub.active_adapter(self.model) in self._heads:
-            hub.use_adapter(self.model, name)
+        if name in adapters.adapter_names(self.model) or adapters.active_adapter(self.model) in self._heads:
+            adapters.use_adapter(self.model, name)
 
     def _place(self, head: QualityHead) -> QualityHead:
         """The head, on the device of the output head, whose input it reads."""
@@ -593,7 +598,7 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
         for gone in list(self._heads) if name is None else [name]:
             in_use = self._heads.pop(gone) is self.quality_head
-            hub.drop_adapter(self.model, gone)
+            adapters.drop_adapter(self.model, gone)
             self._with_adapter.discard(gone)
             if in_use:
                 self.register_modules(quality_head=None)

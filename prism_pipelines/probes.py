@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import hub
+from . import checks
 from .denoiser import MaskedDenoiser
 from .families import FAMILIES, MDMSpec
 
@@ -42,14 +42,14 @@ def run_probes(pipe, text: str | None = None) -> list[Finding]:
     ids = None
     if pipe.tokenizer is not None:
         ids = pipe.tokenizer(text or TEXT, return_tensors="pt", add_special_tokens=False).input_ids
-        ids = ids[:, : hub.max_length(pipe.model.config)].to(pipe.device)
+        ids = ids[:, : checks.max_length(pipe.model.config)].to(pipe.device)
     return [probe_attention(denoiser), probe_mask(pipe), probe_rope(pipe.model), probe_shift(denoiser, ids)]
 
 
 def probe_attention(denoiser: MaskedDenoiser) -> Finding:
     """Is the model bidirectional, or block-causal, as declared? Change a later token, look at position 0."""
     try:
-        hub.check_attention(denoiser, "the model")
+        checks.check_attention(denoiser, "the model")
     except ValueError as error:
         return Finding("attention", "wrong", str(error))
     spec = denoiser.spec
@@ -86,7 +86,7 @@ def probe_rope(model) -> Finding:
     """Are the rotary frequencies initialised? Some remote code leaves them as they were in memory."""
     count = sum(name.endswith("inv_freq") for name, _ in model.named_buffers())
     try:
-        hub.check_rope(model, "the model")
+        checks.check_rope(model, "the model")
     except ValueError as error:
         return Finding("rotary embedding", "wrong", str(error))
     return Finding("rotary embedding", "ok", f"{count} buffers decrease from 1" if count else "none in this model")

@@ -14,6 +14,7 @@ from .canvas import Canvas, split_blocks
 from .denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from .families import MDMSpec
 from .precision import warn_of_slow_bfloat16
+from .schedulers.arguments import own_fields
 from .stopping import finished_rows
 
 
@@ -56,13 +57,13 @@ class Run:
     @property
     def adaptive(self) -> bool:
         """May a threshold fill a block before its steps are over? A loop needs all its steps."""
-        config = self.scheduler.config
-        return bool(config.get("use_threshold", False)) and not config.get("loop_steps", 0)
+        fields = own_fields(self.scheduler)
+        return bool(fields.get("use_threshold", False)) and not fields.get("loop_steps", 0)
 
     @property
     def rechecks(self) -> bool:
         """Does a block that is full take one more pass, which may remask?"""
-        return self.scheduler.config.get("accept_quality") is not None
+        return own_fields(self.scheduler).get("accept_quality") is not None
 
 
 @dataclass
@@ -80,7 +81,7 @@ def scheduler_of(scheduler, threshold: float | None):
     Raises:
         ValueError: a threshold outside (0, 1], also in the config; or a scheduler or order that has no use for one.
     """
-    config, kind = scheduler.config, type(scheduler).__name__
+    config, kind = own_fields(scheduler), type(scheduler).__name__
     if threshold is None and not config.get("use_threshold", False):
         return scheduler
     value = config["threshold"] if threshold is None else threshold

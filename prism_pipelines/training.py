@@ -19,9 +19,9 @@ from transformers import set_seed
 
 from .checkpointing import is_whole, latest_checkpoint, write_whole
 from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
-from .hub import is_hub_id
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
+from .repo_files import is_hub_id
 from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
 from .training_arguments import RunArguments, parse_arguments
 from .training_callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log

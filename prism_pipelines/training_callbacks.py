@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from . import sudoku
 from .checkpointing import write_whole
+from .checks import max_length
 from .evaluation.sudoku import calibration
-from .hub import max_length
 from .losses import PRISMObjective
 from .pipeline_prism import PrismPipeline
 from .plots import reliability_figure

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from . import (  # the pipeline by its public name: that enters our classes in diffusers' tables
     PrismPipeline,
+    checks,
     hub,
     sudoku,
 )
@@ -19,6 +20,7 @@ from .denoiser import MaskedDenoiser
 from .families import resolve_spec
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 from .quality_head import QualityHead
+from .repo_files import fetch_file, inside, is_hub_id, read_json
 from .run_files import module_digest
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
@@ -37,16 +39,16 @@ def load_base(run):
     if run.base_model is None:
         return new_model(run)
     where = {"revision": run.revision, "cache_dir": None, "token": None, "local_files_only": False}
-    index = hub.read_json(run.base_model, "model_index.json", where)
-    inside = "" if index is None else "model"
-    if hub.read_json(run.base_model, hub.inside(inside, "adapter_config.json"), where) is not None:
+    index = read_json(run.base_model, "model_index.json", where)
+    subfolder = "" if index is None else "model"
+    if read_json(run.base_model, inside(subfolder, "adapter_config.json"), where) is not None:
         raise ValueError(
             f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
             "or merge it into that first."
         )
     loaded = hub.load_plain(
         run.base_model,
-        inside,
+        subfolder,
         getattr(torch, run.dtype),
         run.trust_remote_code,
         where,
@@ -64,12 +66,10 @@ def load_base(run):
 
 def pinned(run) -> str | None:
     """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
-    if not hub.is_hub_id(run.base_model):
+    if not is_hub_id(run.base_model):
         return run.revision
     where = {"revision": run.revision}
-    file = hub.fetch_file(run.base_model, "model_index.json", where) or hub.fetch_file(
-        run.base_model, "config.json", where
-    )
+    file = fetch_file(run.base_model, "model_index.json", where) or fetch_file(run.base_model, "config.json", where)
     parts = Path(file or "").parts  # .../snapshots/<commit>/config.json
     return parts[-2] if "snapshots" in parts[-3:-2] else run.revision
 
@@ -215,7 +215,7 @@ def load_examples(run, args, model, tokenizer, spec):
         train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
         held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
         return train, held_out, None
-    limit = hub.max_length(model.config)
+    limit = checks.max_length(model.config)
     if limit is not None and run.max_length > limit:
         raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
     if run.streaming and args.max_steps <= 0:

@@ -31,9 +31,10 @@ class SchedulerConfig(ConfigMixin):
         """A scheduler from the config of another, or of any that diffusers has; keyword arguments replace fields.
 
         `PrismScheduler`, `SelfConfidenceScheduler` and `MDLMScheduler` take all fields of each other and of diffusers'
-        own; of any other class a scheduler takes those of `SHARED_FIELDS`. `num_remask` given here takes the place of
-        an `eta` there, and the reverse.
+        own, and keep in their config what they have no use for, for the way back; of any other class a scheduler takes
+        those of `SHARED_FIELDS`. `num_remask` given here takes the place of an `eta` there, and the reverse.
         """
+        kept = {}
         if isinstance(config, Mapping):
             source, names = config.get("_class_name"), cls._get_init_keys(cls)
             kin = next((base.__name__ for base in cls.__mro__ if base.__name__ in OURS), None)  # of a user's subclass
@@ -44,7 +45,14 @@ class SchedulerConfig(ConfigMixin):
             for name, others in replaced.items():
                 if kwargs.get(name) is not None:
                     kwargs = {other: value for other, value in others.items() if other in names} | kwargs
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+            # Set aside, as diffusers would take them for mistakes, and say so.
+            related = (kind for kind in SchedulerConfig.__subclasses__() if kind.__name__ in RELATED)
+            foreign = {name for kind in related for name in cls._get_init_keys(kind)} - names
+            kept = {name: config[name] for name in foreign & set(config)}
+            config = {name: value for name, value in config.items() if name not in kept}
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        (made[0] if return_unused_kwargs else made).register_to_config(**kept)
+        return made
 
 
 def require(valid: bool, name: str, value: object, allowed: str) -> None:
@@ -54,8 +62,9 @@ def require(valid: bool, name: str, value: object, allowed: str) -> None:
 
 
 def own_fields(scheduler) -> dict:
-    """The fields of a scheduler's config without those that diffusers adds for itself."""
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    """The fields of a scheduler that its class takes; its config may hold others, kept from another class."""
+    names = scheduler._get_init_keys(type(scheduler))
+    return {name: value for name, value in scheduler.config.items() if name in names}
 
 
 def is_int(value: object, low: int) -> bool:

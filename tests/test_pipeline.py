@@ -29,8 +29,8 @@ from prism_pipelines import (
     resolve_spec,
 )
 from prism_pipelines.canvas import split_blocks
+from prism_pipelines.checks import max_length
 from prism_pipelines.denoiser import LazyLogits, MaskedDenoiser
-from prism_pipelines.hub import max_length
 from prism_pipelines.sudoku import HARD_PUZZLE, MASK_ID, sudoku_tokenizer
 
 SHARED = {
@@ -158,6 +158,15 @@ def test_nfe_is_the_number_of_forwards(forwards):
     pipe = pipeline(scheduler=PrismScheduler(num_remask=2, loop_steps=3, loop_num_remask=1))
     out = pipe(gen_length=12, num_samples=2, num_inference_steps=6, return_quality=True)
     assert out.nfe == len(forwards) == 6 + 3 + 1 and out.nfe_per_row == [10, 10]
+
+
+def test_a_scheduler_does_not_run_by_the_fields_that_it_keeps_of_another(forwards):
+    looped = PrismScheduler(order="confidence", loop_steps=3, loop_num_remask=1, use_threshold=True, threshold=1e-6)
+    pipe = pipeline(scheduler=MDLMScheduler.from_config(looped.config))
+    assert pipe(gen_length=12, num_inference_steps=6).nfe == len(forwards) == 1
+    pipe.scheduler = MDLMScheduler.from_config(PrismScheduler(order="confidence", accept_quality=0.9).config)
+    forwards.clear()
+    assert pipe(gen_length=12, num_inference_steps=12, threshold=1e-6).nfe == len(forwards) == 1
 
 
 def test_a_threshold_saves_forwards_and_loses_nothing(forwards):
@@ -418,7 +427,7 @@ def test_a_plain_model_repository_loads_with_and_without_a_head(saved, tmp_path)
 
 
 def test_a_causal_model_is_refused(tmp_path):
-    from prism_pipelines.hub import check_attention
+    from prism_pipelines.checks import check_attention
 
     config = BertConfig(**SHARED, is_decoder=True)
     causal = MaskedDenoiser(BertLMHeadModel(config).eval(), MDMSpec(MASK_ID))

@@ -20,8 +20,8 @@ from prism_pipelines import (
     disable_prism,
     enable_prism,
 )
+from prism_pipelines.adapters import adapter_names
 from prism_pipelines.head_repo import save_head_repo
-from prism_pipelines.hub import adapters
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 
@@ -130,12 +130,12 @@ def test_a_head_that_replaces_another_keeps_the_scheduler(repos, tmp_path):
     pipe = PrismPipeline.from_pretrained(base, quality_head=first)
     scheduler = pipe.scheduler = PrismScheduler(num_remask=7)
     pipe.load_quality_head(second)
-    assert pipe.scheduler is scheduler and adapters(pipe.model) == ["prism"]
+    assert pipe.scheduler is scheduler and adapter_names(pipe.model) == ["prism"]
     ids = torch.full((1, 6), 2)
     assert torch.equal(pipe.score(input_ids=ids)[0], PrismPipeline.from_pretrained(second).score(input_ids=ids)[0])
     pipe.save_pretrained(tmp_path / "saved")
     back = PrismPipeline.from_pretrained(tmp_path / "saved", quality_head=str(plain))
-    assert back.scheduler.config.num_remask == 7 and adapters(back.model) == []
+    assert back.scheduler.config.num_remask == 7 and adapter_names(back.model) == []
 
 
 def test_a_head_whose_adapter_is_broken_leaves_no_head_to_judge_without_its_adapter(repos, tmp_path):
@@ -212,7 +212,7 @@ def test_the_head_of_a_saved_pipeline_comes_with_the_adapter_that_lies_in_its_mo
     assert torch.equal(found.score(input_ids=ids)[0], pipe.score(input_ids=ids)[0])
     other = LLaDA2Pipeline(model=twin(), scheduler=BlockRefinementScheduler(), tokenizer=sudoku_tokenizer())
     enable_prism(other, str(tmp_path / "saved"))
-    assert adapters(other.model) == ["prism"]
+    assert adapter_names(other.model) == ["prism"]
 
 
 def test_the_first_head_brings_a_scheduler_that_reads_it_and_others_change_none(repos, tmp_path):
@@ -263,7 +263,7 @@ def test_a_head_set_as_an_attribute_is_unloaded_with_the_rest(repos):
     pipe.quality_head = QualityHead(32)
     with pytest.warns(UserWarning, match="MDLMScheduler"):
         pipe.unload_quality_head()
-    assert pipe.quality_head is None and adapters(pipe.model) == []
+    assert pipe.quality_head is None and adapter_names(pipe.model) == []
 
 
 def test_heads_out_of_use_follow_the_model_to_its_device(repos, tmp_path):
@@ -294,7 +294,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(repos, tmp_path):
             pipe.load_quality_head(second)
         with torch.no_grad():
             assert torch.equal(pipe.model(ids).logits, before)
-        assert adapters(pipe.model) == [] and pipe.quality_head is None
+        assert adapter_names(pipe.model) == [] and pipe.quality_head is None
     pipe.load_quality_head(first)
     with pytest.warns(UserWarning, match="MDLMScheduler"):
         pipe.unload_quality_head()
@@ -335,7 +335,7 @@ def test_a_users_own_adapter_stays_as_it_was(repos):
         assert not torch.equal(pipe.model(ids).logits, before)
         with pytest.warns(UserWarning, match="MDLMScheduler"):
             pipe.unload_quality_head()
-        assert torch.equal(pipe.model(ids).logits, before) and adapters(pipe.model) == ["mine"]
+        assert torch.equal(pipe.model(ids).logits, before) and adapter_names(pipe.model) == ["mine"]
 
 
 def test_a_head_whose_adapter_another_pipeline_took_away_is_not_used(repos):

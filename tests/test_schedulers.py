@@ -22,6 +22,7 @@ from prism_pipelines.schedulers import (
     TokenCriticScheduler,
     TokenToMaskScheduler,
 )
+from prism_pipelines.schedulers.arguments import own_fields
 
 VOCAB, MASK = 5, 3
 # Exact counts and rows of logits are tested here for these three. ReMDM's counts are random by design, Token-Critic's
@@ -727,6 +728,18 @@ def test_a_config_survives_saving_and_the_switch_between_schedulers(remasking, t
             assert loaded.config[key] == own.config[key] == value
             assert changed.config[key] == ("random" if key == "order" else value)
             assert plain.config.get(key, value) == value
+
+
+def test_what_another_class_had_is_kept_in_silence_and_is_no_field(monkeypatch):
+    said = []
+    monkeypatch.setattr("diffusers.configuration_utils.logger.warning", said.append)
+    scheduler = PrismScheduler(eta=0.3, remask_start=0.5, loop_steps=2, loop_num_remask=3)
+    plain = MDLMScheduler.from_config(MDLMScheduler.from_config(scheduler.config).config)
+    assert own_fields(plain) == own_fields(MDLMScheduler())
+    assert own_fields(PrismScheduler.from_config(plain.config)) == own_fields(scheduler)
+    assert not said
+    MDLMScheduler.from_config({**plain.config, "num_remsk": 2})
+    assert "num_remsk" in said[0]
 
 
 @pytest.mark.parametrize("source", ["fresh", "loaded"])
