@@ -27,16 +27,7 @@ _HOME = {  # public name -> module that defines it
     "disable_prism": "dropin",
 }
 # Classes that a saved pipeline may name; diffusers loads only what stands in its own table of libraries.
-_COMPONENTS = (
-    "PrismScheduler",
-    "MDLMScheduler",
-    "ReMDMScheduler",
-    "TokenCriticScheduler",
-    "SelfConfidenceScheduler",
-    "TokenToMaskScheduler",
-    "P2Scheduler",
-    "QualityHead",
-)
+_COMPONENTS = [name for name in _HOME if name.endswith("Scheduler") or name == "QualityHead"]
 __all__ = ["__version__", "bundled", *_HOME]
 
 

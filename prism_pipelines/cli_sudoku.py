@@ -55,8 +55,8 @@ def add_parser(commands) -> None:
     compare.add_argument(
         "--compare", action="store_true", help="compare decoding rules at equal forwards on many puzzles"
     )
-    compare.add_argument("--num-puzzles", type=count, default=100, help="generated puzzles (default: %(default)s)")
-    compare.add_argument("--clues", type=int, default=30, help="clues of each, 20 to 81 (default: %(default)s)")
+    compare.add_argument("--num-puzzles", type=count, help="generated puzzles (default: 100)")
+    compare.add_argument("--clues", type=int, help="clues of each, 20 to 81 (default: 30)")
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
     output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -230,6 +230,11 @@ def run_sudoku(args) -> int:
     """Run `prism sudoku`; see `add_parser` for the flags. Returns the exit status."""
     from rich.console import Console
 
+    for flag, value in (("--num-puzzles", args.num_puzzles), ("--clues", args.clues)):
+        if value is not None and not args.compare:
+            raise ValueError(f"{flag} is of the puzzles that --compare makes; pass --compare too")
+        if value is not None and args.puzzle is not None:
+            raise ValueError(f"{flag} is of the puzzles that --compare makes; it does not go with PUZZLE|FILE")
     puzzles, from_file = (None, False) if args.compare and args.puzzle is None else read_puzzles(args.puzzle)
     if args.html and (args.compare or len(puzzles) != 1):
         raise ValueError("--html shows the run of one puzzle; it does not go with --compare or several puzzles")
@@ -331,8 +336,9 @@ def _run_compare(pipe, puzzles, args, console) -> int:
     from .evaluation import evaluate_sudoku, pipeline_solver
     from .schedulers.arguments import own_fields
 
+    clues = 30 if args.clues is None else args.clues
     if puzzles is None:
-        puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, COMPARE_SEED + args.seed)
+        puzzles, _ = sudoku.make_puzzles(args.num_puzzles or 100, clues, COMPARE_SEED + args.seed)
     num_remask = BEST_REMASK if args.num_remask is None else dict.fromkeys(BEST_REMASK, args.num_remask)
     temperature = 1.0 if args.temperature is None else args.temperature
     rows = []
@@ -366,7 +372,7 @@ def _run_compare(pipe, puzzles, args, console) -> int:
             )
     settings = {"seed": args.seed, "temperature": temperature, "num_remask": num_remask}
     if args.puzzle is None:
-        settings |= {"clues": args.clues}
+        settings |= {"clues": clues}
     _print_comparison(rows, settings, args, console)
     return 0
 

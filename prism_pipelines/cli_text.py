@@ -41,7 +41,7 @@ def add_parser(commands) -> None:
     run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
     compare = parser.add_argument_group("comparison")
     compare.add_argument("--compare", action="store_true", help="compare decoding rules at equal forwards")
-    compare.add_argument("--num-seeds", type=count, default=5, help="runs of each rule (default: %(default)s)")
+    compare.add_argument("--num-seeds", type=count, help="runs of each rule (default: 5)")
     compare.add_argument("--out", metavar="FOLDER", help="keep tables, figure and finished cells there; resumable")
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
@@ -113,6 +113,9 @@ def run_text(args) -> int:
         raise ValueError("--compare writes texts of its own; PROMPT and --html do not go with it")
     if args.compare and args.scheduler:
         raise ValueError("--compare compares decoding rules; --scheduler does not go with it")
+    for flag, value in (("--num-seeds", args.num_seeds), ("--out", args.out)):
+        if value is not None and not args.compare:
+            raise ValueError(f"{flag} belongs to a comparison; pass --compare too")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("PROMPT is empty; leave it out to write from nothing")
     if args.html and (args.num_samples or 1) != 1:
@@ -182,7 +185,7 @@ def _run_compare(pipe, args, console) -> int:
     folder = args.model or bundled("text")
     plan, count, length = text_plan(folder), args.num_samples or 32, room(pipe, None, args.gen_length)
     plan["arms"] = [arm for arm in plan["arms"] if arm["name"] in COMPARED]
-    plan["seeds"] = [args.seed + i for i in range(args.num_seeds)]
+    plan["seeds"] = [args.seed + i for i in range(args.num_seeds or 5)]
     if args.temperature is not None:
         plan["temperature"] = args.temperature
     if args.num_inference_steps:
@@ -212,7 +215,7 @@ def _run_compare(pipe, args, console) -> int:
         table.add_row(str(steps), arm, *cells)
     console.print(table)
     console.print(
-        f"{count} texts of {length} tokens, {args.num_seeds} seeds, temperature {found['temperature']:g}; 95 % "
+        f"{count} texts of {length} tokens, {len(plan['seeds'])} seeds, temperature {found['temperature']:g}; 95 % "
         "intervals: of entropy a bootstrap over texts, else t over seeds. ngram_js and word_js: distance to held-out "
         "text, lower is better; read entropy beside."
     )

@@ -6,6 +6,7 @@ the output head, score them, and deliver the result to the scheduler before its 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from .schedulers.dropin import deliver_quality, deliver_wanted
 
 ADAPTER = "prism"
 OURS = (PrismScheduler, SelfConfidenceScheduler, MDLMScheduler)
+_NAMES = ", ".join(kind.__name__ for kind in OURS)
 
 
 @dataclass
@@ -28,7 +30,8 @@ class _Enabled:
     adapter: bool = False
     former_adapter: str | None = None
     attention_mask: torch.Tensor | None = None
-    replaced: type = PrismScheduler
+    installed: object = None  # the scheduler in the place of that one
+    with_head: bool = False
 
 
 def enable_prism(
@@ -51,14 +54,17 @@ def enable_prism(
         quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`; a LoRA adapter that lies
             there is loaded into the model too. None for no head: a scheduler without one is told where `gen_length`
             ends, and fills and remasks nothing beyond.
-        scheduler: None keeps a `PrismScheduler` in use; else takes that recommended with the head, or makes one
-            from the config of the pipeline's own. Without a head it keeps one of ours, or makes a
-            `SelfConfidenceScheduler`.
+        scheduler: one that runs in `LLaDA2Pipeline`. None keeps a `PrismScheduler` in use; else takes that
+            recommended with the head, or makes one from the config of the pipeline's own. Without a head it keeps
+            one of ours, or makes a `SelfConfidenceScheduler`.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
     Raises:
-        TypeError: `pipe` has no model with an output head, or `quality_head` is neither a head nor a place.
+        TypeError: `pipe` has no model with an output head, `quality_head` is neither a head nor a place, or
+            `scheduler` does not run there.
         ValueError: the head was made for another model, or the model has an adapter called "prism" already.
         OSError: no head there.
+    Warns:
+        UserWarning: the scheduler recommended with the head does not run there; a `PrismScheduler` takes its place.
     """
     model = getattr(pipe, "model", None)
     output_head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -66,6 +72,8 @@ def enable_prism(
         raise TypeError(
             f"`pipe` must have a scheduler and a model with get_output_embeddings(); got {type(pipe).__name__}."
         )
+    if scheduler is not None and not _runs_in_blocks(scheduler):
+        raise TypeError(f"`scheduler` must be one of {_NAMES}, which run in blocks; got {type(scheduler).__name__}.")
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = None if quality_head is None else heads.head_place(quality_head)
     head = quality_head if source is None else heads.load_head(source, where)
@@ -78,6 +86,14 @@ def enable_prism(
 
     kept = PrismScheduler if head is not None else OURS
     in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
+    if recommended is not None and not _runs_in_blocks(recommended):
+        if scheduler is None and in_use is None:
+            warnings.warn(
+                f"{source!r} recommends {type(recommended).__name__}, which does not run in {type(pipe).__name__}; "
+                "a PrismScheduler takes its place. PrismPipeline runs it.",
+                stacklevel=2,
+            )
+        recommended = None
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
     enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapter=adapters.active_adapter(model))
     if adapter is not None:
@@ -86,7 +102,7 @@ def enable_prism(
         enabled.adapter = True
     default = SelfConfidenceScheduler if head is None else PrismScheduler
     pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
-    enabled.replaced = type(pipe.scheduler)
+    enabled.installed, enabled.with_head = pipe.scheduler, head is not None
 
     def note_padding(module, args, kwargs):
         mask = kwargs.get("attention_mask")
@@ -107,6 +123,11 @@ def enable_prism(
     ]
 
 
+def _runs_in_blocks(scheduler) -> bool:
+    """Can `LLaDA2Pipeline` drive it? It asks its scheduler when a block is done."""
+    return hasattr(scheduler, "check_block_should_continue")
+
+
 def _check_head(head: QualityHead, model, output_head) -> None:
     """Raise a ValueError if the head was made for another model, by its config or else its output head."""
     if hasattr(model, "config"):
@@ -122,8 +143,8 @@ def _check_head(head: QualityHead, model, output_head) -> None:
 def disable_prism(pipe) -> None:
     """Undo `enable_prism`; else does nothing.
 
-    Hooks and adapter are removed, and the scheduler from before comes back unless one of another class was put in its
-    place meanwhile.
+    Hooks and adapter are removed, and the scheduler from before comes back, unless another was put in the place of
+    that installed meanwhile. A `PrismScheduler` that would be without its head goes in any case.
     """
     enabled = getattr(pipe, "_prism", None)
     if enabled is None:
@@ -135,6 +156,7 @@ def disable_prism(pipe) -> None:
         adapters.use_adapter(pipe.model, enabled.former_adapter)
     deliver_quality(pipe.scheduler, None)
     deliver_wanted(pipe.scheduler, None)
-    if isinstance(pipe.scheduler, (PrismScheduler, enabled.replaced)):
+    without_head = enabled.with_head and isinstance(pipe.scheduler, PrismScheduler)
+    if pipe.scheduler is enabled.installed or without_head:
         pipe.scheduler = enabled.scheduler
     pipe._prism = None

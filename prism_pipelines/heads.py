@@ -13,6 +13,8 @@ from .adapters import active_adapter, adapter_names
 from .quality_head import QualityHead
 from .repo_files import absence, is_hub_id, read_json
 
+SCHEDULERS = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
+
 
 def head_config(path: str, where: dict) -> dict | None:
     """Config of the quality head of a folder or repository, or None if it has none."""
@@ -53,10 +55,10 @@ def load_scheduler(path: str, where: dict):
     config = read_json(path, "scheduler/scheduler_config.json", where)
     if config is None:
         return None
-    kind = getattr(schedulers, config.get("_class_name", ""), None)
-    if kind is None:
-        raise ValueError(f"{path!r} recommends the scheduler {config.get('_class_name')!r}, which is unknown here.")
-    return kind.from_config(config)
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise ValueError(f"{path!r} recommends the scheduler {name!r}; known here: {', '.join(SCHEDULERS)}.")
+    return getattr(schedulers, name).from_config(config)
 
 
 def scheduler_for(quality_head, has, where: dict):
@@ -74,8 +76,7 @@ def scheduler_for(quality_head, has, where: dict):
 def check_scheduler(scheduler) -> None:
     """Raise a TypeError for what is no scheduler of ours."""
     if not hasattr(scheduler, "needs_quality"):
-        names = ", ".join(name for name in schedulers.__all__ if name.endswith("Scheduler"))
-        raise TypeError(f"`scheduler` must be one of {names}; got {type(scheduler).__name__}.")
+        raise TypeError(f"`scheduler` must be one of {', '.join(SCHEDULERS)}; got {type(scheduler).__name__}.")
 
 
 def check_adapter(name: str | None, with_adapter: set[str], model) -> None:

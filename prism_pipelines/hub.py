@@ -146,7 +146,11 @@ def load_tokenizer(path: str, subfolder: str, raw: dict, trust_remote_code: bool
             return None
     if row is not None and row.tokenizer_class and not trust_remote_code:
         return getattr(transformers, row.tokenizer_class).from_pretrained(path, subfolder=subfolder, **where)
-    return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=trust_remote_code, **where)
+    options = {"subfolder": subfolder, "trust_remote_code": trust_remote_code, **where}
+    if raw.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        # transformers would read it just so, and warn of a model of another type, which no tokenizer cares for.
+        options["config"] = transformers.PreTrainedConfig.from_dict(raw | {"_name_or_path": path})
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def load_backbone(

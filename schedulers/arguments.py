@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import ConfigMixin
@@ -11,48 +11,84 @@ from torch import Tensor
 
 from .functional import ORDERS
 
-# Fields that mean the same in every scheduler. Of the others, eta and threshold mean something else from rule to rule,
-# but among the first three classes all fields of one name are the same.
+# Fields that mean the same in every scheduler. Of the others, eta and threshold mean something else from rule to rule.
 SHARED_FIELDS = ("order", "temperature", "top_p", "top_k", "mask_token_id")
-RELATED = ("PrismScheduler", "SelfConfidenceScheduler", "MDLMScheduler")
-UNRELATED = ("ReMDMScheduler", "P2Scheduler", "TokenToMaskScheduler", "TokenCriticScheduler")
-OURS = RELATED + UNRELATED
 
 
 class SchedulerConfig(ConfigMixin):
-    """The config of our schedulers: it knows whose it is, so that another class takes from it only what it means."""
+    """The config of our schedulers: it says what its fields mean, so that another class takes only what it has.
+
+    `fields_as` is the name of a class; of two schedulers with the same, fields of one name mean the same. A class that
+    says none gets its own name, which its subclasses inherit.
+    """
+
+    fields_as: str
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "fields_as"):
+            cls.fields_as = cls.__name__
 
     def register_to_config(self, **kwargs):
-        """As diffusers', with the name of the class."""
-        super().register_to_config(**kwargs | {"_class_name": type(self).__name__})
+        """As diffusers', with the names of the class and of that whose fields it has."""
+        names = {"_class_name": type(self).__name__, "_fields_as": self.fields_as}
+        super().register_to_config(**kwargs | names)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """A scheduler from the config of another, or of any that diffusers has; keyword arguments replace fields.
 
         `PrismScheduler`, `SelfConfidenceScheduler` and `MDLMScheduler` take all fields of each other and of diffusers'
-        own, and keep in their config what they have no use for, for the way back; of any other class a scheduler takes
-        those of `SHARED_FIELDS`. `num_remask` given here takes the place of an `eta` there, and the reverse.
+        `BlockRefinementScheduler`, and keep in their config what they have no use for, for the way back; of any other
+        class a scheduler takes those of `SHARED_FIELDS`. An amount of remasking (`num_remask`, `eta`,
+        `accept_quality`) given here takes the place of those there that exclude it.
         """
         kept = {}
         if isinstance(config, Mapping):
-            source, names = config.get("_class_name"), cls._get_init_keys(cls)
-            kin = next((base.__name__ for base in cls.__mro__ if base.__name__ in OURS), None)  # of a user's subclass
-            takes_all = source in (None, kin, cls.__name__) or (kin in RELATED and source not in UNRELATED)
-            if not takes_all:
+            names = cls._get_init_keys(cls)
+            if meaning_of(config) not in (None, cls.fields_as):
                 config = {name: config[name] for name in SHARED_FIELDS if name in config and name in names}
-            replaced = {"num_remask": {"eta": None, "eta_schedule": "constant"}, "eta": {"num_remask": None}}
-            for name, others in replaced.items():
-                if kwargs.get(name) is not None:
-                    kwargs = {other: value for other, value in others.items() if other in names} | kwargs
+            replaced = replaced_amounts(config, kwargs)
+            kwargs = {name: value for name, value in replaced.items() if name in names} | kwargs
             # Set aside, as diffusers would take them for mistakes, and say so.
-            related = (kind for kind in SchedulerConfig.__subclasses__() if kind.__name__ in RELATED)
+            related = (kind for kind in all_kinds() if kind.fields_as == cls.fields_as)
             foreign = {name for kind in related for name in cls._get_init_keys(kind)} - names
             kept = {name: config[name] for name in foreign & set(config)}
             config = {name: value for name, value in config.items() if name not in kept}
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         (made[0] if return_unused_kwargs else made).register_to_config(**kept)
         return made
+
+
+def all_kinds(kind: type = SchedulerConfig) -> Iterator[type]:
+    """Our schedulers and all subclasses that users have made of them."""
+    for below in kind.__subclasses__():
+        yield below
+        yield from all_kinds(below)
+
+
+def meaning_of(config: Mapping) -> str | None:
+    """The `fields_as` of the class that a config is of; None for plain fields, which are for whoever is given them.
+
+    Configs of diffusers, and those saved before there was a `_fields_as`, have the name of the class alone.
+    """
+    name = config.get("_class_name")
+    of_class = next((kind.fields_as for kind in all_kinds() if kind.__name__ == name), name)
+    return config.get("_fields_as", of_class)
+
+
+def replaced_amounts(config: Mapping, given: Mapping) -> dict:
+    """The fields of a config that an amount of remasking given beside it excludes, at values that stand aside."""
+    replaced = {}
+    if given.get("eta") is not None:
+        replaced |= {"num_remask": None, "accept_quality": None}
+    if given.get("num_remask") is not None or given.get("accept_quality") is not None:
+        replaced |= {"eta": None, "eta_schedule": "constant"}
+    if given.get("num_remask") == 0:
+        replaced["accept_quality"] = None
+    if given.get("accept_quality") is not None and config.get("num_remask") == 0:
+        replaced["num_remask"] = None
+    return replaced
 
 
 def require(valid: bool, name: str, value: object, allowed: str) -> None:

@@ -34,6 +34,7 @@ class MDLMScheduler(SchedulerMixin, SchedulerConfig):
     """
 
     order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
+    fields_as = "BlockRefinementScheduler"  # diffusers': threshold and block_length mean the same there
     can_remask = False
     needs_quality = False
 

@@ -71,6 +71,7 @@ class PrismScheduler(SchedulerMixin, SchedulerConfig):
     """
 
     order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
+    fields_as = "BlockRefinementScheduler"  # diffusers': threshold and block_length mean the same there
 
     @register_to_config
     def __init__(
@@ -238,13 +239,14 @@ def remasks_by_quality(config: Mapping) -> bool:
     return config["num_remask"] != 0 if config["eta"] is None else config["eta"] > 0
 
 
-def place_in_schedule(config: Mapping, num_steps: int, timestep: int) -> tuple[int, bool, bool]:
+def place_in_schedule(config: Mapping, num_steps: int, timestep: int) -> tuple[int, bool, bool, bool]:
     """Where a timestep stands, once the loop has been put between the T steps of the schedule.
 
     Returns:
         the step of the schedule whose visible count is due after it, in [0, T); whether tokens of lowest quality are
         remasked (not inside the loop, nor outside [remask_start, remask_end), nor in the last step, which must fill
-        all); whether random tokens are, for the loop: in the step that enters it and in all steps of it but the last.
+        all); whether random tokens are, for the loop: in the step that enters it and in all steps of it but the last;
+        whether the level is held: in the step that enters the loop and in all steps of it.
     """
     # 0.55 * 100 is 55.00000000000001, which must not become 56 steps.
     entry = max(0, math.ceil(config["loop_at"] * num_steps - 1e-6) - 1)
@@ -252,7 +254,7 @@ def place_in_schedule(config: Mapping, num_steps: int, timestep: int) -> tuple[i
     step = min(timestep, max(entry, timestep - config["loop_steps"]))
     in_window = config["remask_start"] <= step / num_steps < config["remask_end"] and step < num_steps - 1
     by_quality = remasks_by_quality(config) and in_window and not entry < timestep <= leave
-    return step, by_quality, entry <= timestep < leave
+    return step, by_quality, entry <= timestep < leave, config["loop_steps"] > 0 and entry <= timestep <= leave
 
 
 def remask_and_reveal(
@@ -280,7 +282,8 @@ def remask_and_reveal(
         threshold: see `read_threshold`; the loop, which holds a level, does not read it.
     """
     timestep, generation_mask, mask_token_id = place
-    step, by_quality, at_random = place_in_schedule(config, num_steps, timestep)
+    step, by_quality, at_random, level_held = place_in_schedule(config, num_steps, timestep)
+    threshold = None if level_held else threshold
     if quality_of is None and remasks_by_quality(config):
         by_quality = at_random = False
     u_order, u_token, u_count, u_loop = uniform_at(generation_mask, 4, generator)
@@ -302,7 +305,7 @@ def remask_and_reveal(
         # Not refilled before the next step: the loop stays this much below the level that it holds.
         remasked = remasked | lowest(u_loop, visible & ~remasked, config["loop_num_remask"])
 
-    if threshold is not None and not at_random:
+    if threshold is not None:
         due = due.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
     unmasked, tokens, probs = reveal(
         model_output,
@@ -313,7 +316,7 @@ def remask_and_reveal(
         mask_token_id,
         u_order,
         u_token,
-        None if at_random else threshold,
+        threshold,
     )
     prev_sample = sample.masked_scatter(unmasked, tokens.to(sample.dtype)).masked_fill(remasked, mask_token_id)
     return PrismSchedulerOutput(prev_sample, unmasked, remasked, tokens, probs)

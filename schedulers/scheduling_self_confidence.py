@@ -42,6 +42,7 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
     """
 
     order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
+    fields_as = "BlockRefinementScheduler"  # diffusers': threshold and block_length mean the same there
     needs_quality = False
 
     @register_to_config
@@ -75,7 +76,8 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None
         self._seen: Tensor | None = None  # the sample of the step before, (B, L)
-        self._past: list[Tensor] = []  # own probabilities in the steps before, (B, L), NaN where they do not count
+        self._past: list[Tensor] = []  # own probabilities in the last steps, (B, L), NaN where they do not count
+        self._total = self._count = 0  # with history None: sum and number of all that count, (B, L)
 
     @property
     def can_remask(self) -> bool:
@@ -92,7 +94,7 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         check_run(num_inference_steps, block_length)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps + self.config.loop_steps)
-        self._seen, self._past = None, []
+        self._seen = None
 
     def step(
         self,
@@ -145,7 +147,12 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         """Mean of `now` (B, L), NaN at masks, and the passes before it in which the same token stood there."""
         if timestep == 0 or self._seen is None or self._seen.shape != sample.shape:
             self._seen, self._past = sample, []
-        changed = sample != self._seen
-        kept = [before.masked_fill(changed, torch.nan) for before in self._past] + [now]
-        self._seen, self._past = sample, kept if self.config.history is None else kept[-self.config.history :]
+            self._total, self._count = torch.zeros_like(now), torch.zeros_like(now)
+        same, self._seen = sample == self._seen, sample
+        if self.config.history is None:  # no list of all passes: T of them would cost T squared
+            self._total = self._total * same + now.nan_to_num(0.0)
+            self._count = self._count * same + ~now.isnan()
+            return self._total / self._count
+        kept = [before.where(same, torch.nan) for before in self._past] + [now]
+        self._past = kept[-self.config.history :]
         return torch.stack(self._past).nanmean(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -107,8 +109,9 @@ class TokenToMaskScheduler(SchedulerMixin, SchedulerConfig):
             probability = probability_at(model_output, visible, sample, mask_token_id)
             free = self._times_remasked < self.config.max_remask_per_position
             suspect = visible & free & (probability < self.config.threshold)
-            share = (shown * self.config.max_remask_ratio).floor().long()
-            remasked = lowest(probability, suspect, torch.minimum(share, total - target))
+            share = Fraction(self.config.max_remask_ratio).limit_denominator(10**6)  # as floats, 0.21 of 300 is 62
+            most = shown * share.numerator // share.denominator
+            remasked = lowest(probability, suspect, torch.minimum(most, total - target))
             self._times_remasked = self._times_remasked + remasked
 
         unmasked, tokens, probs = reveal(

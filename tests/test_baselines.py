@@ -352,6 +352,17 @@ def test_token_to_mask_keeps_its_bounds_and_the_schedule(config, num_steps):
         assert times.max() == 2 if config else times.sum() > 0  # the lower cap is reached
 
 
+@pytest.mark.parametrize("ratio", ["0.07", "0.21", "0.29", "0.57", "0.58", "0.999", "1.0"])
+def test_token_to_mask_rounds_the_exact_share_down(ratio):
+    """In float32, 0.21 of 300 is just below 63."""
+    scheduler = TokenToMaskScheduler(threshold=1.0, max_remask_ratio=float(ratio))
+    scheduler.set_timesteps(3)
+    shown = 100 * (torch.arange(10) + 1)
+    sample = torch.where(torch.arange(3000) < shown[:, None], 0, MASK)
+    step = scheduler.step(torch.zeros(10, 3000, MASK + 1), 0, sample, mask_token_id=MASK)
+    assert step.remasked.sum(-1).tolist() == [math.floor(Fraction(ratio) * n) for n in shown.tolist()]
+
+
 def test_token_to_mask_counts_anew_in_a_new_run():
     scheduler = TokenToMaskScheduler(threshold=1.0, max_remask_per_position=1)
     table = random_table(20, 2, 12)
@@ -381,6 +392,13 @@ def test_history_averages_over_the_passes_since_the_token_was_written(history):
             n = min(2, 8 - math.ceil(Fraction(8 * (t + 1), 12)))
             worst = sorted(mean, key=lambda i, mean=mean: mean[i])[:n]
             assert step.remasked[b].nonzero().flatten().tolist() == sorted(worst)
+
+
+def test_a_history_of_all_passes_keeps_no_list_of_them():
+    scheduler = SelfConfidenceScheduler(history=None)
+    run(scheduler, random_table(12, 3, 8), all_masks(3, 8), 12)
+    kept = [value for value in vars(scheduler).values() if isinstance(value, list)]
+    assert not any(kept)
 
 
 def test_history_of_one_step_can_overrule_the_present_one():

@@ -127,6 +127,9 @@ def test_the_module_runs_as_the_command_does():
         ([PUZZLE, "--unknown"], "--unknown"),
         ([PUZZLE, "--html", "no/such/folder/page.html"], "no/such/folder"),
         (["--compare", "--html", "page.html"], "--html"),
+        (["--num-puzzles", "3"], "--num-puzzles"),
+        ([PUZZLE, "--clues", "30"], "--clues"),
+        ([PUZZLE, "--compare", "--clues", "30"], "--clues"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, argv, names):

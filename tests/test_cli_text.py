@@ -51,6 +51,8 @@ def test_the_page_shows_the_run(tmp_path, capsys):
         ([" "], "PROMPT"),
         (["--compare", "--scheduler", "mdlm"], "--scheduler"),
         (["--num-samples", "2", "--html", "x.html"], "--num-samples"),
+        (["--num-seeds", "2"], "--num-seeds"),
+        (["--out", "runs/x"], "--out"),
         (["--html", "/no/such/folder/x.html"], "/no/such/folder"),
         (["word " * 200], "256"),
         (["--device", "quantum"], "--device"),

@@ -14,13 +14,16 @@ from test_pipeline import twin
 import prism_pipelines
 from prism_pipelines import (
     MDLMScheduler,
+    P2Scheduler,
     PrismPipeline,
     PrismScheduler,
     QualityHead,
     SelfConfidenceScheduler,
+    TokenCriticScheduler,
     disable_prism,
     enable_prism,
 )
+from prism_pipelines.heads import load_scheduler
 from prism_pipelines.sudoku import MASK_ID, sudoku_tokenizer
 
 KINDS = [MDLMScheduler, SelfConfidenceScheduler, PrismScheduler]
@@ -522,6 +525,55 @@ def test_a_head_that_does_not_fit_leaves_the_one_in_use():
         enable_prism(pipe, tiny_head(hidden_size=17))
     _, seen = watched(pipe, 8)
     assert any(now["editing_transfer_index"].any() for now in seen)
+
+
+@pytest.mark.parametrize("kind", [P2Scheduler, TokenCriticScheduler])
+def test_a_scheduler_that_does_not_run_there_is_refused_and_one_recommended_replaced(kind, tmp_path):
+    pipe = tiny(BlockRefinementScheduler(block_length=8))
+    before = pipe.scheduler
+    with pytest.raises(TypeError, match=f"`scheduler` must be one of PrismScheduler, .* got {kind.__name__}"):
+        enable_prism(pipe, tiny_head(), scheduler=kind())
+    assert pipe.scheduler is before and not pipe.model._forward_pre_hooks
+    tiny_head().save_pretrained(tmp_path / "quality_head")
+    kind().save_pretrained(tmp_path / "scheduler")
+    with pytest.warns(UserWarning, match=f"recommends {kind.__name__}, which does not run in LLaDA2Pipeline"):
+        enable_prism(pipe, str(tmp_path))
+    assert type(pipe.scheduler) is PrismScheduler and pipe.scheduler.config.block_length == 8
+    assert not (watched(pipe, 4)[0].sequences == MASK).any()
+
+
+@pytest.mark.parametrize("name", ["PrismSchedulerOutput", "arguments", "", None, ["P2Scheduler"]])
+def test_a_recommendation_that_is_no_scheduler_is_refused(name, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match="known here: MDLMScheduler"):
+        load_scheduler(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("kind", [SelfConfidenceScheduler, MDLMScheduler])
+def test_a_scheduler_set_while_enabled_without_a_head_stays(kind):
+    pipe = tiny(BlockRefinementScheduler(block_length=8))
+    enable_prism(pipe, None)
+    chosen = pipe.scheduler = kind.from_config(pipe.scheduler.config, order="confidence")
+    disable_prism(pipe)
+    assert pipe.scheduler is chosen
+
+
+def test_no_prism_scheduler_is_left_without_its_head():
+    pipe = tiny(BlockRefinementScheduler(block_length=8), judge=tiny_head())
+    before = pipe._prism.scheduler
+    pipe.scheduler = PrismScheduler.from_config(pipe.scheduler.config, num_remask=3)
+    disable_prism(pipe)
+    assert pipe.scheduler is before and type(before) is BlockRefinementScheduler
+
+
+def test_minimal_topk_bounds_the_steps_of_a_run_as_the_pipeline_has_it():
+    calls = []
+    for minimal_topk in (1, 4):
+        pipe = tiny(MDLMScheduler())
+        watched(pipe, 8, input_ids=torch.ones(1, 8, dtype=torch.long), gen_length=16, minimal_topk=minimal_topk)
+        calls.append(pipe.model.calls)
+    assert calls == [2 * 8, 2 * 4]  # two blocks of at most gen_length // minimal_topk steps
 
 
 def test_schedulers_may_be_swapped_while_prism_is_enabled():

@@ -1,6 +1,7 @@
-"""Laws that every tested row of FAMILIES keeps, and the traps of design.md section 4, on family_twins.py."""
+"""Laws that every tested row of FAMILIES keeps, and the traps that single families set, on family_twins.py."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from family_twins import (
     some_ids,
 )
 
-from prism_pipelines import FAMILIES, MDLMScheduler, PrismScheduler, QualityHead
+from prism_pipelines import FAMILIES, MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines.sudoku import sudoku_tokenizer
 
 # --- every family -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +206,7 @@ def test_a_block_is_the_same_with_or_without_those_after_it(family):
     assert (aligned(pipe, changed)[:, 0, :MASK] - whole[:, 0, :MASK]).abs().max() > 1e-4  # both ways inside a block
 
 
-# --- traps of other implementations (design.md, section 4) ------------------------------------------------------------
+# --- traps of other implementations -----------------------------------------------------------------------------------
 
 
 def change_logits(pipe, change):
@@ -321,3 +323,12 @@ def test_the_attention_mask_has_the_form_the_model_takes(family):
     assert mask.dtype == torch.float32 and mask.shape == (2, 1, 7, 7) and not got["use_cache"]
     assert torch.equal(mask[0, 0, 2:, 2:] == 0, seen)
     assert (mask[0, 0, 2:, :2] < -1e30).all() and mask.isfinite().all()
+
+
+def test_a_tokenizer_beside_a_config_that_transformers_does_not_know_is_no_cause_for_alarm(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning", lambda text, *_: said.append(text))
+    folder = str(shutil.copytree(checkpoint("llada"), tmp_path / "llada"))
+    sudoku_tokenizer().save_pretrained(folder)
+    pipe = PrismPipeline.from_pretrained(folder, mask_token_id=MASK)
+    assert pipe.tokenizer("12").input_ids == sudoku_tokenizer()("12").input_ids and not said

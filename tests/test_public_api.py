@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import prism_pipelines
+from prism_pipelines import PrismPipeline, bundled, schedulers
 
 
 def test_every_public_name_loads_and_is_listed():
@@ -27,6 +28,15 @@ def test_diffusers_knows_our_classes(first):
     code += "print(sorted(t.LOADABLE_CLASSES['prism_pipelines']), 'QualityHead' in t.ALL_IMPORTABLE_CLASSES)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "PrismScheduler" in ran.stdout and ran.stdout.strip().endswith("True")
+
+
+@pytest.mark.parametrize("name", [name for name in schedulers.__all__ if name.endswith("Scheduler")])
+def test_a_pipeline_is_saved_and_loaded_with_every_scheduler(name, tmp_path):
+    pipe = PrismPipeline.from_pretrained(bundled("sudoku"))
+    pipe.scheduler = getattr(prism_pipelines, name)(temperature=0.25)
+    pipe.save_pretrained(tmp_path)
+    loaded = PrismPipeline.from_pretrained(tmp_path).scheduler
+    assert type(loaded) is type(pipe.scheduler) and loaded.config.temperature == 0.25
 
 
 def test_bundled_names_what_there_is():

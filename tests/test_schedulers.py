@@ -10,9 +10,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prism_pipelines import schedulers
 from prism_pipelines.schedulers import (
     MDLMScheduler,
     P2Scheduler,
@@ -22,13 +25,13 @@ from prism_pipelines.schedulers import (
     TokenCriticScheduler,
     TokenToMaskScheduler,
 )
-from prism_pipelines.schedulers.arguments import own_fields
+from prism_pipelines.schedulers.arguments import SchedulerConfig, own_fields
 
 VOCAB, MASK = 5, 3
 # Exact counts and rows of logits are tested here for these three. ReMDM's counts are random by design, Token-Critic's
 # hold at its full steps, and what P2 and token-to-mask remask depends on the logits: tests/test_baselines.py.
 COUNTED = (MDLMScheduler, PrismScheduler, SelfConfidenceScheduler)
-KINDS = (*COUNTED, ReMDMScheduler, TokenCriticScheduler, P2Scheduler, TokenToMaskScheduler)
+KINDS = tuple(getattr(schedulers, name) for name in schedulers.__all__ if name.endswith("Scheduler"))
 BASELINES = {
     ReMDMScheduler: [
         {"strategy": "cap", "eta": 0.3},
@@ -197,7 +200,7 @@ def test_only_tokens_that_the_model_allows_are_written_and_their_probability_is_
 
 
 def schedule(config, total, num_steps):
-    """What docs/method.md says of each forward pass: (level, step of the schedule or None in the loop, random n)."""
+    """What docs/schedulers.md says of each forward: (level, step of the schedule or None in the loop, random n)."""
     loops = config.get("loop_steps", 0)
     at = Fraction(str(config.get("loop_at", 1.0)))
     entry = next(i for i in range(num_steps) if Fraction(i + 1, num_steps) >= at) if loops else None
@@ -491,6 +494,16 @@ def test_the_loop_stays_n_below_the_level_it_entered_at_and_then_goes_on(loop_at
     assert remasked == [0] * entry + [3, 3, 3, 3, 0] + [0] * (num_steps - 1 - entry)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_the_loop_holds_its_level_whatever_the_threshold(threshold):
+    """All tokens are surer than 0, so without a loop the first step would write them all."""
+    loop = {"loop_steps": 3, "loop_num_remask": 2, "loop_at": 0.5}
+    scheduler = PrismScheduler(order="confidence", num_remask=0, use_threshold=True, threshold=threshold, **loop)
+    case = make_case(scheduler, [20], 2, "ties", width=20)
+    shown = [int((step.prev_sample != MASK).sum()) for *_, step, _ in case.run()]
+    assert shown == [10, 8, 8, 10, 20]
+
+
 def test_a_loop_over_a_full_canvas_refills_what_it_remasked_and_remasks_others():
     """At the end of the schedule a plain clamp n <= M - target would let the loop do nothing."""
     case = make_case(PrismScheduler(num_remask=0, loop_steps=5, loop_num_remask=4), [12], 3, width=12)
@@ -771,6 +784,45 @@ def test_a_subclass_takes_all_fields_and_a_foreign_threshold_is_not_one_of_ours(
     theirs = dict(BlockRefinementScheduler(threshold=0.8).config) | {"_class_name": "BlockRefinementScheduler"}
     assert TokenToMaskScheduler.from_config(theirs).config.threshold == 0.5
     assert PrismScheduler.from_config(theirs).config.threshold == 0.8
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in COUNTED])
+@pytest.mark.parametrize("taker", KINDS)
+def test_from_a_users_subclass_goes_over_what_goes_over_from_its_rule(kind, taker, tmp_path):
+    changed = {"eta": 0.7, "threshold": 0.3, "noise": 0.5, "temperature": 0.5}
+    changed = {name: value for name, value in changed.items() if takes(kind, name)}
+    subclass = type("Mine", (kind,), {})
+    want = own_fields(taker.from_config(kind(**changed).config))
+    assert want["temperature"] == 0.5 and (taker is kind or want == own_fields(taker(temperature=0.5)))
+    made = subclass(**changed)
+    made.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == "Mine"
+    old = {name: value for name, value in kind(**changed).config.items() if name != "_fields_as"}
+    for config in (made.config, saved, saved | {"_class_name": "NotHere"}, old):
+        assert own_fields(taker.from_config(config)) == want
+    assert own_fields(subclass.from_config(kind(**changed).config)) == own_fields(made)
+
+
+def test_a_rule_that_is_in_no_list_keeps_its_own_fields():
+    class New(SchedulerMixin, SchedulerConfig):
+        @register_to_config
+        def __init__(self, eta: float = 3.0, temperature: float = 1.0):
+            pass
+
+    for kind in (PrismScheduler, P2Scheduler):
+        assert own_fields(kind.from_config(New(temperature=0.5).config)) == own_fields(kind(temperature=0.5))
+        assert own_fields(New.from_config(kind(eta=0.5, temperature=0.5).config)) == own_fields(New(temperature=0.5))
+
+
+AMOUNTS = [{"eta": 0.1}, {"num_remask": 0}, {"num_remask": 2}, {"accept_quality": 0.5}]
+
+
+@pytest.mark.parametrize("first,second", list(itertools.permutations(AMOUNTS, 2)), ids=str)
+def test_from_every_amount_of_remasking_one_can_go_to_every_other_and_back(first, second):
+    there = PrismScheduler.from_config(PrismScheduler(**first).config, **second)
+    back = PrismScheduler.from_config(there.config, **first)
+    assert there.config.items() >= second.items() and back.config.items() >= first.items()
 
 
 @pytest.mark.parametrize("kind", [PrismScheduler, SelfConfidenceScheduler])
