@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -60,15 +61,30 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """The checkpoints in the folder of a run by their step, whole or not."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def drop_later(output_dir: str | Path, step: int) -> None:
+    """Deletes the checkpoints after `step`, from which a run goes on: they are of the way that it leaves.
+
+    `latest` would take one of them after an interruption, and their rotation would delete the new ones.
+    """
+    for later, path in sorted(checkpoints(output_dir).items()):
+        if later > step:
+            print(f"Deleting {path}: the run goes on from step {step}.", flush=True)
+            shutil.rmtree(path)
+
+
 def latest_checkpoint(output_dir: str | Path) -> str | None:
     """The newest whole checkpoint of a run, or None; damaged ones are passed over with a warning.
 
     Args:
         output_dir: folder of the run, holding `checkpoint-<step>` folders.
     """
-    found = {
-        int(m[1]): p for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    }
+    found = checkpoints(output_dir)
     for step in sorted(found, reverse=True):
         if is_whole(found[step]):
             return str(found[step])

@@ -18,7 +18,7 @@ def add_parser(commands) -> None:
         help="train a model or a quality head (accelerate launch -m prism_pipelines.training)",
         description="Print the training command, then run it. Flags of accelerate go before `--`, those of the "
         "training after it; without `--` all are the training's. `prism train -- --help` lists them.",
-        epilog="Exit status: that of the training, 2 if it cannot be started.",
+        epilog="Exit status: that of accelerate launch, which is 1 for any training that fails.",
         prefix_chars="\0",  # nothing here is a flag of ours: all pass through
         add_help=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -12,10 +13,18 @@ import yaml
 from huggingface_hub import HfApi
 
 from . import adapters, checks, heads
-from .repo_files import is_hub_id
+from .repo_files import is_hub_id, read_json
+from .schedulers import TokenCriticScheduler
 from .schedulers.arguments import own_fields
 
 CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
+MEANINGS = {
+    "PRISM": "It gives, in the same forward pass as the predictions, the probability that each visible token is right; "
+    "at inference the least likely are masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
+    "Token-Critic": "It gives the probability that each token is of the data and not written by the model, which says "
+    "nothing about whether it is right; at inference the whole text is filled, judged, and masked again where the "
+    "model's hand is most likely ([Token-Critic](https://arxiv.org/abs/2209.04439)).",
+}
 FACTS = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
 
 
@@ -145,7 +154,7 @@ def push_head_repo(
         folder = save_head_repo(
             pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
         )
-        message = commit_message or "PRISM quality head"
+        message = commit_message or f"{method(pipe)} quality head"
         target = {"private": private, "token": token, "revision": revision, "commit_message": message}
         return upload(folder, repo_id, ["adapter_*", "quality_head/*", "scheduler/*"], **target)
 
@@ -202,6 +211,11 @@ def upload(folder: Path, repo_id: str, replaces: list[str], *, private, token, r
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
+def method(pipe) -> str:
+    """The method that a head was trained for, of `MEANINGS`: the scheduler that is recommended with it says which."""
+    return "Token-Critic" if isinstance(pipe.scheduler, TokenCriticScheduler) else "PRISM"
+
+
 def model_card(
     pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict, repo_id: str | None = None
 ) -> str:
@@ -212,13 +226,11 @@ def model_card(
     adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
     use = usage(pipe, repo_id)
     if rank:
-        use += "\n\n" + adapter_usage(pipe, name, repo_id)
+        use += "\n\n" + adapter_usage(pipe, base_model, base_revision, repo_id)
     parts = [
         header("peft" if rank else "diffusers", base_model, ["lora"] if rank else [], facts),
-        f"# PRISM quality head for {Path(name).name}",
-        f"A {kind} head on the last hidden states of `{name}`{at}, with {adapter}. It gives, in the same forward "
-        "pass as the predictions, the probability that each visible token is right; at inference the least likely are "
-        "masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
+        f"# {method(pipe)} quality head for {Path(name).name}",
+        f"A {kind} head on the last hidden states of `{name}`{at}, with {adapter}. {MEANINGS[method(pipe)]}",
         "## Use",
         use,
         "## Recommended settings",
@@ -231,7 +243,7 @@ def model_card(
 def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:
     """README.md of a whole pipeline's repository; what is not known is left out."""
     head = pipe.quality_head
-    judged = "" if head is None else f" with a PRISM quality head ({head.config.architecture})"
+    judged = "" if head is None else f" with a {method(pipe)} quality head ({head.config.architecture})"
     parts = [
         header("diffusers", base_model, [], facts),
         f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
@@ -297,9 +309,13 @@ def usage(pipe, repo_id: str | None) -> str:
     return "\n".join(lines)
 
 
-def adapter_usage(pipe, base_model: str, repo_id: str | None) -> str:
+def adapter_usage(pipe, base_model: str, base_revision: str | None, repo_id: str | None) -> str:
     """How the adapter is loaded without this package."""
     kind = type(pipe.model).__name__
+    base = f'"{base_model if is_hub_id(base_model) else Path(base_model).name}"'  # a card tells no folders
+    with contextlib.suppress(OSError):  # out of reach: no reason not to save a head
+        if read_json(base_model, "model_index.json", {"revision": base_revision}) is not None:
+            base += ', subfolder="model"'  # of a saved pipeline
     if pipe.config.mdm_spec.get("key_mapping"):
         return f"The adapter alone is an ordinary PEFT adapter for {kind}, under whose names the base model is loaded."
     lines = [
@@ -309,7 +325,7 @@ def adapter_usage(pipe, base_model: str, repo_id: str | None) -> str:
         "from peft import PeftModel",
         f"from transformers import {kind}",
         "",
-        f'model = PeftModel.from_pretrained({kind}.from_pretrained("{base_model}"), "{repo_id or "."}")',
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained({base}), "{repo_id or "."}")',
         "```",
     ]
     return "\n".join(lines)

@@ -533,13 +533,20 @@ class PRISMObjective(MDMObjective):
         return z.masked_scatter(revealed, tokens), revealed
 
     def draw(self, hidden: Tensor, positions: Tensor, generator=None) -> tuple[Tensor, Tensor]:
-        """Tokens x^ at `positions` (B, L) and their probabilities, (N,) each, in row-major order."""
-        parts = [
-            sample_tokens(
-                self.denoiser.logits(hidden, part), temperature=self.temperature, top_p=self.top_p, generator=generator
-            )
-            for part in split_positions(positions, self.chunk_size)
-        ]
+        """Tokens x^ at `positions` (B, L) and their probabilities, (N,) each, in row-major order.
+
+        Raises:
+            FloatingPointError: the logits are no numbers.
+        """
+        parts = []
+        for part in split_positions(positions, self.chunk_size):
+            logits = self.denoiser.logits(hidden, part)
+            if not logits.amax(-1).isfinite().all():  # sample_tokens would end the process, on a GPU without a word
+                raise FloatingPointError(
+                    "The predictions of the model are no numbers any more. Lower --learning_rate, or check the data; "
+                    "the last checkpoint was written before this."
+                )
+            parts.append(sample_tokens(logits, self.temperature, self.top_p, generator=generator))
         tokens, probs = (torch.cat(part) for part in zip(*parts, strict=True))
         return tokens, probs
 

@@ -10,7 +10,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on `matrices` and `torch.optim.AdamW` on `others`, stepped and saved together.
 
     Muon (Jordan et al. 2024) orthogonalises the momentum of 2-D weights; embeddings, output heads, norms and biases
-    want AdamW. The two learning rates scale with one schedule.
+    want AdamW. The two learning rates scale with one schedule. Norms and biases (1-D) are not decayed.
 
     Args:
         matrices: 2-D parameters for Muon.
@@ -19,12 +19,20 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate of AdamW.
         momentum: Muon's momentum.
         weight_decay: decoupled decay of both.
+        betas, eps: of AdamW.
     """
 
-    def __init__(self, matrices, others, muon_lr=0.02, lr=1e-3, momentum=0.95, weight_decay=0.0):
+    def __init__(
+        self, matrices, others, muon_lr=0.02, lr=1e-3, momentum=0.95, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
+    ):
+        groups = [
+            {"params": [p for p in others if p.ndim > 1]},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
         self.parts = {
             "muon": torch.optim.Muon(matrices, lr=muon_lr, momentum=momentum, weight_decay=weight_decay),
-            "adamw": torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay),
+            "adamw": torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
         }
         self.defaults = {}
 
@@ -60,9 +68,13 @@ class MuonAdamW(torch.optim.Optimizer):
             part.load_state_dict(state_dict[name])
 
 
-def muon_adamw(objective: nn.Module, muon_lr: float, lr: float, weight_decay: float) -> MuonAdamW:
+def muon_adamw(objective: nn.Module, muon_lr: float, args) -> MuonAdamW:
     """`MuonAdamW` over the trainable parameters of an objective: Muon for the backbone's linear weights alone.
 
+    Args:
+        objective: of `losses`.
+        muon_lr: learning rate of Muon.
+        args: `TrainingArguments`, for the rest.
     Raises:
         ImportError: this torch has no Muon.
     """
@@ -76,4 +88,12 @@ def muon_adamw(objective: nn.Module, muon_lr: float, lr: float, weight_decay: fl
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
     if not matrices:
         raise ValueError("`optimizer='muon'` needs trainable backbone matrices, and every one is frozen. Use 'adamw'.")
-    return MuonAdamW(matrices, others, muon_lr=muon_lr, lr=lr, weight_decay=weight_decay)
+    return MuonAdamW(
+        matrices,
+        others,
+        muon_lr=muon_lr,
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )

@@ -17,6 +17,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpointing import WEIGHTS, latest_checkpoint, seal_checkpoint
 
+EVAL_SEED = 999_983  # of the noise of every evaluation
+
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The trainable parameters by name, a tied one once; gathered if they are sharded: then every process must call."""
@@ -106,6 +108,12 @@ class ObjectiveTrainer(Trainer):
                     total += output.loss.detach() / len(self.step_batches)
             calls += [{"part": "judge", "drawn": drawn} for drawn in output.get("drawn") or []]
         return total
+
+    def evaluate(self, *args, **kwargs):
+        """As the Trainer's, with the same noise every time and none taken from training."""
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            torch.manual_seed(EVAL_SEED + self.args.process_index)
+            return super().evaluate(*args, **kwargs)
 
     @property
     def is_prism(self) -> bool:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from .checkpointing import is_whole, latest_checkpoint, write_whole
+from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
 from .head_repo import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
 from .muon import muon_adamw
 from .pipeline_prism import PrismPipeline
@@ -39,8 +39,6 @@ from .training_setup import (
 
 logger = logging.getLogger(__name__)
 
-EVAL_BATCHES = 16  # held-out batches on which the head is measured
-
 
 def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[ObjectiveTrainer, PrismPipeline]:
     """Everything up to the first step: the trainer, and the pipeline of the modules that it trains.
@@ -49,6 +47,8 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         ValueError, OSError: a flag that no run can use, or a base model or data that is not there.
     """
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    if run.base_model and Path(run.base_model).exists():
+        run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
     if run.share and not (run.objective == "mdm" or run.full or is_hub_id(run.base_model)):
         raise ValueError(
             f"`--push_to_hub` of a head needs a base model that others can load, and `--base_model` {run.base_model!r} "
@@ -62,16 +62,8 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     objective = build_objective(run, model, tokenizer, spec)
     optimizer = None
     if run.optimizer == "muon":
-        optimizer = muon_adamw(objective, run.muon_learning_rate, args.learning_rate, args.weight_decay)
-    pipe = build_pipeline(objective, tokenizer, run.dataset)
-    callbacks = [MetricsLog(objective)]
-    if args.eval_strategy != "no" and run.objective != "mdm":
-        callbacks.append(HeadProgress(objective, first_batches(held_out, collate, args)))
-    if run.sample_texts:
-        given = [example["input_ids"][~example["trainable_mask"]] for example in held_out[: run.sample_texts]]
-        callbacks.append(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
-    if run.sample_puzzles:
-        callbacks.append(SudokuProgress(pipe, run.sample_puzzles))
+        optimizer = muon_adamw(objective, run.muon_learning_rate, args)
+    pipe = build_pipeline(objective, tokenizer, run)
     trainer = ObjectiveTrainer(
         model=objective,
         args=args,
@@ -79,28 +71,57 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         train_dataset=train_examples,
         eval_dataset=held_out,
         optimizers=(optimizer, None),
-        callbacks=callbacks,
+        callbacks=[MetricsLog(objective)],
     )
+    check_plugins(trainer.accelerator.state)
     if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
         raise ValueError(
             "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
         )
+    if args.eval_strategy != "no" and run.objective != "mdm":
+        trainer.add_callback(HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log))
+    if run.sample_texts:
+        given = [example["input_ids"][~example["trainable_mask"]] for example in held_out[: run.sample_texts]]
+        trainer.add_callback(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
+    if run.sample_puzzles:
+        trainer.add_callback(SudokuProgress(pipe, run.sample_puzzles, trainer.log))
     trainer.facts, trainer.beginning = run_facts(run, args), began
     if args.process_index:
         set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
     return trainer, pipe
 
 
-def first_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
-    """The first `EVAL_BATCHES` batches of the held-out examples.
+def check_plugins(state) -> None:
+    """Checks that accelerate does not split the model or the step in a way that ours are not made for.
+
+    Args:
+        state: the `accelerate.state.AcceleratorState`.
+    Raises:
+        ValueError: DeepSpeed, Megatron-LM, FSDP 1, or FSDP 2 with mixed precision.
+    """
+    way = "Use DDP, or FSDP with fsdp_version: 2 (examples/accelerate/fsdp.yaml)."
+    for kind in ("DEEPSPEED", "MEGATRON_LM"):
+        if state.distributed_type == kind:
+            raise ValueError(f"accelerate's {kind} would take a step at each of the two backwards of ours. {way}")
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(f"FSDP {fsdp.fsdp_version} flattens the weights, and checkpoints would hold none. {way}")
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        raise ValueError(
+            "FSDP with mixed precision would cast the quality head, which computes in float32. Set mixed_precision: "
+            "'no' in accelerate's file, leave out --bf16 and --fp16, and pass --dtype bfloat16."
+        )
+
+
+def eval_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
+    """The batches of the held-out examples.
 
     Raises:
         ValueError: there is none.
     """
     if not len(examples):
         raise ValueError("No example is held out: raise --num_eval_examples, or pass --eval_strategy no.")
-    loader = DataLoader(examples, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
-    return [batch for batch, _ in zip(loader, range(EVAL_BATCHES), strict=False)]
+    return list(DataLoader(examples, batch_size=args.per_device_eval_batch_size, collate_fn=collate))
 
 
 def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
@@ -150,6 +171,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
     if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
         if checkpoint:
             check_beginning(Path(checkpoint).parent, trainer.beginning)
+        drop_later(args.output_dir, step_of(checkpoint) if checkpoint else 0)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.output_dir) / RUN_FILE, (json.dumps(trainer.beginning) + "\n").encode())
     if checkpoint and finished(checkpoint, args):
@@ -173,7 +195,7 @@ def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> PrismPipelin
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[name])
-    return build_pipeline(objective.eval(), tokenizer, run.dataset)
+    return build_pipeline(objective.eval(), tokenizer, run)
 
 
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
@@ -199,6 +221,11 @@ def last_metrics(folder: str) -> dict[str, float]:
         measures = ("eval_loss", "eval_auroc", "eval_ece", "eval_posterior_drift", "solved_")
         found |= {name: value for name, value in entry.items() if name.startswith(measures)}
     return found
+
+
+def step_of(checkpoint: str) -> int:
+    """The step at which a checkpoint was written."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
 def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:

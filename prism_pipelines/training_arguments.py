@@ -126,6 +126,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
             "`--load_best_model_at_end` is not supported: the last weights are the result. Choose a checkpoint by "
             "training_log.jsonl, and stop there by --max_steps."
         )
+    if args.save_only_model:
+        raise ValueError(
+            "`--save_only_model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
+            "Pass --save_total_limit 1 for a small folder."
+        )
     run.share, args.push_to_hub = args.push_to_hub, False
     if run.share and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from .training_data import HELD_OUT_SEED
 
 logger = logging.getLogger(__name__)
 
+DRIFT_BATCHES = 16  # held-out batches on which the drift is measured, the first ones
 DRIFT_TOKENS = 64  # most masks of a batch whose whole posterior is kept, V numbers each ...
 DRIFT_NUMBERS = 2**21  # ... and most of these numbers: 8 MB a batch
 
@@ -111,10 +114,15 @@ class SudokuProgress(TrainerCallback):
     """At every evaluation, solves held-out puzzles and logs the share solved by number of clues.
 
     Two ways, 52 forwards each: the model alone in confidence order, and the pipeline as it will be saved.
+
+    Args:
+        pipe: the pipeline of the modules that are trained.
+        num_puzzles: of each number of clues.
+        log: the Trainer's, which tells `MetricsLog` and trackers.
     """
 
-    def __init__(self, pipe: PrismPipeline, num_puzzles: int):
-        self.pipe = pipe
+    def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]):
+        self.pipe, self.log = pipe, log
         self.sets = {clues: sudoku.make_puzzles(num_puzzles, clues, HELD_OUT_SEED)[0] for clues in (44, 36, 30)}
 
     def on_evaluate(self, args, state, control, **_):
@@ -123,7 +131,7 @@ class SudokuProgress(TrainerCallback):
             return
         training = self.pipe.model.training
         self.pipe.model.eval()
-        entry, scheduler = {"step": state.global_step}, self.pipe.scheduler
+        entry, scheduler = {}, self.pipe.scheduler
         for name, arm in (("confidence", MDLMScheduler(order="confidence", temperature=0.0)), ("pipeline", scheduler)):
             self.pipe.scheduler = arm
             for clues, puzzles in self.sets.items():
@@ -136,8 +144,7 @@ class SudokuProgress(TrainerCallback):
                 entry[f"solved_{name}_{clues}_clues"] = float(sudoku.is_solved(out.sequences.cpu(), puzzles).mean())
         self.pipe.scheduler = scheduler
         self.pipe.model.train(training)
-        write_log(args.output_dir, entry)
-        logger.warning("%s", entry)
+        self.log(entry)
 
 
 class TextProgress(TrainerCallback):
@@ -188,15 +195,17 @@ class HeadProgress(TrainerCallback):
         eval_auroc, eval_ece              of the head at the filled tokens; chance is 0.5, and 0 is calibrated
         eval_share_right                  filled tokens that are right: what a head without knowledge would say of all
         eval_posterior_drift              mean KL(base || now) of the unmasking posterior at masks, nats: what LoRA or
-                                          full tuning moved since the first entry, which is taken before any step
+                                          full tuning moved since the first entry, which is taken before any step;
+                                          on the first `DRIFT_BATCHES` batches, the others on all
 
     Args:
         objective: the `PRISMObjective` that is trained.
         batches: held-out batches, as the objective takes them.
+        log: the Trainer's, which tells `MetricsLog` and trackers.
     """
 
-    def __init__(self, objective: PRISMObjective, batches: list[dict[str, torch.Tensor]]):
-        self.objective, self.batches, self.base = objective, batches, None
+    def __init__(self, objective: PRISMObjective, batches: list[dict[str, torch.Tensor]], log: Callable[[dict], None]):
+        self.objective, self.batches, self.log, self.base = objective, batches, log, None
 
     def on_train_begin(self, args, state, control, **_):
         """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
@@ -205,12 +214,22 @@ class HeadProgress(TrainerCallback):
             entry = self.measure()
             self.base = self.now
             if state.is_world_process_zero:
-                write_whole(file, save({"log_probs": self.base}))
-                write_log(args.output_dir, {"step": 0, **entry, "eval_posterior_drift": 0.0})
-        elif file.is_file():
-            self.base = load_file(file)["log_probs"]
-        else:
+                write_whole(file, save({"log_probs": self.base, "batches": self.digest()}))
+            self.log(entry | {"eval_posterior_drift": 0.0})
+        elif not file.is_file():
             logger.warning("%s is gone, so eval_posterior_drift is left out from now on.", file)
+        elif not torch.equal((saved := load_file(file)).get("batches", torch.empty(0)), self.digest()):
+            logger.warning("The held-out batches are others now, so eval_posterior_drift is left out from now on.")
+        else:
+            self.base = saved["log_probs"]
+
+    def digest(self) -> torch.Tensor:
+        """What the batches of the drift hold, uint8 (32,): the reference is of use for these alone."""
+        sha = hashlib.sha256()
+        for batch in self.batches[:DRIFT_BATCHES]:
+            for name, value in sorted(batch.items()):
+                sha.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+        return torch.tensor(list(sha.digest()), dtype=torch.uint8)
 
     def on_evaluate(self, args, state, control, **_):
         """Called by the Trainer after each evaluation, on every process."""
@@ -219,9 +238,8 @@ class HeadProgress(TrainerCallback):
             # Forbidden ids have log-probability -inf in both, and their difference is no number; they add nothing.
             terms = torch.where(self.base.isneginf(), 0.0, self.base.exp() * (self.base - self.now))
             entry["eval_posterior_drift"] = float(terms.sum(-1).mean())
+        self.log(entry)
         if state.is_world_process_zero:
-            write_log(args.output_dir, {"step": state.global_step, **entry})
-            logger.warning("%s", {"step": state.global_step, **entry})
             self.draw(Path(args.output_dir) / "calibration.png")
 
     def draw(self, path: Path) -> None:
@@ -242,7 +260,8 @@ class HeadProgress(TrainerCallback):
         for number, batch in enumerate(self.batches):
             batch = {name: value.to(device) for name, value in batch.items()}
             noise = torch.Generator().manual_seed(number)
-            out = objective(**batch, generator=noise, part="measure", num_log_probs=few)
+            kept = few if number < DRIFT_BATCHES else 0
+            out = objective(**batch, generator=noise, part="measure", num_log_probs=kept)
             outputs.append({name: value.cpu() for name, value in out.items()})
         objective.train(training)
         quality, right, self.now = (

@@ -82,6 +82,8 @@ class RowEncoder:
         vocab_size: ids at and above it are unknown to the model.
         too_long: "error", or "drop" to leave out rows with an answer that are longer.
         suppressed: ids that the model is never to predict, such as padding; they must not be trained on.
+        reads_only_masks: whether the model can read a row of masks alone; if not, the first token of a packed text is
+            never masked, and an answer needs a prompt.
     Raises:
         ValueError: unknown `too_long`, `max_length` below 1, or from `answer` and `text` a row that cannot be used.
     """
@@ -92,6 +94,7 @@ class RowEncoder:
     vocab_size: int
     too_long: str = "error"
     suppressed: tuple[int, ...] = ()
+    reads_only_masks: bool = True
 
     def __post_init__(self):
         if self.too_long not in TOO_LONG:
@@ -111,6 +114,11 @@ class RowEncoder:
             raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
         if end is not None and ids[-1] != end:
             ids = [*ids, end]
+        if not (given or self.reads_only_masks):
+            raise ValueError(
+                f"Row {number} of the data set has an empty prompt, and this model (ESM, token_dropout) cannot read a "
+                "row of masks alone. Give it a prompt, or pass the texts as `text`."
+            )
         self._check([*given, *ids], number, ids)
         if len(given) + len(ids) > self.max_length:
             if self.too_long == "drop":
@@ -235,7 +243,7 @@ def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str,
         elif "text" in row:
             buffer += encoder.text(row, number)
             while len(buffer) >= encoder.max_length:
-                yield whole_text(buffer[: encoder.max_length])
+                yield whole_text(buffer[: encoder.max_length], encoder.reads_only_masks)
                 del buffer[: encoder.max_length]
                 blocks += 1
         else:
@@ -243,16 +251,21 @@ def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str,
                 f"The data set has the columns {sorted(row)}. Rename them: text, or prompt and completion, or messages."
             )
     if buffer and not blocks:
-        yield whole_text(buffer)
+        yield whole_text(buffer, encoder.reads_only_masks)
 
 
-def whole_text(ids: list[int]) -> dict[str, torch.Tensor]:
-    """An example in which every token may be masked."""
-    return {"input_ids": torch.tensor(ids), "trainable_mask": torch.ones(len(ids), dtype=torch.bool)}
+def whole_text(ids: list[int], mask_first: bool = True) -> dict[str, torch.Tensor]:
+    """An example in which every token may be masked, or every token but the first."""
+    trainable = torch.ones(len(ids), dtype=torch.bool)
+    trainable[0] = mask_first
+    return {"input_ids": torch.tensor(ids), "trainable_mask": trainable}
 
 
 class StreamedExamples(IterableDataset):
-    """Examples made as they are read; each pass begins anew, so a resumed run can skip to where it was.
+    """Examples made as they are read, pass after pass without an end.
+
+    A data set that ended would have the Trainer begin an epoch that it cannot count, and a resumed run skip to the
+    wrong place; so a run skips what it has read, over all passes, and reads on.
 
     Args:
         rows: what gives the rows anew each time it is iterated.
@@ -266,12 +279,13 @@ class StreamedExamples(IterableDataset):
         self.rows, self.encoder, self.skip = rows, encoder, skip
 
     def __iter__(self):
-        empty = True
-        for example in itertools.islice(encode_rows(self.rows, self.encoder), self.skip, None):
-            empty = False
-            yield example
-        if empty:
-            raise ValueError(f"The data set is empty after the {self.skip} examples that are held out.")
+        while True:
+            empty = True
+            for example in itertools.islice(encode_rows(self.rows, self.encoder), self.skip, None):
+                empty = False
+                yield example
+            if empty:
+                raise ValueError(f"The data set is empty after the {self.skip} examples that are held out.")
 
 
 def split_examples(rows, encoder: RowEncoder, num_eval: int, streaming: bool = False, eval_rows=None):

@@ -23,6 +23,7 @@ from .quality_head import QualityHead
 from .repo_files import fetch_file, inside, is_hub_id, read_json
 from .run_files import module_digest
 from .schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
+from .stopping import end_tokens, never_written
 from .training_data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
 
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
@@ -131,9 +132,14 @@ def add_lora(run, model, spec) -> None:
     """
     from peft import LoraConfig
 
-    targets = run.lora_targets.split(",") if run.lora_targets else list(spec.lora_targets)
+    targets = [name.strip() for name in run.lora_targets.split(",")] if run.lora_targets else list(spec.lora_targets)
     if not targets:
         raise ValueError("No LoRA targets are known for this model: pass `--lora_targets` (module names, commas).")
+    matrices = [name for name, m in model.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    for target in targets if run.lora_targets else ():  # PEFT is content if one of several is found
+        if not any(f".{name}".endswith(f".{target}") for name in matrices):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
+            raise ValueError(f"`--lora_targets` names {target!r}, and the model's modules with a matrix are {names}.")
     model.add_adapter(
         LoraConfig(r=run.rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets),
         adapter_name=ADAPTER,
@@ -143,15 +149,15 @@ def add_lora(run, model, spec) -> None:
             parameter.data = parameter.data.float()
 
 
-def suppressed_ids(tokenizer) -> tuple[int, ...]:
-    """Tokens that are never predicted: padding, as in the pipeline, unless it is the end token, which ends a text."""
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return () if pad is None or pad == end else (pad,)
+def suppressed_ids(tokenizer, model, spec) -> tuple[int, ...]:
+    """Tokens that are never predicted, as in the pipeline."""
+    return never_written(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
 def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
-    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed_ids(tokenizer))
+    suppressed = suppressed_ids(tokenizer, model, spec)
+    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
     shared = {
         "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
@@ -188,16 +194,21 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     )
 
 
-def build_pipeline(objective: MDMObjective, tokenizer, dataset: str) -> PrismPipeline:
-    """The pipeline of the modules being trained: PRISM with a quality head, the plain model without."""
+def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
+    """The pipeline of the modules being trained: PRISM with a quality head, the plain model without.
+
+    A head is to judge tokens like those that it was trained on, so they are drawn as there.
+    """
     head = getattr(objective, "quality_head", None)
+    drawn = {"temperature": run.draw_temperature, "top_p": run.top_p}
     if head is None:
         scheduler = MDLMScheduler()
     elif isinstance(objective, CriticObjective):
-        scheduler = TokenCriticScheduler()
+        scheduler = TokenCriticScheduler(**drawn)
     else:
         # The settings of method.md: a few cells of a Sudoku, the paper's share of a text.
-        scheduler = PrismScheduler(num_remask=4) if dataset == "sudoku" else PrismScheduler(eta=0.05)
+        share = {"num_remask": 4} if run.dataset == "sudoku" else {"eta": 0.05}
+        scheduler = PrismScheduler(order=run.reveal_order, **share, **drawn)
     spec = objective.denoiser.spec.to_dict()
     return PrismPipeline(objective.denoiser.model, tokenizer, quality_head=head, scheduler=scheduler, mdm_spec=spec)
 
@@ -220,8 +231,16 @@ def load_examples(run, args, model, tokenizer, spec):
         raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
     if run.streaming and args.max_steps <= 0:
         raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
+    suppressed = suppressed_ids(tokenizer, model, spec)
     encoder = RowEncoder(
-        tokenizer, spec.mask_token_id, run.max_length, model.config.vocab_size, run.too_long, suppressed_ids(tokenizer)
+        tokenizer,
+        spec.mask_token_id,
+        run.max_length,
+        model.config.vocab_size,
+        run.too_long,
+        suppressed,
+        # ESM divides by the share of other tokens than masks.
+        reads_only_masks=not getattr(model.config, "token_dropout", False),
     )
     rows = read_rows(
         run.dataset,

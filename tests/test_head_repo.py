@@ -12,7 +12,7 @@ from family_twins import H, load, save_llada
 from peft import LoraConfig, PeftModel
 from transformers import BertConfig, BertForMaskedLM
 
-from prism_pipelines import PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines import PrismPipeline, PrismScheduler, QualityHead, TokenCriticScheduler
 from prism_pipelines.head_repo import model_card, push_head_repo, save_head_repo
 from prism_pipelines.sudoku import sudoku_tokenizer
 
@@ -170,6 +170,22 @@ def test_the_card_says_what_is_known_and_its_snippet_runs(hub, base, tmp_path):
 def test_a_card_without_facts_invents_none(base):
     card = model_card(trained(base, lora=False), BASE, None, None, {})
     assert "Training" not in card and "metrics" not in card and "license" not in card and "no adapter" in card
+
+
+def test_the_adapter_snippet_of_a_base_that_is_a_saved_pipeline_runs(hub, base):
+    PrismPipeline.from_pretrained(base).push_to_hub("them/whole", what="pipeline")
+    trained(base, name="them/whole").push_to_hub(HEAD)
+    snippet = re.findall(r"```python\n(.*?)```", hub.files(HEAD)["README.md"].decode(), re.DOTALL)[1]
+    assert 'from_pretrained("them/whole", subfolder="model")' in snippet
+    exec(snippet, {})
+
+
+def test_the_card_of_a_critic_does_not_claim_what_prism_means(base):
+    pipe = trained(base, lora=False)
+    pipe.scheduler = TokenCriticScheduler()
+    card = model_card(pipe, BASE, None, None, {})
+    assert "# Token-Critic quality head" in card and "2209.04439" in card
+    assert "visible token is right" not in card and "2510.01384" not in card
 
 
 def test_a_head_saved_again_without_its_adapter_leaves_none_behind(base, tmp_path):

@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from prism_pipelines import PrismPipeline, TokenCriticScheduler
 from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
+from prism_pipelines.muon import MuonAdamW
 from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
-from prism_pipelines.training import main, parse_arguments, prepare, run_facts, train
+from prism_pipelines.training import check_plugins, main, parse_arguments, prepare, run_facts, train
 from prism_pipelines.training_data import SudokuGrids
 from prism_pipelines.training_setup import RUN_FILE, read_beginning
 
@@ -75,6 +78,10 @@ def pretrained(tmp_path_factory):
 def weights(folder):
     parts = [folder / name for name in ("model", "quality_head")]
     return {part.name: load_file(path) for part in parts for path in part.glob("*.safetensors")}
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
 def assert_identical(a, b):
@@ -330,8 +337,169 @@ def test_evaluation_writes_the_measures_of_the_head_and_the_drift_of_the_posteri
 
 
 def test_a_critic_is_trained_and_saved_with_its_scheduler(tmp_path, pretrained):
-    run(tmp_path, "--objective=critic", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone")
-    assert isinstance(PrismPipeline.from_pretrained(str(tmp_path)).scheduler, TokenCriticScheduler)
+    flags = ("--objective=critic", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone", "--top_p=0.9")
+    run(tmp_path, *flags)
+    scheduler = PrismPipeline.from_pretrained(str(tmp_path)).scheduler
+    assert isinstance(scheduler, TokenCriticScheduler) and scheduler.config.top_p == 0.9
+    assert "Token-Critic quality head" in (tmp_path / "README.md").read_text()
+
+
+def test_the_recommended_settings_draw_tokens_as_training_did(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
+    run(tmp_path, *flags, "--reveal_order=confidence", "--draw_temperature=0", "--top_p=0.9")
+    config = PrismPipeline.from_pretrained(str(tmp_path)).scheduler.config
+    assert (config.order, config.temperature, config.top_p, config.num_remask) == ("confidence", 0, 0.9, 4)
+
+
+def test_going_back_deletes_the_checkpoints_of_the_way_that_is_left(tmp_path, monkeypatch, capsys):
+    """Or `latest` would take them after an interruption, and their rotation delete the new ones."""
+    flags = ("--objective=mdm", "--max_steps=4", "--save_steps=1")
+    run(tmp_path, *flags)
+    back = f"--resume_from_checkpoint={tmp_path / 'checkpoint-1'}"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(Stop):
+            run(tmp_path, *flags, back, "--save_total_limit=1")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert capsys.readouterr().out.count("the run goes on from step 1") == 3
+
+
+def test_damaged_checkpoints_do_not_outlive_the_new_ones(tmp_path):
+    flags = ("--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest")
+    run(tmp_path, *flags, "--max_steps=3")
+    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    run(tmp_path, *flags, "--max_steps=3", "--save_total_limit=1")
+    assert is_whole(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"distributed_type": "DEEPSPEED"}, "DEEPSPEED would take a step at each of the two backwards"),
+        ({"distributed_type": "MEGATRON_LM"}, "MEGATRON_LM"),
+        ({"fsdp_version": 1}, "FSDP 1 flattens the weights"),
+        ({"fsdp_version": 2, "mixed_precision_policy": "bf16"}, "--dtype bfloat16"),
+        ({"fsdp_version": 2}, None),
+        ({"distributed_type": "MULTI_GPU"}, None),
+    ],
+)
+def test_ways_to_split_a_model_that_would_train_wrongly_are_refused(state, words):
+    fsdp = {"mixed_precision_policy": None, **state} if "fsdp_version" in state else None
+    found = SimpleNamespace(distributed_type=state.get("distributed_type", "FSDP"))
+    found.fsdp_plugin = fsdp and SimpleNamespace(**fsdp)
+    if words is None:
+        return check_plugins(found)
+    with pytest.raises(ValueError, match=words):
+        check_plugins(found)
+
+
+def test_evaluations_have_the_same_noise_and_take_none_from_training(tmp_path):
+    flags = ("--objective=mdm", "--max_steps=3", "--save_strategy=no")
+    run(tmp_path / "none", *flags)
+    run(tmp_path / "some", *flags, "--eval_strategy=steps", "--eval_steps=1")
+    assert_identical(weights(tmp_path / "none"), weights(tmp_path / "some"))
+    run(tmp_path / "still", *flags, "--eval_strategy=steps", "--eval_steps=1", "--learning_rate=0")
+    losses = [entry["eval_loss"] for entry in log_of(tmp_path / "still") if "eval_loss" in entry]
+    assert len(losses) == 3 and len(set(losses)) == 1
+
+
+def test_trackers_get_the_measures_of_the_head(tmp_path, pretrained):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.extend((state.global_step, name) for name in logs)
+
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
+    flags += ("--eval_strategy=steps", "--eval_steps=1", "--num_revealed=8", "--sample_puzzles=1")
+    run_args, args = parse_arguments(arguments(tmp_path, *flags))
+    trainer, pipe = prepare(run_args, args)
+    trainer.callback_handler.callbacks.insert(0, Tracker())  # where the Trainer has its own
+    train(trainer, pipe, run_args)
+    assert {(0, "eval_auroc"), (1, "eval_auroc"), (1, "eval_posterior_drift")} <= set(seen)
+    assert (1, "solved_pipeline_30_clues") in seen
+
+
+def test_all_held_out_examples_are_measured_and_the_drift_rests_on_the_first_batches(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setattr("prism_pipelines.training_callbacks.DRIFT_BATCHES", 2)
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
+    flags += ("--eval_strategy=steps", "--eval_steps=1", "--num_eval_examples=20", "--per_device_eval_batch_size=1")
+    run_args, args = parse_arguments(arguments(tmp_path, *flags, "--mask_rate_min=0.5"))
+    trainer, pipe = prepare(run_args, args)
+    train(trainer, pipe, run_args)
+    progress = trainer.callback_handler.callbacks[-1]
+    assert progress.score["n"] == 20
+    assert len(progress.now) <= 2 * 81
+
+
+def test_resuming_with_other_held_out_batches_leaves_the_drift_out(tmp_path, pretrained, caplog):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--freeze_backbone", "--eval_strategy=steps")
+    flags += ("--eval_steps=1", "--save_steps=1", "--resume_from_checkpoint=latest", "--num_revealed=8")
+    run(tmp_path, *flags, "--max_steps=1")
+    run(tmp_path, *flags, "--max_steps=2")
+    run(tmp_path, *flags, "--max_steps=3", "--per_device_eval_batch_size=3")
+    assert "held-out batches are others now" in caplog.text
+    entries = {entry["step"]: entry for entry in log_of(tmp_path) if "eval_auroc" in entry}
+    assert ["eval_posterior_drift" in entries[step] for step in range(4)] == [True, True, True, False]
+
+
+def test_every_name_of_lora_targets_is_a_module(tmp_path, pretrained):
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--rank=2")
+    run(tmp_path / "run", *flags, "--lora_targets=query, value")
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert any(".query." in name for name in names) and any(".value." in name for name in names)
+    with pytest.raises(ValueError, match=r"`--lora_targets` names 'v_proj', and .* query, .*value"):
+        run(tmp_path / "other", *flags, "--lora_targets=query,v_proj")
+
+
+def test_muon_takes_the_flags_of_adam_and_does_not_decay_norms_and_biases(tmp_path):
+    flags = ("--objective=mdm", "--max_steps=1", "--optimizer=muon", "--weight_decay=0.1")
+    trainer, _ = prepare(*parse_arguments(arguments(tmp_path, *flags, "--adam_beta2=0.5", "--adam_epsilon=1e-3")))
+    assert isinstance(trainer.optimizer, MuonAdamW)
+    groups = trainer.optimizer.parts["adamw"].param_groups
+    assert all(group["betas"] == (0.9, 0.5) and group["eps"] == 1e-3 for group in groups)
+    for group in trainer.optimizer.param_groups:
+        assert {p.ndim for p in group["params"]} == ({1} if group["weight_decay"] == 0 else {2})
+    count = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert count == sum(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_predictions_that_are_no_numbers_are_one_line_too(tmp_path, pretrained, capsys):
+    """The loss is NaN no sooner than the tokens that PRISM draws."""
+    flags = ("--objective=prism", f"--base_model={pretrained}", "--full", "--max_steps=6", "--logging_steps=500")
+    flags += ("--optim=sgd", "--learning_rate=1e30", "--max_grad_norm=0")
+    assert main(arguments(tmp_path, *flags)) == 1
+    assert "no numbers any more" in capsys.readouterr().err
+
+
+def test_a_base_in_a_folder_is_found_from_other_folders(tmp_path, pretrained, monkeypatch):
+    monkeypatch.chdir(pretrained.parent)
+    flags = ("--objective=prism", f"--base_model={pretrained.name}", "--max_steps=1", "--freeze_backbone")
+    run(tmp_path / "run", *flags)
+    monkeypatch.chdir(tmp_path)
+    assert PrismPipeline.from_pretrained(str(tmp_path / "run")).quality_head is not None
+    assert str(pretrained.parent) not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_streamed_run_goes_on_exactly_after_the_first_pass(tmp_path, pretrained, monkeypatch):
+    """A pass of the 19 examples ends within a step."""
+    rows = [{"prompt": "12", "completion": f"34{i % 9 + 1}{i % 7 + 1}"} for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--objective=mdm", f"--base_model={pretrained}", "--max_length=12", f"--dataset={tmp_path / 'data.jsonl'}"]
+    flags += [
+        "--streaming",
+        "--num_eval_examples=1",
+        "--max_steps=8",
+        "--save_steps=2",
+        "--resume_from_checkpoint=latest",
+    ]
+    run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(Stop):
+            run(tmp_path / "cut", *flags)
+    run(tmp_path / "cut", *flags)
+    assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 def test_a_preset_gives_flags_that_the_command_line_overrides():
@@ -461,6 +629,7 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=mdm", "--num_eval_examples=-1"], "`--num_eval_examples` must be at least 0, got -1"),
         (["--objective=mdm", "--puzzle_share=2"], "`--puzzle_share` must be in [0, 1], got 2.0"),
         (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout goes with --objective prism"),
+        (["--objective=mdm", "--save_only_model"], "`--save_only_model` is not supported"),
         (["--objective=mdm", "--load_best_model_at_end", "--eval_strategy=steps"], "is not supported"),
         (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader_num_workers=2"], "is at most 1"),
         (["--objective=mdm", "--num_revealed=4"], "`--num_revealed` goes with --objective prism; mdm has no use"),

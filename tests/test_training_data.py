@@ -1,5 +1,6 @@
 """Rows of text, answers and chats as training examples: what is masked, what is packed, what is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -134,9 +135,19 @@ def test_local_files_are_read_alike_streamed_or_not(tmp_path, encoder, ending):
         whole, streamed = (read_rows(str(place), streaming=way) for way in (False, True))
         train, held = split_examples(whole, encoder, 1)
         train_2, held_2 = split_examples(streamed, encoder, 1, streaming=True)
-        for one, other in ((train, train_2), (train, train_2), (held, held_2)):  # a second pass is as the first
+        streamed = list(itertools.islice(train_2, 2 * len(train)))  # a second pass is as the first, and follows it
+        for one, other in ((train + train, streamed), (held, held_2)):
             assert [e["input_ids"].tolist() for e in one] == [e["input_ids"].tolist() for e in other]
     assert len(held) == 1 and len(train) == 12
+
+
+def test_a_model_that_cannot_read_masks_alone_keeps_a_token_of_every_example(tokenizer):
+    """ESM with token_dropout divides by the share of tokens that are no masks."""
+    encoder = RowEncoder(tokenizer, MASK, 4, len(WORDS), reads_only_masks=False)
+    for example in (*encode_rows(ROWS, encoder), *encode_rows([{"prompt": "a", "completion": "b"}], encoder)):
+        assert example["trainable_mask"].tolist() == [False] + [True] * (len(example["input_ids"]) - 1)
+    with pytest.raises(ValueError, match="Row 0 of the data set has an empty prompt"):
+        list(encode_rows([{"prompt": "", "completion": "b"}], encoder))
 
 
 def test_no_data_is_refused(tmp_path, encoder):
