@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .cli_arguments import check_device, number_type
 # Puzzles and noise that settings are chosen on begin this far from those they are compared on.
 TUNE_SEED = 500_000
 TRIALS = 8  # of an arm that has settings to choose from
+BUNDLED = "default: the bundled model for the task"
 # What `compare` compares on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence
 # remask 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
 ARMS = [
@@ -30,27 +32,27 @@ def add_parser(commands) -> None:
     count = number_type(int, 1, "a whole number of at least 1")
 
     sudoku = kinds.add_parser("sudoku", help="share of puzzles solved, with its interval")
-    _common(sudoku, run_sudoku)
+    _common(sudoku, run_sudoku, BUNDLED)
     _sampling(sudoku)
     sudoku.add_argument("--steps", type=count, default=52, help="forward passes (default: %(default)s)")
     sudoku.add_argument("--num-puzzles", type=count, default=100)
     sudoku.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
 
     text = kinds.add_parser("text", help="distances to held-out text, diversity, perplexity under a judge, MAUVE")
-    _common(text, run_text)
+    _common(text, run_text, "it writes the texts; or pass --texts")
     _sampling(text)
-    text.add_argument("--texts", metavar="FILE", help="generated texts (.jsonl, .json, .txt); default: generate")
+    text.add_argument("--texts", metavar="FILE", help="generated texts (.jsonl, .json, .txt), in place of --model")
     text.add_argument("--reference", metavar="FILE", required=True, help="held-out texts, in the same formats")
-    text.add_argument("--num-samples", type=count, default=64)
-    text.add_argument("--gen-length", type=count, default=128)
-    text.add_argument("--steps", type=count, default=64, help="forward passes (default: %(default)s)")
+    text.add_argument("--num-samples", type=count, help="texts to generate (default: 64)")
+    text.add_argument("--gen-length", type=count, help="tokens of each (default: 128)")
+    text.add_argument("--steps", type=count, help="forward passes (default: 64)")
     text.add_argument("--words", metavar="FILE", help="known words, between blanks (default: those of --reference)")
     text.add_argument("--judge", help="folder or Hub id of a causal model, for generative perplexity")
     text.add_argument("--ngram-judge", metavar="FILE", help="or texts to count a 6-gram judge of bytes in: no download")
     text.add_argument("--featurizer", help="folder or Hub id of a model, for MAUVE")
 
     calibration = kinds.add_parser("calibration", help="does the head know what is wrong? AUROC, ECE, Brier, figure")
-    _common(calibration, run_calibration)
+    _common(calibration, run_calibration, BUNDLED)
     calibration.add_argument("--data", default="sudoku", help='"sudoku" or a file of texts (default: %(default)s)')
     calibration.add_argument("--num-sequences", type=count, default=256)
     calibration.add_argument("--length", type=count, default=128, help="tokens of a sequence of text")
@@ -58,7 +60,7 @@ def add_parser(commands) -> None:
     calibration.add_argument("--out", metavar="FOLDER", help="write calibration.json, .md and .png there")
 
     code = kinds.add_parser("code", help="HumanEval or MBPP: pass@k, executed in a sandbox")
-    _common(code, run_code)
+    _common(code, run_code, "needed: the bundled models write no code")
     _sampling(code)
     code.add_argument("--problems", required=True, help="file of HumanEval or MBPP, or humaneval, mbpp, a Hub id")
     code.add_argument("--allow-execution", action="store_true", help="yes, run what the model writes")
@@ -76,18 +78,18 @@ def add_parser(commands) -> None:
     code.add_argument("--gen-length", type=count, default=512)
     code.add_argument("--block-length", type=count, default=32)
     code.add_argument("--steps", type=count, default=256, help="forward passes (default: %(default)s)")
-    code.add_argument("--out", metavar="FILE", help="write everything, with programs and verdicts, as JSON")
+    code.add_argument("--out", metavar="FILE", help="write everything as JSON; completions before programs run")
 
     compare = kinds.add_parser("compare", help="arms by forwards by seeds at equal forwards, resumable")
-    _common(compare, run_compare)
+    _common(compare, run_compare, BUNDLED)
     compare.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds, temperature")
     compare.add_argument("--task", choices=["sudoku", "text", "all"], help="default: sudoku; without --model all")
     compare.add_argument("--reference", metavar="FILE", help="held-out texts (default: those beside the text model)")
     compare.add_argument("--forwards", type=count, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text")
     compare.add_argument("--num-seeds", type=count, help="seeds from --seed on (default: 3 for sudoku, 5 for text)")
-    compare.add_argument("--num-puzzles", type=count, default=100)
-    compare.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
-    compare.add_argument("--num-samples", type=count, default=64)
+    compare.add_argument("--num-puzzles", type=count, help="default: 100")
+    compare.add_argument("--clues", type=int, help="clues of each puzzle, 20 to 81 (default: 30)")
+    compare.add_argument("--num-samples", type=count, help="texts to generate (default: 64)")
     compare.add_argument("--gen-length", type=count, help="tokens of a text (default: what fits, at most 256)")
     compare.add_argument("--trials", type=count, help=f"settings tried of each arm with lists (default: {TRIALS})")
     compare.add_argument("--tune-steps", type=count, help="forwards to try them at (default: the middle of --forwards)")
@@ -96,8 +98,8 @@ def add_parser(commands) -> None:
     compare.add_argument("--out", metavar="FOLDER", default="runs/compare", help="default: %(default)s")
 
 
-def _common(parser, run) -> None:
-    parser.add_argument("--model", help="folder or Hub id (default: the bundled model for the task, if there is one)")
+def _common(parser, run, model: str) -> None:
+    parser.add_argument("--model", help=f"folder or Hub id ({model})")
     parser.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for it")
     parser.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -137,6 +139,23 @@ def _rule(pipe) -> dict:
     return {"scheduler": {"name": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)}}
 
 
+def _steps(steps: int, pipe, blocks: int = 1) -> int:
+    """`num_inference_steps` that make `--steps` forwards: those of a refinement loop come on top, in every block."""
+    from .schedulers.arguments import own_fields
+
+    loop = blocks * own_fields(pipe.scheduler).get("loop_steps", 0)
+    if loop and steps <= loop:
+        raise ValueError(f"--steps {steps} must be more than the {loop} forwards of the scheduler's loop_steps.")
+    return steps - loop
+
+
+def _refuse(args, flags: tuple[str, ...], why: str) -> None:
+    """Name the first of these flags that was given."""
+    for flag in flags:
+        if getattr(args, flag[2:].replace("-", "_")) not in (None, 0):
+            raise ValueError(f"{flag} has no effect {why}: leave it out.")
+
+
 def _print(result: dict, args: argparse.Namespace, text: str | None = None) -> int:
     if args.json:
         print(json.dumps(result))
@@ -154,7 +173,8 @@ def run_sudoku(args: argparse.Namespace) -> int:
 
     pipe = _pipeline(args)
     puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, seed=args.seed)
-    score = evaluation.evaluate_sudoku(evaluation.pipeline_solver(pipe, args.steps, args.seed), puzzles)
+    solve = evaluation.pipeline_solver(pipe, _steps(args.steps, pipe), args.seed)
+    score = evaluation.evaluate_sudoku(solve, puzzles)
     low, high = score.interval
     result = {"solved": score.success, "low": low, "high": high, "puzzles": len(puzzles), "clues": args.clues}
     return _print(result | {"forwards": args.steps, "seed": args.seed} | _rule(pipe), args)
@@ -163,11 +183,13 @@ def run_sudoku(args: argparse.Namespace) -> int:
 def run_text(args: argparse.Namespace) -> int:
     """Every measure of generated text that the flags allow. Returns the exit status."""
     from . import evaluation
+    from .evaluation.text import check_mauve
 
     if args.texts is None and args.model is None:
         raise ValueError("Pass --texts FILE with generated texts, or --model to generate them.")
-    if args.texts is not None and (args.scheduler or args.scheduler_config):
-        raise ValueError("--scheduler and --scheduler-config are for texts that a --model writes, not for --texts.")
+    if args.texts is not None:
+        of_model = ("--model", "--quality-head", "--num-samples", "--gen-length", "--steps", "--seed")
+        _refuse(args, (*of_model, "--scheduler", "--scheduler-config"), "on --texts")
     if args.judge is not None and args.ngram_judge is not None:
         raise ValueError("Pass one of --judge and --ngram-judge.")
     check_device(args.device)
@@ -177,17 +199,29 @@ def run_text(args: argparse.Namespace) -> int:
         vocabulary = set(Path(args.words).read_text(encoding="utf-8").lower().split())
         if not vocabulary:
             raise ValueError(f"--words {args.words} holds no words.")
-    judge = args.judge if args.ngram_judge is None else _byte_judge(args.ngram_judge)
+    try:
+        reference = evaluation.check_texts(reference, "reference")
+        evaluation.evaluate_text(reference, reference, vocabulary=vocabulary)
+    except ValueError as error:
+        raise ValueError(f"--reference {args.reference} cannot be compared with: {error}") from error
+    judge = featurizer = None
+    if args.ngram_judge is not None:
+        judge = _byte_judge(args.ngram_judge)
+    elif args.judge is not None:
+        judge = evaluation.load_judge(args.judge, device=args.device)
+    count = args.num_samples or 64
+    texts = None if args.texts is None else evaluation.read_texts(args.texts)
+    if args.featurizer is not None:
+        check_mauve(count if texts is None else len(texts), len(reference))
+        featurizer = evaluation.load_featurizer(args.featurizer, device=args.device)
     rule = {}
-    if args.texts is not None:
-        texts = evaluation.read_texts(args.texts)
-    else:
+    if texts is None:
         pipe = _pipeline(args)
-        rule = _rule(pipe)
-        texts = evaluation.pipeline_texts(pipe, args.num_samples, args.gen_length, args.steps, args.seed)
-    result = evaluation.evaluate_text(
-        texts, reference, vocabulary=vocabulary, judge=judge, featurizer=args.featurizer, device=args.device
-    )
+        rule, length = _rule(pipe), args.gen_length or 128
+        blocks = math.ceil(length / (pipe.config.mdm_spec["block_length"] or length))
+        steps = _steps(args.steps or 64, pipe, blocks)
+        texts = evaluation.pipeline_texts(pipe, count, length, steps, args.seed)
+    result = evaluation.evaluate_text(texts, reference, vocabulary=vocabulary, judge=judge, featurizer=featurizer)
     return _print(result | rule, args)
 
 
@@ -204,6 +238,7 @@ def _byte_judge(file: str):
 def run_code(args: argparse.Namespace) -> int:
     """pass@k of a model on a file of problems. Returns the exit status."""
     from .evaluation.code import evaluate_code
+    from .evaluation.compare import write_whole
     from .evaluation.sandbox import isolation_problem
 
     if args.model is None:
@@ -214,8 +249,9 @@ def run_code(args: argparse.Namespace) -> int:
         raise ValueError(f"This machine cannot isolate programs: {reason} --no-isolation runs them all the same.")
     if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise ValueError(f"--out {args.out}: that folder does not exist, or it is a folder itself.")
-    steps = {"num_inference_steps": args.steps, "gen_length": args.gen_length, "block_length": args.block_length}
     pipe = _pipeline(args)
+    steps = {"gen_length": args.gen_length, "block_length": args.block_length}
+    steps["num_inference_steps"] = _steps(args.steps, pipe, math.ceil(args.gen_length / args.block_length))
     result = evaluate_code(
         pipe,
         args.problems,
@@ -231,10 +267,11 @@ def run_code(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed,
         generation=steps,
+        completions_file=None if args.out is None else Path(args.out).with_suffix(".completions.jsonl"),
     )
     result |= _rule(pipe)
     if args.out is not None:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.out, json.dumps(result, indent=1) + "\n")
     return _print({name: value for name, value in result.items() if name != "samples"}, args)
 
 
@@ -290,6 +327,12 @@ def run_compare(args: argparse.Namespace) -> int:
         raise ValueError(
             "--task all is for the bundled models at their own arms; name one task with --model or --config."
         )
+    if task == "sudoku":
+        _refuse(args, ("--reference", "--num-samples", "--gen-length"), "on Sudoku")
+    if task == "text":
+        _refuse(args, ("--num-puzzles", "--clues"), "on text")
+    if args.quick:
+        _refuse(args, ("--num-puzzles", "--num-samples", "--num-seeds"), "beside --quick")
     from . import evaluation
 
     kinds, results = ["sudoku", "text"] if task == "all" else [task], {}
@@ -343,8 +386,8 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
         mark += f" [{evaluation.fingerprint(pipe)}]"
     elif args.tune_reference is None:
         raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
-    elif _texts_read(args, args.tune_reference) == _texts_read(args, args.reference):
-        raise ValueError("--tune-reference holds the texts that the result is reported on: pass other texts.")
+    elif _share_a_text(_texts_read(args, args.tune_reference), _texts_read(args, args.reference)):
+        raise ValueError("--tune-reference has a text of the texts that the result is reported on: pass others.")
     else:
         task, mark = _text_task(args, pipe, args.tune_reference)
     forwards = sorted(plan["forwards"])
@@ -377,9 +420,9 @@ def _sudoku_task(args, seed: int):
     """The task of solving generated puzzles; its name."""
     from . import evaluation, sudoku
 
-    count = 20 if args.quick else args.num_puzzles
-    puzzles, _ = sudoku.make_puzzles(count, args.clues, seed=seed)
-    return evaluation.sudoku_task(puzzles), f"{count} puzzles of {args.clues} clues from seed {seed}"
+    count, clues = 20 if args.quick else args.num_puzzles or 100, 30 if args.clues is None else args.clues
+    puzzles, _ = sudoku.make_puzzles(count, clues, seed=seed)
+    return evaluation.sudoku_task(puzzles), f"{count} puzzles of {clues} clues from seed {seed}"
 
 
 def _compare_text(args):
@@ -393,11 +436,18 @@ def _compare_text(args):
     return pipe, task, plan, f"{_named(args, 'text')}: {mark}"
 
 
-def _texts_read(args, reference: str | None) -> bytes:
-    """The file that texts are compared with."""
-    from . import bundled, evaluation
+def _texts_read(args, reference: str | None) -> set[str]:
+    """The texts that generated ones are compared with, however their lines are broken."""
+    from . import bundled
+    from .evaluation.text_compare import held_out
 
-    return evaluation.folder_contents(args.model or bundled("text"), reference)[0]
+    texts = {" ".join(text.split()) for text in held_out(args.model or bundled("text"), reference)}
+    return texts - {""}  # which is in every text; scoring refuses it by name
+
+
+def _share_a_text(some: set[str], others: set[str]) -> bool:
+    """Is a text of one side also on the other, whole or as a part of a text there?"""
+    return any(a in b or b in a for a in some for b in others)
 
 
 def _text_task(args, pipe, reference: str | None):
@@ -405,7 +455,7 @@ def _text_task(args, pipe, reference: str | None):
     from . import bundled, evaluation
     from .cli_text import room
 
-    folder, count = args.model or bundled("text"), 16 if args.quick else args.num_samples
+    folder, count = args.model or bundled("text"), 16 if args.quick else args.num_samples or 64
     length = room(pipe, None, args.gen_length)
     task = evaluation.task_of_folder(folder, reference, num_samples=count, gen_length=length)
     mark = evaluation.fingerprint(pipe, *evaluation.folder_contents(folder, reference))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def trace_to_html(trace: list[TraceStep], tokenizer, *, row: int = 0, title: str
         ]
         quality = None if step.quality is None else [round(q, 3) for q in step.quality[row].tolist()]
         frames.append({"words": words, "kinds": kinds, "quality": quality})
-    data = json.dumps({"frames": frames, "states": STATES, "columns": columns}).replace("</", "<\\/")
+    # No "<" in the script block: "</script>" would end it, "<!--<script" would keep its end from being seen.
+    data = json.dumps({"frames": frames, "states": STATES, "columns": columns}).replace("<", "\\u003c")
     page = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
-    return page.replace("@DATA@", data).replace("@TITLE@", html.escape(title))
+    parts = {"@DATA@": data, "@TITLE@": html.escape(title)}
+    return re.sub("@DATA@|@TITLE@", lambda found: parts[found[0]], page)  # in one pass: a part may hold such a word

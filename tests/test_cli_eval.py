@@ -1,14 +1,16 @@
 """`prism eval`: each evaluation from the command line, and what bad input says."""
 
 import json
+import sys
 
 import pytest
 from test_pipeline import twin
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from prism_pipelines import bundled
+from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.cli import main
+from prism_pipelines.evaluation import read_texts
 from prism_pipelines.evaluation.sandbox import isolation_problem
 
 
@@ -40,6 +42,56 @@ def test_a_rule_and_its_fields_are_flags(monkeypatch, capsys):
     assert result["scheduler"]["name"] == "MDLMScheduler" and result["scheduler"]["temperature"] == 0.5
     assert main([*flags, "--scheduler-config", '{"nothing": 1}']) == 2
     assert "MDLMScheduler has no field 'nothing'" in capsys.readouterr().err
+
+
+def test_forwards_are_those_that_were_made(monkeypatch, capsys):
+    made = []
+    call = PrismPipeline.__call__
+
+    def counted(self, *args, **settings):
+        out = call(self, *args, **settings)
+        made.append(out.nfe)
+        return out
+
+    monkeypatch.setattr(PrismPipeline, "__call__", counted)
+    flags = ["eval", "sudoku", "--num-puzzles", "1", "--scheduler-config", '{"loop_steps": 4, "loop_num_remask": 2}']
+    assert main([*flags, "--steps", "6", "--json"]) == 0
+    assert told(capsys)["forwards"] == 6 and made == [6]
+    assert main([*flags, "--steps", "4"]) == 2
+    assert "--steps 4 must be more than the 4 forwards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["text", "--texts", "F", "--reference", "F", "--model", "M"], "--model has no effect on --texts"),
+        (["text", "--texts", "F", "--reference", "F", "--gen-length", "8"], "--gen-length has no effect on --texts"),
+        (["compare", "--quick", "--num-puzzles", "500"], "--num-puzzles has no effect beside --quick"),
+        (["compare", "--task", "text", "--clues", "40"], "--clues has no effect on text"),
+        (["compare", "--task", "sudoku", "--gen-length", "40"], "--gen-length has no effect on Sudoku"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, match, capsys):
+    assert main(["eval", *flags]) == 2
+    assert match in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reference", "flags", "match"),
+    [
+        ("", [], "`reference` is empty"),
+        ('{"text": "a"}', [], "character 3-grams"),
+        ('{"text": "the cat sat"}', ["--judge", "/no/such"], "judge '/no/such' could not be loaded"),
+        ('{"text": "the cat sat"}', ["--featurizer", "/no/such"], "MAUVE needs at least as many samples"),
+        ('{"text": "the cat sat"}\n{"text": "a dog ran"}', ["--featurizer", "/no/such"], "mauve-text"),
+    ],
+)
+def test_what_scoring_refuses_is_said_before_texts_are_written(reference, flags, match, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    monkeypatch.setattr("prism_pipelines.cli_eval._pipeline", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "r.jsonl").write_text(reference + "\n")
+    assert main(["eval", "text", "--model", "M", "--reference", str(tmp_path / "r.jsonl"), *flags]) == 2
+    assert match in capsys.readouterr().err
 
 
 def test_text_of_a_file(tmp_path, capsys):
@@ -141,6 +193,10 @@ def test_settings_for_text_are_chosen_on_other_texts(tmp_path, capsys):
     assert "--tune-reference" in capsys.readouterr().err
     assert main([*flags, "--tune-reference", f"{bundled('text')}/heldout.jsonl"]) == 2
     assert "texts that the result is reported on" in capsys.readouterr().err
+    part = read_texts(f"{bundled('text')}/heldout.jsonl")[1][5000:6000].replace("\n", "  ")
+    (tmp_path / "some.json").write_text(json.dumps(["Another text.", part]))
+    assert main([*flags, "--tune-reference", str(tmp_path / "some.json")]) == 2
+    assert "texts that the result is reported on" in capsys.readouterr().err
     (tmp_path / "other.jsonl").write_text(json.dumps("To be or not to be, that is the question.") + "\n")
     assert main([*flags, "--tune-reference", str(tmp_path / "other.jsonl")]) == 0
     tuned = json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())["tried"]
@@ -174,6 +230,7 @@ def test_code_of_a_model_that_cannot_write_any(tmp_path, capsys):
     assert main([*arguments, "--allow-execution", "--out", str(tmp_path / "out.json")]) == 0
     assert told(capsys)["pass_at_k"]["1"]["value"] == 0
     assert len(json.loads((tmp_path / "out.json").read_text())["samples"]) == 2
+    assert len((tmp_path / "out.completions.jsonl").read_text().splitlines()) == 2
 
 
 def test_compare_on_the_bundled_text_model(tmp_path, capsys):

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from prism_pipelines.evaluation import (
     compare,
@@ -261,18 +262,32 @@ def test_a_task_says_which_of_its_metrics_are_better_low(tmp_path):
 
 
 def test_the_fingerprint_follows_weights_head_scheduler_and_contents():
-    def made(weight=1.0, head=None, eta=0.1, dtype=torch.float32):
+    def made(weight=1.0, head=None, eta=0.1, dtype=torch.float32, shift=0, theta=1.0, template=None, vocab=None):
         model = torch.nn.Linear(2, 2).to(dtype)
+        model.config = transformers.LlamaConfig(rope_theta=theta, name_or_path=f"/somewhere/{next(places)}")
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, weight)
         scheduler = compare.make_scheduler({"name": "x", "scheduler": "PrismScheduler", "eta": eta}, 1.0)
-        return types.SimpleNamespace(model=model, quality_head=head, scheduler=scheduler)
+        vocab = vocab or {"a": 0, "b": 1}
+        tokenizer = types.SimpleNamespace(chat_template=template, special_tokens_map={}, get_vocab=lambda: vocab)
+        config = types.SimpleNamespace(mdm_spec={"logit_shift": shift})
+        parts = {"quality_head": head, "scheduler": scheduler, "tokenizer": tokenizer, "config": config}
+        return types.SimpleNamespace(model=model, **parts)
 
+    places = itertools.count()
     assert compare.fingerprint(made(), b"a") == compare.fingerprint(made(), "a")
     others = [made(2.0), made(head=torch.nn.Linear(2, 1)), made(eta=0.2), made(dtype=torch.bfloat16)]
+    others += [made(shift=1), made(theta=2.0), made(template="x"), made(vocab={"a": 1, "b": 0})]
+    assert compare.fingerprint(made(), "a") == compare.fingerprint(made(vocab={"b": 1, "a": 0}), "a")
     marks = {compare.fingerprint(pipe, "a") for pipe in [made(), *others]}
     marks |= {compare.fingerprint(made(), *contents) for contents in ((), ("b",), ("a", ""), ("", "a"))}
-    assert len(marks) == 9
+    assert len(marks) == 13
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    (tmp_path / "cell.json").write_text('{"arm": ')
+    with pytest.raises(ValueError, match=r"cell\.json is a damaged cell"):
+        compare.read_cell(tmp_path / "cell.json")
 
 
 def test_a_comparison_is_read_from_json_and_toml(tmp_path):

@@ -269,6 +269,19 @@ def test_isolated_runs_say_so(tmp_path):
     assert result["isolated"] is True and result["outcomes"] == {"passed": 1, "wrong": 1}
 
 
+def test_completions_outlive_a_machine_that_fails(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        assert (tmp_path / "kept.jsonl").exists()
+        raise SandboxUnavailable("no more processes")
+
+    monkeypatch.setattr(code, "run_tests", fail)
+    right = answers({"Every letter": [HUMANEVAL[0]["canonical_solution"]], "even": ["    return 1"]})
+    with pytest.raises(OSError, match=r"after 0 of 2 programs \(no more processes\)\. The completions are in .*kept"):
+        evaluate_code(right, save(tmp_path, HUMANEVAL), completions_file=tmp_path / "kept.jsonl", **RUN)
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept[1] == {"task_id": "Own/1", "sample": 0, "completion": "    return 1"}
+
+
 def test_bad_generators_and_settings_are_named(tmp_path):
     path, many = save(tmp_path, HUMANEVAL), save(tmp_path, MBPP, "mbpp.jsonl")
     generators = [

@@ -1,7 +1,10 @@
 """The sandbox: right verdicts, and hostile programs that neither escape, nor harm, nor forge a pass."""
 
+import ast
+import ctypes
 import hashlib
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -145,6 +148,47 @@ def test_a_refused_step_is_named_and_nothing_runs(monkeypatch):
         sandbox._run(ADD, TESTS, ("add",), "", Limits(), True)
 
 
+def test_one_slow_moment_is_not_taken_for_no_isolation(monkeypatch):
+    real = isolation_problem()
+    slow = sandbox.Verdict("timeout", "", "not done after 30 s", 30.0)
+    isolation_problem.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "_run", lambda *_: slow)
+        patch.setattr(sys, "platform", "linux")
+        with pytest.raises(OSError, match="not done after 30 s"):
+            isolation_problem()
+    assert isolation_problem() == real
+
+
+def test_a_stop_iteration_of_the_program_ends_no_map():
+    program = "def f(x):\n    raise StopIteration\ndef g():\n    yield 1"
+    verdict = run_tests(program, "assert list(map(f, [1, 2])) == []", names=("f",), isolated=False)
+    assert (verdict.outcome, verdict.error) == ("error", "StopIteration")
+    assert run_tests(program, "assert list(iter(g())) == [1]", names=("g",), isolated=False).passed
+
+
+def test_truth_changed_arguments_and_huge_numbers_cross():
+    program = """
+from collections import deque
+def queue(*items):
+    return deque(items)
+def add(values, more):
+    values.append(1)
+    more["a"] = [2]
+def big():
+    return 10**5000
+"""
+    tests = """
+assert not queue() and queue(0)
+values, more = [], {}
+add(values, more=more)
+assert values == [1] and more == {"a": [2]}
+assert big() == 1, big()
+"""
+    verdict = run_tests(program, tests, names=("queue", "add", "big"), isolated=False)
+    assert (verdict.outcome, verdict.detail) == ("wrong", "")
+
+
 # --- hostile programs -------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +243,7 @@ def f():
     return libc.shmget(0, 1 << 20, 0o1600)
 """
     assert report(shm).detail == "-1"
+    assert report(shm.replace("shmget(0, 1 << 20,", "semget(0, 8,")).detail == "-1"
 
 
 @isolated
@@ -257,6 +302,55 @@ def f():
     return any(data), user, mount, remount
 """
     assert report(program).detail == "(False, -1, -1, -1)"
+
+
+@isolated
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of system calls")
+def test_the_callers_keys_are_neither_read_nor_added_to():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(250, 0, -3, 0) == -1:
+        pytest.skip("no keys on this machine")
+    program = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def f():
+    ring, found = libc.syscall(250, 0, -3, 0), libc.syscall(250, 10, -3, b"user", b"prism-test", 0)
+    libc.syscall(248, b"user", b"prism-left", b"x", 1, -3)
+    return ring, found
+"""
+    key = libc.syscall(248, b"user", b"prism-test", b"secret", 6, -3)
+    try:
+        ring, found = ast.literal_eval(report(program).detail)
+        assert ring != libc.syscall(250, 0, -3, 0) and found == -1
+        assert libc.syscall(250, 10, -3, b"user", b"prism-left", 0) == -1
+    finally:
+        libc.syscall(250, 9, key, -3)  # unlink
+
+
+@isolated
+def test_the_init_cannot_be_traced():
+    # As root the program has another user than its init, so this bites where the tests run as a user.
+    program = """
+import ctypes
+def f():
+    return ctypes.CDLL(None).ptrace(16, 1, None, None)
+"""
+    assert report(program).detail == "-1"
+
+
+@isolated
+def test_what_stands_on_stderr_does_not_outweigh_a_verdict(monkeypatch, tmp_path):
+    start = "    os.dup2(os.open(os.devnull, os.O_RDWR), 2)\n    os.execve"
+    source = sandbox.CHILD.read_text()
+    assert start in source
+    (tmp_path / "child.py").write_text(source.replace(start, "    os.write(2, b'setup: forged ' * 9)\n" + start))
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "child.py")
+    assert run_tests(ADD, TESTS, names=("add",)).passed
+    flood = "    os.write(2, b'setup: ' + b'x' * 30_000)\n    raise SystemExit\n"
+    (tmp_path / "child.py").write_text(source.replace(start, flood + start))
+    with pytest.raises(SandboxUnavailable) as caught:
+        run_tests(ADD, TESTS, names=("add",))
+    assert len(str(caught.value)) < 4500
 
 
 @isolated

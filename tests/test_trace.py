@@ -56,6 +56,9 @@ def test_markup_in_titles_and_tokens_stays_text():
     page = trace_to_html(TRACE, Hostile(), title="<b>&")
     assert "<b>&" not in page and "&lt;b&gt;&amp;" in page
     assert "alert(1)</script>" not in page and "alert(1)" in page
+    Hostile.decode = lambda self, ids: "<!--<script>@TITLE@"
+    page = trace_to_html(TRACE, Hostile(), title="@DATA@")
+    assert "<!--" not in page and "script>@TITLE@" in page and "<title>@DATA@</title>" in page
 
 
 def test_wrong_arguments_are_named():

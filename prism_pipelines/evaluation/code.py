@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .compare import write_whole
 from .sandbox import Limits, SandboxUnavailable, isolation_problem, run_tests
 from .sudoku import wilson_interval
 
@@ -270,6 +271,7 @@ def evaluate_code(
     generation: dict | None = None,
     limits: Limits | None = None,
     workers: int = 1,
+    completions_file=None,
     on_progress=None,
 ) -> dict:
     """Generate solutions, execute them in the sandbox, and count.
@@ -290,6 +292,8 @@ def evaluate_code(
         generation: arguments of the pipeline's call (gen_length, num_inference_steps, block_length, temperature, …).
         limits: of one run; default `Limits()`.
         workers: programs executed at a time.
+        completions_file: written before the first program runs, so that none is lost if executing fails: JSON Lines
+            with task_id, sample, completion. None for no such file.
         on_progress: called as `on_progress(stage, done, total)`, stage "generate" or "execute".
     Returns:
         JSON-able: `pass_at_k` ({"1": {"value", "interval"}}, 95 %, see `estimate`), `syntax_valid` (share that
@@ -299,6 +303,8 @@ def evaluate_code(
         ValueError: execution not allowed; bad settings; a problem file in another format; completions that hold mask or
             special tokens, are not as many as the prompts, or are all empty.
         SandboxUnavailable: no isolation on this machine and `require_isolation`.
+        OSError: the machine failed while programs were executed. That says nothing of the programs, so there is no
+            result.
     """
     if allow_execution is not True:
         raise ValueError(
@@ -331,6 +337,12 @@ def evaluate_code(
         for i, p in enumerate(chosen)
         for sample in range(num_samples)
     ]
+    if completions_file is not None:
+        rows = [
+            {"task_id": task, "sample": sample, "completion": completion}
+            for (task, sample), completion in zip(keys, completions, strict=True)
+        ]
+        write_whole(completions_file, "".join(json.dumps(row) + "\n" for row in rows))
     limits = limits or Limits()
 
     def run(job):
@@ -340,9 +352,16 @@ def evaluate_code(
         )
 
     verdicts = []
+    jobs = zip([p for p in chosen for _ in range(num_samples)], programs, strict=True)
     with ThreadPoolExecutor(workers) as pool:
-        for verdict in pool.map(run, zip([p for p in chosen for _ in range(num_samples)], programs, strict=True)):
-            verdicts.append(verdict)
+        results = pool.map(run, jobs)
+        for _ in programs:
+            try:
+                verdicts.append(next(results))
+            except (SandboxUnavailable, OSError) as error:
+                kept = "" if completions_file is None else f" The completions are in {completions_file}."
+                done = f"{len(verdicts)} of {len(programs)} programs"
+                raise OSError(f"The machine failed after {done} ({error}).{kept}") from error
             if on_progress is not None:
                 on_progress("execute", len(verdicts), len(programs))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import __version__
 from ..schedulers.arguments import own_fields
 from .statistics import pareto_front, tabulate
 from .sudoku import evaluate_sudoku, pipeline_solver
@@ -226,9 +227,10 @@ def sudoku_task(puzzles, *, batch_size: int = 32):
 
 
 def fingerprint(pipe, *contents: bytes | str) -> str:
-    """Hash of a pipeline's weights, head, scheduler config and of any other content that decides a result.
+    """Hash of a pipeline (weights, head, configs, tokenizer), this package's version, and any other content.
 
-    For `task_name`, so that cells of a retrained model or of other held-out texts are not taken for these.
+    For `task_name`, so that cells of a retrained model or of other held-out texts are not taken for these. Where a
+    model was loaded from plays no part.
 
     Args:
         pipe: a `PrismPipeline`.
@@ -242,12 +244,26 @@ def fingerprint(pipe, *contents: bytes | str) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy())
-    config = own_fields(pipe.scheduler)
-    contents = (type(pipe.scheduler).__name__ + json.dumps(config, sort_keys=True), *contents)
+    rule = {"scheduler": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)}
+    parts = [rule, dict(pipe.config.mdm_spec), _model_config(pipe.model), _tokenizer_fields(pipe.tokenizer)]
+    contents = (json.dumps([*parts, __version__], sort_keys=True, default=str), *contents)
     for content in contents:
         content = content.encode() if isinstance(content, str) else content
         digest.update(b"%d\n" % len(content) + content)
     return digest.hexdigest()[:12]
+
+
+def _model_config(model) -> dict:
+    fields = json.loads(model.config.to_json_string()) if hasattr(model, "config") else {}
+    fields.pop("_name_or_path", None)
+    return fields
+
+
+def _tokenizer_fields(tokenizer) -> list | None:
+    if tokenizer is None:
+        return None
+    template = getattr(tokenizer, "chat_template", None)
+    return [template, getattr(tokenizer, "special_tokens_map", None), tokenizer.get_vocab()]
 
 
 def run_cell(
@@ -298,8 +314,17 @@ def write_whole(path, text: str) -> None:
 
 
 def read_cell(path: Path) -> dict | None:
-    """A finished cell; None if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """A finished cell; None if it is not there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is a damaged cell: {error}. Remove it, and it is made again.") from error
 
 
 def check_comparison(

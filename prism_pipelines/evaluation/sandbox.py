@@ -32,6 +32,8 @@ from pathlib import Path
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 CHANNEL = 3  # as in sandbox_child.py
+SILENT = "the judge gave no verdict"
+UNCOMPILED = "the program's process ended during its syntax"  # what sandbox_child.py says before the program compiles
 
 
 class SandboxUnavailable(RuntimeError):
@@ -45,10 +47,11 @@ class Limits:
     Args:
         seconds: wall time of the whole run, set-up included; then all its processes are killed.
         cpu_seconds: CPU time of each process, whole seconds.
-        memory_mb: address space of each process, MiB. At most `processes` times that in all.
+        memory_mb: address space of each process, MiB.
         processes: processes and threads at a time. Not applied without isolation.
         disk_mb: size of the work directory, and of any one file, MiB.
-        files: open descriptors of each process.
+        files: open descriptors of each process; each may be a file in memory of `disk_mb`. So all together may hold
+            `processes * (memory_mb + files * disk_mb)` MiB.
     Raises:
         ValueError: a limit that is not positive, or a count that is no whole number.
     """
@@ -133,7 +136,11 @@ def run_tests(
 
 @functools.cache
 def isolation_problem() -> str | None:
-    """Why programs cannot be isolated here, or None if they can. Found by trying, once per process."""
+    """Why programs cannot be isolated here, or None if they can. Found by trying, once per process.
+
+    Raises:
+        OSError: isolation was set up, but a trivial program did not pass. That is no answer; the next call tries again.
+    """
     if not sys.platform.startswith("linux"):
         return f"Isolation needs Linux namespaces; this is {sys.platform}."
     try:
@@ -141,7 +148,10 @@ def isolation_problem() -> str | None:
     except SandboxUnavailable as error:
         return str(error)
     if not verdict.passed:
-        return f"Isolation was set up, but a trivial program did not pass in it: {verdict}."
+        raise OSError(
+            f"Whether programs can be isolated here is not known: a trivial one did not pass ({verdict.outcome}, "
+            f"{verdict.detail!r}). Is the machine very busy? Try again."
+        )
     return None
 
 
@@ -152,41 +162,57 @@ def _run(program, tests, names, context, limits, isolated) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="prism-sandbox-", ignore_cleanup_errors=True) as root:
         sides = []
         near, far = socket.socketpair()
+        complaints, complain = os.pipe()
         try:
             for role, channel in (("program", near), ("judge", far)):
                 place = os.path.join(root, role)
                 os.mkdir(place)
-                sides.append(_start(role, place, channel, limits, isolated))
+                sides.append(_start(role, place, channel, complain, limits, isolated))
             near.close()
             far.close()
             worker, judge = sides
-            said = {}
-            feed = threading.Thread(target=_finish, args=(worker, program.encode("utf-8", "surrogatepass"), said))
+            feed = threading.Thread(target=worker.communicate, args=(program.encode("utf-8", "surrogatepass"),))
             feed.start()
             try:
-                output, complaint = judge.communicate(job, timeout=limits.seconds)
+                output = judge.communicate(job, timeout=limits.seconds)[0]
             except subprocess.TimeoutExpired:
-                output, complaint = None, b""
+                output = None
         finally:
             near.close()
             far.close()
             for side in sides:
                 _kill(side)
+            os.close(complain)
+            complaint = _complaint(complaints)
         feed.join()
     seconds = time.monotonic() - began
-    for text in (complaint, said.get("stderr", b"")):
-        if text.startswith(b"setup: "):
-            raise SandboxUnavailable(
-                f"Programs cannot be isolated here ({text[7:].decode(errors='replace').strip()}). Isolation needs "
-                "Linux 5.14 or later with user namespaces allowed; containers often forbid them."
-            )
     if output is None:
-        return Verdict("timeout", "", f"not done after {limits.seconds:g} s", seconds)
-    return _read(output, secret, seconds)
+        verdict = Verdict("timeout", "", f"not done after {limits.seconds:g} s", seconds)
+    else:
+        verdict = _read(output, secret, seconds)
+    # Once the judge has heard that the program compiles, both sides were set up, whatever is written there.
+    unheard = verdict.outcome == "died" and verdict.detail in (SILENT, UNCOMPILED)
+    if (unheard or verdict.outcome == "timeout") and complaint.startswith("setup: "):
+        raise SandboxUnavailable(
+            f"Programs cannot be isolated here ({complaint[7:].strip()}). Isolation needs Linux 5.14 or later with "
+            "user namespaces allowed; containers often forbid them."
+        )
+    return verdict
 
 
-def _start(role, place, channel, limits, isolated) -> subprocess.Popen:
-    """One side, in a process group of its own, with the channel as descriptor 3."""
+def _complaint(pipe) -> str:
+    """The first line that a side wrote to stderr, at most 4 kB of it; closes the pipe."""
+    os.set_blocking(pipe, False)
+    try:
+        return os.read(pipe, 4096).decode(errors="replace").partition("\n")[0]
+    except BlockingIOError:
+        return ""
+    finally:
+        os.close(pipe)
+
+
+def _start(role, place, channel, complain, limits, isolated) -> subprocess.Popen:
+    """One side, in a process group of its own, with the channel as descriptor 3 and a pipe for complaints as stderr."""
     settings = {
         "isolated": isolated,
         "code": CHILD.read_text(),
@@ -212,7 +238,7 @@ def _start(role, place, channel, limits, isolated) -> subprocess.Popen:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if role == "judge" else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=complain,
         pass_fds=(channel.fileno(),),
         start_new_session=True,
         env={},
@@ -232,11 +258,6 @@ def _shown() -> list[str]:
     return [path for path in system + own if os.path.lexists(path)]
 
 
-def _finish(side, text, said):
-    """Feed one side and wait until it has ended."""
-    said["stderr"] = side.communicate(text)[1]
-
-
 def _kill(side):
     """End a side: its process group, and with its init the kernel ends the rest of the namespace."""
     with contextlib.suppress(ProcessLookupError):
@@ -250,7 +271,7 @@ def _read(output, secret, seconds) -> Verdict:
         said = json.loads(output)
         genuine = hmac.compare_digest(said["secret"], secret)
     except (ValueError, KeyError, TypeError):
-        return Verdict("died", "", "the judge gave no verdict", seconds)
+        return Verdict("died", "", SILENT, seconds)
     if not genuine:
         return Verdict("died", "", "a verdict without the secret", seconds)
     return Verdict(said["outcome"], said["error"], said["detail"], seconds)

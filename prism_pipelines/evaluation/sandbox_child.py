@@ -6,7 +6,9 @@ Values cross by a data-only encoding, never pickle, so the program can send the 
 """
 
 import builtins
+import contextlib
 import ctypes
+import errno
 import itertools
 import json
 import os
@@ -27,6 +29,7 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 0x1000, 0x4000, 0x40000
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE, MOUNT_SETATTR = 2, -100, 0x8000, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+KEYCTL, JOIN_SESSION_KEYRING = {"x86_64": 250, "aarch64": 219, "riscv64": 219}, 1  # keyctl's number by machine
 
 
 class SetupError(Exception):
@@ -87,10 +90,12 @@ def freeze(path, attributes):
 
 def build_root(root, shown, disk_bytes):
     """A new read-only root: the interpreter and its libraries, /dev/null, and a small tmpfs at /work."""
-    # Namespaces made inside could regain rights; System V memory and messages outlive no limit of a process.
-    write("/proc/sys/user/max_user_namespaces", "0")
-    write("/proc/sys/kernel/shmmni", "0")
-    write("/proc/sys/kernel/msgmni", "0")
+    write("/proc/sys/user/max_user_namespaces", "0")  # namespaces made inside could regain rights
+    # System V memory, messages and semaphores are bounded by no limit of a process. Older kernels let only the
+    # machine's root set these; they end with the namespace all the same.
+    for name, value in (("shmmni", "0"), ("msgmni", "0"), ("sem", "0 0 0 0")):
+        with contextlib.suppress(PermissionError), open(f"/proc/sys/kernel/{name}", "w") as file:
+            file.write(value)
     system("private mounts", "mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
     system("mounting the root", "mount", "tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,nr_inodes=1k,mode=755")
     for path in shown:
@@ -116,6 +121,19 @@ def build_root(root, shown, disk_bytes):
         "a read-only root", "mount", "none", "/", None, 0x20 | MS_BIND | MS_RDONLY | MS_NOSUID, None
     )  # 0x20: remount
     os.chdir("/work")
+
+
+def leave_keyring():
+    """An empty session keyring: that of the caller holds keys, and keeps what is put into it."""
+    number = KEYCTL.get(os.uname().machine)
+    if number is None:
+        return
+    try:
+        system("a session keyring", "syscall", number, JOIN_SESSION_KEYRING, None)
+    except SetupError:
+        # No such call, or none that this process may make: then the program may not either.
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM):
+            raise
 
 
 def drop_rights(was_root):
@@ -173,16 +191,22 @@ def start(role, root, channel, settings):
             os._exit(0)
         end_with_parent()
         build_root(root, settings["shown"], settings["disk_bytes"])
+        leave_keyring()
         drop_rights(was_root)
         end_with_parent()
         set_limits(settings)
+        # The program may run as the user of its init. It must not trace it, nor start while it holds descriptors.
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        closed, held = os.pipe()
         child = os.fork()
         if child:
-            for descriptor in (0, 1, CHANNEL):
+            for descriptor in (0, 1, 2, CHANNEL, closed, held):
                 os.close(descriptor)
             while os.wait()[0] != child:
                 pass
             os._exit(0)
+        os.close(held)
+        os.read(closed, 1)
     else:
         os.chdir(root)
         set_limits(settings)
@@ -305,17 +329,19 @@ OPERATIONS = {
     "iter": lambda target: list(itertools.islice(target, 1_000_000)),
     "next": next,
     "len": len,
+    "bool": bool,
     "str": str,
 }
 
 
-def mutated(before, args):
-    """Which list, dict or set arguments a call changed: [index, new content]."""
-    return [
-        [i, now]
-        for i, (then, now) in enumerate(zip(before, args, strict=True))
-        if isinstance(now, (list, dict, set)) and then != now
-    ]
+def by_place(args, kwargs):
+    """Arguments of a call by their index or name."""
+    return {**dict(enumerate(args)), **kwargs}
+
+
+def mutated(before, after):
+    """Which list, dict or set arguments a call changed: [index or name, new content]."""
+    return [[place, now] for place, now in after.items() if isinstance(now, (list, dict, set)) and before[place] != now]
 
 
 def describe(error):
@@ -359,11 +385,11 @@ def program():
                 reply = {"value": refer(namespace[request["name"]]) if request["name"] in namespace else None}
             else:
                 target, *values = (decode(value, objects.__getitem__) for value in request["values"])
-                before = decode(request["values"][1], objects.__getitem__) if request["operation"] == "call" else ()
+                before = [decode(value, objects.__getitem__) for value in request["values"][1:]]
                 result = OPERATIONS[request["operation"]](target, *values)
                 reply = {"value": encode(result, refer)}
-                if before:
-                    reply["mutated"] = encode(mutated(before, values[0]), refer)
+                if request["operation"] == "call":
+                    reply["mutated"] = encode(mutated(by_place(*before), by_place(*values)), refer)
         except Exception as error:
             reply = describe(error)
         try:
@@ -415,7 +441,7 @@ class Remote:
         return self._ask("len", self)
 
     def __bool__(self):
-        return True
+        return self._ask("bool", self)
 
     def __str__(self):
         return self._ask("str", self)
@@ -458,14 +484,23 @@ class Judge:
             kind = getattr(builtins, name, None)
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
                 kind = ProgramError
+            # `map` and `filter` of a test would take it for their own end.
+            if issubclass(kind, (StopIteration, StopAsyncIteration)) and operation != "next":
+                kind = ProgramError
             try:
                 error = kind(text)
             except TypeError:  # UnicodeDecodeError wants more than a text
                 error = ProgramError(text)
             self.raised = (name, text, error)
             raise error
-        for index, content in self.value(reply.get("mutated")) or ():
-            put_back(values[1][index], content)
+        changed = self.value(reply.get("mutated"))
+        if operation == "call" and changed:
+            try:
+                arguments = by_place(*values[1:])
+                for place, content in changed:
+                    put_back(arguments[place], content)
+            except (TypeError, ValueError, KeyError):
+                raise Garbled("a changed argument that is none") from None
         return self.value(reply.get("value"))
 
     def lookup(self, name):
@@ -520,12 +555,12 @@ def judge():
         end("died", "", f"the program's process sent {error}")
     except AssertionError as error:
         if side.raised is None or error is not side.raised[2]:
-            end("wrong", "AssertionError", str(error)[:2000])
+            end("wrong", "AssertionError", describe(error)["text"])
         end("error", *side.raised[:2])
     except Exception as error:
         if side.raised is not None and error is side.raised[2]:
             end("error", *side.raised[:2])
-        end("error", type(error).__name__, str(error)[:2000])
+        end("error", type(error).__name__, describe(error)["text"])
     end("passed")
 
 

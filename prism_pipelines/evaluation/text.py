@@ -316,6 +316,7 @@ def load_judge(name: str, *, device: str = "cpu", revision: str | None = None, m
             losses.append(torch.cat(parts).numpy() if parts else np.zeros(0))
         return losses
 
+    judge.__name__ = name  # results name the judge by it
     return judge
 
 
@@ -378,7 +379,28 @@ def load_featurizer(name: str, *, device: str = "cpu", revision: str | None = No
             rows.append(model(input_ids=ids).last_hidden_state[0, -1].float().cpu().numpy())
         return np.stack(rows)
 
+    featurize.__name__ = name  # results name the featuriser by it
     return featurize
+
+
+def check_mauve(num_texts: int, num_reference: int, num_clusters: int | None = None) -> int:
+    """The number of clusters for `mauve_score` with so many texts.
+
+    Raises:
+        ValueError, ImportError: `mauve_score` would refuse.
+    """
+    smaller = min(num_texts, num_reference)
+    num_clusters = max(2, round(smaller / 10)) if num_clusters is None else num_clusters
+    if num_clusters < 2 or smaller < num_clusters:
+        raise ValueError(
+            f"MAUVE needs at least as many samples as clusters, and 2 clusters: got {num_texts} texts, "
+            f"{num_reference} reference texts and num_clusters={num_clusters}."
+        )
+    try:
+        import mauve  # noqa: F401
+    except ImportError as error:
+        raise ImportError('MAUVE needs mauve-text (GPL): pip install "prism-pipelines[text]"') from error
+    return num_clusters
 
 
 def mauve_score(
@@ -402,19 +424,11 @@ def mauve_score(
     Source: K. Pillutla et al., MAUVE (arXiv 2102.01454); computed by mauve-text.
     """
     texts, reference = check_texts(texts), check_texts(reference, "reference")
-    smaller = min(len(texts), len(reference))
-    num_clusters = max(2, round(smaller / 10)) if num_clusters is None else num_clusters
-    if num_clusters < 2 or smaller < num_clusters:
-        raise ValueError(
-            f"MAUVE needs at least as many samples as clusters, and 2 clusters: got {len(texts)} texts, "
-            f"{len(reference)} reference texts and num_clusters={num_clusters}."
-        )
+    num_clusters = check_mauve(len(texts), len(reference), num_clusters)
     if not len(seeds):
         raise ValueError("`seeds` is empty: pass at least one.")
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ImportError('MAUVE needs mauve-text (GPL): pip install "prism-pipelines[text]"') from error
+    from mauve import compute_mauve
+
     name = featurizer if isinstance(featurizer, str) else getattr(featurizer, "__name__", type(featurizer).__name__)
     featurizer = load_featurizer(featurizer, device=device) if isinstance(featurizer, str) else featurizer
     p, q = np.asarray(featurizer(texts)), np.asarray(featurizer(reference))

@@ -41,11 +41,17 @@ def task_of_folder(folder, reference=None, **settings):
     Raises:
         ValueError: there are no held-out texts.
     """
-    path, words = _files(folder, reference)
+    words = _files(folder, reference)[1]
+    vocabulary = words.read_text(encoding="utf-8").split() if words.exists() else None
+    return text_task(held_out(folder, reference), vocabulary=vocabulary, **settings)
+
+
+def held_out(folder, reference=None) -> list[str]:
+    """The held-out texts that `task_of_folder` compares with; arguments and errors as there."""
+    path = _files(folder, reference)[0]
     if reference is None and not path.exists():
         raise ValueError(f"{folder} has no heldout.jsonl to compare with: pass --reference FILE with held-out texts.")
-    vocabulary = words.read_text(encoding="utf-8").split() if words.exists() else None
-    return text_task(read_texts(path), vocabulary=vocabulary, **settings)
+    return read_texts(path)
 
 
 def folder_contents(folder, reference=None) -> list[bytes]:
