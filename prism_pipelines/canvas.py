@@ -37,13 +37,14 @@ def has_chat_template(tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def chat_texts(messages, prompt, tokenizer) -> list[str]:
+def chat_texts(messages, prompt, tokenizer, template_kwargs: dict | None = None) -> list[str]:
     """Chats as texts, by the tokenizer's template, up to where the answer begins.
 
     Args:
         messages: a chat, list of {"role", "content"}, or a list of chats; or None.
         prompt: in its place a text or texts, each a chat of one turn.
         tokenizer: with a chat template.
+        template_kwargs: what the template is given beside the chat, such as {"enable_thinking": False}.
     Raises:
         ValueError: both, no template, or what is no chat.
         TypeError: `prompt` is no text.
@@ -65,7 +66,8 @@ def chat_texts(messages, prompt, tokenizer) -> list[str]:
                 '`messages` must be a chat, a list of {"role": ..., "content": ...}, or a list of chats, '
                 f"got {messages!r:.80}."
             )
-    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    fixed = {"tokenize": False, "add_generation_prompt": True}
+    return [tokenizer.apply_chat_template(chat, **{**(template_kwargs or {}), **fixed}) for chat in chats]
 
 
 def canvas_of(
@@ -213,13 +215,14 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
         ids = torch.as_tensor(source)
     except (ValueError, TypeError, RuntimeError) as error:
         raise TypeError(f"`{name}` must be text, texts, or integer ids in rows of one length: {error}") from None
-    ids = ids[None] if ids.ndim == 1 else ids
+    ids = (ids[None] if ids.ndim == 1 else ids).cpu()  # the canvas is made here, and moved as a whole
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"`{name}` must be text or integer ids, got {ids.dtype}.")
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"`{name}` must be ids of shape (B, L) with at least one token, got {tuple(ids.shape)}.")
     if attention_mask is not None:
-        attention_mask = torch.as_tensor(attention_mask)
+        attention_mask = torch.as_tensor(attention_mask).cpu()
+        attention_mask = attention_mask[None] if attention_mask.ndim == 1 else attention_mask
         if attention_mask.shape != ids.shape:
             shapes = f"{tuple(attention_mask.shape)} and {tuple(ids.shape)}"
             raise ValueError(f"`attention_mask` must have the shape of the ids, got {shapes}.")
@@ -274,8 +277,10 @@ def split_blocks(
     """Blocks of generated positions, left to right, with the forward passes each gets.
 
     Block b of a row holds its generated positions b * block_length up to (b + 1) * block_length, wherever they stand;
-    with `positions`, its blocks begin at multiples of block_length in the row, and its first may be short.
-    The steps are spread evenly over the blocks, the remainder to the first ones.
+    with `positions`, its blocks begin at multiples of block_length in the row, its first may be short, and those with
+    nothing to generate do not count.
+    A given number of steps is spread evenly over the blocks, the remainder to the first ones: so what a row gets does
+    not depend on how another is cut into blocks. The default is spread by how many tokens the blocks have.
 
     Args:
         generated: bool (B, L).
@@ -290,15 +295,31 @@ def split_blocks(
     longest = int(generated.sum(-1).max())
     if block_length is None:
         return [(generated, num_steps or max(1, min(longest, DEFAULT_STEPS)))]
-    block = (generated.cumsum(-1) - 1 if positions is None else positions) // block_length
-    if positions is not None:
-        block = block - block.masked_fill(~generated, int(block.max())).amin(-1, keepdim=True)
-    count = max(1, int(block.masked_fill(~generated, 0).max()) + 1)
+    place = (generated.cumsum(-1) - 1 if positions is None else positions) // block_length
+    reached = place.masked_fill(~generated, -1).cummax(-1).values
+    before = torch.nn.functional.pad(reached, (1, 0), value=-1)[:, :-1]
+    block = (generated & (place > before)).cumsum(-1) - 1
+    blocks = [generated & (block == b) for b in range(max(1, int(block.max()) + 1))]
+    count, even = len(blocks), num_steps is not None
     num_steps = num_steps or max(count, min(longest, DEFAULT_STEPS))
     if num_steps < count:
         raise ValueError(
             f"`num_inference_steps` is {num_steps}, but there are {count} blocks of {block_length} tokens, and each "
             f"needs a step. Pass at least {count} steps or a larger `block_length`."
         )
-    steps = [num_steps // count + (b < num_steps % count) for b in range(count)]
-    return [(generated & (block == b), steps[b]) for b in range(count)]
+    sizes = [1 if even else max(1, int(one.sum(-1).max())) for one in blocks]
+    return list(zip(blocks, spread_steps(num_steps, sizes), strict=True))
+
+
+def spread_steps(num_steps: int, sizes: list[int]) -> list[int]:
+    """Steps for blocks of these sizes: one each, and the rest by what they have beyond one token.
+
+    50 over blocks of 32 and 18 tokens are 32 and 18; 7 over three equal ones are 3, 2 and 2.
+    """
+    rest = num_steps - len(sizes)
+    more = [size - 1 for size in sizes] if max(sizes) > 1 else [1] * len(sizes)
+    steps = [1 + rest * size // sum(more) for size in more]
+    shares = [rest * size % sum(more) for size in more]
+    for b in sorted(range(len(sizes)), key=lambda b: (-shares[b], b))[: num_steps - sum(steps)]:
+        steps[b] += 1
+    return steps

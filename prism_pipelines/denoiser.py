@@ -131,7 +131,7 @@ class MaskedDenoiser(nn.Module):
             hook.catching = True
             with not_causal(self.model.config if "is_causal" in inputs else None):
                 self.model(input_ids=asked, return_dict=True, **inputs)
-            hidden = hook.caught
+            hidden = hook.caught.to(input_ids.device)  # from the last device of a model that is spread over several
         finally:
             hook.catching, hook.caught = False, None
         if self.spec.logit_shift and attention_mask is not None and columns is None:
@@ -199,7 +199,7 @@ class MaskedDenoiser(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
-        logits = self._output_head()(rows)
+        logits = self._output_head()(rows).to(rows.device)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
         ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -405,7 +406,7 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
 
     Order for the mask id: `mask_token_id`, `mdm_spec`, `config.mask_token_id`, `tokenizer.mask_token_id`, the row of
     `config.model_type` in `FAMILIES`. Everything else comes from `mdm_spec`, else from that row; the block length of a
-    block-causal row from `config.block_size` or `config.bd_size` if there is one.
+    block-causal row from `config.block_size` or `config.bd_size` if there is one, else from a name that ends in "-b32".
 
     Args:
         config: transformers config of the backbone, or None.
@@ -435,7 +436,7 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
         if row is None:
             mdm_spec = MDMSpec(found, source="mask id only")
         else:
-            mdm_spec = dataclasses.replace(row, mask_token_id=found, **block_facts(row, config))
+            mdm_spec = dataclasses.replace(row, mask_token_id=found, **block_facts(row, config, name))
     elif mask_token_id is not None:
         mdm_spec = dataclasses.replace(mdm_spec, mask_token_id=mask_token_id)
     vocab_size = getattr(config, "vocab_size", None)
@@ -447,11 +448,13 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     return mdm_spec
 
 
-def block_facts(row: MDMSpec, config) -> dict:
+def block_facts(row: MDMSpec, config, name: str) -> dict:
     """What the config of a block-causal checkpoint knows better than its row: how long blocks are, or that none are."""
     if row.attention != "block_causal":
         return {}
     if getattr(config, "cross_attn", True) is False:  # BD3-LM's word for its attention in blocks
         return {"attention": "bidirectional", "block_length": None}
     lengths = [getattr(config, field, None) for field in BLOCK_LENGTH_FIELDS]
+    named = re.search(r"-b(\d+)$", name.rstrip("/"))  # SDAR-8B-Chat-b32
+    lengths.append(int(named[1]) if named else None)
     return {"block_length": next((length for length in lengths if length is not None), row.block_length)}

@@ -106,20 +106,26 @@ def _check_messages(messages, place: str) -> None:
     _check_text(messages[-1]["content"], f"{place}: the last message")
 
 
-def prompt_texts(rows: list[dict], tokenizer, use_chat_template: bool = True) -> list[str]:
+def prompt_texts(
+    rows: list[dict], tokenizer, use_chat_template: bool = True, template_kwargs: dict | None = None
+) -> list[str]:
     """What is continued for each row: the tokenizer's chat template around it if there is one, as the pipeline does.
 
     Raises:
-        ValueError: messages, and no chat template.
+        ValueError: messages, and no chat template; or `template_kwargs` for none.
     """
-    template = bool(getattr(tokenizer, "chat_template", None))
+    from .canvas import chat_texts, has_chat_template
+
+    template = has_chat_template(tokenizer)
+    if template_kwargs and not (template and use_chat_template):
+        raise ValueError("`chat_template_kwargs` is given, and no chat template is used.")
     texts = []
     for row in rows:
         if "messages" in row and not template:
             raise ValueError(f'Row {row["id"]!r} has "messages", and the tokenizer has no chat template: use "prompt".')
         chat = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         if "messages" in row or (template and use_chat_template):
-            texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            texts += chat_texts(chat, None, tokenizer, template_kwargs)
         else:
             texts.append(row["prompt"])
     return texts
@@ -158,8 +164,33 @@ def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | 
         return lengths
     if spec.attention != "block_causal":
         return [0] * len(lengths)
-    block = block_length or spec.block_length
-    return [(length + gen_length - 1) // block - length // block for length in lengths]
+    return [num_blocks(length, gen_length, block_length or spec.block_length) for length in lengths]
+
+
+def num_blocks(length: int, gen_length: int, block_length: int) -> int:
+    """Blocks of a block-causal model that the tokens after a prompt of that length touch."""
+    return (length + gen_length - 1) // block_length - length // block_length + 1
+
+
+def check_steps(pipe, names: list[str], lengths: list[int], gen_length: int, block_length, steps: int | None) -> None:
+    """Raise a ValueError if a prompt's tokens touch more blocks of a block-causal model than there are steps.
+
+    Args:
+        names: of the prompts, for the error.
+        lengths: tokens of each.
+        gen_length, block_length: as the pipeline's.
+        steps: `num_inference_steps`; None needs no check.
+    """
+    spec = pipe.denoiser.spec
+    if steps is None or spec.attention != "block_causal":
+        return
+    for name, length in zip(names, lengths, strict=True):
+        needed = num_blocks(length, gen_length, block_length or spec.block_length)
+        if needed > steps:
+            raise ValueError(
+                f"{steps} steps are too few: {name} has {length} tokens, and the {gen_length} after it touch {needed} "
+                f"blocks, each of which needs one. Pass at least {needed}."
+            )
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -179,6 +210,7 @@ def generate_many(
     cache: str = "none",
     cache_refresh_interval: int | None = None,
     use_chat_template: bool = True,
+    chat_template_kwargs: dict | None = None,
     batch_size: int = 8,
     seed: int = 0,
     max_prompts: int | None = None,
@@ -197,7 +229,7 @@ def generate_many(
         out: path of the output, a .jsonl file. A row of it is the input row with "text", "nfe" (forward passes) and
             "ended": false if no end token was written in `gen_length` tokens, null if the model has none.
         gen_length, block_length, num_inference_steps, temperature, eos_early_stop, threshold, cache,
-            cache_refresh_interval, use_chat_template: of the pipeline.
+            cache_refresh_interval, use_chat_template, chat_template_kwargs: of the pipeline.
         batch_size: prompts a forward.
         seed: of all rows, not negative.
         max_prompts: only that many, from the first.
@@ -226,9 +258,11 @@ def generate_many(
         raise ValueError("The pipeline has no tokenizer, so it cannot read prompts. Load it with tokenizer=.")
     rows = check_rows(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)
     rows = rows[:max_prompts]
-    texts = prompt_texts(rows, pipe.tokenizer, use_chat_template)
+    texts = prompt_texts(rows, pipe.tokenizer, use_chat_template, chat_template_kwargs)
     lengths = [len(ids) for ids in prompt_ids(texts, pipe.tokenizer)]
     skipped = _too_long(pipe, rows, lengths, gen_length, too_long)
+    names = [f"the prompt with id {row['id']!r}" for row in rows]
+    check_steps(pipe, names, lengths, gen_length, block_length, num_inference_steps)
 
     call = {
         "gen_length": gen_length,
@@ -241,6 +275,7 @@ def generate_many(
         "cache_refresh_interval": cache_refresh_interval,
     }
     generation = call | {"seed": seed, "use_chat_template": use_chat_template, "too_long": too_long}
+    generation["chat_template_kwargs"] = chat_template_kwargs
     settings = run_settings(pipe, rows, generation)
     todo, complete = [], check_run(out, settings)
     if not complete:
@@ -312,7 +347,7 @@ def _generate(pipe, texts: list[str], generators: list, call: dict) -> list[tupl
     from .stopping import end_tokens, generated_prefix
 
     out = pipe(texts, generator=generators, use_chat_template=False, **call)
-    ends = end_tokens(None, pipe.tokenizer, pipe.model)
+    ends = end_tokens(None, pipe.tokenizer, pipe.model, pipe.denoiser.spec)
     new = out.sequences[:, -call["gen_length"] :].cpu()
     results = []
     for text, nfe, row in zip(out.texts, out.nfe_per_row, new, strict=True):
@@ -382,6 +417,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", choices=["none", "prefix", "block"], default="none", help="see docs/cache.md")
     parser.add_argument("--cache_refresh_interval", type=int, help="steps between full forwards (default: a block's)")
     parser.add_argument("--no_chat_template", action="store_true", help="continue prompts as plain text")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        type=json.loads,
+        help="for the chat template, such as '{\"enable_thinking\": false}'",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts a forward (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_prompts", type=int, help="only that many, from the first")
@@ -457,6 +498,7 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
         cache_refresh_interval=args.cache_refresh_interval,
         use_chat_template=not args.no_chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
         batch_size=args.batch_size,
         seed=args.seed,
         max_prompts=args.max_prompts,

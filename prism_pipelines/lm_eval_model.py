@@ -19,8 +19,9 @@ try:
 except ImportError as error:
     raise ImportError('The model class of lm-eval needs it: pip install "prism-pipelines[eval]".') from error
 
+from .canvas import prompt_ids
 from .checks import max_length
-from .generate_many import plan_batches, set_scheduler
+from .generate_many import check_steps, plan_batches, set_scheduler
 from .pipeline_prism import PrismPipeline
 
 # What a task may ask for beside `until`; the others cannot be honoured and are refused.
@@ -39,6 +40,7 @@ class PrismLM(LM):
         block_length: as the pipeline's; default 32 or `gen_length` if that is less, None for models with blocks.
         steps: forward passes of a request; None for one per generated token.
         temperature: None for the task's: 0 unless it samples.
+        eos_token_id: what ends a text, for a tokenizer that has no end token; most tasks need one.
         scheduler, scheduler_config: class name and fields as a dict or JSON, see `generate_many.set_scheduler`.
         batch_size: requests a forward.
         device: None for the GPU if there is one.
@@ -56,6 +58,7 @@ class PrismLM(LM):
         block_length: int | None = None,
         steps: int | None = None,
         temperature: float | None = None,
+        eos_token_id: int | None = None,
         scheduler: str | None = None,
         scheduler_config: str | dict | None = None,
         batch_size: int | str = 1,
@@ -91,6 +94,7 @@ class PrismLM(LM):
             set_scheduler(self.pipe, scheduler, fields)
         self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
         self.temperature, self.batch_size, self.seed = temperature, int(batch_size), seed
+        self.eos_token_id = eos_token_id
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The text of each request, cut at the first of its `until` strings.
@@ -106,7 +110,7 @@ class PrismLM(LM):
 
         texts = [request.args[0] for request in requests]
         calls = [self._call(request.args[1]) for request in requests]
-        lengths = [len(ids) for ids in self.pipe.tokenizer(texts).input_ids] if texts else []
+        lengths = [len(ids) for ids in prompt_ids(texts, self.pipe.tokenizer)]
         limit = max_length(self.pipe.model.config)
         for length, call in zip(lengths, calls, strict=True):
             if not length:
@@ -116,6 +120,8 @@ class PrismLM(LM):
                     f"A prompt has {length} tokens and {call['gen_length']} are to be generated; the model takes "
                     f"{limit}. Use fewer shots (--num_fewshot) or a smaller gen_length; prompts are not cut."
                 )
+            steps = call["num_inference_steps"]
+            check_steps(self.pipe, ["a prompt"], [length], call["gen_length"], call["block_length"], steps)
         groups = [json.dumps(call, sort_keys=True) for call in calls]
         if self.pipe.denoiser.spec.attention == "block_causal" or self.pipe.tokenizer.pad_token_id is None:
             groups = [f"{length} {group}" for length, group in zip(lengths, groups, strict=True)]
@@ -140,6 +146,8 @@ class PrismLM(LM):
 
     def _call(self, asked: dict) -> dict:
         """Arguments of the pipeline for the settings that a task asks for."""
+        if asked.get("num_beams") == 1:  # asks for nothing
+            asked = {name: value for name, value in asked.items() if name != "num_beams"}
         if unknown := sorted(set(asked) - KNOWN):
             raise ValueError(f"The task asks for {unknown[0]!r} in its generation_kwargs; known: {sorted(KNOWN)}.")
         wanted = next((asked[name] for name in LENGTHS if asked.get(name) is not None), 256)
@@ -156,6 +164,7 @@ class PrismLM(LM):
             "block_length": block_length,
             "num_inference_steps": self.steps or gen_length,
             "temperature": temperature,
+            "eos_token_id": self.eos_token_id,
             "stop": [until] if isinstance(until, str) else [text for text in until if text],
         }
         return call | {name: asked[name] for name in ("top_p", "top_k") if asked.get(name) is not None}

@@ -18,10 +18,10 @@ from .families import MDMSpec, resolve_spec
 from .pipeline_output import PrismPipelineOutput
 from .quality_head import QualityHead
 from .repo_files import inside, read_json
-from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of
+from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of, warn_of_idle_steps
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.arguments import is_number, own_fields
-from .stopping import decode, end_tokens, stop_strings, token_ids
+from .stopping import decode, end_tokens, never_written, stop_strings, token_ids
 from .trace import TraceStep
 
 
@@ -39,9 +39,6 @@ class PrismPipeline(DiffusionPipeline):
         TypeError: `quality_head` is no `QualityHead`.
     """
 
-    # None, so that `enable_model_cpu_offload` says that it cannot be: the output head is read after the model has run,
-    # and would be back on the CPU by then. transformers' `device_map` works.
-    model_cpu_offload_seq = None
     _optional_components = ["tokenizer", "quality_head", "scheduler"]  # noqa: RUF012  diffusers reads the list
     _callback_tensor_inputs = ["sample", "quality", "remasked", "unmasked", "generation_mask"]  # noqa: RUF012
 
@@ -66,18 +63,27 @@ class PrismPipeline(DiffusionPipeline):
     @property
     def denoiser(self) -> MaskedDenoiser:
         """The model behind the contract of `MaskedDenoiser`; made anew at each use, so never on a stale device."""
-        return self._denoiser_without(())
+        return self._denoiser_without(never_written(self.tokenizer, self._end_tokens()))
 
     def _denoiser_without(self, suppressed: tuple[int, ...]) -> MaskedDenoiser:
-        """The denoiser, which moreover never predicts some ids."""
-        spec = resolve_spec(self.model.config, self.tokenizer, mdm_spec=self.config.mdm_spec)
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return MaskedDenoiser(self.model, spec, suppressed=suppressed)
-        pad = tokenizer.pad_token_id
-        if pad is not None and pad != tokenizer.eos_token_id:
-            suppressed = (*suppressed, pad)
-        return MaskedDenoiser(self.model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
+        """The denoiser, which never predicts some ids."""
+        num_tokens = None if self.tokenizer is None else len(self.tokenizer)
+        return MaskedDenoiser(self.model, self._spec, num_tokens=num_tokens, suppressed=suppressed)
+
+    @property
+    def _spec(self) -> MDMSpec:
+        return resolve_spec(self.model.config, self.tokenizer, mdm_spec=self.config.mdm_spec)
+
+    def _end_tokens(self, eos_token_id: int | list[int] | None = None) -> tuple[int, ...]:
+        """Ids that end a text."""
+        return end_tokens(eos_token_id, self.tokenizer, self.model, self._spec)
+
+    def enable_model_cpu_offload(self, *args, **kwargs):
+        """Refused: the output head is read after the model has run, and would be back on the CPU by then."""
+        raise ValueError(
+            "Model CPU offload would move the output head away before it is read. Load with "
+            'PrismPipeline.from_pretrained(..., device_map="auto") in its place.'
+        )
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -92,6 +98,7 @@ class PrismPipeline(DiffusionPipeline):
         infill: str | list[str] | Tensor | None = None,
         num_samples: int = 1,
         use_chat_template: bool = True,
+        chat_template_kwargs: dict | None = None,
         gen_length: int | None = None,
         block_length: int | None = None,
         num_inference_steps: int | None = None,
@@ -125,6 +132,7 @@ class PrismPipeline(DiffusionPipeline):
             infill: text, texts or ids (B, L) holding mask tokens. They are filled, everything else is kept exactly.
             num_samples: samples of each row, next to each other; how many rows if nothing else is given.
             use_chat_template: False continues `prompt` as plain text.
+            chat_template_kwargs: for the template, beside the chat, such as {"enable_thinking": False} of Qwen3.
             gen_length: tokens to generate; needed for all but `infill`.
             block_length: generate blocks of this many tokens from left to right; None for all at once, or for the
                 model's own block if it is block-causal: then blocks begin at multiples of it, and it must be a multiple
@@ -166,11 +174,12 @@ class PrismPipeline(DiffusionPipeline):
         """
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
         suppressed = token_ids("suppress_tokens", suppress_tokens, self.model.config.vocab_size)
-        denoiser, scheduler = self._denoiser_without(suppressed), scheduler_of(self.scheduler, threshold)
+        ends = self._end_tokens(eos_token_id)
+        denoiser = self._denoiser_without((*suppressed, *never_written(self.tokenizer, ends)))
+        scheduler = scheduler_of(self.scheduler, threshold)
         check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and not is_number(cfg_scale, 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")
-        ends = end_tokens(eos_token_id, self.tokenizer, self.model, self.mask_token_id)
         stops = stop_strings(stop)
         if eos_early_stop and not ends:
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
@@ -178,7 +187,9 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
         if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
-            prompt = chat_texts(messages, prompt, self.tokenizer)
+            prompt = chat_texts(messages, prompt, self.tokenizer, chat_template_kwargs)
+        elif chat_template_kwargs:
+            raise ValueError("`chat_template_kwargs` is given, and no chat template is used: pass `messages`.")
         given = {"prompt": prompt, "input_ids": input_ids, "infill": infill}
         canvas = canvas_of(given, self.tokenizer, self.mask_token_id, attention_mask, num_samples, gen_length)
         if num_samples > 1 and not (prompt is input_ids is infill is None):
@@ -202,6 +213,7 @@ class PrismPipeline(DiffusionPipeline):
             tokenizer=self.tokenizer,
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
+        warn_of_idle_steps(run, blocks)
         trace, step_number = [], 0
         loop_steps = own_fields(scheduler).get("loop_steps", 0)
         with (
@@ -565,8 +577,8 @@ class PrismPipeline(DiffusionPipeline):
             adapters.use_adapter(self.model, name)
 
     def _place(self, head: QualityHead) -> QualityHead:
-        """The head, on the device of the output head, whose input it reads."""
-        return head.to(self.denoiser.forbidden.device)
+        """The head, on the device of the canvas, where the hidden states come back to."""
+        return head.to(self._execution_device)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in diffusers; raises what `heads.check_saving` does."""

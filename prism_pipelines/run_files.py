@@ -60,13 +60,16 @@ def check_run(out: Path, settings: dict) -> bool:
 
 
 def run_settings(pipe, rows: list[dict], generation: dict) -> dict:
-    """What decides the output: the rows, the settings, and digests of the model, head and scheduler."""
+    """What decides the output: the rows, the settings, and digests of tokenizer, model, head and scheduler."""
     from .schedulers.arguments import own_fields  # with torch, which the rest of this file does without
 
     settings = {"prompts": len(rows), "prompts_sha256": _sha256(json.dumps(rows).encode())} | generation
     scheduler = own_fields(pipe.scheduler)
     settings["scheduler"] = f"{type(pipe.scheduler).__name__} {json.dumps(scheduler, sort_keys=True, default=str)}"
     settings["mdm_spec"] = _sha256(json.dumps(pipe.config.mdm_spec, sort_keys=True, default=str).encode())
+    words = pipe.tokenizer
+    written_with = [words.chat_template, words.special_tokens_map, sorted(words.get_vocab().items())]
+    settings["tokenizer"] = _sha256(json.dumps(written_with, default=str).encode())
     for name in ("model", "quality_head"):
         module = getattr(pipe, name)
         settings[name] = None if module is None else module_digest(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +123,19 @@ def blocks_of(
     return split_blocks(canvas.generated, block_length, num_steps, positions)
 
 
+def warn_of_idle_steps(run: Run, blocks: list[tuple[Tensor, int]]) -> None:
+    """Warn if some of the steps can do nothing: the masks are filled before, and the scheduler takes none back."""
+    if run.adaptive or run.scheduler.can_remask:
+        return
+    idle = sum(max(0, num_steps - int(block_mask.sum(-1).max())) for block_mask, num_steps in blocks)
+    if idle:
+        warnings.warn(
+            f"{idle} of {sum(num_steps for _, num_steps in blocks)} steps will write nothing: there are fewer tokens "
+            f"to generate, and {type(run.scheduler).__name__} remasks none. Lower `num_inference_steps`.",
+            stacklevel=4,
+        )
+
+
 def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable) -> Filled:
     """Fill the masks of a canvas.
 
@@ -204,6 +218,11 @@ class Look:
         self.run = run
         settings = (run.denoiser, run.canvas.attention_mask, run.cache, run.cache_refresh_interval)
         self._given = CanvasForward(*settings)
+        if run.cfg_scale and getattr(run.denoiser.model.config, "token_dropout", False):
+            raise ValueError(
+                f"`cfg_scale` is {run.cfg_scale}, and guidance compares with a row of masks alone, which this model "
+                "(ESM, token_dropout) cannot read. Pass None."
+            )
         self._free = CanvasForward(*settings) if run.cfg_scale else None
         self._quality: Tensor | None = None
 

@@ -6,30 +6,41 @@ import torch
 from torch import Tensor
 
 from .canvas import Canvas
+from .families import MDMSpec
 
 
-def end_tokens(eos_token_id, tokenizer, model, mask_token_id: int | None = None) -> tuple[int, ...]:
+def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]:
     """Ids that end a text: the given ones, else those of the tokenizer and of the model's generation config.
+
+    The padding token is one of them, the last, but for encoders: language models turned MDM learn to fill the place
+    after an answer with it (dllm trains on "padded <eos_token>", which is another token than Qwen's <|im_end|>).
 
     Args:
         eos_token_id: int, several, or None.
         tokenizer: or None.
         model: says how many ids there are.
-        mask_token_id: never ends a text.
+        spec: of the model; its mask token never ends a text.
     Raises:
         ValueError: something that is no token id, or not one that can end a text.
     """
-    vocab_size = model.config.vocab_size
+    vocab_size, mask_token_id = model.config.vocab_size, spec.mask_token_id
     if eos_token_id is None:
         found = [getattr(tokenizer, "eos_token_id", None)]
         listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         found += listed if isinstance(listed, list) else [listed]
+        found += [getattr(tokenizer, "pad_token_id", None)] if spec.mask_format != "padding" else []
         known = [token for token in found if token is not None and token < vocab_size and token != mask_token_id]
         return tuple(dict.fromkeys(known))
     ids = token_ids("eos_token_id", eos_token_id, vocab_size)
     if not ids or mask_token_id in ids:
         raise ValueError(f"`eos_token_id` must name at least one token, and not the mask, got {eos_token_id!r}.")
     return ids
+
+
+def never_written(tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
+    """Ids that are never predicted, beside the mask: padding, unless it ends a text."""
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    return () if pad is None or pad in ends else (pad,)
 
 
 def token_ids(name: str, given: int | list[int] | None, vocab_size: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from test_generate_many import CHAT, pipeline
 from tokenizers.processors import TemplateProcessing
 
 from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
-from prism_pipelines.canvas import prompt_ids
+from prism_pipelines.canvas import canvas_of_prompt, prompt_ids
 
 CALL = {"gen_length": 6, "num_inference_steps": 4, "output_type": "seq"}
 EOS, MASK_WORD, UNKNOWN = 1, 28, 29  # of the pipeline of words
@@ -295,3 +295,18 @@ def test_code_of_a_repository_runs_with_leave_alone(tmp_path, monkeypatch):
     expected = (hidden + hidden.mean(1, keepdim=True)) @ weights["head.weight"].T + weights["head.bias"]
     torch.testing.assert_close(aligned(pipe, ids)[..., :MASK], expected[..., :MASK])
     assert MASK not in pipe(gen_length=5, num_inference_steps=2).sequences
+
+
+def test_ids_may_be_on_any_device_and_masks_as_flat_as_ids():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert canvas_of_prompt(ids, None, 28, 4, torch.ones(2, 3)).sample.shape == (2, 7)
+    assert canvas_of_prompt([3, 4, 5], None, 28, 4, [1, 1, 1]).sample.tolist() == [[3, 4, 5, 28, 28, 28, 28]]
+    with pytest.raises(NotImplementedError, match="meta"):  # it is asked to come to the CPU, and has nothing to bring
+        canvas_of_prompt(ids.to("meta"), None, 28, 4)
+
+
+def test_guidance_of_a_model_that_reads_no_row_of_masks_is_refused():
+    pipe = load(checkpoint("esm"))
+    ids = torch.tensor([[3, 4, MASK, 5]])
+    with pytest.raises(ValueError, match=r"`cfg_scale` is 1\.0, and guidance compares with a row of masks"):
+        pipe(infill=ids, cfg_scale=1.0, num_inference_steps=1)

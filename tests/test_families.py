@@ -118,6 +118,8 @@ def test_the_config_knows_the_length_of_its_blocks():
     facts = {"model_type": "sdar", "mask_token_id": 5, "vocab_size": 40}
     assert resolve_spec(SimpleNamespace(**facts)).block_length == 4
     assert resolve_spec(SimpleNamespace(**facts, block_size=16)).block_length == 16
+    assert resolve_spec(SimpleNamespace(**facts), name="JetLM/SDAR-8B-Chat-b32").block_length == 32
+    assert resolve_spec(SimpleNamespace(**facts, block_size=16), name="SDAR-8B-Chat-b32").block_length == 16
     with pytest.raises(ValueError, match="`block_length` of a block-causal model"):
         resolve_spec(SimpleNamespace(**facts, block_size="16"))
     plain = resolve_spec(SimpleNamespace(model_type="bd3lm", cross_attn=False, block_size=1024))

@@ -27,6 +27,7 @@ from prism_pipelines.cli_generate import command
 from prism_pipelines.generate_many import (
     generate_many,
     plan_batches,
+    prompt_texts,
     read_parts,
     read_prompts,
     run_file,
@@ -35,6 +36,7 @@ from prism_pipelines.generate_many import (
 
 WORDS = [f"w{i}" for i in range(26)]
 PROMPTS = [" ".join(WORDS[(i * 7 + j) % 26] for j in range(1 + i * 5 % 11)) for i in range(24)]
+PROMPTS_AS_ROWS = [{"id": f"p{i}", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}w0"
 
 
@@ -380,6 +382,55 @@ def test_a_log_gets_lines_with_the_rate(tmp_path, capsys, monkeypatch):
     generate_many(pipeline(), PROMPTS[:4], tmp_path / "o.jsonl", gen_length=4, num_inference_steps=2, batch_size=2)
     told = capsys.readouterr().err.strip().splitlines()
     assert [re.sub(r"[\d,]+ tokens/s", "R", line) for line in told] == ["prompts: 2 of 4, R", "prompts: 4 of 4, R"]
+
+
+def test_padding_that_ends_texts_may_be_written():
+    pipe = pipeline(scheduler=MDLMScheduler(order="left_to_right"), head=False)
+    with torch.no_grad():
+        pipe.model.lm_head.weight.zero_()  # every token is as likely as any other
+    generators = [torch.Generator().manual_seed(i) for i in range(40)]
+    settings = {"num_samples": 40, "gen_length": 20, "generator": generators, "suppress_tokens": [2, 29]}
+    out = pipe(**settings)
+    assert (out.sequences == 0).any() and (out.sequences == 1).any() and not (out.sequences == 28).any()
+    first = [next((i for i, token in enumerate(row) if token < 2), 20) for row in out.sequences.tolist()]
+    assert [len(text.split()) for text in out.texts] == first
+    early = pipe(**settings, block_length=5, num_inference_steps=20, eos_early_stop=True)
+    ended = (early.sequences < 2).any(1)
+    assert (early.sequences[ended][:, -1] == 1).any()  # the rest is filled with the tokenizer's end token
+    only = pipe(**settings, eos_token_id=1)
+    assert not (only.sequences == 0).any()
+
+
+def test_another_template_or_tokenizer_is_another_run(tmp_path):
+    asked = {"gen_length": 4, "num_inference_steps": 2, "batch_size": 2, "progress": False}
+    pipe = pipeline(chat_template=CHAT)
+    generate_many(pipe, PROMPTS_AS_ROWS[:4], tmp_path / "o.jsonl", **asked)
+    pipe.tokenizer.chat_template = CHAT + " w1"
+    with pytest.raises(ValueError, match="another run: tokenizer was"):
+        generate_many(pipe, PROMPTS_AS_ROWS[:4], tmp_path / "o.jsonl", **asked)
+    with pytest.raises(ValueError, match=r"another run: .*chat_template_kwargs was None"):
+        generate_many(pipe, PROMPTS_AS_ROWS[:4], tmp_path / "o.jsonl", chat_template_kwargs={"a": 1}, **asked)
+
+
+def test_a_template_is_given_its_arguments(tmp_path):
+    pipe = pipeline(chat_template=CHAT + "{% if think %} w5{% else %} w6{% endif %}")
+    asked = {"gen_length": 4, "num_inference_steps": 2}
+    for think, token in ((True, 7), (False, 8)):
+        out = pipe("w1", chat_template_kwargs={"think": think}, **asked)
+        assert out.sequences[0, -5] == token
+        row = [{"id": "a", "prompt": "w1"}]
+        assert prompt_texts(row, pipe.tokenizer, True, {"think": think}) == [f"w1 w0 w{token - 2}"]
+    with pytest.raises(ValueError, match="no chat template is used"):
+        pipe("w1", use_chat_template=False, chat_template_kwargs={"think": True}, **asked)
+
+
+def test_too_few_steps_for_the_blocks_of_a_prompt_are_told_before_anything_is_written(tmp_path):
+    pipe = pipeline(head=False)
+    pipe.register_to_config(mdm_spec={**pipe.config.mdm_spec, "attention": "block_causal", "block_length": 4})
+    rows = [{"id": f"p{n}", "prompt": " ".join(["w1"] * n)} for n in (8, 4, 7)]
+    with pytest.raises(ValueError, match=r"2 steps are too few: the prompt with id 'p7' has 7 tokens.* touch 3 blocks"):
+        generate_many(pipe, rows, tmp_path / "o.jsonl", gen_length=8, num_inference_steps=2, batch_size=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_rule_takes_over_only_what_means_the_same_there():

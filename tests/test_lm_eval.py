@@ -12,6 +12,7 @@ from test_generate_many import CHAT, PROMPTS, pipeline
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from tokenizers import processors
 
 from prism_pipelines.lm_eval_model import PrismLM
 
@@ -68,6 +69,31 @@ def test_repeats_of_a_prompt_get_answers_of_their_own_and_do_not_move_the_others
     assert len(set(thrice[:3])) == 3
 
 
+def test_a_tokenizer_without_an_end_token_is_told_one(tmp_path):
+    pipe = pipeline(eos_token=None)
+    pipe.tokenizer.pad_token = None
+    pipe.model.generation_config.eos_token_id = pipe.model.config.eos_token_id = None
+    pipe.save_pretrained(tmp_path)
+    asked = requests({"until": ["w24"]}, PROMPTS[:2])
+    with pytest.raises(ValueError, match="pass `eos_token_id`"):
+        PrismLM(str(tmp_path), gen_length=4, device="cpu").generate_until(asked, disable_tqdm=True)
+    answers = PrismLM(str(tmp_path), gen_length=4, eos_token_id=1, device="cpu").generate_until(
+        asked, disable_tqdm=True
+    )
+    assert len(answers) == 2
+
+
+def test_prompts_are_measured_as_the_pipeline_reads_them(tmp_path):
+    pipe = pipeline()
+    pipe.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A [EOS]", special_tokens=[("[EOS]", 1)]
+    )
+    pipe.save_pretrained(tmp_path)
+    model = PrismLM(str(tmp_path), gen_length=8, device="cpu")
+    assert model.pipe.tokenizer("w1").input_ids[-1] == 1
+    assert len(model.generate_until(requests({}, [" ".join(["w1"] * 56)]), disable_tqdm=True)) == 1
+
+
 def test_temperature_is_the_tasks_unless_given(folder):
     model = PrismLM(folder, gen_length=4, device="cpu")
     assert model._call({"do_sample": False, "temperature": 0.7})["temperature"] == 0.0
@@ -85,6 +111,7 @@ def test_refusals(folder):
         model.generate_until(requests({}, ["w1 " * 60]), disable_tqdm=True)
     with pytest.raises(ValueError, match="asks for 'num_beams'"):
         model.generate_until(requests({"num_beams": 2}), disable_tqdm=True)
+    assert model._call({"num_beams": 1}) == model._call({})
     with pytest.raises(ValueError, match="empty prompt"):
         model.generate_until(requests({}, [""]), disable_tqdm=True)
     with pytest.raises(ValueError, match="`steps` must be an integer of at least 1, got 0"):

@@ -191,6 +191,18 @@ def test_more_steps_than_masks_is_legal(forwards):
     assert out.nfe == len(forwards) == 10 and MASK_ID not in out.sequences
 
 
+@pytest.mark.parametrize(("scheduler", "warns"), [(MDLMScheduler(), True), (SelfConfidenceScheduler(), False)])
+def test_steps_that_can_do_nothing_are_told(scheduler, warns):
+    pipe = pipeline(scheduler=scheduler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe(infill="12..", num_inference_steps=10)
+        pipe(infill="12..", num_inference_steps=2)
+    told = [str(one.message) for one in caught if "write nothing" in str(one.message)]
+    assert told == (["8 of 10 steps will write nothing: there are fewer tokens to generate, and MDLMScheduler remasks "
+                     "none. Lower `num_inference_steps`."] if warns else [])  # fmt: skip
+
+
 def test_the_same_generator_gives_the_same_tokens_and_another_does_not():
     pipe = pipeline()
     a, b, c = (pipe(gen_length=40, num_inference_steps=8, generator=seeded(s)).texts for s in (0, 0, 1))
@@ -234,6 +246,7 @@ def test_blocks_are_written_from_left_to_right_and_share_the_steps():
         [[0, 0, 0, 1, 1, 0], [0] * 6],
         [[0, 0, 0, 0, 0, 1], [0] * 6],
     ]
+    assert [steps for _, steps in split_blocks(generated, 2, None)] == [2, 2, 1]  # one for each token
     seen = []
     pipe = pipeline()
     out = pipe(
@@ -244,6 +257,19 @@ def test_blocks_are_written_from_left_to_right_and_share_the_steps():
     )
     assert out.nfe == 7 and MASK_ID not in out.sequences
     assert {i for step in seen[:3] for i in step} == {0, 1} and {i for step in seen[5:] for i in step} == {4}
+
+
+def test_blocks_with_nothing_to_write_take_no_steps():
+    generated = torch.zeros(2, 16, dtype=torch.bool)
+    generated[0, [0, 13]] = generated[1, 4:9] = True
+    positions = torch.arange(16).expand(2, 16)
+    blocks = split_blocks(generated, 4, 2, positions)
+    assert [steps for _, steps in blocks] == [1, 1]
+    assert [[row.nonzero().flatten().tolist() for row in block] for block, _ in blocks] == [
+        [[0], [4, 5, 6, 7]],
+        [[13], [8]],
+    ]
+    assert [steps for _, steps in split_blocks(generated, 4, None, positions)] == [4, 1]
 
 
 def test_quality_is_the_heads_probability_and_one_outside_the_generated_part():
