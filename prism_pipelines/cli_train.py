@@ -7,7 +7,9 @@ import shlex
 import subprocess
 import sys
 
-LAUNCH = ("accelerate", "launch")  # as shown; what runs is that of this very environment, which need not be on PATH
+# As shown; what runs is that of this very environment, which need not be on PATH. --quiet leaves out accelerate's own
+# traceback below the error of a training that fails.
+LAUNCH = ("accelerate", "launch", "--quiet")
 MODULE = ("-m", "prism_pipelines.training")
 
 
@@ -36,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
     """Print and run. Returns the exit status."""
     words = command(args.flags)
     print(shlex.join(words), file=sys.stderr, flush=True)
-    words = [sys.executable, "-m", "accelerate.commands.launch", *words[len(LAUNCH) :]]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     return subprocess.run(words, check=False).returncode

@@ -429,13 +429,32 @@ def test_train_prints_and_runs_the_command(monkeypatch, capsys):
         cli_train.subprocess, "run", lambda words, check: ran.append(words) or subprocess.CompletedProcess([], 3)
     )
     assert main(["train", "--num_processes", "2", "--", "--dataset", "sudoku", "--head", "mlp"]) == 3
-    line = "accelerate launch --num_processes 2 -m prism_pipelines.training --dataset sudoku --head mlp"
+    line = "accelerate launch --quiet --num_processes 2 -m prism_pipelines.training --dataset sudoku --head mlp"
     assert capsys.readouterr().err.strip() == line
-    here = [sys.executable, "-m", "accelerate.commands.launch"]  # not another environment's accelerate on PATH
-    assert ran == [here + line.split()[2:]]
+    here = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # not another environment's on PATH
+    assert ran == [here + line.split()[3:]]
     main(["train", "--dataset", "sudoku", "--output_dir", "my run"])
     assert ran[1] == [*here, "-m", "prism_pipelines.training", "--dataset", "sudoku", "--output_dir", "my run"]
     assert "--output_dir 'my run'" in capsys.readouterr().err
+
+
+def test_a_refused_training_is_told_in_one_line():
+    words = [
+        "train",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    words += ["--", "--objective", "prism", "--dataset", "sudoku"]
+    done = subprocess.run(
+        [sys.executable, "-m", "prism_pipelines", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_train_reaches_the_training_command():
