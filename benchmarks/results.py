@@ -24,7 +24,7 @@ from text_results import (
     value,
 )
 
-TEXT = ("text", "text_64")  # tables of the same arms at other numbers of forwards
+TEXT = ("text", "text_64", "text_128")  # tables of other numbers of forwards; the later may lack arms
 RESULTS = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
@@ -37,8 +37,8 @@ MISSING = """## Not measured yet
 MAUVE and perplexity under a large judge (no such model could be loaded here), other seeds of training; Sudoku on
 1,000 puzzles and several seeds; code by a model that was trained in full: with the few steps of the one above hardly a
 function parses under any rule, so its table shows that the experiment runs, and not which rule is better. Prepared and
-resumable, but without a committed table: 128 and 256 forwards in `benchmarks/text.py`, further fine-tunes of
-`benchmarks/ablations.py`. `prism eval compare` runs any of these arms on any model.
+resumable, but without a committed table: 256 forwards in `benchmarks/text.py`. `prism eval compare` runs any of these
+arms on any model.
 """
 
 

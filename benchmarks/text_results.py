@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from prism_pipelines.evaluation.calibration import calibration_table
 
 MEASURES = {
@@ -50,11 +52,12 @@ def intervals(rows: list[dict]) -> str:
 
 
 def grid(rows: list[dict], metric: str, held_out: dict | None = None) -> list[str]:
-    """A table of arms by forwards for one measure."""
+    """A table of arms by forwards for one measure; "-" where an arm was not run."""
     found = {(row["arm"], row["forwards"]): row for row in rows if row["metric"] == metric}
     arms, forwards = list(dict.fromkeys(arm for arm, _ in found)), sorted({steps for _, steps in found})
     lines = ["| forwards | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
-    lines += [f"| {arm} | " + " | ".join(value(found[arm, steps]) for steps in forwards) + " |" for arm in arms]
+    cells = {key: value(row) for key, row in found.items()}
+    lines += [f"| {arm} | " + " | ".join(cells.get((arm, steps), "-") for steps in forwards) + " |" for arm in arms]
     if held_out is not None:
         lines.append(f"| a held-out play | {value(held_out)} |" + " |" * (len(forwards) - 1))
     return lines
@@ -69,6 +72,9 @@ def verdict(table: dict) -> list[str]:
     for arm in arms:
         cells = []
         for steps in forwards:
+            if (arm, steps, "ngram_js") not in pairs:
+                cells.append("-")
+                continue
             distance, entropy = pairs[arm, steps, "ngram_js"], pairs[arm, steps, "entropy"]
             if distance["low"] is None:
                 cells.append("one seed")
@@ -91,7 +97,7 @@ def command(table: dict, more: str = "") -> str:
 
 
 def merged(tables: list[dict]) -> dict:
-    """Tables of the same arms, text and seeds at other numbers of forwards, as one.
+    """Tables of the same text and seeds at other numbers of forwards, as one; the later may lack arms of the first.
 
     Raises:
         ValueError: they differ in more than that and the format of the numbers, or share a number of forwards.
@@ -100,12 +106,19 @@ def merged(tables: list[dict]) -> dict:
     if len(set(forwards)) < len(forwards):
         raise ValueError(f"The tables of text hold the same numbers of forwards: {sorted(forwards)}.")
     for table in tables[1:]:
-        same = [table[name] == first[name] for name in ("arms", "seeds", "temperature")]
+        same = [table[name] == first[name] for name in ("seeds", "temperature")]
+        same.append(all(arm in first["arms"] for arm in table["arms"]))
         same += [table["settings"][name] == first["settings"][name] for name in ("num_samples", "length", "data")]
         if not all(same):
             raise ValueError("The tables of text differ in arms, seeds or data: make them anew with the same ones.")
     whole = {name: [row for table in tables for row in table[name]] for name in ("rows", "pairs")}
-    return first | whole | {"commands": list(map(command, tables))}
+    return first | whole | {"commands": [command(table, f" {some_arms(table, first)}".rstrip()) for table in tables]}
+
+
+def some_arms(table: dict, whole: dict) -> str:
+    """The flag that leaves arms of `whole` out, as `table` does; empty if it leaves out none."""
+    names = [arm["name"] for arm in table["arms"]]
+    return "" if len(names) == len(whole["arms"]) else f"--arms {shlex.join(names)}"
 
 
 def knobs(table: dict) -> str:

@@ -91,3 +91,18 @@ def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeyp
     (arm,), models = text.extra_arms(folders, "float32", "To be", 1, shipped, tmp_path)
     prism = next(arm for arm in shipped if arm["name"] == "PRISM")
     assert arm == {**prism, "name": "PRISM, head alone", "model": next(iter(models))}
+
+
+def test_a_table_of_more_forwards_may_lack_arms_and_must_not_have_others(script):
+    results, figures = script("text_results"), ROOT / "docs" / "figures"
+    first, second = (json.loads((figures / name).read_text()) for name in ("text.json", "text_64.json"))
+    kept = ["MDLM", "PRISM"]
+    part = second | {"arms": [arm for arm in second["arms"] if arm["name"] in kept]}
+    part |= {name: [row for row in second[name] if row["arm"] in kept] for name in ("rows", "pairs")}
+    whole = results.merged([first, part])
+    assert whole["commands"][1].startswith("`python benchmarks/text.py --arms MDLM PRISM ")
+    lines = {line.split(" | ")[0][2:]: line for line in results.grid(whole["rows"], "ngram_js")}
+    assert lines["P2"].endswith("| - |") and not lines["PRISM"].endswith("| - |")
+    assert any(line.startswith("| P2 |") and line.endswith("| - |") for line in results.verdict(whole))
+    with pytest.raises(ValueError, match="differ in arms"):
+        results.merged([first, part | {"arms": [{**part["arms"][0], "order": "confidence"}]}])
