@@ -19,7 +19,7 @@ from shared import origin  # beside this file
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
 from prism_pipelines.evaluation import pipeline_solver
-from prism_pipelines.schedulers.arguments import own_fields
+from prism_pipelines.schedulers.arguments import loop_steps
 
 
 def seconds(runs: dict, repeats: int) -> dict[str, list[float]]:
@@ -70,7 +70,7 @@ def main(argv=None) -> int:
     def sampling(scheduler):
         def run():
             pipe.scheduler = scheduler
-            pipeline_solver(pipe, args.steps - own_fields(scheduler).get("loop_steps", 0))(puzzles)
+            pipeline_solver(pipe, args.steps - loop_steps(scheduler))(puzzles)
 
         return run
 

@@ -5,6 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 
+# --scheduler of `prism sudoku` and `prism text`: name of the class.
+RULES = {"prism": "PrismScheduler", "mdlm": "MDLMScheduler", "self-confidence": "SelfConfidenceScheduler"}
+
+
+def chosen_rule(pipe, name: str | None) -> type:
+    """The scheduler class that a name of `RULES` stands for; None for that of the pipeline."""
+    from . import schedulers
+
+    return type(pipe.scheduler) if name is None else getattr(schedulers, RULES[name])
+
 
 def number_type(kind, low, words: str):
     """An argparse type: a finite `kind` (int or float) not below `low`, called `words` in the error."""

@@ -141,9 +141,9 @@ def _rule(pipe) -> dict:
 
 def _steps(steps: int, pipe, blocks: int = 1) -> int:
     """`num_inference_steps` that make `--steps` forwards: those of a refinement loop come on top, in every block."""
-    from .schedulers.arguments import own_fields
+    from .schedulers.arguments import loop_steps
 
-    loop = blocks * own_fields(pipe.scheduler).get("loop_steps", 0)
+    loop = blocks * loop_steps(pipe.scheduler)
     if loop and steps <= loop:
         raise ValueError(f"--steps {steps} must be more than the {loop} forwards of the scheduler's loop_steps.")
     return steps - loop

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import sudoku
-from .cli_arguments import check_device, number_type
+from .cli_arguments import RULES, check_device, chosen_rule, number_type
 
 BATCH_SIZE = 32
 BEST_REMASK = {"self-confidence": 4, "PRISM": 8}  # of 2, 4, 8, 16, on the bundled model; benchmarks/sudoku.py
@@ -40,7 +40,7 @@ def add_parser(commands) -> None:
     run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
-        choices=["prism", "mdlm", "self-confidence"],
+        choices=list(RULES),
         help="decoding rule (default: the model's own settings)",
     )
     run.add_argument(
@@ -178,10 +178,7 @@ def set_scheduler(pipe, args) -> None:
     Raises:
         ValueError: --num-remask with a rule that does not remask.
     """
-    from . import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
-
-    rules = {"prism": PrismScheduler, "mdlm": MDLMScheduler, "self-confidence": SelfConfidenceScheduler}
-    rule = rules[args.scheduler] if args.scheduler else type(pipe.scheduler)
+    rule = chosen_rule(pipe, args.scheduler)
     if args.num_remask is not None and "num_remask" not in rule().config:
         raise ValueError("--num-remask has no meaning with a rule that never remasks (mdlm)")
     wanted = {name: getattr(args, name) for name in ("temperature", "num_remask") if getattr(args, name) is not None}
@@ -334,7 +331,7 @@ def comparison(pipe, num_remask: dict[str, int], temperature: float) -> dict:
 
 def _run_compare(pipe, puzzles, args, console) -> int:
     from .evaluation import evaluate_sudoku, pipeline_solver
-    from .schedulers.arguments import own_fields
+    from .schedulers.arguments import loop_steps
 
     clues = 30 if args.clues is None else args.clues
     if puzzles is None:
@@ -348,7 +345,7 @@ def _run_compare(pipe, puzzles, args, console) -> int:
         for name, scheduler in rules.items():
             pipe.scheduler = scheduler
             # A loop adds forwards of its own; every rule gets the same number in all.
-            steps = max(1, args.steps - own_fields(scheduler).get("loop_steps", 0))
+            steps = max(1, args.steps - loop_steps(scheduler))
             done = len(rows) * len(puzzles)
             score = evaluate_sudoku(
                 pipeline_solver(pipe, steps, args.seed),

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .cli_arguments import check_device, number_type
+from .cli_arguments import RULES, check_device, chosen_rule, number_type
 
 COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
 SHOWN = ("ngram_js", "word_js", "known_words", "entropy", "distinct_2")
@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
     run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
-        choices=["prism", "mdlm", "self-confidence"],
+        choices=list(RULES),
         help="decoding rule (default: the model's own settings)",
     )
     run.add_argument(
@@ -80,10 +80,7 @@ def load_pipeline(args):
 
 def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
     """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it."""
-    from . import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
-
-    rules = {"prism": PrismScheduler, "mdlm": MDLMScheduler, "self-confidence": SelfConfidenceScheduler}
-    rule = rules[name] if name else type(pipe.scheduler)
+    rule = chosen_rule(pipe, name)
     wanted = {} if temperature is None else {"temperature": temperature}
     pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .families import MDMSpec
+from .families import MDMSpec, reads_only_masks
 
 # Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
 # causal; tests/test_speed.py holds each to the result with a mask of zeros.
@@ -153,7 +153,7 @@ class MaskedDenoiser(nn.Module):
         """What else the model's forward takes, as the spec says; arguments as `hidden`."""
         spec, inputs = self.spec, {}
         positions = token_positions(input_ids, attention_mask)
-        if getattr(getattr(self.model, "config", None), "token_dropout", False):
+        if not reads_only_masks(getattr(self.model, "config", None)):
             hidden = input_ids == spec.mask_token_id
             if attention_mask is not None:
                 hidden = hidden | (attention_mask == 0)

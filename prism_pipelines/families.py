@@ -448,6 +448,11 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     return mdm_spec
 
 
+def reads_only_masks(config) -> bool:
+    """Can a model read a row of masks alone? Not ESM with token_dropout: it divides by the share of other tokens."""
+    return not getattr(config, "token_dropout", False)
+
+
 def block_facts(row: MDMSpec, config, name: str) -> dict:
     """What the config of a block-causal checkpoint knows better than its row: how long blocks are, or that none are."""
     if row.attention != "block_causal":

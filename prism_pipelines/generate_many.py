@@ -159,7 +159,7 @@ def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | 
     The steps of a block-causal model are spread over the blocks of the row that has most, so rows with another number
     of blocks go elsewhere. Without a pad token only rows of one length go together.
     """
-    spec = pipe.denoiser.spec
+    spec = pipe.spec
     if pipe.tokenizer.pad_token_id is None:
         return lengths
     if spec.attention != "block_causal":
@@ -181,7 +181,7 @@ def check_steps(pipe, names: list[str], lengths: list[int], gen_length: int, blo
         gen_length, block_length: as the pipeline's.
         steps: `num_inference_steps`; None needs no check.
     """
-    spec = pipe.denoiser.spec
+    spec = pipe.spec
     if steps is None or spec.attention != "block_causal":
         return
     for name, length in zip(names, lengths, strict=True):
@@ -347,7 +347,7 @@ def _generate(pipe, texts: list[str], generators: list, call: dict) -> list[tupl
     from .stopping import end_tokens, generated_prefix
 
     out = pipe(texts, generator=generators, use_chat_template=False, **call)
-    ends = end_tokens(None, pipe.tokenizer, pipe.model, pipe.denoiser.spec)
+    ends = end_tokens(None, pipe.tokenizer, pipe.model, pipe.spec)
     new = out.sequences[:, -call["gen_length"] :].cpu()
     results = []
     for text, nfe, row in zip(out.texts, out.nfe_per_row, new, strict=True):

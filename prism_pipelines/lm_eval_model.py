@@ -123,7 +123,7 @@ class PrismLM(LM):
             steps = call["num_inference_steps"]
             check_steps(self.pipe, ["a prompt"], [length], call["gen_length"], call["block_length"], steps)
         groups = [json.dumps(call, sort_keys=True) for call in calls]
-        if self.pipe.denoiser.spec.attention == "block_causal" or self.pipe.tokenizer.pad_token_id is None:
+        if self.pipe.spec.attention == "block_causal" or self.pipe.tokenizer.pad_token_id is None:
             groups = [f"{length} {group}" for length, group in zip(lengths, groups, strict=True)]
         # A task may ask for several answers to one prompt (`repeats`): each needs noise of its own.
         seen = Counter()
@@ -153,7 +153,7 @@ class PrismLM(LM):
         wanted = next((asked[name] for name in LENGTHS if asked.get(name) is not None), 256)
         gen_length = self.gen_length or int(wanted)
         block_length = self.block_length
-        if block_length is None and self.pipe.denoiser.spec.attention != "block_causal":
+        if block_length is None and self.pipe.spec.attention != "block_causal":
             block_length = min(32, gen_length)
         temperature = self.temperature
         if temperature is None:

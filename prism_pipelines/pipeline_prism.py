@@ -14,13 +14,13 @@ from . import adapters, checks, heads, hub
 from .cache import check_cache
 from .canvas import Canvas, canvas_of, canvas_of_infill, changed_sample, chat_texts, has_chat_template, repeat_rows
 from .denoiser import MaskedDenoiser
-from .families import MDMSpec, resolve_spec
+from .families import MDMSpec, reads_only_masks, resolve_spec
 from .pipeline_output import PrismPipelineOutput
 from .quality_head import QualityHead
 from .repo_files import inside, read_json
 from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of, warn_of_idle_steps
 from .schedulers import MDLMScheduler, PrismScheduler
-from .schedulers.arguments import is_number, own_fields
+from .schedulers.arguments import is_number, loop_steps
 from .stopping import decode, end_tokens, never_written, stop_strings, token_ids
 from .trace import TraceStep
 
@@ -68,15 +68,16 @@ class PrismPipeline(DiffusionPipeline):
     def _denoiser_without(self, suppressed: tuple[int, ...]) -> MaskedDenoiser:
         """The denoiser, which never predicts some ids."""
         num_tokens = None if self.tokenizer is None else len(self.tokenizer)
-        return MaskedDenoiser(self.model, self._spec, num_tokens=num_tokens, suppressed=suppressed)
+        return MaskedDenoiser(self.model, self.spec, num_tokens=num_tokens, suppressed=suppressed)
 
     @property
-    def _spec(self) -> MDMSpec:
+    def spec(self) -> MDMSpec:
+        """Facts about the model."""
         return resolve_spec(self.model.config, self.tokenizer, mdm_spec=self.config.mdm_spec)
 
     def _end_tokens(self, eos_token_id: int | list[int] | None = None) -> tuple[int, ...]:
         """Ids that end a text."""
-        return end_tokens(eos_token_id, self.tokenizer, self.model, self._spec)
+        return end_tokens(eos_token_id, self.tokenizer, self.model, self.spec)
 
     def enable_model_cpu_offload(self, *args, **kwargs):
         """Refused: the output head is read after the model has run, and would be back on the CPU by then."""
@@ -180,6 +181,11 @@ class PrismPipeline(DiffusionPipeline):
         check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and not is_number(cfg_scale, 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")
+        if cfg_scale and not reads_only_masks(self.model.config):
+            raise ValueError(
+                f"`cfg_scale` is {cfg_scale}, and guidance compares with a row of masks alone, which this model (ESM, "
+                "token_dropout) cannot read. Pass None."
+            )
         stops = stop_strings(stop)
         if eos_early_stop and not ends:
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
@@ -214,11 +220,10 @@ class PrismPipeline(DiffusionPipeline):
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         warn_of_idle_steps(run, blocks)
-        trace, step_number = [], 0
-        loop_steps = own_fields(scheduler).get("loop_steps", 0)
+        trace, step_number, loop = [], 0, loop_steps(scheduler)
         with (
             memory_errors(*canvas.sample.shape),
-            self.progress_bar(total=sum(num_steps + loop_steps for _, num_steps in blocks)) as bar,
+            self.progress_bar(total=sum(num_steps + loop for _, num_steps in blocks)) as bar,
         ):
 
             def after_step(t, tensors) -> Tensor:

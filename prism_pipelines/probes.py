@@ -76,7 +76,7 @@ def probe_mask(pipe) -> Finding:
     if mask in tokenizer.all_special_ids or mask in getattr(tokenizer, "added_tokens_decoder", {}):
         return Finding("mask token", "ok", f"id {mask} is {token!r}")
     seen = f"id {mask} is {token!r}, an ordinary token of the tokenizer"
-    spec = pipe.denoiser.spec
+    spec = pipe.spec
     if any(row.source == spec.source and row.mask_token_id == mask for row in FAMILIES.values()):
         return Finding("mask token", "ok", f"{seen}, which its authors took as the mask")
     return Finding("mask token", "wrong", seen)

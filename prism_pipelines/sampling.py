@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .canvas import Canvas, split_blocks
 from .denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from .families import MDMSpec
 from .precision import warn_of_slow_bfloat16
-from .schedulers.arguments import own_fields
+from .schedulers.arguments import loop_steps, own_fields
 from .stopping import finished_rows
 
 
@@ -55,13 +56,12 @@ class Run:
         """Forward passes of one denoising."""
         return 2 if self.cfg_scale else 1
 
-    @property
+    @cached_property
     def adaptive(self) -> bool:
         """May a threshold fill a block before its steps are over? A loop needs all its steps."""
-        fields = own_fields(self.scheduler)
-        return bool(fields.get("use_threshold", False)) and not fields.get("loop_steps", 0)
+        return bool(own_fields(self.scheduler).get("use_threshold", False)) and not loop_steps(self.scheduler)
 
-    @property
+    @cached_property
     def rechecks(self) -> bool:
         """Does a block that is full take one more pass, which may remask?"""
         return own_fields(self.scheduler).get("accept_quality") is not None
@@ -218,11 +218,6 @@ class Look:
         self.run = run
         settings = (run.denoiser, run.canvas.attention_mask, run.cache, run.cache_refresh_interval)
         self._given = CanvasForward(*settings)
-        if run.cfg_scale and getattr(run.denoiser.model.config, "token_dropout", False):
-            raise ValueError(
-                f"`cfg_scale` is {run.cfg_scale}, and guidance compares with a row of masks alone, which this model "
-                "(ESM, token_dropout) cannot read. Pass None."
-            )
         self._free = CanvasForward(*settings) if run.cfg_scale else None
         self._quality: Tensor | None = None
 

@@ -17,7 +17,7 @@ from . import (  # the pipeline by its public name: that enters our classes in d
 )
 from .checkpointing import MANIFEST
 from .denoiser import MaskedDenoiser
-from .families import resolve_spec
+from .families import reads_only_masks, resolve_spec
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 from .quality_head import QualityHead
 from .repo_files import fetch_file, inside, is_hub_id, read_json
@@ -239,8 +239,7 @@ def load_examples(run, args, model, tokenizer, spec):
         model.config.vocab_size,
         run.too_long,
         suppressed,
-        # ESM divides by the share of other tokens than masks.
-        reads_only_masks=not getattr(model.config, "token_dropout", False),
+        reads_only_masks=reads_only_masks(model.config),
     )
     rows = read_rows(
         run.dataset,

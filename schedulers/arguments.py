@@ -103,6 +103,11 @@ def own_fields(scheduler) -> dict:
     return {name: value for name, value in scheduler.config.items() if name in names}
 
 
+def loop_steps(scheduler) -> int:
+    """Forwards that a scheduler's refinement loop adds to the steps of each block; 0 for one without a loop."""
+    return own_fields(scheduler).get("loop_steps", 0)
+
+
 def is_int(value: object, low: int) -> bool:
     """Is it an integer (no bool) of at least `low`?"""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -94,7 +94,7 @@ ALLOWED = {
     },
     "evaluation": {"evaluation", "plots", "schedulers", "sudoku"},
     "live_view": set(),
-    "cli_arguments": set(),
+    "cli_arguments": {"schedulers"},
     "sudoku_view": {"live_view", "sudoku"},
     "cli_sudoku": {"cli_arguments", "evaluation", "pipeline_prism", "schedulers", "sudoku", "sudoku_view", "trace"},
     "text_view": {"live_view"},

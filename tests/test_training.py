@@ -67,6 +67,14 @@ def interrupt_after(monkeypatch, step):
     monkeypatch.setattr(MetricsLog, "on_log", on_log)
 
 
+def run_and_die(folder, monkeypatch, step, *flags):
+    """A run that dies after `step`; the next one will not."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        with pytest.raises(Stop):
+            run(folder, *flags)
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A saved pipeline of a tiny MDM, and its folder."""
@@ -137,10 +145,7 @@ def test_a_run_from_nothing_is_no_run_on_a_base_and_a_checkpoint_elsewhere_is_ch
 def test_an_interrupted_pretraining_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, flags):
     flags = ("--objective=mdm", "--max_steps=6", "--save_steps=2", "--resume_from_checkpoint=latest", *flags)
     run(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 4)
-        with pytest.raises(Stop):
-            run(tmp_path / "cut", *flags)
+    run_and_die(tmp_path / "cut", monkeypatch, 4, *flags)
     assert latest_checkpoint(tmp_path / "cut").endswith("checkpoint-4")
     assert not weights(tmp_path / "cut" / "none")
     run(tmp_path / "cut", *flags)
@@ -158,10 +163,7 @@ def test_an_interrupted_prism_run_ends_with_the_weights_of_an_uninterrupted_one(
     )
     flags += ("--head=mlp", "--optimizer=muon", "--resume_from_checkpoint=latest")
     run(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(Stop):
-            run(tmp_path / "cut", *flags)
+    run_and_die(tmp_path / "cut", monkeypatch, 2, *flags)
     run(tmp_path / "cut", *flags)
     assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert set(weights(tmp_path / "whole")) == {"model", "quality_head"}
@@ -310,10 +312,7 @@ def test_an_interrupted_lora_run_ends_with_the_weights_of_an_uninterrupted_one(t
     flags = ("--objective=prism", f"--base_model={pretrained}", "--rank=2", "--lora_dropout=0.1", "--max_steps=4")
     flags += ("--save_steps=2", "--eval_strategy=steps", "--eval_steps=2", "--resume_from_checkpoint=latest")
     run(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(Stop):
-            run(tmp_path / "cut", *flags)
+    run_and_die(tmp_path / "cut", monkeypatch, 2, *flags)
     run(tmp_path / "cut", *flags)
     for name in ("adapter_model.safetensors", "quality_head/diffusion_pytorch_model.safetensors"):
         a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
@@ -356,10 +355,7 @@ def test_going_back_deletes_the_checkpoints_of_the_way_that_is_left(tmp_path, mo
     flags = ("--objective=mdm", "--max_steps=4", "--save_steps=1")
     run(tmp_path, *flags)
     back = f"--resume_from_checkpoint={tmp_path / 'checkpoint-1'}"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(Stop):
-            run(tmp_path, *flags, back, "--save_total_limit=1")
+    run_and_die(tmp_path, monkeypatch, 2, *flags, back, "--save_total_limit=1")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert capsys.readouterr().out.count("the run goes on from step 1") == 3
 
@@ -494,10 +490,7 @@ def test_a_streamed_run_goes_on_exactly_after_the_first_pass(tmp_path, pretraine
         "--resume_from_checkpoint=latest",
     ]
     run(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 4)
-        with pytest.raises(Stop):
-            run(tmp_path / "cut", *flags)
+    run_and_die(tmp_path / "cut", monkeypatch, 4, *flags)
     run(tmp_path / "cut", *flags)
     assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
