@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from shared import ROOT, fingerprint, origin  # beside this file
-from text import JUDGE_ORDER, LENGTH, VALIDATION, data_hash, load, works
+from text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
@@ -57,9 +57,9 @@ SAMPLING = {
 }
 
 
-def run_folder(runs: Path, name: str, base: Path, data: Path, steps: int) -> Path:
+def run_folder(runs: Path, name: str, flags: list[str], base: Path, data: Path, steps: int) -> Path:
     """Folder of a fine-tune; another one for other flags, steps, data or weights to start from."""
-    made_from = fingerprint(base, {"flags": TRAINING[name], "data": data_hash(data)})
+    made_from = fingerprint(base, {"flags": flags, "data": data_hash(data)})
     return runs / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}_{steps}_{made_from}"
 
 
@@ -74,8 +74,8 @@ def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int
     words += ["--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")]
     words += ["--base_model", str(base), "--output_dir", str(folder), "--max_steps", str(steps)]
     words += ["--eval_strategy", "steps", "--eval_steps", str(steps), *flags]
-    words += ["--bf16", "false"] if bfloat16_is_emulated() else []
-    print(" ".join(flags) or "recipe", file=sys.stderr)
+    words += ["--bf16", "false"] if not torch.cuda.is_available() and bfloat16_is_emulated() else []
+    print(" ".join(flags), file=sys.stderr)
     done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stderr[-2000:]}\n{' '.join(words)}: exit status {done.returncode}")
@@ -119,6 +119,8 @@ def main(argv=None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models, to measure")
+    parser.add_argument("--device", default="cpu", help="where the models write; fine-tunes take a GPU if there is one")
+    parser.add_argument("--batch", type=int, default=16, help="texts of a step of a fine-tune (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=list(TRAINING), choices=list(TRAINING))
     parser.add_argument("--sampling-only", action="store_true", help="leave the fine-tunes out")
     args = parser.parse_args(argv)
@@ -126,23 +128,25 @@ def main(argv=None) -> int:
         parser.error("the fine-tunes need --base, the pretrained model; or pass --sampling-only")
 
     model = Path(bundled("text"))
-    pipe = load(model, args.dtype)
+    pipe = load(model, args.dtype, args.device)
     test = [text for title, text in works(args.data / "heldout.jsonl").items() if title != VALIDATION]
     judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer, n=JUDGE_ORDER)
     vocabulary = set((model / "words.txt").read_text().split())
-    task = text_task(test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, judge=judge)
+    more = {"vocabulary": vocabulary, "judge": judge, "batch_size": batch_size(args.device)}
+    task = text_task(test, num_samples=args.num_samples, gen_length=LENGTH, **more)
     shipped = next(arm for arm in text_plan(model)["arms"] if arm["name"] == "PRISM")
     settings = {"num_samples": args.num_samples, "length": LENGTH, "dtype": args.dtype, "eta": shipped["eta"]}
     settings["data"] = data_hash(args.data, model / "words.txt")
-    result = {"settings": settings, **origin()}
+    result = {"settings": settings, **origin(args.device)}
     if not args.sampling_only:
         ids = pipe.tokenizer("".join(test), add_special_tokens=False).input_ids
         sequences = torch.tensor(ids[: CALIBRATED_ON * LENGTH]).view(-1, LENGTH)
         models, heads, arms = {}, {}, []
         for name in args.variants:
-            folder = run_folder(args.runs, name, args.base, args.data, args.steps)
-            fine_tune(args.base, args.data, folder, TRAINING[name], args.steps)
-            tuned = load(folder, args.dtype)
+            flags = [*TRAINING[name], "--per_device_train_batch_size", str(args.batch)]
+            folder = run_folder(args.runs, name, flags, args.base, args.data, args.steps)
+            fine_tune(args.base, args.data, folder, flags, args.steps)
+            tuned = load(folder, args.dtype, args.device)
             mark = f"{name} {weights_of(tuned)}"
             models[mark] = tuned
             heads[name] = head_and_backbone(tuned, folder, sequences)
@@ -151,7 +155,8 @@ def main(argv=None) -> int:
         plain = {"scheduler": "MDLMScheduler", "order": "random"}
         arms.append({**plain, "name": f"{args.variants[0]}, no remasking", "model": arms[0]["model"]})
         result["training"] = compare(pipe, task, arms, args, [32], f"training {settings}", models)
-        result["training"] |= {"heads": heads, "steps": args.steps, "base": args.base.name, "commit": result["commit"]}
+        result["training"] |= {"heads": heads, "steps": args.steps, "batch": args.batch, "base": args.base.name}
+        result["training"]["commit"] = result["commit"]
     elif "training" in (known := json.loads(TABLE.read_text()) if TABLE.exists() else {}):
         result["training"] = {"commit": known["commit"], **known["training"]}
     arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]

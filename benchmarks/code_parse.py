@@ -103,6 +103,7 @@ def parse_args(argv=None):
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--seeds", type=int, default=1, help="seeds of every cell (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "code_cells", help="finished cells")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "figures" / "code.json")
     return parser.parse_args(argv)
@@ -111,7 +112,7 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Choose settings, run every rule on both tasks, write the table. Returns exit status."""
     args = parse_args(argv)
-    pipe = PrismPipeline.from_pretrained(str(args.model))
+    pipe = PrismPipeline.from_pretrained(str(args.model)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     texts = [json.loads(line)["completion"] for line in (args.data / "heldout.jsonl").read_text().splitlines()]
     rows = [[*pipe.tokenizer(text, add_special_tokens=False).input_ids, pipe.tokenizer.eos_token_id] for text in texts]
@@ -137,7 +138,8 @@ def main(argv=None) -> int:
         task_name=mark,
         report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr, flush=True),
     )
-    result = {"settings": {**settings, "fingerprint": mark}, "arms": arms, "seeds": list(range(args.seeds)), **origin()}
+    result = {"settings": {**settings, "fingerprint": mark}, "arms": arms, "seeds": list(range(args.seeds))}
+    result |= origin(args.device)
     for kind in ("whole", "span"):
         found = run_comparison(
             pipe,

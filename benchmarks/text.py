@@ -63,15 +63,20 @@ def data_hash(data: Path, *more: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(folder, dtype: str) -> PrismPipeline:
+def batch_size(device: str) -> int:
+    """Texts written together, on which none of them depends."""
+    return 16 if device == "cpu" else 64
+
+
+def load(folder, dtype: str, device: str = "cpu") -> PrismPipeline:
     """A saved pipeline without its progress bar."""
-    pipe = PrismPipeline.from_pretrained(str(folder), torch_dtype=getattr(torch, dtype))
+    pipe = PrismPipeline.from_pretrained(str(folder), torch_dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def extra_arms(
-    folders: dict, dtype: str, validation: str, num_samples: int, shipped: list[dict], cells: Path
+    folders: dict, dtype: str, device: str, validation: str, num_samples: int, shipped: list[dict], cells: Path
 ) -> tuple[list[dict], dict]:
     """Arms with weights of their own; and their models.
 
@@ -86,7 +91,7 @@ def extra_arms(
     arms, models = [], {}
     for name, arm in wanted.items():
         if folders[name] is not None:
-            pipe = load(folders[name], dtype)
+            pipe = load(folders[name], dtype, device)
             mark = f"{name} {weights_of(pipe)}"  # a cell must not outlive the weights it was made with
             models[mark] = pipe
             arms.append({**arm, "model": mark})
@@ -94,7 +99,7 @@ def extra_arms(
         return [], {}
     arms, _ = tune_arms(
         None,
-        text_task([validation], num_samples=num_samples, gen_length=LENGTH),
+        text_task([validation], num_samples=num_samples, gen_length=LENGTH, batch_size=batch_size(device)),
         arms,
         steps=CHOOSE_STEPS,
         seed=CHOOSE_SEED,
@@ -144,6 +149,7 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=64, help="texts of a cell (default: %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--arms", nargs="+", help="only these, by name, PRISM among them; needs --table of its own")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "text_cells", help="finished cells")
     parser.add_argument("--table", type=Path, default=FIGURES / "text.json", help="committed table")
@@ -161,7 +167,7 @@ def main(argv=None) -> int:
     if not (args.data / "heldout.jsonl").exists():
         subprocess.run([sys.executable, str(ROOT / "examples/text/prepare.py"), str(args.data)], check=True)
     model = args.model or Path(bundled("text"))
-    pipe = load(model, args.dtype)
+    pipe = load(model, args.dtype, args.device)
     forwards, count = ([16, 32], 16) if args.quick else (args.forwards, args.num_samples)
     seeds = list(range(2 if args.quick else args.seeds))
 
@@ -169,11 +175,12 @@ def main(argv=None) -> int:
     test = [text for title, text in plays.items() if title != VALIDATION]
     judge = ngram_judge(list(works(args.data / "train.jsonl").values()), pipe.tokenizer, n=JUDGE_ORDER)
     vocabulary = set((model / "words.txt").read_text().split())
-    task = text_task(test, num_samples=count, gen_length=LENGTH, vocabulary=vocabulary, judge=judge)
+    more = {"vocabulary": vocabulary, "judge": judge, "batch_size": batch_size(args.device)}
+    task = text_task(test, num_samples=count, gen_length=LENGTH, **more)
     folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
     plan = text_plan(model)
-    more, models = extra_arms(folders, args.dtype, plays[VALIDATION], count, plan["arms"], args.cells)
-    arms = [*plan["arms"], *more]
+    own, models = extra_arms(folders, args.dtype, args.device, plays[VALIDATION], count, plan["arms"], args.cells)
+    arms = [*plan["arms"], *own]
     if unknown := set(args.arms or ()) - (names := {arm["name"] for arm in arms}):
         raise SystemExit(f"error: --arms {sorted(unknown)} are none of {sorted(names)}.")
     arms = [arm for arm in arms if args.arms is None or arm["name"] in args.arms]
@@ -201,7 +208,7 @@ def main(argv=None) -> int:
         higher_is_better=False,
         models=models,
     )
-    result |= {"settings": {**settings, "fingerprint": mark}, **origin(), "held_out": held_out}
+    result |= {"settings": {**settings, "fingerprint": mark}, **origin(args.device), "held_out": held_out}
     status = 0
     if args.quick:
         # The others depend on the amount of text.

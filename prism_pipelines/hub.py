@@ -12,7 +12,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Split, WeightConverter
+from transformers.core_model_loading import WeightConverter
 
 from .adapters import load_adapter
 from .checks import check_rope
@@ -230,7 +230,18 @@ def load_backbone(
 
 
 def with_split_weights(native, split_weights: dict[str, list[str]]):
-    """The native class under a name of its own, for which transformers cuts weights as `MDMSpec.split_weights` says."""
+    """The native class under a name of its own, for which transformers cuts weights as `MDMSpec.split_weights` says.
+
+    Raises:
+        ImportError: this transformers cannot cut a weight into unequal parts.
+    """
+    try:
+        from transformers.core_model_loading import Split
+    except ImportError as error:
+        raise ImportError(
+            f"{native.__name__} is loaded from weights that were saved as one, and transformers "
+            f"{transformers.__version__} cannot cut them. Install a newer one (5.23 is tested)."
+        ) from error
     name = f"Split{native.__name__}"
     rules = get_checkpoint_conversion_mapping(native.config_class.model_type) or []
     rules += [WeightConverter(whole, parts, [Split(dim=0)]) for whole, parts in split_weights.items()]

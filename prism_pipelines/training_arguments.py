@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import HfArgumentParser
 
@@ -95,7 +96,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     """
     parser = HfArgumentParser((RunArguments, transformers.TrainingArguments), prog="prism_pipelines.training")
     parser.set_defaults(
-        remove_unused_columns=False, prediction_loss_only=True, report_to="none", label_names=["input_ids"]
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        report_to="none",
+        label_names=["input_ids"],
+        use_cpu=not torch.accelerator.is_available(),  # else --bf16 is refused where there is a CPU alone
     )
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):

@@ -35,10 +35,13 @@ def uniform(
     """
     if isinstance(generator, (list, tuple)):
         _check_one_per_row(generator, shape[0])
-        rows = [uniform(tuple(shape[1:]), one, device) for one in generator]
-        return torch.stack(rows) if rows else torch.zeros(shape, device=device)
+        rows = [torch.rand(tuple(shape[1:]), generator=one, device=one.device) for one in generator]
+        return _moved(torch.stack(rows), device) if rows else torch.zeros(shape, device=device)
     drawn_on = device if generator is None else generator.device
-    drawn = torch.rand(shape, generator=generator, device=drawn_on)
+    return _moved(torch.rand(shape, generator=generator, device=drawn_on), device)
+
+
+def _moved(drawn: Tensor, device: torch.device | str | None) -> Tensor:
     # To a GPU without waiting for it: the driver takes a copy of ordinary memory before it returns.
     return drawn.to(device or "cpu", non_blocking=drawn.device.type == "cpu")
 
@@ -64,9 +67,9 @@ def uniform_at(
         return uniform((draws, *positions.shape), generator, positions.device)
     _check_one_per_row(generator, positions.shape[0])
     counts = positions.sum(-1).tolist()
-    rows = [uniform((draws, n), one, positions.device) for n, one in zip(counts, generator, strict=True)]
+    rows = [torch.rand((draws, n), generator=one, device=one.device) for n, one in zip(counts, generator, strict=True)]
     blank = torch.zeros((draws, *positions.shape), device=positions.device)
-    return blank.masked_scatter(positions, torch.cat(rows, dim=-1)) if rows else blank
+    return blank.masked_scatter(positions, _moved(torch.cat(rows, dim=-1), positions.device)) if rows else blank
 
 
 def _check_one_per_row(generators: list, rows: int) -> None:

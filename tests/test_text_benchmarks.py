@@ -54,7 +54,7 @@ def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(scri
     (base / "model.safetensors").write_bytes(b"one")
 
     def folder(name="k 1", steps=100):
-        return ablations.run_folder(tmp_path, name, base, data, steps)
+        return ablations.run_folder(tmp_path, name, ablations.TRAINING[name], base, data, steps)
 
     seen = [folder(), folder("recipe (k 16, lambda 1, block)"), folder(steps=200)]
     assert folder() == seen[0] and seen[1].name.startswith("recipe-k-16-lambda-1-block_100_")
@@ -84,11 +84,11 @@ def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says(
 
 def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeypatch):
     text = script("text")
-    monkeypatch.setattr(text, "load", lambda folder, dtype: None)
+    monkeypatch.setattr(text, "load", lambda folder, dtype, device: None)
     monkeypatch.setattr(text, "weights_of", lambda pipe: "0")
     shipped = text_plan(bundled("text"))["arms"]
     folders = {"base": None, "critic": None, "frozen": tmp_path}
-    (arm,), models = text.extra_arms(folders, "float32", "To be", 1, shipped, tmp_path)
+    (arm,), models = text.extra_arms(folders, "float32", "cpu", "To be", 1, shipped, tmp_path)
     prism = next(arm for arm in shipped if arm["name"] == "PRISM")
     assert arm == {**prism, "name": "PRISM, head alone", "model": next(iter(models))}
 

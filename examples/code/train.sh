@@ -5,14 +5,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
+cuda() { "$BIN/python" -c "import torch; raise SystemExit(not torch.cuda.is_available())"; }
+more=() mdm=() prism=() measure=()
 [ -f "$RUNS/code-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/code/prepare.py "$RUNS/code-data"
-precision=()  # not every CPU is fast in bfloat16
-"$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || precision=(--bf16 false)
+if cuda; then  # more and larger steps
+  more=(--per_device_train_batch_size 256 --save_steps 500)
+  mdm=(--max_steps 4000 --lr_scheduler_kwargs '{"num_decay_steps": 1000}' --eval_steps 1000)
+  prism=(--max_steps 1500 --eval_steps 500)
+  measure=(--device cuda --batch-size 200 --seeds 3)
+elif ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
+  more=(--bf16 false)  # not every CPU is fast in bfloat16
+fi
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
-    --dataset "$RUNS/code-data/train.jsonl" --eval_dataset "$RUNS/code-data/heldout.jsonl" "${precision[@]}" "$@"
+    --dataset "$RUNS/code-data/train.jsonl" --eval_dataset "$RUNS/code-data/heldout.jsonl" "$@" "${more[@]}"
 }
-run --args_file examples/code/pretrain.args --tokenizer "$RUNS/code-data/tokenizer" --output_dir "$RUNS/code-mdm"
-run --args_file examples/code/prism.args --base_model "$RUNS/code-mdm" --output_dir "$RUNS/code-prism"
-"$BIN/python" benchmarks/code_parse.py "$RUNS/code-prism" --base "$RUNS/code-mdm" --data "$RUNS/code-data"
+run --args_file examples/code/pretrain.args --tokenizer "$RUNS/code-data/tokenizer" --output_dir "$RUNS/code-mdm" "${mdm[@]}"
+run --args_file examples/code/prism.args --base_model "$RUNS/code-mdm" --output_dir "$RUNS/code-prism" "${prism[@]}"
+"$BIN/python" benchmarks/code_parse.py "$RUNS/code-prism" --base "$RUNS/code-mdm" --data "$RUNS/code-data" "${measure[@]}"

@@ -11,10 +11,9 @@ BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
 base=${1:?usage: heads.sh FOLDER_OF_THE_PRETRAINED_MDM [flags]}
 shift
 
-device=()  # bfloat16 on a CPU must be asked for, and not every CPU is fast in it
+device=()  # not every CPU is fast in bfloat16
 if "$BIN/python" -c "import torch; raise SystemExit(torch.cuda.is_available())"; then
-  device=(--use_cpu true)
-  "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || device+=(--bf16 false)
+  "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || device=(--bf16 false)
 fi
 # prism.args says --full and muon, which are for all weights; the flags here win. LoRA and head take AdamW.
 train() {

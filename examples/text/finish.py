@@ -171,23 +171,25 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64], help="of the card's table")
     parser.add_argument("--seeds", type=int, default=3, help="of the card's table")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model, to measure")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--output_dir", type=Path, help="default: PRISM_RUN without its -prism")
     args = parser.parse_args()
     output = args.output_dir or args.prism_run.with_name(args.prism_run.name.removesuffix("-prism"))
 
-    pipe = PrismPipeline.from_pretrained(str(args.prism_run), torch_dtype=getattr(torch, args.dtype))
+    pipe = PrismPipeline.from_pretrained(str(args.prism_run), torch_dtype=getattr(torch, args.dtype)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     held_out = read_works(args.data / "heldout.jsonl")
     validation = [text for title, text in held_out.items() if title in VALIDATION]
     test = [text for title, text in held_out.items() if title not in VALIDATION]
     vocabulary = sorted({word for text in read_works(args.data / "train.jsonl").values() for word in words(text)})
 
+    batch_size = 16 if pipe.device.type == "cpu" else 64  # texts do not depend on it
     output.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((args.prism_run / "model" / "model.safetensors").read_bytes()).hexdigest()[:12]
     losses = held_out_losses(args.prism_run)  # asked first: the rest takes a while
     arms, tried = tune_arms(
         pipe,
-        text_task(validation, num_samples=args.num_samples, gen_length=LENGTH),
+        text_task(validation, num_samples=args.num_samples, gen_length=LENGTH, batch_size=batch_size),
         RULES,
         steps=STEPS,
         seed=CHOOSE_SEED,
@@ -199,7 +201,9 @@ def main() -> None:
     )
     settings = next(arm for arm in arms if arm["name"] == "PRISM")
     arms.append(with_loop(settings))
-    task = text_task(test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary)
+    task = text_task(
+        test, num_samples=args.num_samples, gen_length=LENGTH, vocabulary=vocabulary, batch_size=batch_size
+    )
     found = run_comparison(
         pipe,
         task,
@@ -211,6 +215,7 @@ def main() -> None:
         quality="ngram_js",
         higher_is_better=False,
     )
+    device_name = torch.cuda.get_device_name() if pipe.device.type == "cuda" else str(pipe.device)
     metrics = {
         "settings": settings,
         "num_samples": args.num_samples,
@@ -221,7 +226,7 @@ def main() -> None:
         "settings_tried": tried,
         "parameters": sum(p.numel() for part in (pipe.model, pipe.quality_head) for p in part.parameters()),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": str(pipe.device)},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": device_name},
     }
     pipe = PrismPipeline.from_pretrained(str(args.prism_run))
     pipe.set_progress_bar_config(disable=True)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The bundled text model from nothing: get the text, pretrain an MDM on it, fine-tune with PRISM, choose every decoding
 # rule's own setting, measure, write the card. Run again after an interruption and it goes on where it stopped.
-# `--quick` cuts each stage short.
+# `--quick` cuts each stage short. On a GPU the steps are more and larger.
 # Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
-name=text mdm=() prism=() finish=()
+cuda() { "$BIN/python" -c "import torch; raise SystemExit(not torch.cuda.is_available())"; }
+more=() name=text mdm=() prism=() finish=()
 if [ "${1:-}" = --quick ]; then
   name=text-quick
   mdm=(--max_steps 300 --warmup_steps 50 --lr_scheduler_kwargs '{"num_decay_steps": 80}' --eval_strategy no)
@@ -15,15 +16,20 @@ if [ "${1:-}" = --quick ]; then
 elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2
   exit 2
+elif cuda; then
+  more=(--per_device_train_batch_size 128 --save_steps 500)
+  mdm+=(--max_steps 4000 --lr_scheduler_kwargs '{"num_decay_steps": 1000}' --eval_steps 1000)
+  prism+=(--max_steps 1500 --eval_steps 500)
 fi
 
 [ -f "$RUNS/text-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/text/prepare.py "$RUNS/text-data"
-precision=()  # not every CPU is fast in bfloat16
-"$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || precision=(--bf16 false)
+if ! cuda && ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
+  more+=(--bf16 false)  # not every CPU is fast in bfloat16
+fi
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
-    --dataset "$RUNS/text-data/train.jsonl" --eval_dataset "$RUNS/text-data/heldout.jsonl" "${precision[@]}" "$@"
+    --dataset "$RUNS/text-data/train.jsonl" --eval_dataset "$RUNS/text-data/heldout.jsonl" "$@" "${more[@]}"
 }
 run --args_file examples/text/pretrain.args --tokenizer "$RUNS/text-data/tokenizer" --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
 run --args_file examples/text/prism.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-prism" "${prism[@]}"
