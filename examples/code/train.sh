@@ -10,8 +10,8 @@ more=() mdm=() prism=() measure=()
 [ -f "$RUNS/code-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/code/prepare.py "$RUNS/code-data"
 if cuda; then  # more and larger steps
   more=(--per_device_train_batch_size 256 --save_steps 500)
-  mdm=(--max_steps 4000 --lr_scheduler_kwargs '{"num_decay_steps": 1000}' --eval_steps 1000)
-  prism=(--max_steps 1500 --eval_steps 500)
+  mdm=(--max_steps 2000 --lr_scheduler_kwargs '{"num_decay_steps": 600}' --eval_steps 1000)
+  prism=(--max_steps 800 --eval_steps 500)
   measure=(--device cuda --batch-size 200 --seeds 3)
 elif ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
   more=(--bf16 false)  # not every CPU is fast in bfloat16

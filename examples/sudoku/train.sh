@@ -3,7 +3,7 @@
 # with hard puzzles, fine-tune with PRISM, measure, write the card.
 # Run again after an interruption and it goes on where it stopped (measuring begins anew). `--quick` cuts each stage short.
 # Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
-# On a GPU the steps are of 1,024 examples instead of 128, and there are more of the later ones.
+# On a GPU the steps are of 512 examples instead of 128; generating them takes a dozen cores.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
@@ -20,12 +20,12 @@ elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2
   exit 2
 elif cuda; then
-  more=(--per_device_train_batch_size 1024 --gradient_accumulation_steps 1 --dataloader_num_workers 8 --bf16 true)
+  more=(--per_device_train_batch_size 512 --gradient_accumulation_steps 1 --dataloader_num_workers 11 --bf16 true)
   more+=(--num_train_examples 10000000 --save_steps 500 --sample_puzzles 0)
-  mdm+=(--max_steps 1500 --lr_scheduler_kwargs '{"num_decay_steps": 400}' --eval_steps 500)
-  puzzles+=(--max_steps 1500 --eval_steps 500)
-  deep+=(--max_steps 3000 --eval_steps 500 --num_base_grids 40000)
-  prism+=(--max_steps 900 --eval_steps 300)
+  mdm+=(--max_steps 1200 --lr_scheduler_kwargs '{"num_decay_steps": 400}' --eval_steps 500)
+  puzzles+=(--max_steps 800 --eval_steps 500)
+  deep+=(--max_steps 2200 --eval_steps 500 --num_base_grids 40000)
+  prism+=(--max_steps 600 --eval_steps 300)
   finish+=(--num_puzzles 1000 --num_to_choose 400)
 fi
 if ! cuda && ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then

@@ -143,8 +143,8 @@ the rows of one mask ratio; "all" also rewards knowing how much is masked.
 
 ## Limits
 
-Little more than an hour of training on a single author: words and lines look right, sentences mean nothing. Names and
-attitudes are those of the plays. At most {LENGTH} bytes.
+A small model of a single author: words and lines look right, sentences mean nothing. Names and attitudes are those of
+the plays. At most {LENGTH} bytes.
 """
 
 

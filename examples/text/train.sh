@@ -18,8 +18,8 @@ elif [ $# -gt 0 ]; then
   exit 2
 elif cuda; then
   more=(--per_device_train_batch_size 128 --save_steps 500)
-  mdm+=(--max_steps 4000 --lr_scheduler_kwargs '{"num_decay_steps": 1000}' --eval_steps 1000)
-  prism+=(--max_steps 1500 --eval_steps 500)
+  mdm+=(--max_steps 2000 --lr_scheduler_kwargs '{"num_decay_steps": 600}' --eval_steps 1000)
+  prism+=(--max_steps 800 --eval_steps 500)
 fi
 
 [ -f "$RUNS/text-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/text/prepare.py "$RUNS/text-data"
