@@ -27,8 +27,9 @@ COLUMNS = {
 
 def section(table: dict) -> str:
     """The tables of one file, in Markdown."""
-    settings, where = table["settings"], f"{table['device']}, {table['threads']} thread"
-    size = f"{settings['parameters'] / 1e6:.0f} million parameters"
+    settings, where = table["settings"], table["device"]
+    where += f", {table['threads']} thread" if table["rows"][0]["peak_bytes"] is None else ""
+    size = f"{settings['parameters'] / 1e6:,.0f} million parameters"
     lines = [
         f"{where}, torch {table['versions']['torch']}, commit `{table['commit']}`. Llama of {size} "
         f"({settings['layers']} layers of {settings['hidden']}), vocabulary {settings['vocabulary']:,}, "
@@ -39,9 +40,12 @@ def section(table: dict) -> str:
         lines += ["", f"Batch {batch}, {generated} tokens in {rows[0]['forwards']} forwards:", ""]
         lines.append("| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
         lines.append("| --- |" + " ---: |" * len(COLUMNS))
+        peaks = [row["peak_bytes"] for row in rows]
         for row in rows:
             cells = [form.format(row[name]) for name, (_, form) in COLUMNS.items()]
             lines.append(f"| {row['arm']} | " + " | ".join(cells) + " |")
+        if None not in peaks:
+            lines += ["", f"Peak of GPU memory: {min(peaks) / 1e9:.1f} to {max(peaks) / 1e9:.1f} GB."]
     return "\n".join(lines)
 
 
