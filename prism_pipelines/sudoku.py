@@ -155,11 +155,11 @@ def complete_grids(n: int, seed: int) -> np.ndarray:
     return np.array([_solutions([0] * CELLS, 1, rng)[0] for _ in range(n)], dtype=np.uint8).reshape(n, CELLS)
 
 
-def shuffle_symmetries(grids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random image of every grid under the symmetries of Sudoku; validity and uniqueness are kept.
+SYMMETRY_NUMBERS = 34  # uniform numbers that choose one symmetry
 
-    Relabels digits (blanks stay blank), permutes bands, stacks, the rows of a band and the columns of a stack, and
-    transposes half of the grids: 9! * 6^8 * 2 images.
+
+def shuffle_symmetries(grids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random image of every grid under the symmetries of Sudoku, see `symmetry_images`.
 
     Args:
         grids: integers of shape (N, 81).
@@ -167,21 +167,49 @@ def shuffle_symmetries(grids: np.ndarray, rng: np.random.Generator) -> np.ndarra
     Returns:
         A new array of the same shape and dtype.
     """
+    return symmetry_images(grids, rng.random((len(grids), SYMMETRY_NUMBERS)))
+
+
+def symmetry_images(grids: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """The image of every grid under the symmetry that its uniform numbers choose; validity and uniqueness are kept.
+
+    Relabels digits (blanks stay blank), permutes bands, stacks, the rows of a band and the columns of a stack, and
+    transposes half of the grids: 9! * 6^8 * 2 images.
+
+    Args:
+        grids: integers of shape (N, 81).
+        u: uniform numbers in [0, 1), (N, `SYMMETRY_NUMBERS`); the order of some is a random permutation.
+    Returns:
+        A new array of the shape and dtype of `grids`.
+    """
     n = len(grids)
     labels = np.zeros((n, 10), dtype=grids.dtype)
-    labels[:, 1:] = rng.permuted(np.tile(np.arange(1, 10), (n, 1)), axis=1)
+    labels[:, 1:] = u[:, :9].argsort(axis=1) + 1
 
-    def lines():  # (n, 9): an order of the nine rows that keeps bands together
-        bands = rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1)
-        inside = rng.permuted(np.tile(np.arange(3), (n, 3, 1)), axis=2)
+    def lines(numbers):  # (n, 9): an order of the nine rows that keeps bands together
+        bands, inside = numbers[:, :3].argsort(axis=1), numbers[:, 3:].reshape(n, 3, 3).argsort(axis=2)
         return (bands[:, :, None] * 3 + inside).reshape(n, 9)
 
-    row, column = lines(), lines()
+    row, column = lines(u[:, 9:21]), lines(u[:, 21:33])
     cells = row[:, :, None] * 9 + column[:, None, :]  # (n, 9, 9)
-    flip = rng.random(n) < 0.5
+    flip = u[:, 33] < 0.5
     cells[flip] = cells[flip].transpose(0, 2, 1)
     images = np.take_along_axis(grids, cells.reshape(n, CELLS), axis=1)
     return np.take_along_axis(labels, images.astype(np.int64), axis=1)
+
+
+def uniform_of(seed: int, indices, count: int) -> np.ndarray:
+    """`count` uniform numbers in [0, 1) for each index, which depend on the seed and that index alone: float64 (N, count).
+
+    Number k of index i is the output i * count + k of the generator SplitMix64 that starts at `seed` (Steele, Lea and
+    Flood, OOPSLA 2014). It can be computed without those before it, and for many indices at once.
+    """
+    place = np.asarray(indices, dtype=np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # all arithmetic is modulo 2^64
+        x = np.uint64(seed % 2**64) + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def _dig(solution: list[int], clues: int, rng: random.Random) -> tuple[list[int], int]:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from .canvas import prompt_ids
-from .sudoku import CELLS, complete_grids, dig_puzzles, shuffle_symmetries
+from .sudoku import CELLS, SYMMETRY_NUMBERS, complete_grids, dig_puzzles, symmetry_images, uniform_of
 
 HELD_OUT_SEED = 999_983  # base grids for evaluation come from this seed, training uses the run's own
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -50,15 +50,18 @@ class SudokuGrids(Dataset):
         return self.num_examples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng((self.seed, index))
-        is_puzzle = rng.random() < self.puzzle_share
-        place, image = index % len(self.puzzles if is_puzzle else self.base), int(rng.integers(2**62))
-        # The same image of grid and puzzle: both are made by generators of one seed.
-        grid = shuffle_symmetries(self.base[[place]], np.random.default_rng(image))[0]
-        trainable = np.ones(CELLS, dtype=bool)
-        if is_puzzle:
-            trainable = shuffle_symmetries(self.puzzles[[place]], np.random.default_rng(image))[0] == 0
-        return {"input_ids": torch.from_numpy(grid.astype(np.int64)), "trainable_mask": torch.from_numpy(trainable)}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Many at once, which is how a DataLoader asks: a batch takes little more time than an example."""
+        u = uniform_of(self.seed, indices, 1 + SYMMETRY_NUMBERS)
+        is_puzzle, u = u[:, 0] < self.puzzle_share, u[:, 1:]
+        place = np.asarray(indices) % np.where(is_puzzle, max(1, len(self.puzzles)), len(self.base))
+        grids = symmetry_images(self.base[place], u)
+        trainable = np.ones((len(grids), CELLS), dtype=bool)
+        trainable[is_puzzle] = symmetry_images(self.puzzles[place[is_puzzle]], u[is_puzzle]) == 0
+        ids, trainable = torch.from_numpy(grids.astype(np.int64)), torch.from_numpy(trainable)
+        return [{"input_ids": i, "trainable_mask": t} for i, t in zip(ids, trainable, strict=True)]
 
 
 # --- data sets of text ------------------------------------------------------------------------------------------------

@@ -180,6 +180,14 @@ def test_symmetries_differ_between_rows_and_reach_every_cell_and_digit():
     assert np.bincount(what, minlength=10)[1:].min() > 145 and np.bincount(what, minlength=10)[1:].max() < 300
 
 
+def test_uniform_numbers_are_those_of_splitmix64_at_any_place():
+    # The first outputs for the seed 1234567, as in the authors' own test vectors (rosettacode.org, "Splitmix64").
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert (sudoku.uniform_of(1234567, [0], 5)[0] * 2**53).astype(int).tolist() == [x >> 11 for x in outputs]
+    rows = (sudoku.uniform_of(1234567, [2, 0], 2) * 2**53).astype(int).tolist()
+    assert rows[0][0] == outputs[4] >> 11 and rows[1] == [x >> 11 for x in outputs[:2]]
+
+
 def test_parser_reads_every_blank_sign_and_ignores_white_space():
     text = next(iter(KNOWN))
     expected = digits(text)

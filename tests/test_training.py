@@ -590,6 +590,13 @@ def test_an_example_depends_on_seed_and_index_alone():
     assert np.array_equal(to_ids(grids.numpy()), grids.numpy())
 
 
+def test_a_batch_asked_for_at_once_holds_the_examples_that_come_one_by_one():
+    examples = SudokuGrids(100, 3, 8, puzzle_share=0.5, puzzle_clues=(30, 40))
+    batch = examples.__getitems__([70, 2, 33, 2])
+    for index, example in zip([70, 2, 33, 2], batch, strict=True):
+        assert all(torch.equal(example[name], examples[index][name]) for name in ("input_ids", "trainable_mask"))
+
+
 def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
     examples = SudokuGrids(40, 0, 8, puzzle_share=0.5, puzzle_clues=(30, 40))
     puzzles = 0

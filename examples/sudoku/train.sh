@@ -3,7 +3,7 @@
 # with hard puzzles, fine-tune with PRISM, measure, write the card.
 # Run again after an interruption and it goes on where it stopped (measuring begins anew). `--quick` cuts each stage short.
 # Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
-# On a GPU the steps are of 512 examples instead of 128; generating them takes a dozen cores.
+# On a GPU the steps are of 512 examples instead of 128.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin} RUNS=${RUNS:-runs}
@@ -20,7 +20,7 @@ elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2
   exit 2
 elif cuda; then
-  more=(--per_device_train_batch_size 512 --gradient_accumulation_steps 1 --dataloader_num_workers 11 --bf16 true)
+  more=(--per_device_train_batch_size 512 --gradient_accumulation_steps 1 --dataloader_num_workers 2 --bf16 true)
   more+=(--num_train_examples 10000000 --save_steps 500 --sample_puzzles 0)
   mdm+=(--max_steps 1200 --lr_scheduler_kwargs '{"num_decay_steps": 400}' --eval_steps 500)
   puzzles+=(--max_steps 800 --eval_steps 500)
