@@ -199,7 +199,7 @@ def symmetry_images(grids: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 
 def uniform_of(seed: int, indices, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) for each index, which depend on the seed and that index alone: float64 (N, count).
+    """`count` uniform numbers in [0, 1) for each index, of which it and the seed alone decide: float64 (N, count).
 
     Number k of index i is the output i * count + k of the generator SplitMix64 that starts at `seed` (Steele, Lea and
     Flood, OOPSLA 2014). It can be computed without those before it, and for many indices at once.
