@@ -16,7 +16,6 @@ from text_results import (
     PUBLISHED,
     ablation_section,
     card_section,
-    critic_section,
     loop_sentence,
     merged,
     ranking_section,
@@ -24,7 +23,7 @@ from text_results import (
     value,
 )
 
-TEXT = ("text", "text_64", "text_128")  # tables of other numbers of forwards; the later may lack arms
+TEXT = ("text", "text_64", "text_128", "text_256")  # tables of other numbers of forwards; the later may lack arms
 RESULTS = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
@@ -36,9 +35,8 @@ MISSING = """## Not measured yet
 
 MAUVE and perplexity under a large judge (no such model could be loaded here), other seeds of training; Sudoku on
 1,000 puzzles and several seeds; code by a model that was trained in full: with the few steps of the one above hardly a
-function parses under any rule, so its table shows that the experiment runs, and not which rule is better. Prepared and
-resumable, but without a committed table: 256 forwards in `benchmarks/text.py`. `prism eval compare` runs any of these
-arms on any model.
+function parses under any rule, so its table shows that the experiment runs, and not which rule is better; ablations and
+ranking on the text model that ships now. `prism eval compare` runs any of these arms on any model.
 """
 
 
@@ -165,12 +163,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     folder, tables = ROOT / "docs" / "figures", {}
-    for name in ("sudoku", "sudoku_heads", *TEXT, "text_critic", "text_ranking", "ablations", "code"):
+    for name in ("sudoku", "sudoku_heads", *TEXT, "text_ranking", "ablations", "code"):
         tables[name] = json.loads((folder / f"{name}.json").read_text())
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
     parts = [HEAD, sudoku_section(tables["sudoku"]), heads_section(tables["sudoku_heads"]), card_section(metrics)]
     text = merged([tables[name] for name in TEXT])
-    parts += [text_section(text), loop_sentence(text), critic_section(tables["text_critic"])]
+    parts += [text_section(text), loop_sentence(text)]
     parts.append(ranking_section(tables["text_ranking"]))
     parts += [ablation_section(tables["ablations"]), code_section(tables["code"])]
     page = "\n".join([*parts, PUBLISHED, MISSING])
