@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from .repo_files import fetch_file, inside, read_json
 
@@ -36,10 +37,12 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
         model._before_adapters = (getattr(model, "_weight_conversions", None), trainable)
     keys = {key: value for key, value in where.items() if value is not None}
     keys |= {"subfolder": subfolder} if subfolder else {}
+    # transformers before 5.2x looks for a local adapter in the folder alone, whatever the subfolder.
+    folder = str(Path(path, keys.pop("subfolder", ""))) if Path(path).is_dir() else path
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
-            info = model.load_adapter(path, adapter_name=name, adapter_kwargs=keys)
+            info = model.load_adapter(folder, adapter_name=name, adapter_kwargs=keys)
         # transformers also names those of the adapters that were there before.
         lost = [key for key in info.missing_keys if f".{name}." in key] + list(info.unexpected_keys)
         if lost:
