@@ -36,9 +36,10 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
         trainable = {key for key, value in model.named_parameters() if value.requires_grad}
         model._before_adapters = (getattr(model, "_weight_conversions", None), trainable)
     keys = {key: value for key, value in where.items() if value is not None}
-    keys |= {"subfolder": subfolder} if subfolder else {}
+    local = Path(path).is_dir()
     # transformers before 5.2x looks for a local adapter in the folder alone, whatever the subfolder.
-    folder = str(Path(path, keys.pop("subfolder", ""))) if Path(path).is_dir() else path
+    folder = str(Path(path, subfolder)) if local else path
+    keys |= {"subfolder": subfolder} if subfolder and not local else {}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted

@@ -35,7 +35,7 @@ def uniform(
     """
     if isinstance(generator, (list, tuple)):
         _check_one_per_row(generator, shape[0])
-        rows = [torch.rand(tuple(shape[1:]), generator=one, device=one.device) for one in generator]
+        rows = [uniform(tuple(shape[1:]), one, one.device) for one in generator]
         return _moved(torch.stack(rows), device) if rows else torch.zeros(shape, device=device)
     drawn_on = device if generator is None else generator.device
     return _moved(torch.rand(shape, generator=generator, device=drawn_on), device)
@@ -67,7 +67,7 @@ def uniform_at(
         return uniform((draws, *positions.shape), generator, positions.device)
     _check_one_per_row(generator, positions.shape[0])
     counts = positions.sum(-1).tolist()
-    rows = [torch.rand((draws, n), generator=one, device=one.device) for n, one in zip(counts, generator, strict=True)]
+    rows = [uniform((draws, n), one, one.device) for n, one in zip(counts, generator, strict=True)]
     blank = torch.zeros((draws, *positions.shape), device=positions.device)
     return blank.masked_scatter(positions, _moved(torch.cat(rows, dim=-1), positions.device)) if rows else blank
 
