@@ -16,6 +16,7 @@ Each cell (arm, forwards, clues, seed) is a file below `--cells` when done, and 
 settings: stop at any time and start again. When all are there the table and the figure are written to docs/figures.
 `--quick` runs a part of them on fewer puzzles and exits 1 if an interval misses that of the committed table.
 The last line of stdout is one JSON object. Usage: python benchmarks/sudoku.py [--quick] [--device cuda] [--dtype bf16]
+More puzzles at fewer numbers of forwards: --forwards 16 52 --table docs/figures/sudoku_1000.json
 """
 
 from __future__ import annotations
@@ -153,18 +154,19 @@ def measure_calibration(pipe, total: int, batch_size: int) -> dict:
     return found
 
 
-def draw(result: dict) -> None:
-    """The two figures of docs/figures."""
+def draw(result: dict, table: Path) -> None:
+    """The figures beside `table`: success against forwards, where there are enough for a curve, and reliability."""
     from prism_pipelines.plots import reliability_figure, success_figure
 
     panels = {}
     for row in result["rows"]:
         point = (row["forwards"], row["solved"] / row["n"], row["low"], row["high"])
         panels.setdefault(f"{row['clues']} clues", {}).setdefault(row["arm"], []).append(point)
-    success_figure(panels, FIGURES / "sudoku.png")
+    if len(result["settings"]["forwards"]) > 2:
+        success_figure(panels, table.with_suffix(".png"))
     titles = {"revealed": f"{NUM_REVEALED} cells just revealed", "filled": "all states of the run"}
     curves = {title: result["calibration"][name]["reliability"] for name, title in titles.items()}
-    reliability_figure(curves, FIGURES / "sudoku_calibration.png")
+    reliability_figure(curves, table.with_name(f"{table.stem}_calibration.png"))
 
 
 def parse_args(argv=None):
@@ -173,6 +175,7 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="a part, in minutes, checked against the committed table")
     parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every cell (default: %(default)s)")
+    parser.add_argument("--forwards", type=int, nargs="+", default=FORWARDS, help="default: %(default)s")
     parser.add_argument("--num-puzzles", type=int, default=1000, help="of each set (default: %(default)s)")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "sudoku_cells", help="finished cells")
     parser.add_argument("--table", type=Path, default=FIGURES / "sudoku.json", help="committed table")
@@ -187,7 +190,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     model = args.model or Path(bundled("sudoku"))
     pipe, noise = load(model, args.device, args.dtype)
-    forwards, seeds = ([16, 52], [0]) if args.quick else (list(FORWARDS), list(range(args.seeds)))
+    forwards, seeds = ([16, 52], [0]) if args.quick else (list(args.forwards), list(range(args.seeds)))
     total = 60 if args.quick else args.num_puzzles
     settings = {"num_puzzles": total, "puzzle_seed": PUZZLE_SEED, "dtype": args.dtype}
     mark, committed = fingerprint(model, settings), None
@@ -224,7 +227,7 @@ def main(argv=None) -> int:
         some = tabulate(solved_arrays(args.cells / clues, mark, arms, seeds), arms, forwards, clues)
         rows, pairs = rows + some[0], pairs + some[1]
 
-    settings |= {"seeds": seeds, "fingerprint": mark}
+    settings |= {"forwards": forwards, "seeds": seeds, "fingerprint": mark}
     result = {"settings": settings, "arms": arms, **origin(args.device), "rows": rows, "pairs": pairs}
     total = 10 * len(CALIBRATION_CLUES) if args.quick else total
     result["calibration"] = measure_calibration(pipe, total, args.batch_size)
@@ -235,9 +238,9 @@ def main(argv=None) -> int:
         status = 1 if apart else 0
         print("\n".join(apart) or f"all {len(rows)} figures agree with {args.table.name}", file=sys.stderr)
     else:
-        FIGURES.mkdir(parents=True, exist_ok=True)
+        args.table.parent.mkdir(parents=True, exist_ok=True)
         args.table.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        draw(result)
+        draw(result, args.table)
     print(json.dumps(result))
     return status
 
