@@ -201,10 +201,26 @@ def test_unequal_forwards_are_refused(tmp_path):
             pipe.model(torch.zeros(1))
         return {"x": 1.0}
 
-    with pytest.raises(ValueError, match=r"'prism' made 16 forwards.*'mdlm' 8"):
+    with pytest.raises(ValueError, match=r"'prism' had the model read 16 rows.*'mdlm' 8"):
         compared(tmp_path, task=cheat, forwards=[8])
     with pytest.raises(ValueError, match="'mdlm' made 9 forwards where 8 were wanted"):
         compared(tmp_path / "b", task=lambda pipe, steps, seed: {"nfe": 9}, forwards=[8])
+
+
+def test_a_comparison_may_go_on_with_another_batch_size(tmp_path):
+    def batched(size):
+        def task(pipe, steps, seed):
+            for _ in range((steps + pipe.scheduler.config.get("loop_steps", 0)) * (12 // size)):
+                pipe.model(torch.zeros(size))
+            return {"x": 1.0}
+
+        return task
+
+    compared(tmp_path, task=batched(6), arms=ARMS[:1])
+    compared(tmp_path, task=batched(4))
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")]
+    assert {(cell["forwards"], cell["rows_read"]) for cell in cells} == {(8, 96), (16, 192)}
+    assert {cell["device"] for cell in cells} == {"cpu"}
 
 
 @pytest.mark.parametrize(
@@ -287,6 +303,9 @@ def test_the_fingerprint_follows_weights_head_scheduler_and_contents():
 def test_a_damaged_cell_is_named(tmp_path):
     (tmp_path / "cell.json").write_text('{"arm": ')
     with pytest.raises(ValueError, match=r"cell\.json is a damaged cell"):
+        compare.read_cell(tmp_path / "cell.json")
+    (tmp_path / "cell.json").write_text('{"arm": {}, "model_forwards": 3}')
+    with pytest.raises(ValueError, match=r"cell\.json is a cell of an earlier version"):
         compare.read_cell(tmp_path / "cell.json")
 
 

@@ -277,19 +277,20 @@ def run_cell(
         steps: forwards, those of a refinement loop among them.
         path: where the cell is written when it is done.
     Returns:
-        {"arm", "forwards", "seed", "task", "metrics", "model_forwards", "seconds"}.
+        {"arm", "forwards", "seed", "task", "metrics", "rows_read", "device", "seconds"}; "rows_read" are those of all
+        forwards of the model, however they were put in batches.
     """
     shipped, start = pipe.scheduler, time.perf_counter()
     pipe.scheduler = make_scheduler(arm, temperature)
     try:
-        with _counted_forwards(pipe) as made:
+        with _counted_rows(pipe) as read:
             metrics = task(pipe, steps - arm.get("loop_steps", 0), seed)
     finally:
         pipe.scheduler = shipped
     metrics = _checked_metrics(metrics, (arm["name"], steps, seed))
     check_quality(quality, metrics)
     cell = {"arm": arm, "forwards": steps, "seed": seed, "task": task_name, "metrics": metrics}
-    cell |= {"model_forwards": made[0], "seconds": time.perf_counter() - start}
+    cell |= {"rows_read": read[0], "device": _device_name(pipe), "seconds": time.perf_counter() - start}
     write_whole(path, json.dumps(cell, allow_nan=False) + "\n")
     return cell
 
@@ -317,14 +318,17 @@ def read_cell(path: Path) -> dict | None:
     """A finished cell; None if it is not there.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or of a version that counted something else.
     """
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        cell = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is a damaged cell: {error}. Remove it, and it is made again.") from error
+    if "rows_read" not in cell:
+        raise ValueError(f"{path} is a cell of an earlier version. Remove it, and it is made again.")
+    return cell
 
 
 def check_comparison(
@@ -409,31 +413,40 @@ def _check_equal(cells: dict, names: list[str]) -> None:
     for key, shape in shapes.items():
         if shape != first:
             raise ValueError(f"Metrics of {key} are {shape}, those of {first_key} {first}: they cannot be compared.")
-        made, other = cells[key]["model_forwards"], cells[names[0], key[1], key[2]]["model_forwards"]
-        if made != other:
+        read, other = cells[key]["rows_read"], cells[names[0], key[1], key[2]]["rows_read"]
+        if read != other:
             raise ValueError(
-                f"Arm {key[0]!r} made {made} forwards of the model at T = {key[1]}, seed {key[2]}, and {names[0]!r} "
+                f"Arm {key[0]!r} had the model read {read} rows at T = {key[1]}, seed {key[2]}, and {names[0]!r} "
                 f"{other}: arms are compared at equal forwards."
             )
 
 
 @contextmanager
-def _counted_forwards(pipe):
-    """Counts forwards of `pipe.model` while it is open; [None] if there is no such module."""
-    made, model = [None], getattr(pipe, "model", None)
+def _counted_rows(pipe):
+    """Counts rows that `pipe.model` reads while it is open; [None] if there is no such module.
+
+    Rows and not calls: a comparison may go on with another batch size.
+    """
+    read, model = [None], getattr(pipe, "model", None)
     if not hasattr(model, "register_forward_pre_hook"):
-        yield made
+        yield read
         return
-    made[0] = 0
+    read[0] = 0
 
-    def count(module, args):
-        made[0] += 1
+    def count(module, args, kwargs):
+        read[0] += next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
-    handle = model.register_forward_pre_hook(count)
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        yield made
+        yield read
     finally:
         handle.remove()
+
+
+def _device_name(pipe) -> str:
+    """What the pipeline's model runs on, such as "cpu" or "NVIDIA H100 80GB HBM3"."""
+    device = torch.device(getattr(pipe, "device", "cpu"))
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def seconds_left(todo: list[tuple], done: list[tuple]) -> float | None:
