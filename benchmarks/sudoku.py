@@ -16,7 +16,7 @@ Each cell (arm, forwards, clues, seed) is a file below `--cells` when done, and 
 settings: stop at any time and start again. When all are there the table and the figure are written to docs/figures.
 `--quick` runs a part of them on fewer puzzles and exits 1 if an interval misses that of the committed table.
 The last line of stdout is one JSON object. Usage: python benchmarks/sudoku.py [--quick] [--device cuda] [--dtype bf16]
-More puzzles at fewer numbers of forwards: --forwards 16 52 --table docs/figures/sudoku_1000.json
+More puzzles for fewer numbers of forwards and rules: --forwards 52 --arms MDLM PRISM ... --table FILE
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ ARMS = [  # a list is a knob
     {"name": "token-to-mask", "scheduler": "TokenToMaskScheduler", **SAME, "threshold": [0.05, 0.2, 0.5, 0.8]},
     {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": [0.02, 0.05, 0.1, 0.2]},
 ]
+OUTSIDE = ("MDLM, confidence order", "PRISM as shipped")
 NUM_REVEALED = 4  # cells written a forward, for calibration
 FORWARDS = (8, 16, 32, 52, 81)
 CLUES = {"30": (30,), "24-26": (24, 25, 26)}
@@ -100,9 +101,10 @@ def task_of(puzzles: np.ndarray, batch_size: int):
 
 def outside_arms(pipe: PrismPipeline) -> list[dict]:
     """The two arms with an order and a temperature of their own."""
+    confidence, shipped = OUTSIDE
     return [
-        {"name": "MDLM, confidence order", "scheduler": "MDLMScheduler", "order": "confidence", "temperature": 0.0},
-        {"name": "PRISM as shipped", "scheduler": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)},
+        {"name": confidence, "scheduler": "MDLMScheduler", "order": "confidence", "temperature": 0.0},
+        {"name": shipped, "scheduler": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)},
     ]
 
 
@@ -176,13 +178,18 @@ def parse_args(argv=None):
     parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every cell (default: %(default)s)")
     parser.add_argument("--forwards", type=int, nargs="+", default=FORWARDS, help="default: %(default)s")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="some of the arms, PRISM among them (default: all)")
     parser.add_argument("--num-puzzles", type=int, default=1000, help="of each set (default: %(default)s)")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "sudoku_cells", help="finished cells")
     parser.add_argument("--table", type=Path, default=FIGURES / "sudoku.json", help="committed table")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    names = [arm["name"] for arm in ARMS] + list(OUTSIDE)
+    if args.arms and (PRISM not in args.arms or not set(args.arms) <= set(names)):
+        parser.error(f"--arms must be some of {names}, {PRISM} among them, got {args.arms}")
+    return args
 
 
 def main(argv=None) -> int:
@@ -201,7 +208,7 @@ def main(argv=None) -> int:
         arms, _ = tune_arms(
             pipe,
             task_of(sudoku.make_puzzles(NUM_CHOOSE, 30, CHOOSE_SEED)[0], args.batch_size),
-            ARMS,
+            [arm for arm in ARMS if not args.arms or arm["name"] in args.arms],
             steps=52,
             seed=0,
             trials=4,
@@ -210,7 +217,7 @@ def main(argv=None) -> int:
             models={"noise": noise},
             report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr, flush=True),
         )
-    arms += [{**arm, "outside": True} for arm in outside_arms(pipe)]
+    arms += [{**arm, "outside": True} for arm in outside_arms(pipe) if not args.arms or arm["name"] in args.arms]
 
     rows, pairs = [], []
     for clues, counts in CLUES.items():
