@@ -122,14 +122,17 @@ def puzzles_of(clue_counts: tuple[int, ...], total: int) -> tuple[np.ndarray, np
     return np.concatenate([puzzles for puzzles, _ in made]), np.concatenate([solutions for _, solutions in made])
 
 
-def solved_arrays(folder: Path, task_name: str, arms: list[dict], seeds: list[int]) -> dict[tuple, np.ndarray]:
+def solved_arrays(
+    folder: Path, task_name: str, arms: list[dict], forwards: list[int], seeds: list[int]
+) -> dict[tuple, np.ndarray]:
     """{(arm, forwards): bool (S, N)} from the cells of a comparison: which puzzles were solved with each seed."""
     found, arms = {}, json.loads(json.dumps(arms))
     for path in (folder / "cells").glob("*.json"):  # beside what a kill in the middle of a write left
         cell = json.loads(path.read_text())
         if cell["task"] == task_name and cell["arm"] in arms:  # the folder may hold other settings of an arm
             found[cell["arm"]["name"], cell["forwards"], cell["seed"]] = cell["metrics"]["solved"]
-    return {(arm, t): np.array([found[arm, t, seed] for seed in seeds]) for arm, t, _ in found}
+    keys = [(arm["name"], t) for arm in arms for t in forwards]  # the folder may also hold other numbers of forwards
+    return {key: np.array([found[(*key, seed)] for seed in seeds]) for key in keys}
 
 
 def tabulate(solved: dict, arms: list[dict], forwards: list[int], clues: str) -> tuple[list[dict], list[dict]]:
@@ -177,7 +180,7 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="a part, in minutes, checked against the committed table")
     parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every cell (default: %(default)s)")
-    parser.add_argument("--forwards", type=int, nargs="+", default=FORWARDS, help="default: %(default)s")
+    parser.add_argument("--forwards", type=int, nargs="+", help="numbers of forwards (default: 8 16 32 52 81)")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="some of the arms, PRISM among them (default: all)")
     parser.add_argument("--num-puzzles", type=int, default=1000, help="of each set (default: %(default)s)")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "sudoku_cells", help="finished cells")
@@ -186,6 +189,10 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
     args = parser.parse_args(argv)
+    if (args.forwards or args.arms) and args.quick:
+        parser.error("--quick runs all arms in 16 and 52 forwards: leave --forwards and --arms out")
+    if (args.forwards or args.arms) and args.table.resolve() == parser.get_default("table").resolve():
+        parser.error("--forwards and --arms make another table: name its file by --table")
     names = [arm["name"] for arm in ARMS] + list(OUTSIDE)
     if args.arms and (PRISM not in args.arms or not set(args.arms) <= set(names)):
         parser.error(f"--arms must be some of {names}, {PRISM} among them, got {args.arms}")
@@ -197,7 +204,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     model = args.model or Path(bundled("sudoku"))
     pipe, noise = load(model, args.device, args.dtype)
-    forwards, seeds = ([16, 52], [0]) if args.quick else (list(args.forwards), list(range(args.seeds)))
+    forwards, seeds = ([16, 52], [0]) if args.quick else (list(args.forwards or FORWARDS), list(range(args.seeds)))
     total = 60 if args.quick else args.num_puzzles
     settings = {"num_puzzles": total, "puzzle_seed": PUZZLE_SEED, "dtype": args.dtype}
     mark, committed = fingerprint(model, settings), None
@@ -231,7 +238,7 @@ def main(argv=None) -> int:
             task_name=mark,
             models={"noise": noise},
         )
-        some = tabulate(solved_arrays(args.cells / clues, mark, arms, seeds), arms, forwards, clues)
+        some = tabulate(solved_arrays(args.cells / clues, mark, arms, forwards, seeds), arms, forwards, clues)
         rows, pairs = rows + some[0], pairs + some[1]
 
     settings |= {"forwards": forwards, "seeds": seeds, "fingerprint": mark}
