@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 
 from shared import ROOT  # beside this file
@@ -34,9 +35,10 @@ What was measured here; anyone can measure it again. This page is written by `ma
 MISSING = """## Not measured yet
 
 MAUVE and perplexity under a large judge (no such model could be loaded here), other seeds of training; Sudoku on
-1,000 puzzles and several seeds; code by a model that was trained in full: with the few steps of the one above hardly a
-function parses under any rule, so its table shows that the experiment runs, and not which rule is better; ablations and
-ranking on the text model that ships now. `prism eval compare` runs any of these arms on any model.
+1,000 puzzles in other numbers of forwards, with token-to-mask and ReMDM, with several seeds; code by a model that was
+trained in full: with the few steps of the one above hardly a function parses under any rule, so its table shows that
+the experiment runs, and not which rule is better; ablations and ranking on the text model that ships now. `prism eval
+compare` runs any of these arms on any model.
 """
 
 
@@ -81,17 +83,48 @@ def sudoku_section(table: dict) -> str:
             cells = [ratio(found[t]) for t in forwards]
             lines.append(f"| PRISM / {arm} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["![share solved against forwards](figures/sudoku.png)", "", "### Calibration of the head", ""]
+    return "\n".join([*lines, "![share solved against forwards](figures/sudoku.png)", ""])
+
+
+def many_puzzles_section(table: dict) -> str:
+    """More puzzles at fewer numbers of forwards: shares with PRISM's ratio of failures beside them, and calibration."""
+    settings, outside = table["settings"], {arm["name"] for arm in table["arms"] if arm.get("outside")}
+    forwards, sets = settings["forwards"], list(dict.fromkeys(row["clues"] for row in table["rows"]))
+    lines = [
+        f"### {settings['num_puzzles']:,} puzzles",
+        "",
+        f"`python benchmarks/sudoku.py --forwards {' '.join(map(str, forwards))} --seeds {len(settings['seeds'])} "
+        f"--arms {shlex.join(arm['name'] for arm in table['arms'])} --table docs/figures/sudoku_1000.json`, commit "
+        f"`{table['commit']}`, {table['device']}. Percent of "
+        f"{settings['num_puzzles']:,} puzzles of each kind solved, and PRISM's failures divided by the rule's.",
+        "",
+        "| forwards | rule | " + " | ".join(f"{clues} clues | PRISM / rule" for clues in sets) + " |",
+        "| --- | --- |" + " --- |" * (2 * len(sets)),
+    ]
+    rows = {(row["clues"], row["forwards"], row["arm"]): row for row in table["rows"]}
+    pairs = {(pair["clues"], pair["forwards"], pair["arm"]): pair for pair in table["pairs"]}
+    for steps in forwards:
+        for name in (arm["name"] for arm in table["arms"]):
+            cells = []
+            for clues in sets:
+                pair = pairs.get((clues, steps, name))
+                compared = pair is not None and name not in outside
+                cells += [share(rows[clues, steps, name]), ratio(pair) if compared else "-"]
+            lines.append(f"| {steps} | {name}{' (outside)' if name in outside else ''} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *calibration_lines(table["calibration"])])
+
+
+def calibration_lines(calibration: dict) -> list[str]:
+    """The head's calibration by number of clues."""
+    lines = ["### Calibration of the head", ""]
     lines += ["Of 'this cell is right'. Pooled AUROC also rewards telling hard puzzles from easy ones.", ""]
     lines += ["| clues | states | cells | wrong (%) | AUROC | ECE |", "| --- " * 6 + "|"]
-    by_clues = table["calibration"]["by_clues"]
-    for clues, found in [*by_clues.items(), ("all", table["calibration"])]:
+    for clues, found in [*calibration["by_clues"].items(), ("all", calibration)]:
         for name in ("revealed", "filled"):
             one = found[name]
             auroc = "-" if one["auroc"] is None else f"{one['auroc']:.3f}"
             lines.append(f"| {clues} | {name} | {one['n']} | {100 * one['wrong']:.1f} | {auroc} | {one['ece']:.3f} |")
-    lines += ["", "![reliability](figures/sudoku_calibration.png)", ""]
-    return "\n".join(lines)
+    return [*lines, "", "![reliability](figures/sudoku_1000_calibration.png)", ""]
 
 
 def heads_section(table: dict) -> str:
@@ -163,11 +196,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     folder, tables = ROOT / "docs" / "figures", {}
-    for name in ("sudoku", "sudoku_heads", *TEXT, "text_ranking", "ablations", "code"):
+    for name in ("sudoku", "sudoku_1000", "sudoku_heads", *TEXT, "text_ranking", "ablations", "code"):
         tables[name] = json.loads((folder / f"{name}.json").read_text())
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
-    parts = [HEAD, sudoku_section(tables["sudoku"]), heads_section(tables["sudoku_heads"]), card_section(metrics)]
-    text = merged([tables[name] for name in TEXT])
+    parts = [HEAD, sudoku_section(tables["sudoku"]), many_puzzles_section(tables["sudoku_1000"])]
+    parts += [heads_section(tables["sudoku_heads"]), card_section(metrics)]
+    text = merged({name: tables[name] for name in TEXT})
     parts += [text_section(text), loop_sentence(text)]
     parts.append(ranking_section(tables["text_ranking"]))
     parts += [ablation_section(tables["ablations"]), code_section(tables["code"])]

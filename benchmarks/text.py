@@ -145,7 +145,7 @@ def parse_args(argv=None):
     )
     for name in ("base", "critic", "frozen"):
         parser.add_argument(f"--{name}", type=Path, default=None, help="folder of such a run; default: no such arm")
-    parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=64, help="texts of a cell (default: %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models")
@@ -156,7 +156,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.arms and "PRISM" not in args.arms:
         parser.error("--arms are compared with PRISM: name it too")
-    if args.arms and not args.quick and args.table == parser.get_default("table"):
+    if args.arms and not args.quick and args.table.resolve() == parser.get_default("table").resolve():
         parser.error("--arms makes a part of the table: name another file by --table")
     return args
 

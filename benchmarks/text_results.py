@@ -88,22 +88,36 @@ def verdict(table: dict) -> list[str]:
     return lines
 
 
-def command(table: dict, more: str = "") -> str:
-    """How a table of benchmarks/text.py was made; `more`: further flags."""
-    settings, forwards = table["settings"], sorted({row["forwards"] for row in table["rows"]})
+def command(table: dict, name: str, whole: dict) -> str:
+    """How a table of benchmarks/text.py was made.
+
+    Args:
+        table: with some arms of `whole`.
+        name: of its file in docs/figures, without ".json".
+        whole: the table with all arms.
+    """
+    settings, arms = table["settings"], [arm["name"] for arm in table["arms"]]
+    own = {"base": "MDLM before fine-tuning", "critic": "Token-Critic", "frozen": "PRISM, head alone"}
+    flags = [f"--{flag} runs/text-{'mdm' if flag == 'base' else flag}" for flag, arm in own.items() if arm in arms]
+    flags += [] if len(arms) == len(whole["arms"]) else [f"--arms {shlex.join(arms)}"]
+    flags += [f"--num-samples {settings['num_samples']}", f"--seeds {len(table['seeds'])}"]
+    flags += [f"--forwards {' '.join(map(str, sorted({row['forwards'] for row in table['rows']})))}"]
+    flags += [f"--dtype {settings['dtype']}", f"--table docs/figures/{name}.json"]
     return (
-        f"`python benchmarks/text.py{more} --num-samples {settings['num_samples']} --seeds {len(table['seeds'])} "
-        f"--forwards {' '.join(map(str, forwards))} --dtype {settings['dtype']}` (commit `{table['commit']}`, "
-        f"{table['device']}, torch {table['versions']['torch']})"
+        f"`python benchmarks/text.py {' '.join(flags)}` (commit `{table['commit']}`, {table['device']}, torch "
+        f"{table['versions']['torch']})"
     )
 
 
-def merged(tables: list[dict]) -> dict:
+def merged(named: dict[str, dict]) -> dict:
     """Tables of the same text and seeds at other numbers of forwards, as one; the later may lack arms of the first.
 
+    Args:
+        named: {name of the file, without ".json": table}.
     Raises:
         ValueError: they differ in more than that and the format of the numbers, or share a number of forwards.
     """
+    tables = list(named.values())
     first, forwards = tables[0], [steps for table in tables for steps in {row["forwards"] for row in table["rows"]}]
     if len(set(forwards)) < len(forwards):
         raise ValueError(f"The tables of text hold the same numbers of forwards: {sorted(forwards)}.")
@@ -114,13 +128,7 @@ def merged(tables: list[dict]) -> dict:
         if not all(same):
             raise ValueError("The tables of text differ in arms, seeds or data: make them anew with the same ones.")
     whole = {name: [row for table in tables for row in table[name]] for name in ("rows", "pairs")}
-    return first | whole | {"commands": [command(table, f" {some_arms(table, first)}".rstrip()) for table in tables]}
-
-
-def some_arms(table: dict, whole: dict) -> str:
-    """The flag that leaves arms of `whole` out, as `table` does; empty if it leaves out none."""
-    names = [arm["name"] for arm in table["arms"]]
-    return "" if len(names) == len(whole["arms"]) else f"--arms {shlex.join(names)}"
+    return first | whole | {"commands": [command(table, name, first) for name, table in named.items()]}
 
 
 def knobs(table: dict) -> str:
@@ -276,7 +284,7 @@ def fine_tunes(found: dict, commit: str) -> list[str]:
     made_at = "" if found.get("commit", commit) == commit else f" (commit `{found['commit']}`)"
     lines = [
         f"Fine-tunes of {found['steps']} steps (`--steps {found['steps']} --base runs/{found['base']}`){made_at}, each "
-        "different from the first in what its name says; far shorter than that of that model, so they say "
+        "different from the first in what its name says; far shorter than the fine-tuning of that model, so they say "
         f"something of each other only. Texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of "
         "the head, 16 tokens planted a text.",
         "",

@@ -37,7 +37,7 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
         model._before_adapters = (getattr(model, "_weight_conversions", None), trainable)
     keys = {key: value for key, value in where.items() if value is not None}
     local = Path(path).is_dir()
-    # transformers before 5.2x looks for a local adapter in the folder alone, whatever the subfolder.
+    # transformers 5.17 (5.23 no longer) looks for a local adapter in the folder alone, whatever the subfolder.
     folder = str(Path(path, subfolder)) if local else path
     keys |= {"subfolder": subfolder} if subfolder and not local else {}
     try:

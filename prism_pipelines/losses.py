@@ -299,7 +299,7 @@ class MDMObjective(nn.Module):
         weighted = (losses / rate[:, None].expand_as(masked)[masked]).sum()
         return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
-    # Trainer asks its model, which is this objective, to save memory; transformers renamed the call in 5.2x.
+    # Trainer asks its model, which is this objective, to save memory; transformers 5.23 calls it by a new name.
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
         """Forward to the backbone."""
         self.denoiser.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)

@@ -336,8 +336,8 @@ class PrismPipeline(DiffusionPipeline):
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"The input holds id {wrong}; the model knows ids from 0 to {vocab_size - 1}.")
-        each = generator if isinstance(generator, (list, tuple)) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in each):
+        each = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in each):
             raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r:.80}.")
         if isinstance(generator, (list, tuple)) and len(generator) != rows:
             raise ValueError(

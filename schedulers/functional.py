@@ -31,7 +31,8 @@ def uniform(
     Returns:
         float32 of shape `shape`.
     Raises:
-        ValueError: a list whose length is not shape[0], or that holds something else or generators of several devices.
+        ValueError: a list whose length is not shape[0], or of generators on several devices.
+        TypeError: a list that holds something else.
     """
     if isinstance(generator, (list, tuple)):
         _check_one_per_row(generator, shape[0])
@@ -61,7 +62,8 @@ def uniform_at(
     Returns:
         float32 of shape (draws, B, L); what it holds outside `positions` means nothing.
     Raises:
-        ValueError: a list whose length is not B, or that holds something else or generators of several devices.
+        ValueError: a list whose length is not B, or of generators on several devices.
+        TypeError: a list that holds something else.
     """
     if not isinstance(generator, (list, tuple)):
         return uniform((draws, *positions.shape), generator, positions.device)
@@ -76,7 +78,7 @@ def _check_one_per_row(generators: list, rows: int) -> None:
     if len(generators) != rows:
         raise ValueError(f"`generator` is a list of {len(generators)}, but there are {rows} rows. Pass one for each.")
     if wrong := [one for one in generators if not isinstance(one, torch.Generator)]:
-        raise ValueError(f"`generator` must be a list of torch.Generator, got {wrong[0]!r:.80} in it.")
+        raise TypeError(f"`generator` must be a list of torch.Generator, got {wrong[0]!r:.80} in it.")
     if len(devices := {str(one.device) for one in generators}) > 1:
         raise ValueError(f"`generator` must be a list on one device, got {sorted(devices)}.")
 

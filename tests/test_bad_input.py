@@ -31,6 +31,7 @@ def words(**parts):
     [
         ({"generator": 0}, "`generator` must be a torch.Generator"),
         ({"generator": [seeded(), "1"]}, "`generator` must be a torch.Generator"),
+        ({"generator": [seeded(), None]}, "`generator` must be a torch.Generator"),
         ({"cfg_scale": float("inf")}, "`cfg_scale` must be"),
         ({"cfg_scale": "2"}, "`cfg_scale` must be"),
         ({"stop": 3}, "`stop` must be"),

@@ -96,6 +96,14 @@ def test_uniform_with_a_list_gives_each_row_its_own_stream():
 def test_a_list_of_generators_must_have_one_for_each_row(draw):
     with pytest.raises(ValueError, match=r"list of 3, but there are 2 rows"):
         draw([seeded()] * 3)
+    with pytest.raises(TypeError, match=r"list of torch.Generator, got None in it"):
+        draw([seeded(), None])
+
+    class Elsewhere(torch.Generator):
+        device = torch.device("cuda")
+
+    with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'cuda'\]"):
+        draw([seeded(), Elsewhere()])
 
 
 @pytest.mark.parametrize("left", [0, 3])

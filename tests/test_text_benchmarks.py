@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -99,10 +101,43 @@ def test_a_table_of_more_forwards_may_lack_arms_and_must_not_have_others(script)
     kept = ["MDLM", "PRISM"]
     part = second | {"arms": [arm for arm in second["arms"] if arm["name"] in kept]}
     part |= {name: [row for row in second[name] if row["arm"] in kept] for name in ("rows", "pairs")}
-    whole = results.merged([first, part])
+    whole = results.merged({"text": first, "text_64": part})
     assert whole["commands"][1].startswith("`python benchmarks/text.py --arms MDLM PRISM ")
     lines = {line.split(" | ")[0][2:]: line for line in results.grid(whole["rows"], "ngram_js")}
     assert lines["P2"].endswith("| - |") and not lines["PRISM"].endswith("| - |")
     assert any(line.startswith("| P2 |") and line.endswith("| - |") for line in results.verdict(whole))
     with pytest.raises(ValueError, match="differ in arms"):
-        results.merged([first, part | {"arms": [{**part["arms"][0], "order": "confidence"}]}])
+        results.merged({"text": first, "other": part | {"arms": [{**part["arms"][0], "order": "confidence"}]}})
+
+
+def test_the_commands_that_the_page_prints_are_commands(script):
+    text, sudoku = script("text"), script("sudoku")
+    page = (ROOT / "docs" / "results.md").read_text() + (ROOT / "docs" / "text.md").read_text()
+    found = re.findall(r"python benchmarks/(text|sudoku)\.py((?: [^`\n#]+)?)", page)
+    assert {name for name, _ in found} == {"text", "sudoku"} and len(found) > 5
+    for name, flags in found:
+        {"text": text, "sudoku": sudoku}[name].parse_args(shlex.split(flags))  # exits if it is none
+    names = [arm["name"] for arm in text_plan(bundled("text"))["arms"]]
+    for name, flags in found:
+        args = text.parse_args(shlex.split(flags)) if name == "text" else None
+        own = {"MDLM before fine-tuning": "base", "Token-Critic": "critic", "PRISM, head alone": "frozen"}
+        for arm in (args.arms or ()) if args else ():
+            assert arm in names or getattr(args, own[arm]) is not None
+
+
+def test_a_table_of_sudoku_does_not_take_the_place_of_another(script):
+    sudoku = script("sudoku")
+    for flags in (["--forwards", "16"], ["--arms", "PRISM"], ["--quick", "--forwards", "8", "--table", "x.json"]):
+        with pytest.raises(SystemExit):
+            sudoku.parse_args(flags)
+    assert sudoku.parse_args(["--forwards", "16", "--table", "x.json"]).forwards == [16]
+
+
+def test_cells_of_other_numbers_of_forwards_do_not_count(script, tmp_path):
+    sudoku, arm = script("sudoku"), {"name": "PRISM", "scheduler": "PrismScheduler"}
+    (tmp_path / "cells").mkdir()
+    for steps, seed in ((8, 0), (16, 0), (16, 1)):
+        cell = {"task": "t", "arm": arm, "forwards": steps, "seed": seed, "metrics": {"solved": [True, seed == 0]}}
+        (tmp_path / "cells" / f"{steps}_{seed}.json").write_text(json.dumps(cell))
+    found = sudoku.solved_arrays(tmp_path, "t", [arm], [16], [0, 1])
+    assert {key: marks.tolist() for key, marks in found.items()} == {("PRISM", 16): [[True, True], [True, False]]}

@@ -595,6 +595,10 @@ def test_a_batch_asked_for_at_once_holds_the_examples_that_come_one_by_one():
     batch = examples.__getitems__([70, 2, 33, 2])
     for index, example in zip([70, 2, 33, 2], batch, strict=True):
         assert all(torch.equal(example[name], examples[index][name]) for name in ("input_ids", "trainable_mask"))
+    assert examples.__getitems__([]) == []
+    for wrong in (-1, 100):
+        with pytest.raises(IndexError, match=f"Example {wrong} of 100"):
+            examples[wrong]
 
 
 def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():

@@ -85,19 +85,51 @@ def test_every_file_of_flags_is_one_that_a_run_takes_as_it_stands(file):
     assert args.max_steps > 0
 
 
-@pytest.mark.parametrize("kind", ["sudoku", "text"])
-def test_the_flags_of_the_quick_recipes_are_ones_that_a_run_takes(kind):
-    """Each stage of train.sh --quick, as the command reads its file of flags and those that shorten it."""
-    text = (ROOT / f"examples/{kind}/train.sh").read_text()
-    stages = re.findall(r"--args_file (\S+\.args) .*\$\{(\w+)\[@\]\}", text)
-    assert len(stages) == {"sudoku": 4, "text": 2}[kind]
-    for file, stage in stages:
-        (flags,) = re.findall(rf"^  {stage}=\((.*)\)$", text, re.MULTILINE)
-        words = ["--args_file", str(ROOT / file), "--output_dir", "z", "--dataset", "sudoku", *shlex.split(flags)]
-        words += [] if "--model_type" in (ROOT / file).read_text() else ["--base_model", "x/y"]
-        run_args, args = parse_arguments([*words, "--use_cpu", "true"])
+def stages_of(tmp_path: Path, recipe: str, *flags: str, cuda: bool) -> list[tuple]:
+    """The trainings that train.sh starts, as the command reads their flags; nothing is trained.
+
+    The script's python says whether there is a GPU and that bfloat16 is slow, and its accelerate writes its flags down.
+    """
+    commands, log = tmp_path / "bin", tmp_path / "log"
+    commands.mkdir()
+    log.touch()
+    cases = f"*cuda*) exit {int(not cuda)} ;; *precision*) exit 1 ;;"
+    (commands / "python").write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\n')
+    (commands / "accelerate").write_text(
+        f"#!{sys.executable}\nimport json, sys\nopen({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+    )
+    for file in commands.iterdir():
+        file.chmod(0o755)
+    environment = os.environ | {"BIN": str(commands), "RUNS": str(tmp_path / "runs")}
+    script = ["bash", str(ROOT / "examples" / recipe / "train.sh"), *flags]
+    subprocess.run(script, env=environment, check=True, timeout=60)
+    stages = []
+    for words in map(json.loads, log.read_text().splitlines()):
+        words = words[words.index("prism_pipelines.training") + 1 :]
+        file = words.index("--args_file") + 1
+        words[file] = str(ROOT / words[file])
+        stages.append(parse_arguments([word.replace(str(tmp_path / "runs") + "/", "x/") for word in words]))
+    return stages
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize(("recipe", "stages"), [("sudoku", 4), ("text", 2), ("code", 2)])
+def test_the_recipes_start_trainings_that_a_run_takes(tmp_path, recipe, stages, cuda):
+    found = stages_of(tmp_path, recipe, cuda=cuda)
+    assert len(found) == stages
+    for _, args in found:
+        decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
+        assert args.warmup_steps + decay <= args.max_steps and args.resume_from_checkpoint == "latest"
+        assert args.bf16 == cuda
+        if cuda:
+            assert args.per_device_train_batch_size == {"sudoku": 512, "text": 128, "code": 256}[recipe]
+
+
+@pytest.mark.parametrize("recipe", ["sudoku", "text"])
+def test_the_quick_recipes_are_short(tmp_path, recipe):
+    for run_args, args in stages_of(tmp_path, recipe, "--quick", cuda=False):
         assert 0 < args.max_steps <= 380 and run_args.sample_puzzles == 0
-        if (kind, run_args.objective) == ("text", "prism"):  # finish.py reports the losses of this stage
+        if (recipe, run_args.objective) == ("text", "prism"):  # finish.py reports the losses of this stage
             assert args.eval_strategy == "steps" and args.eval_steps <= args.max_steps
 
 
