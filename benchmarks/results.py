@@ -37,7 +37,7 @@ MISSING = """## Not measured yet
 MAUVE and perplexity under a large judge (no such model could be loaded here), other seeds of training; Sudoku on
 1,000 puzzles in other numbers of forwards, with token-to-mask and ReMDM, with several seeds; code by a model that was
 trained in full: with the few steps of the one above hardly a function parses under any rule, so its table shows that
-the experiment runs, and not which rule is better; ablations and ranking on the text model that ships now. `prism eval
+the experiment runs, and not which rule is better; ablations on the text model that ships now. `prism eval
 compare` runs any of these arms on any model.
 """
 

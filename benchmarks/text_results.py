@@ -175,7 +175,6 @@ def ranking_section(table: dict) -> str:
     lines = [
         "### Which bytes come last",
         "",
-        EARLIER,
         f"`python benchmarks/text_ranking.py --num-texts {settings['num_texts']}` (commit `{table['commit']}`, "
         f"{table['device']}, torch {table['versions']['torch']}): scores against the backbone's own probability of a "
         f"byte with that byte masked, by rank correlation over all visible bytes, and by the {lowest} bytes put last, "
