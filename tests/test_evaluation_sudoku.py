@@ -265,8 +265,10 @@ def test_the_cells_of_a_comparison_become_marks_by_arm_and_forwards(benchmark, t
         (tmp_path / "cells" / f"other{n}.json").write_text(json.dumps(cell | {"task": "another model"}))
         old = cell | {"arm": {"name": arm, "num_remask": 4}, "metrics": {"solved": [0, 0, 0]}}
         (tmp_path / "cells" / f"{n}-old.json").write_text(json.dumps(old))
+    more = {"arm": {"name": "PRISM"}, "forwards": 16, "seed": 0, "task": "mark", "metrics": {"solved": [1, 1, 1]}}
+    (tmp_path / "cells" / "more.json").write_text(json.dumps(more))  # not asked for, and of one seed alone
     (tmp_path / "cells" / "0.json.17.partial").write_text("")  # of a run that was killed as it wrote
-    found = benchmark.solved_arrays(tmp_path, "mark", [{"name": "PRISM"}, {"name": "MDLM"}], [1, 0])
+    found = benchmark.solved_arrays(tmp_path, "mark", [{"name": "PRISM"}, {"name": "MDLM"}], [8], [1, 0])
     assert {key: value.tolist() for key, value in found.items()} == {
         ("PRISM", 8): [[0, 1, 1], [1, 1, 0]],
         ("MDLM", 8): [[1, 0, 0], [0, 0, 1]],

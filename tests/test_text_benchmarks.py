@@ -131,13 +131,3 @@ def test_a_table_of_sudoku_does_not_take_the_place_of_another(script):
         with pytest.raises(SystemExit):
             sudoku.parse_args(flags)
     assert sudoku.parse_args(["--forwards", "16", "--table", "x.json"]).forwards == [16]
-
-
-def test_cells_of_other_numbers_of_forwards_do_not_count(script, tmp_path):
-    sudoku, arm = script("sudoku"), {"name": "PRISM", "scheduler": "PrismScheduler"}
-    (tmp_path / "cells").mkdir()
-    for steps, seed in ((8, 0), (16, 0), (16, 1)):
-        cell = {"task": "t", "arm": arm, "forwards": steps, "seed": seed, "metrics": {"solved": [True, seed == 0]}}
-        (tmp_path / "cells" / f"{steps}_{seed}.json").write_text(json.dumps(cell))
-    found = sudoku.solved_arrays(tmp_path, "t", [arm], [16], [0, 1])
-    assert {key: marks.tolist() for key, marks in found.items()} == {("PRISM", 16): [[True, True], [True, False]]}
