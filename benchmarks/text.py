@@ -41,6 +41,7 @@ from prism_pipelines.plots import measures_figure
 FIGURES = ROOT / "docs" / "figures"
 LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 256, 32, 40_000
 VALIDATION = "henry_v"
+OWN_WEIGHTS = {"base": "MDLM before fine-tuning", "critic": "Token-Critic", "frozen": "PRISM, head alone"}  # by flag
 JUDGE_ORDER = 6  # of bytes
 DRAWN = {
     "ngram_js": "character 4-grams: distance",
@@ -84,9 +85,9 @@ def extra_arms(
     """
     prism = next(arm for arm in shipped if arm["name"] == "PRISM")
     wanted = {
-        "base": {"name": "MDLM before fine-tuning", "scheduler": "MDLMScheduler", "order": "random"},
-        "critic": {"name": "Token-Critic", "scheduler": "TokenCriticScheduler", "noise": [0.0, 0.5, 1.0, 2.0]},
-        "frozen": {**prism, "name": "PRISM, head alone"},
+        "base": {"scheduler": "MDLMScheduler", "order": "random"},
+        "critic": {"scheduler": "TokenCriticScheduler", "noise": [0.0, 0.5, 1.0, 2.0]},
+        "frozen": prism,
     }
     arms, models = [], {}
     for name, arm in wanted.items():
@@ -94,7 +95,7 @@ def extra_arms(
             pipe = load(folders[name], dtype, device)
             mark = f"{name} {weights_of(pipe)}"  # a cell must not outlive the weights it was made with
             models[mark] = pipe
-            arms.append({**arm, "model": mark})
+            arms.append({**arm, "name": OWN_WEIGHTS[name], "model": mark})
     if not arms:
         return [], {}
     arms, _ = tune_arms(
@@ -143,7 +144,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--data", type=Path, default=ROOT / "runs" / "text-data", help="folder of prepare.py; made if missing"
     )
-    for name in ("base", "critic", "frozen"):
+    for name in OWN_WEIGHTS:
         parser.add_argument(f"--{name}", type=Path, default=None, help="folder of such a run; default: no such arm")
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell (default: %(default)s)")
@@ -177,7 +178,7 @@ def main(argv=None) -> int:
     vocabulary = set((model / "words.txt").read_text().split())
     more = {"vocabulary": vocabulary, "judge": judge, "batch_size": batch_size(args.device)}
     task = text_task(test, num_samples=count, gen_length=LENGTH, **more)
-    folders = {name: getattr(args, name) for name in ("base", "critic", "frozen")}
+    folders = {name: getattr(args, name) for name in OWN_WEIGHTS}
     plan = text_plan(model)
     own, models = extra_arms(folders, args.dtype, args.device, plays[VALIDATION], count, plan["arms"], args.cells)
     arms = [*plan["arms"], *own]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from text import OWN_WEIGHTS  # beside this file
+
 from prism_pipelines.evaluation.calibration import calibration_table
 
 MEASURES = {
@@ -97,8 +99,9 @@ def command(table: dict, name: str, whole: dict) -> str:
         whole: the table with all arms.
     """
     settings, arms = table["settings"], [arm["name"] for arm in table["arms"]]
-    own = {"base": "MDLM before fine-tuning", "critic": "Token-Critic", "frozen": "PRISM, head alone"}
-    flags = [f"--{flag} runs/text-{'mdm' if flag == 'base' else flag}" for flag, arm in own.items() if arm in arms]
+    flags = [
+        f"--{flag} runs/text-{'mdm' if flag == 'base' else flag}" for flag, arm in OWN_WEIGHTS.items() if arm in arms
+    ]
     flags += [] if len(arms) == len(whole["arms"]) else [f"--arms {shlex.join(arms)}"]
     flags += [f"--num-samples {settings['num_samples']}", f"--seeds {len(table['seeds'])}"]
     flags += [f"--forwards {' '.join(map(str, sorted({row['forwards'] for row in table['rows']})))}"]

@@ -120,7 +120,7 @@ def test_the_commands_that_the_page_prints_are_commands(script):
     names = [arm["name"] for arm in text_plan(bundled("text"))["arms"]]
     for name, flags in found:
         args = text.parse_args(shlex.split(flags)) if name == "text" else None
-        own = {"MDLM before fine-tuning": "base", "Token-Critic": "critic", "PRISM, head alone": "frozen"}
+        own = {arm: flag for flag, arm in text.OWN_WEIGHTS.items()}
         for arm in (args.arms or ()) if args else ():
             assert arm in names or getattr(args, own[arm]) is not None
 
