@@ -29,7 +29,7 @@ from text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, w
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
 from prism_pipelines.evaluation import fingerprint as weights_of
-from prism_pipelines.precision import bfloat16_is_emulated
+from prism_pipelines.models.precision import bfloat16_is_emulated
 
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
 # name: flags that differ from the recipe

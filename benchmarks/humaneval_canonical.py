@@ -19,8 +19,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from prism_pipelines.evaluation.code import load_problems
-from prism_pipelines.evaluation.sandbox import Limits, SandboxUnavailable, run_tests
+from prism_pipelines.evaluation.code.sandbox import Limits, SandboxUnavailable, run_tests
+from prism_pipelines.evaluation.code.tasks import load_problems
 
 
 def main() -> int:

@@ -40,7 +40,7 @@ from prism_pipelines.evaluation import (
     tune_arms,
     wilson_interval,
 )
-from prism_pipelines.schedulers.arguments import own_fields
+from prism_pipelines.schedulers.validation import own_fields
 
 FIGURES = ROOT / "docs" / "figures"
 SAME = {"order": "random"}
@@ -161,7 +161,7 @@ def measure_calibration(pipe, total: int, batch_size: int) -> dict:
 
 def draw(result: dict, table: Path) -> None:
     """The figures beside `table`: success against forwards, where there are enough for a curve, and reliability."""
-    from prism_pipelines.plots import reliability_figure, success_figure
+    from prism_pipelines.evaluation.plots import reliability_figure, success_figure
 
     panels = {}
     for row in result["rows"]:

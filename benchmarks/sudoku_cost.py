@@ -19,7 +19,7 @@ from shared import origin  # beside this file
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
 from prism_pipelines.evaluation import pipeline_solver
-from prism_pipelines.schedulers.arguments import loop_steps
+from prism_pipelines.schedulers.validation import loop_steps
 
 
 def seconds(runs: dict, repeats: int) -> dict[str, list[float]]:

@@ -34,9 +34,9 @@ from shared import ROOT, disagreements, fingerprint, origin  # beside this file
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import fingerprint as weights_of
 from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms
+from prism_pipelines.evaluation.plots import measures_figure
 from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
-from prism_pipelines.plots import measures_figure
 
 FIGURES = ROOT / "docs" / "figures"
 LENGTH, CHOOSE_STEPS, CHOOSE_SEED = 256, 32, 40_000

@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prism_pipelines import MDMSpec, QualityHead
-from prism_pipelines.denoiser import MaskedDenoiser
-from prism_pipelines.losses import MDMObjective, PRISMObjective
+from prism_pipelines.models.denoiser import MaskedDenoiser
+from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 
 SEED = 0
 GOALS = {"prism / mdm": 2.2, "frozen / two bodies": 1.3, "peak of prism / mdm": 1.3}

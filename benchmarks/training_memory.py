@@ -27,7 +27,7 @@ MODELS = {
     "Dream-7B": {"hidden": 3584, "layers": 28, "inner": 18944, "key_value": 512, "vocab": 152064, "tied": False},
 }
 FLOAT = 4
-CHUNK_NUMBERS = 2**27  # as prism_pipelines/training_setup.py
+CHUNK_NUMBERS = 2**27  # as prism_pipelines/training/setup.py
 
 
 def parameters(m: dict, rank: int | None) -> dict[str, int]:

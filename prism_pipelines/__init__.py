@@ -19,12 +19,12 @@ _HOME = {  # public name -> module that defines it
     "SelfConfidenceScheduler": "schedulers",
     "TokenToMaskScheduler": "schedulers",
     "P2Scheduler": "schedulers",
-    "QualityHead": "quality_head",
-    "MDMSpec": "families",
-    "FAMILIES": "families",
-    "resolve_spec": "families",
-    "enable_prism": "dropin",
-    "disable_prism": "dropin",
+    "QualityHead": "models.quality_head",
+    "MDMSpec": "models.families",
+    "FAMILIES": "models.families",
+    "resolve_spec": "models.families",
+    "enable_prism": "integrations.llada2",
+    "disable_prism": "integrations.llada2",
 }
 # Classes that a saved pipeline may name; diffusers loads only what stands in its own table of libraries.
 _COMPONENTS = [name for name in _HOME if name.endswith("Scheduler") or name == "QualityHead"]

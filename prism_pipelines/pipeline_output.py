@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .trace import TraceStep
+from .sampling.trace import TraceStep
 
 
 @dataclass

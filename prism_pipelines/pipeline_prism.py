@@ -10,19 +10,28 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from . import adapters, checks, heads, hub
-from .cache import check_cache
-from .canvas import Canvas, canvas_of, canvas_of_infill, changed_sample, chat_texts, has_chat_template, repeat_rows
-from .denoiser import MaskedDenoiser
-from .families import MDMSpec, reads_only_masks, resolve_spec
+from .hub import adapters, backbones, heads
+from .hub.files import inside, read_json
+from .models import checks
+from .models.denoiser import MaskedDenoiser
+from .models.families import MDMSpec, reads_only_masks, resolve_spec
+from .models.quality_head import QualityHead
 from .pipeline_output import PrismPipelineOutput
-from .quality_head import QualityHead
-from .repo_files import inside, read_json
-from .sampling import Run, blocks_of, fill_canvas, memory_errors, scheduler_of, warn_of_idle_steps
+from .sampling.canvas import (
+    Canvas,
+    canvas_of,
+    canvas_of_infill,
+    changed_sample,
+    chat_texts,
+    has_chat_template,
+    repeat_rows,
+)
+from .sampling.kv_cache import check_cache
+from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, scheduler_of, warn_of_idle_steps
+from .sampling.stopping import decode, end_tokens, never_written, stop_strings, token_ids
+from .sampling.trace import TraceStep
 from .schedulers import MDLMScheduler, PrismScheduler
-from .schedulers.arguments import is_number, loop_steps
-from .stopping import decode, end_tokens, never_written, stop_strings, token_ids
-from .trace import TraceStep
+from .schedulers.validation import is_number, loop_steps
 
 
 class PrismPipeline(DiffusionPipeline):
@@ -163,7 +172,7 @@ class PrismPipeline(DiffusionPipeline):
             threshold: in (0, 1]; in each step also write every token of a confidence above it, and at least one. A row
                 leaves the batch when its block is full, so fewer forwards than `num_inference_steps` are made. Sets
                 the scheduler's `use_threshold` for this call; None for what the scheduler says.
-            cache: "none", "prefix" or "block", see `cache.py`: keep keys and values of finished blocks, or of all but
+            cache: "none", "prefix" or "block", see `sampling/kv_cache.py`: keep keys and values of finished blocks, or of all but
                 the block at work. Exact for block-causal models (the two are one there), an approximation for others.
             cache_refresh_interval: with a cache, steps of a block from one full forward to the next; 1 is exact.
                 None: one at the start of each block.
@@ -410,8 +419,8 @@ class PrismPipeline(DiffusionPipeline):
         parts = {"scheduler": scheduler, "tokenizer": tokenizer}
         if index is not None:
             subfolder = "model"
-            mdm_spec = mdm_spec or hub.spec_of_index(index, path)
-        loaded = hub.load_plain(
+            mdm_spec = mdm_spec or backbones.spec_of_index(index, path)
+        loaded = backbones.load_plain(
             path,
             subfolder,
             dtype,
@@ -548,7 +557,7 @@ class PrismPipeline(DiffusionPipeline):
         Raises:
             ValueError: another `what`, no head, or a base model that is not on the Hub.
         """
-        from .head_repo import push_head_repo, push_pipeline
+        from .hub.publish import push_head_repo, push_pipeline
 
         if what not in ("head", "pipeline"):
             raise ValueError(f'`what` must be "head" or "pipeline", got {what!r}.')

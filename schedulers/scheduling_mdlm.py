@@ -7,10 +7,10 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import SchedulerConfig, check_config, check_run, read_sampling, read_step
-from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .functional import reveal, uniform_at, visible_target
+from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .scheduling_prism import PrismSchedulerOutput
+from .validation import SchedulerConfig, check_config, check_run, read_sampling, read_step
 
 
 @runs_in_llada2_pipeline
@@ -27,7 +27,7 @@ class MDLMScheduler(SchedulerMixin, SchedulerConfig):
         use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
             least one; needs order "confidence".
         threshold: of `use_threshold`, at least 0.
-        block_length: the default of diffusers' `LLaDA2Pipeline`, see `dropin.py`; `PrismPipeline` has its own.
+        block_length: the default of diffusers' `LLaDA2Pipeline`, see `llada2.py`; `PrismPipeline` has its own.
     Raises:
         ValueError: a field out of its range.
     Source: MDLM (arXiv 2406.07524) for the model, LLaDA (arXiv 2502.09992, algorithm 5) for fixed counts.

@@ -7,9 +7,9 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 from .functional import draw_at, highest, probability_at, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
+from .validation import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 
 
 class P2Scheduler(SchedulerMixin, SchedulerConfig):

@@ -13,9 +13,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .arguments import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
-from .dropin import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .functional import binomial, lowest, remdm_cap, reveal, uniform_at, visible_target
+from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
+from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
 
 
 @dataclass
@@ -64,7 +64,7 @@ class PrismScheduler(SchedulerMixin, SchedulerConfig):
         accept_quality: in (0, 1]; a token is accepted only if its quality in the pass after it was written is at least
             this. So all tokens below it are remasked, and no others; at most `num_remask` in a step, if that is given.
             Not with `eta`. None for remasking by number alone.
-        block_length: the default of diffusers' `LLaDA2Pipeline`, see `dropin.py`; `PrismPipeline` has its own.
+        block_length: the default of diffusers' `LLaDA2Pipeline`, see `llada2.py`; `PrismPipeline` has its own.
     Raises:
         ValueError: a field out of its range, or both `num_remask` and `eta`.
     Source: PRISM (arXiv 2510.01384, sampling algorithm and section on text), with ReMDM's cap (arXiv 2503.00307).

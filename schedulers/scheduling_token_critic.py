@@ -9,9 +9,9 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .arguments import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 from .functional import lowest, reveal, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
+from .validation import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 
 
 class TokenCriticScheduler(SchedulerMixin, SchedulerConfig):

@@ -10,8 +10,8 @@ import sys
 
 import torch
 
-from prism_pipelines import losses
-from prism_pipelines.training import main
+from prism_pipelines.training import losses
+from prism_pipelines.training.run import main
 
 
 def seeded(row):

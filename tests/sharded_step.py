@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prism_pipelines import MDMSpec, QualityHead
-from prism_pipelines.denoiser import MaskedDenoiser
-from prism_pipelines.losses import PRISMObjective
-from prism_pipelines.trainer import load_trainable, trainable
+from prism_pipelines.models.denoiser import MaskedDenoiser
+from prism_pipelines.training.losses import PRISMObjective
+from prism_pipelines.training.trainer import load_trainable, trainable
 
 
 def build(way):

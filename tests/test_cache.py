@@ -6,7 +6,7 @@ from family_twins import BLOCK_CAUSAL, CHECKPOINTS, EOS, LENGTH, MASK, PAD, H, c
 from transformers import DynamicCache
 
 from prism_pipelines import FAMILIES, MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
-from prism_pipelines.cache import Window
+from prism_pipelines.sampling.kv_cache import Window
 
 CACHED = [family for family in CHECKPOINTS if FAMILIES[family].mask_format == "additive"]
 BIDIRECTIONAL = [family for family in CACHED if family not in BLOCK_CAUSAL]

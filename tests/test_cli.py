@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMaskedLM
 
-from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, cli_sudoku, sudoku, sudoku_view
-from prism_pipelines.cli import main
+from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, sudoku
+from prism_pipelines.cli import sudoku as cli_sudoku
+from prism_pipelines.cli import sudoku_view
+from prism_pipelines.cli.main import main
 
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -82,7 +84,7 @@ def run(capsys, *argv):
 
 
 def test_help_answers_without_loading_torch():
-    code = "import sys; from prism_pipelines.cli import main\ntry: main(['sudoku', '--help'])\nfinally: "
+    code = "import sys; from prism_pipelines.cli.main import main\ntry: main(['sudoku', '--help'])\nfinally: "
     code += "print('torch' in sys.modules, 'transformers' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False False"
@@ -422,11 +424,10 @@ def test_the_shipped_comparison_has_prism_ahead_of_no_remasking(capsys):
 
 
 def test_train_prints_and_runs_the_command(monkeypatch, capsys):
-    from prism_pipelines import cli_train
 
     ran = []
     monkeypatch.setattr(
-        cli_train.subprocess, "run", lambda words, check: ran.append(words) or subprocess.CompletedProcess([], 3)
+        train.subprocess, "run", lambda words, check: ran.append(words) or subprocess.CompletedProcess([], 3)
     )
     assert main(["train", "--num_processes", "2", "--", "--dataset", "sudoku", "--head", "mlp"]) == 3
     line = "accelerate launch --quiet --num_processes 2 -m prism_pipelines.training --dataset sudoku --head mlp"

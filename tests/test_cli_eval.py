@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from prism_pipelines import PrismPipeline, bundled
-from prism_pipelines.cli import main
+from prism_pipelines.cli.main import main
 from prism_pipelines.evaluation import read_texts
-from prism_pipelines.evaluation.sandbox import isolation_problem
+from prism_pipelines.evaluation.code.sandbox import isolation_problem
 
 
 def told(capsys):
@@ -88,7 +88,7 @@ def test_flags_without_effect_are_refused(flags, match, capsys):
 )
 def test_what_scoring_refuses_is_said_before_texts_are_written(reference, flags, match, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mauve", None)
-    monkeypatch.setattr("prism_pipelines.cli_eval._pipeline", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("prism_pipelines.cli.eval._pipeline", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "r.jsonl").write_text(reference + "\n")
     assert main(["eval", "text", "--model", "M", "--reference", str(tmp_path / "r.jsonl"), *flags]) == 2
     assert match in capsys.readouterr().err

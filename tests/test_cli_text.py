@@ -7,8 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from prism_pipelines import PrismPipeline, bundled, text_view
-from prism_pipelines.cli import main
+from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.cli import text_view
+from prism_pipelines.cli.main import main
 from prism_pipelines.evaluation import pipeline_texts
 
 M = 9  # a mask id

@@ -23,7 +23,7 @@ from prism_pipelines import (
     disable_prism,
     enable_prism,
 )
-from prism_pipelines.heads import load_scheduler
+from prism_pipelines.hub.heads import load_scheduler
 from prism_pipelines.sudoku import MASK_ID, sudoku_tokenizer
 
 KINDS = [MDLMScheduler, SelfConfidenceScheduler, PrismScheduler]

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from prism_pipelines.evaluation import code, wilson_interval
-from prism_pipelines.evaluation.code import (
+from prism_pipelines.evaluation import wilson_interval
+from prism_pipelines.evaluation.code import tasks as code
+from prism_pipelines.evaluation.code.sandbox import Limits, SandboxUnavailable, isolation_problem
+from prism_pipelines.evaluation.code.tasks import (
     build_program,
     build_prompt,
     estimate,
@@ -16,7 +18,6 @@ from prism_pipelines.evaluation.code import (
     load_problems,
     pass_at_k,
 )
-from prism_pipelines.evaluation.sandbox import Limits, SandboxUnavailable, isolation_problem
 
 # Verdicts are the same without isolation (test_sandbox.py), so these tests run everywhere.
 RUN = {"allow_execution": True, "require_isolation": False, "limits": Limits(seconds=5.0)}

@@ -37,7 +37,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from prism_pipelines import FAMILIES, MDMSpec, PrismPipeline, QualityHead, resolve_spec
-from prism_pipelines.families import family_of
+from prism_pipelines.models.families import family_of
 
 
 def test_every_row_that_calls_itself_tested_is_tested_here():

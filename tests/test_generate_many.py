@@ -14,17 +14,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prism_pipelines import (
-    MDLMScheduler,
-    MDMSpec,
-    PrismPipeline,
-    PrismScheduler,
-    QualityHead,
-    TokenToMaskScheduler,
-)
-from prism_pipelines.cli import main
-from prism_pipelines.cli_generate import command
-from prism_pipelines.generate_many import (
+from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead, TokenToMaskScheduler
+from prism_pipelines.cli.generate import command
+from prism_pipelines.cli.main import main
+from prism_pipelines.generation.batch import (
     generate_many,
     plan_batches,
     prompt_texts,
@@ -90,7 +83,7 @@ def start(folder, out, rank=0, processes=1, port=29500):
     """A process such as `accelerate launch` starts."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = [sys.executable, "-m", "prism_pipelines.generate_many", *flags(folder, out)]
+    words = [sys.executable, "-m", "prism_pipelines.generation.batch", *flags(folder, out)]
     return subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True)
 
 
@@ -378,7 +371,7 @@ def test_a_run_that_was_refused_before_its_first_batch_is_in_nobodys_way(folder,
 
 
 def test_a_log_gets_lines_with_the_rate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prism_pipelines.generate_many.LOG_SECONDS", 0)
+    monkeypatch.setattr("prism_pipelines.generation.batch.LOG_SECONDS", 0)
     generate_many(pipeline(), PROMPTS[:4], tmp_path / "o.jsonl", gen_length=4, num_inference_steps=2, batch_size=2)
     told = capsys.readouterr().err.strip().splitlines()
     assert [re.sub(r"[\d,]+ tokens/s", "R", line) for line in told] == ["prompts: 2 of 4, R", "prompts: 4 of 4, R"]

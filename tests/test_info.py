@@ -12,9 +12,9 @@ from tokenizers.models import WordLevel
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from prism_pipelines import FAMILIES, MDMSpec, PrismPipeline, bundled
-from prism_pipelines.cli import main
-from prism_pipelines.denoiser import MaskedDenoiser
-from prism_pipelines.probes import masked_nll, probe_attention, probe_mask, probe_rope, probe_shift, run_probes
+from prism_pipelines.cli.main import main
+from prism_pipelines.models.denoiser import MaskedDenoiser
+from prism_pipelines.models.probes import masked_nll, probe_attention, probe_mask, probe_rope, probe_shift, run_probes
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 QWEN = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

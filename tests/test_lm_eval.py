@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from tokenizers import processors
 
-from prism_pipelines.lm_eval_model import PrismLM
+from prism_pipelines.integrations.lm_eval import PrismLM
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_task_runs_from_the_command_line(folder, tmp_path):
         "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
         "generation_kwargs:\n  until: ['w24']\n  do_sample: false\nmetric_list:\n  - metric: exact_match\n"
     )
-    words = [sys.executable, "-m", "prism_pipelines.lm_eval_model", "run", "--model", "prism", "--tasks", "tiny"]
+    words = [sys.executable, "-m", "prism_pipelines.integrations.lm_eval", "run", "--model", "prism", "--tasks", "tiny"]
     words += ["--model_args", f"pretrained={folder},gen_length=6", "--include_path", str(tmp_path), "--device", "cpu"]
     words += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}

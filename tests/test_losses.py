@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from prism_pipelines.denoiser import MaskedDenoiser
-from prism_pipelines.families import MDMSpec
-from prism_pipelines.losses import MDMObjective, PRISMObjective, mask_rates, split_positions
-from prism_pipelines.quality_head import QualityHead
+from prism_pipelines.models.denoiser import MaskedDenoiser
+from prism_pipelines.models.families import MDMSpec
+from prism_pipelines.models.quality_head import QualityHead
+from prism_pipelines.training.losses import MDMObjective, PRISMObjective, mask_rates, split_positions
 
 V, L, MASK = 12, 7, 11
 

@@ -28,9 +28,9 @@ from prism_pipelines import (
     SelfConfidenceScheduler,
     resolve_spec,
 )
-from prism_pipelines.canvas import split_blocks
-from prism_pipelines.checks import max_length
-from prism_pipelines.denoiser import LazyLogits, MaskedDenoiser
+from prism_pipelines.models.checks import max_length
+from prism_pipelines.models.denoiser import LazyLogits, MaskedDenoiser
+from prism_pipelines.sampling.canvas import split_blocks
 from prism_pipelines.sudoku import HARD_PUZZLE, MASK_ID, sudoku_tokenizer
 
 SHARED = {
@@ -453,7 +453,7 @@ def test_a_plain_model_repository_loads_with_and_without_a_head(saved, tmp_path)
 
 
 def test_a_causal_model_is_refused(tmp_path):
-    from prism_pipelines.checks import check_attention
+    from prism_pipelines.models.checks import check_attention
 
     config = BertConfig(**SHARED, is_decoder=True)
     causal = MaskedDenoiser(BertLMHeadModel(config).eval(), MDMSpec(MASK_ID))

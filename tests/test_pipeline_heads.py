@@ -20,8 +20,8 @@ from prism_pipelines import (
     disable_prism,
     enable_prism,
 )
-from prism_pipelines.adapters import adapter_names
-from prism_pipelines.head_repo import save_head_repo
+from prism_pipelines.hub.adapters import adapter_names
+from prism_pipelines.hub.publish import save_head_repo
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 

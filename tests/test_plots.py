@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from prism_pipelines import plots
+from prism_pipelines.evaluation import plots
 
 ARMS = {
     "MDLM": [(32, 0.5, 0.4, 0.6), (16, 0.4, None, None)],

@@ -6,8 +6,9 @@ import platform
 import pytest
 import torch
 
-from prism_pipelines import PrismPipeline, bundled, precision
-from prism_pipelines.training_arguments import parse_arguments
+from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.models import precision
+from prism_pipelines.training.arguments import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

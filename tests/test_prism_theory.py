@@ -21,11 +21,11 @@ import pytest
 import torch
 from torch import nn
 
-from prism_pipelines import losses
-from prism_pipelines.families import MDMSpec
-from prism_pipelines.losses import MDMObjective, PRISMObjective
-from prism_pipelines.quality_head import QualityHead
+from prism_pipelines.models.families import MDMSpec
+from prism_pipelines.models.quality_head import QualityHead
 from prism_pipelines.schedulers import functional
+from prism_pipelines.training import losses
+from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 
 # A mask is written as None in Python and as id V in tensors.
 COUNTS = dict(zip(itertools.product([0, 1], repeat=3), [5, 1, 1, 2, 1, 3, 2, 1], strict=True))

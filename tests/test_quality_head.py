@@ -3,7 +3,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from prism_pipelines.quality_head import ARCHITECTURES, QualityHead
+from prism_pipelines.models.quality_head import ARCHITECTURES, QualityHead
 
 SPEC = {"mask_token_id": 3, "lora_targets": ["query"]}
 

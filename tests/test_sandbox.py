@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from prism_pipelines.evaluation import sandbox
-from prism_pipelines.evaluation.sandbox import Limits, SandboxUnavailable, isolation_problem, run_tests
+from prism_pipelines.evaluation.code import sandbox
+from prism_pipelines.evaluation.code.sandbox import Limits, SandboxUnavailable, isolation_problem, run_tests
 
 isolated = pytest.mark.skipif(isolation_problem() is not None, reason=str(isolation_problem()))
 ADD = "def add(a, b):\n    return a + b\n"

@@ -25,7 +25,7 @@ from prism_pipelines.schedulers import (
     TokenCriticScheduler,
     TokenToMaskScheduler,
 )
-from prism_pipelines.schedulers.arguments import SchedulerConfig, own_fields
+from prism_pipelines.schedulers.validation import SchedulerConfig, own_fields
 
 VOCAB, MASK = 5, 3
 # Exact counts and rows of logits are tested here for these three. ReMDM's counts are random by design, Token-Critic's

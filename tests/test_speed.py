@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prism_pipelines import MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
-from prism_pipelines.denoiser import UNMASKED, HeadInput, LazyLogits, not_causal
+from prism_pipelines.models.denoiser import UNMASKED, HeadInput, LazyLogits, not_causal
 from prism_pipelines.schedulers import functional
 from prism_pipelines.schedulers.functional import (
     ORDERS,

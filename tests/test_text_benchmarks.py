@@ -11,7 +11,7 @@ import pytest
 
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import make_scheduler, text_plan
-from prism_pipelines.training_arguments import parse_arguments
+from prism_pipelines.training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 

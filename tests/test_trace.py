@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
+from prism_pipelines.sampling.trace import TraceStep, token_states, trace_to_html
 from prism_pipelines.sudoku import MASK_ID, sudoku_tokenizer
-from prism_pipelines.trace import TraceStep, token_states, trace_to_html
 
 M = MASK_ID
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from prism_pipelines import PrismPipeline, TokenCriticScheduler
-from prism_pipelines.checkpointing import WEIGHTS, is_whole, latest_checkpoint
-from prism_pipelines.muon import MuonAdamW
 from prism_pipelines.sudoku import count_solutions, is_valid_grid, to_ids
-from prism_pipelines.training import check_plugins, main, parse_arguments, prepare, run_facts, train
-from prism_pipelines.training_data import SudokuGrids
-from prism_pipelines.training_setup import RUN_FILE, read_beginning
+from prism_pipelines.training.checkpointing import WEIGHTS, is_whole, latest_checkpoint
+from prism_pipelines.training.data import SudokuGrids
+from prism_pipelines.training.optimizer import MuonAdamW
+from prism_pipelines.training.run import check_plugins, main, parse_arguments, prepare, run_facts, train
+from prism_pipelines.training.setup import RUN_FILE, read_beginning
 
 TINY = [
     "--dataset=sudoku",
@@ -55,7 +55,7 @@ class Stop(Exception):
 
 def interrupt_after(monkeypatch, step):
     """Makes the next run die at the first log after `step`, as a crash would: no final save, no cleaning up."""
-    from prism_pipelines.training_callbacks import MetricsLog
+    from prism_pipelines.training.callbacks import MetricsLog
 
     original = MetricsLog.on_log
 
@@ -417,7 +417,7 @@ def test_trackers_get_the_measures_of_the_head(tmp_path, pretrained):
 
 
 def test_all_held_out_examples_are_measured_and_the_drift_rests_on_the_first_batches(tmp_path, pretrained, monkeypatch):
-    monkeypatch.setattr("prism_pipelines.training_callbacks.DRIFT_BATCHES", 2)
+    monkeypatch.setattr("prism_pipelines.training.callbacks.DRIFT_BATCHES", 2)
     flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
     flags += ("--eval_strategy=steps", "--eval_steps=1", "--num_eval_examples=20", "--per_device_eval_batch_size=1")
     run_args, args = parse_arguments(arguments(tmp_path, *flags, "--mask_rate_min=0.5"))

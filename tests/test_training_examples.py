@@ -15,7 +15,7 @@ import torch
 from test_training import run
 
 from prism_pipelines import PrismPipeline
-from prism_pipelines.training import parse_arguments
+from prism_pipelines.training.run import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 

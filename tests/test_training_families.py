@@ -5,8 +5,8 @@ import torch
 from family_twins import CHECKPOINTS, EOS, LENGTH, MASK, PAD, V, checkpoint, load
 
 from prism_pipelines import MDMSpec
-from prism_pipelines.training_arguments import RunArguments, check_run
-from prism_pipelines.training_setup import build_objective
+from prism_pipelines.training.arguments import RunArguments, check_run
+from prism_pipelines.training.setup import build_objective
 
 
 class Words:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from test_training import arguments, run
 
-from prism_pipelines import checkpointing, trainer, training_callbacks
-from prism_pipelines.checkpointing import is_whole, latest_checkpoint
-from prism_pipelines.training import main
+from prism_pipelines.training import callbacks as training_callbacks
+from prism_pipelines.training import checkpointing, trainer
+from prism_pipelines.training.checkpointing import is_whole, latest_checkpoint
+from prism_pipelines.training.run import main
 
 FLAGS = ("--objective=mdm", "--max_steps=4", "--save_steps=1", "--logging_steps=3", "--save_total_limit=2")
 FLAGS += ("--eval_strategy=steps", "--eval_steps=2", "--resume_from_checkpoint=latest")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sharded_step import build
 from test_training import arguments, run
 
-from prism_pipelines.trainer import trainable
+from prism_pipelines.training.trainer import trainable
 
 TESTS = Path(__file__).parent
 STEP = ("--max_steps=3", "--optim=sgd", "--learning_rate=0.5", "--weighting=uniform", "--num_revealed=6")

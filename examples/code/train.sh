@@ -13,7 +13,7 @@ if cuda; then  # more and larger steps
   mdm=(--max_steps 2000 --lr_scheduler_kwargs '{"num_decay_steps": 600}' --eval_steps 1000)
   prism=(--max_steps 800 --eval_steps 500)
   measure=(--device cuda --batch-size 200 --seeds 3)
-elif ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
+elif ! "$BIN/python" -c "import prism_pipelines.models.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
   more=(--bf16 false)  # not every CPU is fast in bfloat16
 fi
 run() {

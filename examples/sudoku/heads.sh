@@ -13,7 +13,7 @@ shift
 
 device=()  # not every CPU is fast in bfloat16
 if "$BIN/python" -c "import torch; raise SystemExit(torch.cuda.is_available())"; then
-  "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || device=(--bf16 false)
+  "$BIN/python" -c "import prism_pipelines.models.precision as p; raise SystemExit(p.bfloat16_is_emulated())" || device=(--bf16 false)
 fi
 # prism.args says --full and muon, which are for all weights; the flags here win. LoRA and head take AdamW.
 train() {

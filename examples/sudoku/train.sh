@@ -28,7 +28,7 @@ elif cuda; then
   prism+=(--max_steps 600 --eval_steps 300)
   finish+=(--num_puzzles 1000 --num_to_choose 400)
 fi
-if ! cuda && ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
+if ! cuda && ! "$BIN/python" -c "import prism_pipelines.models.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
   more+=(--bf16 false)  # not every CPU is fast in bfloat16
   finish+=(--dtype float32)
 fi

@@ -23,7 +23,7 @@ elif cuda; then
 fi
 
 [ -f "$RUNS/text-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/text/prepare.py "$RUNS/text-data"
-if ! cuda && ! "$BIN/python" -c "import prism_pipelines.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
+if ! cuda && ! "$BIN/python" -c "import prism_pipelines.models.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
   more+=(--bf16 false)  # not every CPU is fast in bfloat16
 fi
 run() {

@@ -135,7 +135,7 @@ def evaluate_calibration(
 
 def write_calibration(result: dict, out_dir) -> None:
     """Write what `evaluate_calibration` found to calibration.json, calibration.md and calibration.png in a folder."""
-    from ..plots import reliability_comparison_figure
+    from .plots import reliability_comparison_figure
 
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)

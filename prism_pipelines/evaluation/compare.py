@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..schedulers.arguments import own_fields
+from ..schedulers.validation import own_fields
 from .statistics import pareto_front, tabulate
 from .sudoku import evaluate_sudoku, pipeline_solver
 
@@ -340,7 +340,7 @@ def check_comparison(
     Raises:
         ValueError, ImportError: as `run_comparison`.
     """
-    from ..plots import _figure
+    from .plots import _figure
 
     _figure(1)  # a missing extra must not show after hours of work
     if not arms or not forwards or not seeds:
@@ -492,7 +492,7 @@ def _progress(shown: bool, todo: list[tuple], total: int):
 
 def write_comparison(result: dict, out_dir) -> None:
     """Write what `run_comparison` found to comparison.json, comparison.md and comparison.png in a folder."""
-    from ..plots import pareto_figure
+    from .plots import pareto_figure
 
     folder, arms, outside = Path(out_dir), {}, _outside(result["arms"])
     write_whole(folder / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,1 @@
+"""The command `prism`, a file for each subcommand."""

@@ -1,0 +1,105 @@
+"""`prism info MODEL`: what was detected about a masked diffusion model, why, and whether it behaves so."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+
+def add_parser(commands) -> None:
+    """Add the subcommand `info` to the subparsers of `prism`."""
+    parser = commands.add_parser(
+        "info",
+        help="what is known about a model, and whether it behaves so",
+        description="Load a masked diffusion model, print what was detected and why, and probe it.",
+        epilog="Exit status: 0 no probe failed, 1 a probe failed, 2 the model cannot be loaded.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id: a pipeline, a model, or a head")
+    parser.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for it")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
+    parser.add_argument("--subfolder", default="", help="of MODEL")
+    parser.add_argument("--mask-token-id", type=int, help="overrides what is detected")
+    parser.add_argument("--text", help="ordinary text that the shift probe hides tokens of (default: English)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code of the repository")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, report, probe. Returns the exit status."""
+    import torch
+
+    from ..models.probes import run_probes
+    from ..pipeline_prism import PrismPipeline
+
+    pipe = PrismPipeline.from_pretrained(
+        args.model,
+        quality_head=args.quality_head,
+        revision=args.revision,
+        subfolder=args.subfolder,
+        mask_token_id=args.mask_token_id,
+        dtype=getattr(torch, args.dtype),
+        trust_remote_code=args.trust_remote_code,
+    ).to(args.device)
+    facts = describe(pipe, args)
+    findings = run_probes(pipe, args.text)
+    failed = any(finding.verdict == "wrong" for finding in findings)
+    if args.json:
+        print(json.dumps({"facts": facts, "probes": [finding._asdict() for finding in findings]}))
+        return int(failed)
+    for name, value in facts.items():
+        print(f"{name:18}{value}")
+    for finding in findings:
+        print(f"{f'{finding.probe}?':18}{finding.verdict}: {finding.seen}")
+    if failed:
+        print("prism: the model does not behave as declared; pass mdm_spec=MDMSpec(...)", file=sys.stderr)
+    return int(failed)
+
+
+def describe(pipe, args: argparse.Namespace) -> dict[str, str]:
+    """What is in use and where each fact comes from, in words."""
+    from ..models.families import MDMSpec
+
+    spec = MDMSpec.from_dict(pipe.config.mdm_spec)
+    head, count = pipe.quality_head, sum(parameter.numel() for parameter in pipe.model.parameters())
+    defaults = {field.name: field.default for field in dataclasses.fields(MDMSpec)}
+    facts = {
+        "model": f"{args.model}, {count / 1e6:,.1f} M parameters, {str(pipe.model.dtype).removeprefix('torch.')}",
+        "class": type(pipe.model).__name__ + (" (native)" if spec.native_class else " (named by the checkpoint)"),
+        "tokenizer": "none"
+        if pipe.tokenizer is None
+        else f"{type(pipe.tokenizer).__name__}, {len(pipe.tokenizer)} ids",
+        "mask_token_id": f"{spec.mask_token_id} ({mask_origin(pipe, spec, args.mask_token_id)})",
+        "attention": spec.attention + (f", blocks of {spec.block_length}" if spec.block_length else ""),
+        "logit_shift": str(spec.logit_shift),
+        "attention mask": spec.mask_format + (f", with {', '.join(spec.extra_inputs)}" if spec.extra_inputs else ""),
+        "keys renamed": "no" if spec.key_mapping is defaults["key_mapping"] else f"{len(spec.key_mapping)} rules",
+        "LoRA targets": ", ".join(spec.lora_targets) or "not known",
+        "source": spec.source or "passed by the caller",
+        "tested": "against an independent reference" if spec.tested else "NO: compare with the authors' own code",
+        "quality head": f"{head.config.architecture}, hidden size {head.config.hidden_size}" if head else "none",
+        "remasking": remasking(pipe),
+    }
+    return facts
+
+
+def mask_origin(pipe, spec, given: int | None) -> str:
+    """Who knew the mask id."""
+    if given is not None:
+        return "given"
+    for name, owner in (("config", pipe.model.config), ("tokenizer", pipe.tokenizer)):
+        if getattr(owner, "mask_token_id", None) == spec.mask_token_id:
+            return f"from the {name}"
+    return f"from the row of its family, {spec.source}" if spec.source else "saved with the pipeline"
+
+
+def remasking(pipe) -> str:
+    """What the scheduler in use does, and what could be done without a head."""
+    name = type(pipe.scheduler).__name__
+    if pipe.quality_head is None and name == "MDLMScheduler":
+        return f"{name}: none; SelfConfidenceScheduler remasks without a head"
+    return name

@@ -1,0 +1,396 @@
+"""`prism sudoku`: solve one puzzle with a live view, a file of many, or compare decoding rules on generated ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import sudoku
+from .arguments import RULES, check_device, chosen_rule, number_type
+
+BATCH_SIZE = 32
+BEST_REMASK = {"self-confidence": 4, "PRISM": 8}  # of 2, 4, 8, 16, on the bundled model; benchmarks/sudoku.py
+MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
+COMPARE_SEED = 20_000  # puzzles of --compare; neither training's nor the benchmark's
+
+
+def add_parser(commands) -> None:
+    """Add the subcommand `sudoku` to the subparsers of `prism`."""
+    parser = commands.add_parser(
+        "sudoku",
+        help="solve Sudoku with the bundled model and watch it correct itself",
+        description="Solve a Sudoku by masked diffusion with self-correction and watch it happen.",
+        epilog="Exit status: 0 solved, 1 not solved or no solution, 2 bad input.",
+    )
+    count = number_type(int, 1, "a whole number of at least 1")
+    parser.add_argument(
+        "puzzle",
+        nargs="?",
+        metavar="PUZZLE|FILE",
+        help="81 characters row by row ('.', '0' or '_' for a blank), or a file with one such puzzle a line and '#' "
+        "comments; default: a built-in puzzle",
+    )
+    run = parser.add_argument_group("sampling")
+    run.add_argument("--steps", type=count, default=52, help="forward passes of the model (default: %(default)s)")
+    run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
+    run.add_argument(
+        "--scheduler",
+        choices=list(RULES),
+        help="decoding rule (default: the model's own settings)",
+    )
+    run.add_argument(
+        "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest digit"
+    )
+    run.add_argument(
+        "--num-remask", type=number_type(int, 0, "a whole number of at least 0"), help="cells remasked a step"
+    )
+    run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
+    run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
+    compare = parser.add_argument_group("comparison")
+    compare.add_argument(
+        "--compare", action="store_true", help="compare decoding rules at equal forwards on many puzzles"
+    )
+    compare.add_argument("--num-puzzles", type=count, help="generated puzzles (default: 100)")
+    compare.add_argument("--clues", type=int, help="clues of each, 20 to 81 (default: 30)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
+    output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    output.add_argument("--no-live", action="store_true", help="no animation, only the result")
+    output.add_argument(
+        "--delay", type=number_type(float, 0, "seconds of at least 0"), default=0.08, help="seconds a frame"
+    )
+    parser.set_defaults(run=run_sudoku)
+
+
+def read_puzzles(text: str | None) -> tuple[np.ndarray, bool]:
+    """The puzzles that the argument PUZZLE|FILE names, (N, 81) int64, and whether it named a file.
+
+    Raises:
+        ValueError: neither a puzzle nor a file; or a line of the file is no puzzle (its number is named).
+    """
+    if text is None:
+        return sudoku.parse_puzzle(sudoku.DEMO_PUZZLE)[None], False
+    try:
+        is_file = bool(text) and Path(text).exists()
+    except (OSError, ValueError):  # too long for a file name, or a NUL in it
+        is_file = False
+    if not is_file:
+        try:
+            return sudoku.parse_puzzle(text)[None], False
+        except ValueError as error:
+            raise ValueError(f"{error}, and no file has that name") from None
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{text} is not a text file in UTF-8") from None
+    puzzles = []
+    for number, line in enumerate(lines, start=1):
+        if line := line.split("#")[0].strip():
+            try:
+                puzzles.append(sudoku.parse_puzzle(line))
+            except ValueError as error:
+                raise ValueError(f"{text}, line {number}: {error}") from None
+    if not puzzles:
+        raise ValueError(f"{text} holds no puzzle; write one of 81 characters on each line")
+    return np.stack(puzzles), True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One puzzle's run: grids int64 (81,), `solutions` 0, 1, 2 (several) or None (search cut off), cells remasked and
+    forwards made."""
+
+    puzzle: np.ndarray
+    grid: np.ndarray
+    solutions: int | None
+    remasked: int = 0
+    forwards: int = 0
+
+    @property
+    def solved(self) -> bool:
+        """Valid grid with every clue kept, by the exact checker."""
+        return bool(sudoku.is_solved(self.grid, self.puzzle))
+
+    def record(self) -> dict:
+        """The fields of the plain and JSON output."""
+        return {
+            "puzzle": sudoku.format_grid(self.puzzle),
+            "grid": sudoku.format_grid(self.grid),
+            "verdict": "no solution" if self.solutions == 0 else "solved" if self.solved else "not solved",
+            "solutions": {0: "none", 1: "one", 2: "several", None: "unknown"}[self.solutions],
+            "forwards": self.forwards,
+            "remasked": self.remasked,
+        }
+
+    def sentence(self) -> str:
+        """What was found, for people."""
+        clashes = len(sudoku.conflicts(self.grid))
+        wrong = f"{clashes} pair{'s' * (clashes != 1)} of cells conflict"
+        if self.solutions == 0:
+            return "This puzzle has no solution (proved by exact search), so the model was not run."
+        if self.solutions is None and not self.solved:
+            return f"Not solved: {wrong}. Whether there is a solution is not known: the exact search was cut off."
+        if (self.solutions or 1) > 1:
+            found = "one of them" if self.solved else f"none of them: {wrong}"
+            return f"This puzzle has several solutions; the grid found is {found}. All clues are kept."
+        if self.solved:
+            return "Solved: every row, column and box holds 1-9 once, and all clues are kept."
+        return f"Not solved: {wrong}. All clues are kept. Try another --seed or more --steps."
+
+
+def load_pipeline(args):
+    """The pipeline that the flags describe, on its device, without its own progress bar.
+
+    Raises:
+        ValueError: the device is not there, the model is no Sudoku model, or a flag does not fit the scheduler.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from .. import PrismPipeline, bundled
+
+    device = check_device(args.device)
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
+    try:
+        pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"))
+    except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
+        raise ValueError(f"--model {args.model} is not a saved pipeline: {error!r}") from None
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+    if pipe.mask_token_id != sudoku.MASK_ID or pipe.model.config.vocab_size != sudoku.VOCAB_SIZE:
+        raise ValueError(
+            f"{args.model} is not a Sudoku model: its mask id or vocabulary is not that of sudoku_tokenizer()"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def set_scheduler(pipe, args) -> None:
+    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
+
+    Raises:
+        ValueError: --num-remask with a rule that does not remask.
+    """
+    rule = chosen_rule(pipe, args.scheduler)
+    if args.num_remask is not None and "num_remask" not in rule().config:
+        raise ValueError("--num-remask has no meaning with a rule that never remasks (mdlm)")
+    wanted = {name: getattr(args, name) for name in ("temperature", "num_remask") if getattr(args, name) is not None}
+    pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
+
+
+def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[Outcome], list]:
+    """Run the pipeline on every puzzle that has a blank and a solution, in batches.
+
+    Args:
+        on_step: callback of the pipeline, or None.
+        trace: whether to record the runs.
+    Returns:
+        outcomes, one a puzzle in their order; traces, one a batch.
+    """
+    import torch
+
+    from ..evaluation import row_generators
+
+    outcomes = [Outcome(puzzle, puzzle, sudoku.count_solutions(puzzle, max_visits=MAX_VISITS)) for puzzle in puzzles]
+    todo = [i for i, outcome in enumerate(outcomes) if outcome.solutions != 0 and not outcome.solved]
+    traces = []
+    for start in range(0, len(todo), BATCH_SIZE):
+        rows = todo[start : start + BATCH_SIZE]
+        remasked = np.zeros(len(rows), dtype=np.int64)
+
+        def count(pipe, i, t, state, remasked=remasked):
+            remasked += state["remasked"].sum(-1).cpu().numpy()
+            return on_step(pipe, i, t, state) if on_step else {}
+
+        out = pipe(
+            infill=torch.from_numpy(sudoku.to_ids(puzzles[rows])),
+            num_inference_steps=args.steps,
+            generator=row_generators(puzzles[rows], args.seed),
+            output_type="seq",
+            callback_on_step_end=count,
+            return_trace=trace,
+        )
+        traces.append(out.trace)
+        for row, grid, number in zip(rows, out.sequences.cpu().numpy(), remasked, strict=True):
+            outcomes[row] = Outcome(puzzles[row], grid, outcomes[row].solutions, int(number), out.nfe)
+    return outcomes, traces
+
+
+def run_sudoku(args) -> int:
+    """Run `prism sudoku`; see `add_parser` for the flags. Returns the exit status."""
+    from rich.console import Console
+
+    for flag, value in (("--num-puzzles", args.num_puzzles), ("--clues", args.clues)):
+        if value is not None and not args.compare:
+            raise ValueError(f"{flag} is of the puzzles that --compare makes; pass --compare too")
+        if value is not None and args.puzzle is not None:
+            raise ValueError(f"{flag} is of the puzzles that --compare makes; it does not go with PUZZLE|FILE")
+    puzzles, from_file = (None, False) if args.compare and args.puzzle is None else read_puzzles(args.puzzle)
+    if args.html and (args.compare or len(puzzles) != 1):
+        raise ValueError("--html shows the run of one puzzle; it does not go with --compare or several puzzles")
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise ValueError(f"--html {args.html}: that folder does not exist")
+    pipe, console = load_pipeline(args), Console(highlight=False)
+    if args.compare:
+        return _run_compare(pipe, puzzles, args, console)
+    set_scheduler(pipe, args)
+    if from_file and len(puzzles) > 1:
+        return _run_file(pipe, puzzles, args)
+    return _run_one(pipe, puzzles, args, console)
+
+
+def _run_one(pipe, puzzles, args, console) -> int:
+    from ..sampling.trace import trace_to_html
+    from .sudoku_view import SudokuView, board, legend, printable
+
+    live = console.is_terminal and not (args.json or args.no_live)
+    if live:
+        with SudokuView(console, puzzles[0], args.delay) as view:
+            (outcome,), traces = solve(pipe, puzzles, args, view.step, trace=bool(args.html))
+    else:
+        (outcome,), traces = solve(pipe, puzzles, args, trace=bool(args.html))
+    record = outcome.record() | {"seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
+    if args.html and traces:
+        page = trace_to_html(traces[0], sudoku.sudoku_tokenizer(), title=outcome.sentence(), columns=9)
+        Path(args.html).write_text(page, encoding="utf-8")
+    elif args.html:
+        print(f"prism: the model was not run, so {args.html} is not written", file=sys.stderr)
+    if args.json:
+        print(json.dumps(record))
+    elif not console.is_terminal:
+        print("\n".join(f"{name}\t{value}" for name, value in record.items()))
+    else:
+        clashing = {i for pair in sudoku.conflicts(outcome.grid) for i in pair}
+        kinds = [
+            "given" if clue else "conflict" if i in clashing else "kept" if digit else "blank"
+            for i, (clue, digit) in enumerate(zip(outcome.puzzle, outcome.grid, strict=True))
+        ]
+        console.print(printable(console, board(outcome.grid, kinds)), end="")
+        console.print(printable(console, legend(kinds)))
+        console.print(outcome.sentence(), style="bold green" if outcome.solved else "bold red")
+        console.print(f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}.")
+    return 0 if outcome.solved else 1
+
+
+def _progress():
+    """A progress bar on stderr, silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    errors = Console(stderr=True)
+    return Progress(console=errors, disable=not errors.is_terminal, transient=True)
+
+
+def _run_file(pipe, puzzles, args) -> int:
+    with _progress() as progress:
+        task = progress.add_task(f"{len(puzzles)} puzzles")
+
+        def advance(pipe, i, t, state):
+            steps = len(pipe.scheduler.timesteps)
+            progress.update(task, total=math.ceil(len(puzzles) / BATCH_SIZE) * steps, advance=1)
+            return {}
+
+        outcomes, _ = solve(pipe, puzzles, args, advance)
+    records = [outcome.record() for outcome in outcomes]
+    solved = sum(outcome.solved for outcome in outcomes)
+    if args.json:
+        settings = {"seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
+        print(json.dumps({"solved": solved, "n": len(records), **settings, "puzzles": records}))
+    else:
+        sys.stdout.write("\t".join(records[0]) + "\n")
+        for record in records:
+            sys.stdout.write("\t".join(str(value) for value in record.values()) + "\n")
+        sys.stdout.flush()
+        print(f"{solved} of {len(records)} solved", file=sys.stderr)
+    return 0 if solved == len(records) else 1
+
+
+def comparison(pipe, num_remask: dict[str, int], temperature: float) -> dict:
+    """The schedulers of `--compare` by name: three rules that differ in remasking alone, and two for reference.
+
+    `num_remask`: cells a step of "self-confidence" and of "PRISM".
+    """
+    from .. import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
+
+    same = {"order": "random", "temperature": temperature}
+    return {
+        "no remasking (MDLM)": MDLMScheduler(**same),
+        "self-confidence remasking": SelfConfidenceScheduler(**same, num_remask=num_remask["self-confidence"]),
+        "PRISM": PrismScheduler(**same, num_remask=num_remask["PRISM"]),
+        "MDLM, confidence order, greedy": MDLMScheduler(order="confidence", temperature=0.0),
+        "PRISM as shipped": pipe.scheduler,
+    }
+
+
+def _run_compare(pipe, puzzles, args, console) -> int:
+    from ..evaluation import evaluate_sudoku, pipeline_solver
+    from ..schedulers.validation import loop_steps
+
+    clues = 30 if args.clues is None else args.clues
+    if puzzles is None:
+        puzzles, _ = sudoku.make_puzzles(args.num_puzzles or 100, clues, COMPARE_SEED + args.seed)
+    num_remask = BEST_REMASK if args.num_remask is None else dict.fromkeys(BEST_REMASK, args.num_remask)
+    temperature = 1.0 if args.temperature is None else args.temperature
+    rows = []
+    with _progress() as progress:
+        rules = comparison(pipe, num_remask, temperature)
+        task = progress.add_task(f"{len(puzzles)} puzzles", total=len(rules) * len(puzzles))
+        for name, scheduler in rules.items():
+            pipe.scheduler = scheduler
+            # A loop adds forwards of its own; every rule gets the same number in all.
+            steps = max(1, args.steps - loop_steps(scheduler))
+            done = len(rows) * len(puzzles)
+            score = evaluate_sudoku(
+                pipeline_solver(pipe, steps, args.seed),
+                puzzles,
+                batch_size=BATCH_SIZE,
+                on_batch=lambda n, total, done=done: progress.update(task, completed=done + n),
+            )
+            low, high = score.interval
+            solved, n = int(score.solved.sum()), len(puzzles)
+            forwards = len(scheduler.timesteps)
+            rows.append(
+                {
+                    "rule": name,
+                    "forwards": forwards,
+                    "solved": solved,
+                    "n": n,
+                    "share": solved / n,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    settings = {"seed": args.seed, "temperature": temperature, "num_remask": num_remask}
+    if args.puzzle is None:
+        settings |= {"clues": clues}
+    _print_comparison(rows, settings, args, console)
+    return 0
+
+
+def _print_comparison(rows: list[dict], settings: dict, args, console) -> None:
+    from rich.table import Table
+
+    if args.json:
+        print(json.dumps({"settings": settings, "rows": rows}))
+    elif not console.is_terminal:
+        print("\t".join(rows[0]))
+        for row in rows:
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    else:
+        told = ", ".join(f"{name} {value}" for name, value in settings.items())
+        table = Table(title=f"{rows[0]['n']} puzzles, {told}")
+        for column in ("rule", "forwards", "solved", "%", "95 % interval"):
+            table.add_column(column, justify="left" if column == "rule" else "right")
+        for row in rows:
+            interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"
+            table.add_row(
+                row["rule"], str(row["forwards"]), f"{row['solved']}/{row['n']}", f"{100 * row['share']:.1f}", interval
+            )
+        console.print(table)

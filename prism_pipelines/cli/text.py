@@ -1,0 +1,219 @@
+"""`prism text`: write with the bundled text model and watch it correct itself, or compare decoding rules."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from .arguments import RULES, check_device, chosen_rule, number_type
+
+COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
+SHOWN = ("ngram_js", "word_js", "known_words", "entropy", "distinct_2")
+
+
+def add_parser(commands) -> None:
+    """Add the subcommand `text` to the subparsers of `prism`."""
+    parser = commands.add_parser(
+        "text",
+        help="write with the bundled text model and watch it correct itself",
+        description="Write text by masked diffusion with self-correction and watch it happen.",
+        epilog="Exit status: 0 done, 2 bad input.",
+    )
+    count = number_type(int, 1, "a whole number of at least 1")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue (default: write from nothing)")
+    run = parser.add_argument_group("sampling")
+    run.add_argument("--num-samples", type=count, help="texts (default: 1, with --compare 32)")
+    run.add_argument(
+        "--num-inference-steps", type=count, help="forward passes (default: 64; with --compare 16, 32, 64)"
+    )
+    run.add_argument("--gen-length", type=count, help="tokens to write (default: what fits, at most 256)")
+    run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
+    run.add_argument(
+        "--scheduler",
+        choices=list(RULES),
+        help="decoding rule (default: the model's own settings)",
+    )
+    run.add_argument(
+        "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest token"
+    )
+    run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
+    run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
+    compare = parser.add_argument_group("comparison")
+    compare.add_argument("--compare", action="store_true", help="compare decoding rules at equal forwards")
+    compare.add_argument("--num-seeds", type=count, help="runs of each rule (default: 5)")
+    compare.add_argument("--out", metavar="FOLDER", help="keep tables, figure and finished cells there; resumable")
+    output = parser.add_argument_group("output")
+    output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
+    output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    output.add_argument("--no-live", action="store_true", help="no animation, only the result")
+    output.add_argument(
+        "--delay", type=number_type(float, 0, "seconds of at least 0"), default=0.05, help="seconds a frame"
+    )
+    parser.set_defaults(run=run_text)
+
+
+def load_pipeline(args):
+    """The pipeline that the flags describe, on its device, without its own progress bar.
+
+    Raises:
+        ValueError: the device is not there, or the model has no tokenizer.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from .. import PrismPipeline, bundled
+
+    device = check_device(args.device)
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
+    try:
+        pipe = PrismPipeline.from_pretrained(args.model or bundled("text"))
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+    if pipe.tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer, so it writes no text.")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
+    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it."""
+    rule = chosen_rule(pipe, name)
+    wanted = {} if temperature is None else {"temperature": temperature}
+    pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
+
+
+def room(pipe, prompt: str | None, gen_length: int | None) -> int:
+    """Tokens to generate: what the flag says, or what fits beside the prompt, at most 256.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    from ..models import checks
+
+    if gen_length is not None:
+        return gen_length
+    limit = min(checks.max_length(pipe.model.config) or 256, 256)
+    used = len(pipe.tokenizer(prompt).input_ids) if prompt else 0
+    if used >= limit:
+        raise ValueError(f"PROMPT has {used} tokens, and the model takes {limit} in all: shorten it.")
+    return limit - used
+
+
+def run_text(args) -> int:
+    """Run `prism text`; see `add_parser` for the flags. Returns the exit status."""
+    from rich.console import Console
+
+    if args.compare and (args.prompt is not None or args.html):
+        raise ValueError("--compare writes texts of its own; PROMPT and --html do not go with it")
+    if args.compare and args.scheduler:
+        raise ValueError("--compare compares decoding rules; --scheduler does not go with it")
+    for flag, value in (("--num-seeds", args.num_seeds), ("--out", args.out)):
+        if value is not None and not args.compare:
+            raise ValueError(f"{flag} belongs to a comparison; pass --compare too")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("PROMPT is empty; leave it out to write from nothing")
+    if args.html and (args.num_samples or 1) != 1:
+        raise ValueError("--html shows the run of one text; it does not go with --num-samples")
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise ValueError(f"--html {args.html}: that folder does not exist")
+    pipe, console = load_pipeline(args), Console(highlight=False)
+    return _run_compare(pipe, args, console) if args.compare else _run_texts(pipe, args, console)
+
+
+def _run_texts(pipe, args, console) -> int:
+    import torch
+
+    from ..sampling.trace import trace_to_html
+    from .text_view import TextView
+
+    set_scheduler(pipe, args.scheduler, args.temperature)
+    rows = args.num_samples or 1
+    remasked = torch.zeros(rows, dtype=torch.long)
+    live = console.is_terminal and not (args.json or args.no_live)
+    view = TextView(console, pipe.tokenizer, args.delay) if live else None
+
+    def on_step(pipe, i, t, state):
+        remasked.add_(state["remasked"].sum(-1).cpu())
+        return view.step(pipe, i, t, state) if view else {}
+
+    def write():
+        return pipe(
+            args.prompt,
+            num_samples=rows,
+            gen_length=room(pipe, args.prompt, args.gen_length),
+            num_inference_steps=args.num_inference_steps or 64,
+            # As evaluation.pipeline_texts: sample i depends on the seed and i alone.
+            generator=[torch.Generator().manual_seed((args.seed * 1_000_003 + i) % 2**32) for i in range(rows)],
+            callback_on_step_end=on_step,
+            return_trace=bool(args.html),
+        )
+
+    if view:
+        with view:
+            out = write()
+    else:
+        out = write()
+    if args.html:
+        page = trace_to_html(out.trace, pipe.tokenizer, title="prism text")
+        Path(args.html).write_text(page, encoding="utf-8")
+    facts = {"forwards": out.nfe, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
+    if args.json:
+        print(json.dumps({"prompt": args.prompt, "texts": out.texts, "remasked": remasked.tolist(), **facts}))
+        return 0
+    for i, text in enumerate(out.texts):
+        if rows > 1:
+            print(f"--- {i + 1} of {rows}")
+        print((args.prompt or "") + text)
+    if console.is_terminal:
+        print(f"\n{out.nfe} forwards, {int(remasked.sum())} tokens remasked, seed {args.seed}.")
+    return 0
+
+
+def _run_compare(pipe, args, console) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import bundled
+    from ..evaluation import fingerprint, folder_contents, run_comparison, task_of_folder, text_plan
+
+    folder = args.model or bundled("text")
+    plan, count, length = text_plan(folder), args.num_samples or 32, room(pipe, None, args.gen_length)
+    plan["arms"] = [arm for arm in plan["arms"] if arm["name"] in COMPARED]
+    plan["seeds"] = [args.seed + i for i in range(args.num_seeds or 5)]
+    if args.temperature is not None:
+        plan["temperature"] = args.temperature
+    if args.num_inference_steps:
+        plan["forwards"] = [args.num_inference_steps]
+    task = task_of_folder(folder, num_samples=count, gen_length=length)
+    mark = fingerprint(pipe, *folder_contents(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        found = run_comparison(
+            pipe,
+            task,
+            **plan,
+            out_dir=args.out or temporary,
+            task_name=f"{args.model or 'bundled text'}: {count} texts of {length} tokens, {mark}",
+            progress=Console(stderr=True).is_terminal,
+        )
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    table = Table("forwards", "rule", *SHOWN)
+    values = {(row["forwards"], row["arm"], row["metric"]): row for row in found["rows"]}
+    for steps, arm in dict.fromkeys(key[:2] for key in values):
+        cells = []
+        for metric in SHOWN:
+            row = values[steps, arm, metric]
+            spread = "" if row["low"] is None else f" ({row['low']:.3f}-{row['high']:.3f})"
+            cells.append(f"{row['value']:.3f}{spread}")
+        table.add_row(str(steps), arm, *cells)
+    console.print(table)
+    console.print(
+        f"{count} texts of {length} tokens, {len(plan['seeds'])} seeds, temperature {found['temperature']:g}; 95 % "
+        "intervals: of entropy a bootstrap over texts, else t over seeds. ngram_js and word_js: distance to held-out "
+        "text, lower is better; read entropy beside."
+    )
+    return 0

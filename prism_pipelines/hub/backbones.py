@@ -1,0 +1,387 @@
+"""Backbones out of folders and repositories of the Hub, and what is refused because it would not work."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from ..models.checks import check_rope
+from ..models.convert_mdlm import load_mdlm
+from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, resolve_spec
+from .adapters import load_adapter
+from .files import absence, fetch_file, inside, out_of_reach, read_json
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
+UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def spec_of_index(index: dict, path: str) -> dict:
+    """The `mdm_spec` that a saved `PrismPipeline` has in its model_index.json.
+
+    Raises:
+        ValueError: there is none: another pipeline of diffusers was saved there.
+    """
+    if "mdm_spec" not in index:
+        raise ValueError(
+            f"{path!r} holds a saved {index.get('_class_name', 'nothing')}, not a saved PrismPipeline. Load it by its "
+            "own class, and go on with PrismPipeline.from_pipe; or name the folder of its model."
+        )
+    return index["mdm_spec"]
+
+
+def load_plain(
+    path: str,
+    subfolder: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    where: dict,
+    *,
+    mdm_spec: MDMSpec | dict | None = None,
+    mask_token_id: int | None = None,
+    tokenizer=None,
+    device_map=None,
+    quantization_config=None,
+) -> dict:
+    """Model, tokenizer (None if there is none) and `MDMSpec` dict of a plain transformers repository.
+
+    Args:
+        path: folder or Hub id; its weights are safetensors.
+        subfolder: inside it, or "".
+        dtype: of the model, a torch.dtype, its name, or "auto" for that of the checkpoint (an MDLM: float32).
+        trust_remote_code: run model code of the repository where no native class serves.
+        where: revision, cache_dir, token, local_files_only.
+        mdm_spec, mask_token_id: as `resolve_spec`.
+        tokenizer: to be used in place of the repository's; None to load that.
+        device_map, quantization_config: as transformers' `from_pretrained`.
+    Returns:
+        dict with "model", "tokenizer" and "mdm_spec".
+    Raises:
+        OSError: not found, or no safetensors weights.
+        ValueError: the family or its mask token is not known, remote code is needed, or weights are missing.
+    """
+    raw = read_json(path, inside(subfolder, "config.json"), where)
+    if raw is None:
+        given = {
+            "mdm_spec": mdm_spec,
+            "mask_token_id": mask_token_id,
+            "tokenizer": tokenizer,
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+        }
+        return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
+    refuse_variants(path, raw, None if mdm_spec else family_of(SimpleNamespace(**raw), path))
+    if dtype != "auto":
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f'`torch_dtype` must be a floating-point dtype, its name, or "auto", got {dtype!r}.')
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, subfolder, raw, trust_remote_code, where)
+    row = as_spec(mdm_spec) or family_of(SimpleNamespace(**raw), path)
+    if row is not None and row.vocab_key:
+        rows = (rows_of(key, path, subfolder, where) for key in (row.vocab_key, "lm_head.weight"))
+        raw["vocab_size"] = next(filter(None, rows), raw["vocab_size"])
+    spec = resolve_spec(SimpleNamespace(**raw), tokenizer, mdm_spec=mdm_spec, mask_token_id=mask_token_id, name=path)
+    model = load_backbone(path, subfolder, raw, spec, dtype, trust_remote_code, where, device_map, quantization_config)
+    return {"model": model, "tokenizer": tokenizer, "mdm_spec": spec.to_dict()}
+
+
+def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict) -> dict:
+    """`load_plain` of a folder that holds an adapter alone: its base model, with the adapter in it as "prism".
+
+    So a pipeline with an adapter is saved: transformers writes the adapter and the name of its base.
+
+    Args:
+        path, subfolder, where: as `load_plain`.
+        how: (dtype, trust_remote_code) of `load_plain`, and `given` its other arguments by name.
+    Raises:
+        OSError: no adapter either, or its base is not found.
+    """
+    adapter = read_json(path, inside(subfolder, "adapter_config.json"), where)
+    if adapter is None:
+        name = inside(subfolder, "config.json")
+        what = "" if out_of_reach(path, name, where) else ": not a transformers model, nor a pipeline"
+        raise OSError(f"{absence(path, name, where)}{what}.")
+    base, base_where = adapter["base_model_name_or_path"], where | {"revision": adapter.get("revision")}
+    saved_pipeline = read_json(base, "model_index.json", base_where) is not None
+    loaded = load_plain(
+        base,
+        "model" if saved_pipeline else "",
+        *how,
+        base_where,
+        **given,
+    )
+    load_adapter(loaded["model"], path, "prism", where, subfolder)
+    return loaded
+
+
+def load_tokenizer(path: str, subfolder: str, raw: dict, trust_remote_code: bool, where: dict):
+    """The tokenizer of a repository, by a class of transformers where its family has one; None if it has none.
+
+    A family may name another repository that has it; if that is out of reach there is none, with a warning.
+    """
+    row = family_of(SimpleNamespace(**raw), path)
+    if not any(fetch_file(path, inside(subfolder, name), where) for name in TOKENIZER_FILES):
+        if row is None or row.tokenizer_repo is None:
+            return None
+        try:
+            elsewhere = where | {"revision": None}
+            if Path(path).is_dir():  # loading a folder downloads nothing
+                elsewhere["local_files_only"] = True
+            return AutoTokenizer.from_pretrained(row.tokenizer_repo, **elsewhere)
+        except OSError:
+            warnings.warn(
+                f"{path!r} has no tokenizer, and that of {row.tokenizer_repo!r} cannot be had: ids go in and come out. "
+                "Pass tokenizer= for text.",
+                stacklevel=4,
+            )
+            return None
+    if row is not None and row.tokenizer_class and not trust_remote_code:
+        return getattr(transformers, row.tokenizer_class).from_pretrained(path, subfolder=subfolder, **where)
+    options = {"subfolder": subfolder, "trust_remote_code": trust_remote_code, **where}
+    if raw.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        # transformers would read it just so, and warn of a model of another type, which no tokenizer cares for.
+        options["config"] = transformers.PreTrainedConfig.from_dict(raw | {"_name_or_path": path})
+    return AutoTokenizer.from_pretrained(path, **options)
+
+
+def load_backbone(
+    path: str,
+    subfolder: str,
+    raw: dict,
+    spec: MDMSpec,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    where: dict,
+    device_map=None,
+    quantization_config=None,
+):
+    """The model of a checkpoint, by the native class of its spec, else by the class that its config names.
+
+    Args:
+        raw: the checkpoint's config.json.
+        others: as `load_plain`.
+    Raises:
+        OSError: not found, or no safetensors weights.
+        ValueError: weights are missing or left over; remote code is needed and not allowed.
+    """
+    if not spec.tested:
+        warnings.warn(
+            f"{path!r}: no test compares this family ({raw.get('model_type')}) with a reference. Run `prism info` on "
+            "it first, and compare its output with the authors' own.",
+            stacklevel=2,
+        )
+    refuse_pickles(path, subfolder, where)
+    options = {"subfolder": subfolder, "dtype": dtype, "use_safetensors": True, **where}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if spec.native_class is None:
+        model = remote_class(raw, path, trust_remote_code).from_pretrained(
+            path, trust_remote_code=trust_remote_code, **options
+        )
+        check_rope(model, path)
+        return model
+    native = getattr(transformers, spec.native_class, None)
+    if getattr(native, "config_class", None) is None:
+        raise ValueError(f"`native_class` {spec.native_class!r} is no model class of transformers, with a config.")
+    if spec.config_mapping and raw.get("quantization_config"):
+        raise ValueError(
+            f"The weights of {path!r} are quantized under the names of its own code, which are not those of "
+            f"{spec.native_class}. Load the unquantized checkpoint, and pass quantization_config= to quantize it here."
+        )
+    config = native_config(native, raw, spec)
+    config.name_or_path = path
+    if spec.fold_time:
+        if device_map is not None or quantization_config is not None:
+            raise ValueError("`device_map` and `quantization_config` are not supported for MDLM (170M); use pipe.to().")
+        config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
+        index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
+        names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
+        files = [fetch_file(path, inside(subfolder, name), where) for name in names]
+        try:
+            return load_mdlm(files, config, torch.float32 if dtype == "auto" else dtype)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"The weights of {path!r} do not fit the MDLM of its config.json: {error}") from error
+    options |= {"config": config, "key_mapping": spec.key_mapping, "output_loading_info": True}
+    reader = with_split_weights(native, spec.split_weights) if spec.split_weights else native
+    model, info = reader.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    model.__class__ = native
+    wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
+    if wrong:
+        raise ValueError(f"The weights of {path!r} do not fit {spec.native_class}: {wrong}.")
+    warn_of_leftovers(path, spec, info["unexpected_keys"])
+    if raw.get("model_type") != native.config_class.model_type or spec.vocab_key:
+        model.get_adapter_state_dict = functools.partial(adapter_weights, model)
+    if spec.key_mapping:
+        # transformers would rename the weights back when it saves them; ours are read again as the native class.
+        model._weight_conversions = None
+    check_rope(model, path)
+    return model
+
+
+def with_split_weights(native, split_weights: dict[str, list[str]]):
+    """The native class under a name of its own, for which transformers cuts weights as `MDMSpec.split_weights` says.
+
+    Raises:
+        ImportError: this transformers cannot cut a weight into unequal parts.
+    """
+    try:
+        from transformers.core_model_loading import Split
+    except ImportError as error:
+        raise ImportError(
+            f"{native.__name__} is loaded from weights that were saved as one, and transformers "
+            f"{transformers.__version__} cannot cut them. Install a newer one (5.23 is tested)."
+        ) from error
+    name = f"Split{native.__name__}"
+    rules = get_checkpoint_conversion_mapping(native.config_class.model_type) or []
+    rules += [WeightConverter(whole, parts, [Split(dim=0)]) for whole, parts in split_weights.items()]
+    register_checkpoint_conversion_mapping(name, rules, overwrite=True)
+    return type(name, (native,), {"__module__": __name__})
+
+
+def warn_of_leftovers(path: str, spec: MDMSpec, names) -> None:
+    """Warn if a checkpoint has weights that its native class has no place for; encoders lose their pooler as usual."""
+    left = sorted(name for name in names if not name.endswith(("inv_freq", "attn.bias")))  # buffers of old releases
+    if left and spec.mask_format == "additive":
+        warnings.warn(
+            f"{len(left)} weights of {path!r} are not used by {spec.native_class}, such as {left[:3]}: it may be "
+            "another architecture. Run `prism info` on it, and compare its output with the authors' own.",
+            stacklevel=4,
+        )
+
+
+def adapter_weights(model, adapter_name: str | None = None, state_dict: dict | None = None) -> dict:
+    """As transformers' `get_adapter_state_dict`, which reads the base's config as a native one to compare vocabularies.
+
+    That config is not a native one here, so reading it fails, or finds another vocabulary and saves the embeddings too.
+    """
+    from peft import get_peft_model_state_dict
+
+    name = adapter_name or model.active_adapters()[0]
+    return get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
+
+
+def native_config(native, raw: dict, spec: MDMSpec):
+    """Config of the native class from the checkpoint's own, see `MDMSpec.config_mapping`."""
+    if raw.get("model_type") == native.config_class.model_type:
+        return native.config_class.from_dict(raw)
+    skipped = ("model_type", "auto_map", "architectures", "transformers_version")
+    alias, sizes = native.config_class.attribute_map, ("hidden_size", "num_hidden_layers", "vocab_size")
+    missing = [name for name in sizes if name not in raw and alias.get(name) not in raw]
+    if missing and not spec.config_mapping:  # the native defaults are billions of parameters
+        raise ValueError(
+            f"{spec.native_class} needs {missing}, which the config of this {raw.get('model_type')!r} lacks. Say "
+            "what they are called there in MDMSpec(config_mapping=...)."
+        )
+    mapping = spec.config_mapping or {name: name for name in raw if name not in skipped}
+    values = {ours: raw[theirs] for ours, theirs in mapping.items() if theirs in raw}
+    # A field that is absent or null may be there under the native name (LLaDA: embedding_size, else vocab_size).
+    values |= {ours: raw[ours] for ours in mapping if values.get(ours) is None and raw.get(ours) is not None}
+    if spec.config_mapping:  # the native defaults are ids of another tokenizer (GPT-NeoX ends a text with id 2)
+        values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | values
+    return native.config_class(**values, **(spec.config_values or {}))
+
+
+def remote_class(raw: dict, path: str, trust_remote_code: bool):
+    """The Auto class that loads a checkpoint without a native route.
+
+    Raises:
+        ValueError: it needs code of its own, which is not allowed; or it is not a masked language model.
+    """
+    for name in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel"):
+        if name in raw.get("auto_map", {}):
+            if not trust_remote_code:
+                raise ValueError(
+                    f"{path!r} is loaded by code of its own repository (model_type {raw.get('model_type')!r}), and no "
+                    "class of transformers serves. Read that code, then pass trust_remote_code=True."
+                )
+            return getattr(transformers, name)
+    if AutoConfig.for_model(raw.get("model_type")).__class__ not in transformers.AutoModelForMaskedLM._model_mapping:
+        raise ValueError(
+            f"{path!r} (model_type {raw.get('model_type')!r}) is no masked language model of transformers. If it is a "
+            'masked diffusion model of a causal class, pass mdm_spec=MDMSpec(..., native_class="...ForCausalLM", '
+            'mask_format="additive").'
+        )
+    return transformers.AutoModelForMaskedLM
+
+
+def refuse_pickles(path: str, subfolder: str, where: dict) -> None:
+    """Raise an OSError if the only weights are pickles, which run code when they are loaded."""
+    safe = ("model.safetensors.index.json", "model.safetensors")
+    if any(fetch_file(path, inside(subfolder, name), where) for name in safe):
+        return
+    if out_of_reach(path, inside(subfolder, safe[1]), where):
+        raise OSError(f"{absence(path, inside(subfolder, safe[1]), where)}.")
+    root, found = Path(path) / (subfolder or ""), []
+    if root.is_dir():
+        found = [name for name in UNSAFE_WEIGHTS if (root / name).is_file()]
+    what = f"only {found[0]}, a pickle, which can run code when loaded" if found else "no safe weights"
+    raise OSError(f"{inside(subfolder, 'model.safetensors')} is missing in {path!r}: {what}. Convert to safetensors.")
+
+
+# What a config of a key-mapped family must say, if it says anything: its native class does nothing else.
+ONLY_AS = {
+    "llada": {
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "activation_type": ("silu",),
+        "rope": (True,),
+        "alibi": (False,),
+        "attention_layer_norm": (False,),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+    },
+    "llada:moe": {
+        "clip_qkv": (None,),
+        "qk_layernorm": (True,),
+        "partial_rotary_factor": (1,),
+        "shared_expert_intermediate_size": (None,),
+        "moe_router_enable_expert_bias": (False, None),
+    },
+    "llada2_moe": {"norm_head": (False,), "use_bias": (False,)},
+    "Dream": {"block_size": (None,)},  # Dream's block-diffusion successor shares its model_type
+    "mdlm": {"time_conditioning": (False, None)},
+    "bd3lm": {"time_conditioning": (False, None), "causal": (False, None)},
+}
+
+
+def refuse_variants(path: str, raw: dict, row: MDMSpec | None) -> None:
+    """Raise a ValueError for a checkpoint that shares the config of a family and is something else.
+
+    Args:
+        path: named in the error.
+        raw: its config.json.
+        row: of `FAMILIES`, as `family_of` finds it; None if the caller passes a spec of their own.
+    """
+    wrong = None
+    key = next((key for key, known in FAMILIES.items() if known is row), None)
+    for name, allowed in ONLY_AS.get(key, {}).items():
+        if name in raw and raw[name] not in allowed:
+            wrong = f"{name} {raw[name]!r}; {key!r} runs with {' or '.join(map(repr, allowed))}. Or pass `mdm_spec`"
+    if raw.get("dplm_type", "dplm_esm") != "dplm_esm":
+        wrong = (
+            f"dplm_type {raw['dplm_type']!r}: two modalities with a mask token each; only DPLM (dplm_esm) is supported"
+        )
+    if wrong:
+        raise ValueError(f"{path!r} is no masked diffusion model that can be run here. Its config says {wrong}.")
+
+
+def rows_of(key: str, path: str, subfolder: str, where: dict) -> int | None:
+    """Rows of a weight of a safetensors checkpoint, read from its header; None if there is no such weight."""
+    index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
+    name = "model.safetensors" if index is None else index["weight_map"].get(key)
+    file = None if name is None else fetch_file(path, inside(subfolder, name), where)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as weights:
+        return weights.get_slice(key).get_shape()[0] if key in weights.keys() else None  # noqa: SIM118

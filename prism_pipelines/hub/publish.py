@@ -1,0 +1,340 @@
+"""The repository of a head: a plain PEFT adapter at its root, the quality head, recommended settings, a model card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi
+
+from ..models import checks
+from ..schedulers import TokenCriticScheduler
+from ..schedulers.validation import own_fields
+from . import adapters, heads
+from .files import is_hub_id, read_json
+
+CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
+MEANINGS = {
+    "PRISM": "It gives, in the same forward pass as the predictions, the probability that each visible token is right; "
+    "at inference the least likely are masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
+    "Token-Critic": "It gives the probability that each token is of the data and not written by the model, which says "
+    "nothing about whether it is right; at inference the whole text is filled, judged, and masked again where the "
+    "model's hand is most likely ([Token-Critic](https://arxiv.org/abs/2209.04439)).",
+}
+FACTS = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
+
+
+def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
+    """Write the head of a pipeline, its LoRA adapter and its scheduler settings as a repository of their own.
+
+    Files: adapter_config.json and adapter_model.safetensors if the model in use has an adapter, quality_head/,
+    scheduler/ and README.md. The base model is named, not copied.
+
+    Args:
+        pipe: `PrismPipeline` with a quality head.
+        folder: where; made if missing, files of the same names are replaced.
+        base_model: Hub id or folder that the head belongs to; None for what the head's config says.
+        base_revision: of that; None for what the head's config says.
+        facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
+            "steps" (int), "versions" and "metrics" (dicts), "figure" (path of a calibration figure, copied).
+        repo_id: where it will be on the Hub, for the card; None for a folder.
+    Returns:
+        The folder.
+    Raises:
+        ValueError: no quality head, no base model is known, or an unknown fact.
+    Warns:
+        UserWarning: the scheduler, which is recommended with the head, does not read it.
+    """
+    if pipe.quality_head is None:
+        raise ValueError("This pipeline has no quality head to save. Load or train one, or save the whole pipeline.")
+    facts, folder = facts or {}, Path(folder)
+    base_model = base_model or pipe.quality_head.config.base_model
+    base_revision = base_revision or pipe.quality_head.config.base_revision
+    if not base_model:
+        raise ValueError(
+            "No base model is known for this head: pass `base_model` (the Hub id of its backbone). A head that was "
+            'tuned together with its backbone is of use with that alone: push_to_hub(repo_id, what="pipeline").'
+        )
+    if unknown := sorted(set(facts) - FACTS):
+        raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(FACTS)}.")
+    heads.check_scheduler(pipe.scheduler)
+    if not pipe.scheduler.needs_quality:
+        warnings.warn(
+            f"{type(pipe.scheduler).__name__} does not read the quality head, and is saved as what is recommended with "
+            "it. Give the pipeline the scheduler that readers shall use, such as PrismScheduler.",
+            stacklevel=2,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = save_adapter(pipe, folder, base_model, base_revision)
+    pipe.quality_head.save_pretrained(folder / "quality_head", safe_serialization=True)
+    belongs = {"base_model": base_model, "base_revision": base_revision, "mdm_spec": dict(pipe.config.mdm_spec)}
+    rewrite(folder / "quality_head" / "config.json", belongs | {"base_fingerprint": heads.fingerprint(pipe.model)})
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    rewrite(folder / "scheduler" / "scheduler_config.json", {})
+    write_card(folder, model_card(pipe, base_model, base_revision, rank, facts, repo_id), facts)
+    return folder
+
+
+def write_card(folder: Path, card: str, facts: dict) -> None:
+    """README.md, and the figure that it shows."""
+    figure = facts.get("figure")
+    if figure and Path(figure).resolve() != (folder / "calibration.png").resolve():
+        shutil.copyfile(figure, folder / "calibration.png")
+    (folder / "README.md").write_text(card)
+
+
+def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
+    """Write the active adapter as PEFT does, and return its rank; None if there is none."""
+    active = adapters.active_adapter(pipe.model)
+    if active is None:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        return None
+    pipe.model.save_pretrained(folder, safe_serialization=True)  # transformers writes the active adapter alone
+    rewrite(folder / "adapter_config.json", {"base_model_name_or_path": base_model, "revision": base_revision})
+    return pipe.model.peft_config[active].r
+
+
+def rewrite(file: Path, values: dict) -> None:
+    """Set fields of a JSON file, and drop the folder it was once loaded from."""
+    content = json.loads(file.read_text())
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content | values, indent=2, sort_keys=True) + "\n")
+
+
+def scrub(file: Path, base_model: str | None) -> None:
+    """Take folders of this machine out of a JSON file of a saved pipeline; a base model is named by its Hub id."""
+    content = json.loads(file.read_text())
+    named = [key for key in ("_name_or_path", "name_or_path") if key in content]
+    based = [key for key in ("base_model", "base_model_name_or_path") if content.get(key)]
+    values = {key: base_model for key in based if not is_hub_id(content[key])}
+    if named or values:
+        content = {key: value for key, value in content.items() if key not in named} | values
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def push_head_repo(
+    pipe,
+    repo_id: str,
+    *,
+    base_model=None,
+    base_revision=None,
+    facts=None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Upload what `save_head_repo` writes.
+
+    Args:
+        pipe, base_model, base_revision, facts: as `save_head_repo`; `base_model` must be an id on the Hub, for whoever
+            loads the head needs it.
+        repo_id: "owner/name" on the Hub; made if missing.
+        private: of a new repository; None for the Hub's default.
+        token: of the Hub; None for the one that is logged in.
+        revision: branch to commit to; None for main.
+        commit_message: of the commit.
+    Returns:
+        URL of the commit.
+    Raises:
+        ValueError: the base model is a folder here, or what `save_head_repo` raises.
+    """
+    base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
+    if base_model and not is_hub_id(base_model):
+        raise ValueError(
+            f"The base model of this head is {base_model!r}, which is no id on the Hub (owner/name), so nobody else "
+            "could load it. Push the base model first, and pass its id as `base_model`."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_head_repo(
+            pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
+        )
+        message = commit_message or f"{method(pipe)} quality head"
+        target = {"private": private, "token": token, "revision": revision, "commit_message": message}
+        return upload(folder, repo_id, ["adapter_*", "quality_head/*", "scheduler/*"], **target)
+
+
+def push_pipeline(
+    pipe, repo_id: str, *, base_model=None, facts=None, private=None, token=None, revision=None, commit_message=None
+) -> str:
+    """Upload a whole saved pipeline; the arguments are those of `push_head_repo`.
+
+    An adapter is saved by reference, so a pipeline with one names its base model as a head's repository does.
+
+    Raises:
+        ValueError: it has an adapter, and the base model is a folder here.
+    """
+    if adapters.adapter_names(pipe.model):
+        base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
+        if not base_model or not is_hub_id(base_model):
+            raise ValueError(
+                f"This pipeline has a LoRA adapter, and its base model {base_model!r} is no id on the Hub. "
+                "Pass `base_model`, or merge the adapter into the weights first."
+            )
+    with tempfile.TemporaryDirectory() as temporary:
+        pipe.save_pretrained(temporary)
+        if pipe.quality_head is not None:
+            # The backbone may be tuned, and has a new name from now on: its embeddings say that the head is its own.
+            mark = {"base_fingerprint": heads.fingerprint(pipe.model)}
+            rewrite(Path(temporary) / "quality_head" / "config.json", mark)
+        for file in Path(temporary).rglob("*.json"):
+            scrub(file, base_model)
+        write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, repo_id), facts or {})
+        message = commit_message or "PRISM pipeline"
+        target = {"private": private, "token": token, "revision": revision, "commit_message": message}
+        return upload(Path(temporary), repo_id, ["model/*", "quality_head/*", "scheduler/*", "tokenizer/*"], **target)
+
+
+def upload(folder: Path, repo_id: str, replaces: list[str], *, private, token, revision, commit_message: str) -> str:
+    """Make a repository if there is none, and commit a folder to it; returns the commit's URL.
+
+    What matches a pattern of `replaces` and is not in the folder is deleted there, lest an old adapter be loaded.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        delete_patterns=replaces,
+    ).commit_url
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def method(pipe) -> str:
+    """The method that a head was trained for, of `MEANINGS`: the scheduler that is recommended with it says which."""
+    return "Token-Critic" if isinstance(pipe.scheduler, TokenCriticScheduler) else "PRISM"
+
+
+def model_card(
+    pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict, repo_id: str | None = None
+) -> str:
+    """README.md of a head's repository; what is not known is left out."""
+    kind = pipe.quality_head.config.architecture
+    name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
+    at = f" at revision `{base_revision}`" if base_revision else ""
+    adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
+    use = usage(pipe, repo_id)
+    if rank:
+        use += "\n\n" + adapter_usage(pipe, base_model, base_revision, repo_id)
+    parts = [
+        header("peft" if rank else "diffusers", base_model, ["lora"] if rank else [], facts),
+        f"# {method(pipe)} quality head for {Path(name).name}",
+        f"A {kind} head on the last hidden states of `{name}`{at}, with {adapter}. {MEANINGS[method(pipe)]}",
+        "## Use",
+        use,
+        "## Recommended settings",
+        settings(pipe.scheduler),
+        *training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:
+    """README.md of a whole pipeline's repository; what is not known is left out."""
+    head = pipe.quality_head
+    judged = "" if head is None else f" with a {method(pipe)} quality head ({head.config.architecture})"
+    parts = [
+        header("diffusers", base_model, [], facts),
+        f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
+        f"A masked diffusion language model, {type(pipe.model).__name__}{judged}, as a pipeline of `prism_pipelines`.",
+        "## Use",
+        usage(pipe, repo_id),
+        "## Recommended settings",
+        settings(pipe.scheduler),
+        *training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def header(library: str, base_model: str | None, tags: list[str], facts: dict) -> str:
+    """The YAML block of a card, between its lines of dashes."""
+    values = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*CARD_TAGS, *tags]}
+    if is_hub_id(base_model):
+        values["base_model"] = base_model
+    if "license" in facts:
+        values["license"] = facts["license"]
+    return "---\n" + yaml.safe_dump(values, sort_keys=False) + "---"
+
+
+def training(facts: dict) -> list[str]:
+    """The parts of a card about training and what was measured."""
+    about = {
+        "Data": facts.get("dataset"),
+        "Steps": facts.get("steps"),
+        "Hardware": facts.get("hardware"),
+        "Versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()),
+    }
+    rows, parts = [f"- {key}: {value}" for key, value in about.items() if value], []
+    if "command" in facts:
+        rows.append(f"\n```bash\n{facts['command']}\n```")
+    if rows:
+        parts += ["## Training", "\n".join(rows)]
+    table = [f"| {key} | {value:.4g} |" for key, value in facts.get("metrics", {}).items() if value is not None]
+    if table:
+        parts += ["## Held-out metrics", "\n".join(["| measure | value |", "| --- | --- |", *table])]
+    if facts.get("figure"):
+        parts.append("![Reliability of the head: share right against the quality it claims](calibration.png)")
+    return parts
+
+
+def usage(pipe, repo_id: str | None) -> str:
+    """How a reader loads the repository and generates with it; runs as it stands, in the folder if it has no id."""
+    length = min(32, checks.max_length(pipe.model.config) or 32)
+    what, shown = "num_samples=1, ", "out.texts[0]"
+    if pipe.tokenizer is None:
+        shown = "out.sequences[0]"
+    elif getattr(pipe.tokenizer, "chat_template", None):
+        what = '"Write a haiku.", '
+    written = ', output_type="seq"' if pipe.tokenizer is None else ""
+    lines = [
+        "```python",
+        "from prism_pipelines import PrismPipeline",
+        "",
+        f'pipe = PrismPipeline.from_pretrained("{repo_id or "."}")',
+        f"out = pipe({what}gen_length={length}, num_inference_steps={length}{written})",
+        f"print({shown})",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def adapter_usage(pipe, base_model: str, base_revision: str | None, repo_id: str | None) -> str:
+    """How the adapter is loaded without this package."""
+    kind = type(pipe.model).__name__
+    base = f'"{base_model if is_hub_id(base_model) else Path(base_model).name}"'  # a card tells no folders
+    with contextlib.suppress(OSError):  # out of reach: no reason not to save a head
+        if read_json(base_model, "model_index.json", {"revision": base_revision}) is not None:
+            base += ', subfolder="model"'  # of a saved pipeline
+    if pipe.config.mdm_spec.get("key_mapping"):
+        return f"The adapter alone is an ordinary PEFT adapter for {kind}, under whose names the base model is loaded."
+    lines = [
+        "The adapter alone, without this package:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained({base}), "{repo_id or "."}")',
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def settings(scheduler) -> str:
+    """The scheduler's settings that differ from the defaults of its class."""
+    plain = own_fields(type(scheduler)())
+    changed = {key: value for key, value in own_fields(scheduler).items() if value != plain[key]}
+    words = ", ".join(f"{key}={value!r}" for key, value in sorted(changed.items()))
+    return f"`{type(scheduler).__name__}({words})`, loaded with the head."

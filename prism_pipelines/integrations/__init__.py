@@ -1,0 +1,1 @@
+"""The package inside other libraries: diffusers' LLaDA2Pipeline and lm-eval."""

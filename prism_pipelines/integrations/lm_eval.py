@@ -1,0 +1,222 @@
+"""Model class `prism` of lm-eval (EleutherAI's lm-evaluation-harness): its generation tasks on a `PrismPipeline`.
+
+`python -m prism_pipelines.integrations.lm_eval run --model prism --model_args pretrained=...,gen_length=... --tasks
+gsm8k` is `lm_eval` with the class registered; in Python importing this module registers it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+
+import torch
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise ImportError('The model class of lm-eval needs it: pip install "prism-pipelines[eval]".') from error
+
+from ..generation.batch import check_steps, plan_batches, set_scheduler
+from ..models.checks import max_length
+from ..pipeline_prism import PrismPipeline
+from ..sampling.canvas import prompt_ids
+
+# What a task may ask for beside `until`; the others cannot be honoured and are refused.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTHS}
+
+
+@register_model("prism")
+class PrismLM(LM):
+    """A pipeline that answers `generate_until` requests of lm-eval; see `generate_until`.
+
+    Args:
+        pretrained: folder or Hub id of a pipeline, a model, or a head.
+        quality_head: folder or Hub id of a head for it.
+        gen_length: tokens to generate for every request; None for what the task asks for, else 256.
+        block_length: as the pipeline's; default 32 or `gen_length` if that is less, None for models with blocks.
+        steps: forward passes of a request; None for one per generated token.
+        temperature: None for the task's: 0 unless it samples.
+        eos_token_id: what ends a text, for a tokenizer that has no end token; most tasks need one.
+        scheduler, scheduler_config: class name and fields as a dict or JSON, see `generate_many.set_scheduler`.
+        batch_size: requests a forward.
+        device: None for the GPU if there is one.
+        max_batch_size: lm-eval passes it along with `batch_size`; not used.
+        torch_dtype: float32, bfloat16 or float16.
+        seed: every request has its own generator, seeded by this, its prompt, and how often that prompt came before.
+        revision, trust_remote_code: as the pipeline's.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        quality_head: str | None = None,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        steps: int | None = None,
+        temperature: float | None = None,
+        eos_token_id: int | None = None,
+        scheduler: str | None = None,
+        scheduler_config: str | dict | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        torch_dtype: str = "float32",
+        seed: int = 0,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        super().__init__()
+        if torch_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"`torch_dtype` must be float32, bfloat16 or float16, got {torch_dtype!r}.")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        if gen_length is not None and (not isinstance(gen_length, int) or gen_length < 1):
+            raise ValueError(f"`gen_length` must be an integer of at least 1, got {gen_length!r}.")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.pipe = PrismPipeline.from_pretrained(
+            pretrained,
+            quality_head=quality_head,
+            torch_dtype=getattr(torch, torch_dtype),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        ).to(self._device)
+        self.pipe.set_progress_bar_config(disable=True)
+        if self.pipe.tokenizer is None:
+            raise ValueError(f"{pretrained!r} has no tokenizer, so it cannot read the prompts of lm-eval.")
+        if scheduler is not None or scheduler_config is not None:
+            fields = json.dumps(scheduler_config) if isinstance(scheduler_config, dict) else scheduler_config
+            set_scheduler(self.pipe, scheduler, fields)
+        self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
+        self.temperature, self.batch_size, self.seed = temperature, int(batch_size), seed
+        self.eos_token_id = eos_token_id
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The text of each request, cut at the first of its `until` strings.
+
+        Prompts are continued as they are: lm-eval has put them into the chat template under --apply_chat_template.
+        Requests of the same settings share batches, by length.
+
+        Raises:
+            ValueError: a prompt that does not fit with the tokens to generate (nothing is cut off), or a setting of the
+                task that cannot be honoured.
+        """
+        from tqdm import tqdm
+
+        texts = [request.args[0] for request in requests]
+        calls = [self._call(request.args[1]) for request in requests]
+        lengths = [len(ids) for ids in prompt_ids(texts, self.pipe.tokenizer)]
+        limit = max_length(self.pipe.model.config)
+        for length, call in zip(lengths, calls, strict=True):
+            if not length:
+                raise ValueError("A request of the task has an empty prompt, and there is nothing to continue.")
+            if limit is not None and length + call["gen_length"] > limit:
+                raise ValueError(
+                    f"A prompt has {length} tokens and {call['gen_length']} are to be generated; the model takes "
+                    f"{limit}. Use fewer shots (--num_fewshot) or a smaller gen_length; prompts are not cut."
+                )
+            steps = call["num_inference_steps"]
+            check_steps(self.pipe, ["a prompt"], [length], call["gen_length"], call["block_length"], steps)
+        groups = [json.dumps(call, sort_keys=True) for call in calls]
+        if self.pipe.spec.attention == "block_causal" or self.pipe.tokenizer.pad_token_id is None:
+            groups = [f"{length} {group}" for length, group in zip(lengths, groups, strict=True)]
+        # A task may ask for several answers to one prompt (`repeats`): each needs noise of its own.
+        seen = Counter()
+        seeds = []
+        for text in texts:
+            seeds.append(self._seed(text, seen[text]))
+            seen[text] += 1
+        answers = [None] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
+            for batch in plan_batches(lengths, self.batch_size, groups):
+                generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+                out = self.pipe(
+                    [texts[i] for i in batch], use_chat_template=False, generator=generators, **calls[batch[0]]
+                )
+                for i, text in zip(batch, out.texts, strict=True):
+                    answers[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                bar.update(len(batch))
+        return answers
+
+    def _call(self, asked: dict) -> dict:
+        """Arguments of the pipeline for the settings that a task asks for."""
+        if asked.get("num_beams") == 1:  # asks for nothing
+            asked = {name: value for name, value in asked.items() if name != "num_beams"}
+        if unknown := sorted(set(asked) - KNOWN):
+            raise ValueError(f"The task asks for {unknown[0]!r} in its generation_kwargs; known: {sorted(KNOWN)}.")
+        wanted = next((asked[name] for name in LENGTHS if asked.get(name) is not None), 256)
+        gen_length = self.gen_length or int(wanted)
+        block_length = self.block_length
+        if block_length is None and self.pipe.spec.attention != "block_causal":
+            block_length = min(32, gen_length)
+        temperature = self.temperature
+        if temperature is None:
+            temperature = float(asked.get("temperature") or 0.0) if asked.get("do_sample", True) else 0.0
+        until = asked.get("until") or []
+        call = {
+            "gen_length": gen_length,
+            "block_length": block_length,
+            "num_inference_steps": self.steps or gen_length,
+            "temperature": temperature,
+            "eos_token_id": self.eos_token_id,
+            "stop": [until] if isinstance(until, str) else [text for text in until if text],
+        }
+        return call | {name: asked[name] for name in ("top_p", "top_k") if asked.get(name) is not None}
+
+    def _seed(self, text: str, repeat: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {repeat} {text}".encode()).digest()[:4], "big")
+
+    def loglikelihood(self, requests):
+        """Refused."""
+        raise NotImplementedError(
+            "Likelihood tasks are refused: a masked diffusion model gives p(token | the rest) and only a Monte Carlo "
+            "bound on the likelihood of a text, and sampling with remasking has none at all; use generation tasks."
+        )
+
+    def loglikelihood_rolling(self, requests):
+        """Refused, as `loglikelihood`."""
+        return self.loglikelihood(requests)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The chat as text, by the tokenizer's template.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if not self.pipe.tokenizer.chat_template:
+            raise ValueError("The tokenizer has no chat template; run without --apply_chat_template.")
+        return self.pipe.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template in use, for the record of lm-eval."""
+        return self.pipe.tokenizer.chat_template if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, for the request cache of lm-eval."""
+        return self.pipe.tokenizer.name_or_path.replace("/", "__")
+
+
+def main() -> None:
+    """`lm_eval`, with `prism` registered."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    sys.modules["prism_pipelines.integrations.lm_eval"] = sys.modules[
+        "__main__"
+    ]  # or an import would register it twice
+    main()

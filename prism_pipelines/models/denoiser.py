@@ -1,0 +1,345 @@
+"""A backbone behind one contract: token ids -> the input of its output head -> logits at chosen positions.
+
+The last hidden state is defined as the *input of the output head*. It is caught by a forward-pre-hook, which also hands
+the head zero rows: one forward of the model then costs the body alone, and logits are made later, only where read.
+A model serves one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .families import MDMSpec, reads_only_masks
+
+# Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
+# causal; tests/test_speed.py holds each to the result with a mask of zeros.
+UNMASKED = (
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+
+class HeadInput:
+    """Forward-pre-hook of an output head that, while `catching`, keeps what the head is given and hands it no rows.
+
+    It stays on the head, and is one object: `torch.compile` traces it with the model, and guards `catching`.
+    """
+
+    def __init__(self):
+        self.catching, self.caught = False, None
+
+    def __call__(self, module: nn.Module, args: tuple):
+        if not self.catching:
+            return None
+        self.caught = args[0]
+        return (args[0][:, :0], *args[1:])
+
+    @classmethod
+    def of(cls, head: nn.Module) -> HeadInput:
+        """The one of `head`, registered if there is none yet."""
+        hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
+        if hook is None:
+            hook = cls()
+            head.register_forward_pre_hook(hook)
+        return hook
+
+
+class MaskedDenoiser(nn.Module):
+    """A masked language model as `ids -> hidden -> logits at positions`, with forbidden ids at -inf.
+
+    Args:
+        model: transformers model that has output embeddings.
+        spec: facts about it, see `MDMSpec`.
+        num_tokens: ids at and above this are not in the tokenizer and never predicted; None keeps all of them.
+        suppressed: further ids that are never predicted (padding); the mask id always is.
+    Raises:
+        ValueError: the model has no output head.
+    """
+
+    def __init__(self, model: nn.Module, spec: MDMSpec, num_tokens: int | None = None, suppressed=()):
+        super().__init__()
+        self.model, self.spec = model, spec
+        if spec.output_head and spec.output_head not in dict(model.named_modules()):
+            raise ValueError(f"`output_head` {spec.output_head!r} is no module of {type(model).__name__}.")
+        head = self._output_head()
+        vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
+        forbidden = torch.zeros(vocab_size, dtype=torch.bool)
+        forbidden[list({spec.mask_token_id, *suppressed})] = True
+        forbidden[vocab_size if num_tokens is None else num_tokens :] = True
+        ids, device = forbidden.nonzero()[:, 0], head.weight.device
+        if device.type == "meta":  # an offloaded weight, which comes back where and when it is used
+            device = forbidden.device
+        self.register_buffer("forbidden", forbidden.to(device), persistent=False)  # (V,)
+        self.register_buffer("forbidden_ids", ids.to(device), persistent=False)  # a few of them
+
+    def _output_head(self) -> nn.Module:
+        head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
+        head = head or self.model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no output head (get_output_embeddings() is None). "
+                "Load it with its language-model head, or name the head in MDMSpec(output_head=...)."
+            )
+        return head
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `logits` uses and `hidden` does not, but for weights tied to the embeddings."""
+        bias = [self.model.get_parameter(self.spec.output_bias)] if self.spec.output_bias else []
+        return [*self._output_head().parameters(), *bias]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the output head."""
+        return self.forbidden.shape[0]
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        reach: int | None = None,
+        past_key_values=None,
+    ) -> Tensor:
+        """The input of the output head, by one forward of the model in which that head gets no row.
+
+        Args:
+            input_ids: int64 of shape (B, L).
+            attention_mask: 1 for tokens and 0 for padding, of shape (B, L); None for no padding.
+            columns: run the model on these positions only, int64 (B, W), with the keys and values of all others from
+                `past_key_values`; L itself, where a row has fewer than W, gives a result without meaning. None for all.
+            reach: with `columns`, how many positions, from the first, there are keys for; None for L.
+            past_key_values: transformers cache that gives and takes the keys and values; only for models with an
+                additive mask, see `sampling/kv_cache.py`.
+        Returns:
+            (B, L, H), or (B, W, H) with `columns`, in the model's dtype; means nothing at padding.
+        """
+        hook = HeadInput.of(self._output_head())
+        inputs = self.inputs(input_ids, attention_mask, columns=columns, reach=reach)
+        if past_key_values is not None:
+            inputs |= {"past_key_values": past_key_values, "use_cache": True}
+        asked = input_ids if columns is None else take_columns(input_ids, columns)
+        try:
+            hook.catching = True
+            with not_causal(self.model.config if "is_causal" in inputs else None):
+                self.model(input_ids=asked, return_dict=True, **inputs)
+            hidden = hook.caught.to(input_ids.device)  # from the last device of a model that is spread over several
+        finally:
+            hook.catching, hook.caught = False, None
+        if self.spec.logit_shift and attention_mask is not None and columns is None:
+            # What a shifted model reads for the first token of a row is its own row, also behind padding.
+            shown = attention_mask.bool()
+            before_first = ~shown[:, :-1] & shown[:, 1:] & (attention_mask.cumsum(-1)[:, 1:] == 1)
+            front = torch.where(before_first[..., None], hidden[:, 1:], hidden[:, :-1])
+            hidden = torch.cat([front, hidden[:, -1:]], dim=1)
+        return hidden
+
+    def inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        reach: int | None = None,
+    ) -> dict[str, Tensor | bool]:
+        """What else the model's forward takes, as the spec says; arguments as `hidden`."""
+        spec, inputs = self.spec, {}
+        positions = token_positions(input_ids, attention_mask)
+        if not reads_only_masks(getattr(self.model, "config", None)):
+            hidden = input_ids == spec.mask_token_id
+            if attention_mask is not None:
+                hidden = hidden | (attention_mask == 0)
+            if hidden.all(-1).any():
+                raise ValueError(
+                    "A row holds nothing but masks, and this model (ESM, token_dropout) divides by the share of other "
+                    'tokens. Keep the tokens at its ends: infill="<cls><mask>...<mask><eos>" as ids or text.'
+                )
+        if spec.mask_format == "padding":
+            inputs["attention_mask"] = attention_mask
+        elif spec.mask_format == "additive" and attention_mask is None and self._sees_all_without_mask():
+            inputs |= {"is_causal": False, "use_cache": False}
+        elif spec.mask_format == "additive":
+            block_length = spec.block_length if spec.attention == "block_causal" else None
+            dtype = self._output_head().weight.dtype
+            dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()  # a quantized head stores integers
+            inputs["attention_mask"] = additive_mask(positions, attention_mask, block_length, dtype, columns, reach)
+            inputs["use_cache"] = False
+        elif attention_mask is not None:
+            raise ValueError("This model takes no attention mask, so rows of a batch must have the same length.")
+        if "position_ids" in spec.extra_inputs:
+            inputs["position_ids"] = positions if columns is None else take_columns(positions, columns)
+        if "offset_position_ids" in spec.extra_inputs:
+            padding_place = self.model.config.pad_token_id
+            inputs["position_ids"] = positions + padding_place + 1
+            if attention_mask is not None:
+                inputs["position_ids"] = inputs["position_ids"].masked_fill(attention_mask == 0, padding_place)
+        if "timesteps" in spec.extra_inputs:
+            inputs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
+        return inputs
+
+    def _sees_all_without_mask(self) -> bool:
+        """May the mask of zeros be left out? Flash kernels take none."""
+        model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile(model)
+        native = type(model).__module__.startswith("transformers.") and type(model).__name__ in UNMASKED
+        return (
+            native
+            and self.spec.attention == "bidirectional"
+            and model.config._attn_implementation == "sdpa"
+            and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}
+            and getattr(model.config, "sliding_window", None) is None
+        )
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
+        logits = self._output_head()(rows).to(rows.device)
+        if self.spec.output_bias:
+            logits = logits + self.model.get_parameter(self.spec.output_bias)
+        ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does
+        if logits.requires_grad:
+            return logits.index_fill(-1, ids, -torch.inf)
+        return logits.index_fill_(-1, ids, -torch.inf)  # fresh from the head: no need of a copy
+
+    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Logits that predict the tokens at `positions`.
+
+        Args:
+            hidden: (B, L, H) from `hidden`.
+            positions: bool of shape (B, L), N of them true.
+        Returns:
+            (N, V), in row-major order of `positions`, in the model's dtype.
+        """
+        return self.logits_at(hidden, *positions.nonzero(as_tuple=True))
+
+    def logits_at(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """As `logits`, at positions given as rows and columns, int64 (N,) each."""
+        # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
+        return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+
+
+@contextmanager
+def not_causal(config) -> Iterator[None]:
+    """While it lasts, transformers builds no causal mask for a model of this config; None for nothing to do."""
+    if config is None:
+        yield
+        return
+    before = vars(config).get("is_causal")
+    config.is_causal = False
+    try:
+        yield
+    finally:
+        del config.is_causal  # or it would be saved with the model
+        if before is not None:
+            config.is_causal = before
+
+
+def token_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Position of each token, counted from the first of its row that is no padding, int64 (B, L); 0 at padding."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).masked_fill(attention_mask == 0, 0)
+
+
+def take_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """`values` (B, L) at `columns` (B, W); a column beyond the last gives the last."""
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
+
+
+def additive_mask(
+    positions: Tensor,
+    attention_mask: Tensor | None,
+    block_length: int | None,
+    dtype: torch.dtype,
+    columns: Tensor | None = None,
+    reach: int | None = None,
+) -> Tensor:
+    """Which token sees which, to be added to attention scores: 0 where it does, the lowest finite number where not.
+
+    Args:
+        positions: of each token in its row, int64 (B, L).
+        attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
+        block_length: None if every token sees every other; else a token sees its own block and those before.
+        dtype: of the result; that of the model.
+        columns: which tokens ask, int64 (B, Q); None for all.
+        reach: how many tokens, from the first, are asked; None for all.
+    Returns:
+        (B, 1, Q, K), query by key. Padding is never seen, except by itself: a softmax over nothing is NaN.
+    """
+    batch, length = positions.shape
+    every = torch.arange(length, device=positions.device)
+    columns = every.expand(batch, -1) if columns is None else columns
+    reach = length if reach is None else reach
+    seen = torch.ones(batch, columns.shape[1], reach, dtype=torch.bool, device=positions.device)
+    if block_length is not None:
+        block = positions // block_length
+        seen = block[:, None, :reach] <= take_columns(block, columns)[:, :, None]
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, :reach]
+        seen = seen | (columns[:, :, None] == every[:reach])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+class LazyLogits:
+    """Logits of one forward that are computed when indexed, at just the positions asked for.
+
+    `lazy[positions]` with a boolean (B, L) mask gives (N, V), as a dense (B, L, V) tensor would.
+    """
+
+    def __init__(self, denoiser: MaskedDenoiser, hidden: Tensor):
+        self.denoiser, self.hidden = denoiser, hidden
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.denoiser.logits(self.hidden, positions)
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """Logits (N, V) that predict the tokens at rows and columns, int64 (N,) each. Nothing waits for the device."""
+        return self.denoiser.logits_at(self.hidden, row, column)
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token whose logits are -inf already."""
+        return self.denoiser.spec.mask_token_id
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, L, V), the shape of the dense logits that are never made."""
+        return torch.Size((*self.hidden.shape[:2], self.denoiser.vocab_size))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits will be."""
+        return self.hidden.device
+
+
+class GuidedLogits:
+    """Classifier-free guidance, made where it is indexed: `u + (cfg_scale + 1) * (c - u)` of two `LazyLogits`.
+
+    Args:
+        conditional: logits c given the prompt.
+        unconditional: logits u of the same canvas with the prompt masked.
+        cfg_scale: strength; 0 gives c.
+    Source: LLaDA (arXiv 2502.09992, appendix on classifier-free guidance).
+    """
+
+    def __init__(self, conditional: LazyLogits, unconditional: LazyLogits, cfg_scale: float):
+        self.conditional, self.unconditional, self.cfg_scale = conditional, unconditional, cfg_scale
+        self.shape, self.device = conditional.shape, conditional.device
+        self.mask_token_id = conditional.mask_token_id
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self._guided(self.conditional[positions], self.unconditional[positions])
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """As `LazyLogits.at`."""
+        return self._guided(self.conditional.at(row, column), self.unconditional.at(row, column))
+
+    def _guided(self, given: Tensor, free: Tensor) -> Tensor:
+        # Forbidden ids are -inf in both; their difference would be NaN.
+        return torch.where(given.isneginf(), given, free + (self.cfg_scale + 1) * (given - free))

@@ -1,0 +1,270 @@
+"""The sampling loop: blocks from left to right, in each the scheduler's timesteps, one denoising for each timestep."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
+from ..models.families import MDMSpec
+from ..models.precision import warn_of_slow_bfloat16
+from ..schedulers.validation import loop_steps, own_fields
+from .canvas import Canvas, split_blocks
+from .kv_cache import CanvasForward, Seen
+from .stopping import finished_rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same through one call of the pipeline.
+
+    Args:
+        denoiser, quality_head, scheduler: the parts; the head may be None.
+        canvas: what is filled.
+        mask_token_id: of the mask.
+        sampling: keyword arguments of `scheduler.step`: temperature, top_p, top_k, generator.
+        cfg_scale: of `GuidedLogits`; None or 0 for one forward a step.
+        cache, cache_refresh_interval: of `CanvasForward`.
+        fill: end token that the rest of a finished row is filled with; None if no row finishes early.
+        ends: end tokens that finish a row; none if they do not.
+        stops: strings that finish a row.
+        tokenizer: needed for `stops`.
+    """
+
+    denoiser: MaskedDenoiser
+    quality_head: torch.nn.Module | None
+    scheduler: object
+    canvas: Canvas
+    mask_token_id: int
+    sampling: dict
+    cfg_scale: float | None = None
+    cache: str = "none"
+    cache_refresh_interval: int | None = None
+    fill: int | None = None
+    ends: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
+    tokenizer: object = None
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Forward passes of one denoising."""
+        return 2 if self.cfg_scale else 1
+
+    @cached_property
+    def adaptive(self) -> bool:
+        """May a threshold fill a block before its steps are over? A loop needs all its steps."""
+        return bool(own_fields(self.scheduler).get("use_threshold", False)) and not loop_steps(self.scheduler)
+
+    @cached_property
+    def rechecks(self) -> bool:
+        """Does a block that is full take one more pass, which may remask?"""
+        return own_fields(self.scheduler).get("accept_quality") is not None
+
+
+@dataclass
+class Filled:
+    """A canvas on its way: ids (B, L), forward passes made, and those in which each row took part (B,)."""
+
+    sample: Tensor
+    nfe: int
+    nfe_per_row: Tensor
+
+
+def scheduler_of(scheduler, threshold: float | None):
+    """The scheduler of one call: the pipeline's, or one like it that decodes by `threshold`.
+
+    Raises:
+        ValueError: a threshold outside (0, 1], also in the config; or a scheduler or order that has no use for one.
+    """
+    config, kind = own_fields(scheduler), type(scheduler).__name__
+    if threshold is None and not config.get("use_threshold", False):
+        return scheduler
+    value = config["threshold"] if threshold is None else threshold
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
+    if threshold is None:
+        return scheduler
+    if "use_threshold" not in config:
+        raise ValueError(
+            f"`threshold` is {threshold}, but {kind} does not decode by confidence. Schedulers that do: "
+            "MDLMScheduler, PrismScheduler, SelfConfidenceScheduler."
+        )
+    if config["order"] != "confidence":
+        raise ValueError(
+            f"`threshold` is {threshold}, but the scheduler writes in {config['order']!r} order, which does not ask "
+            f'how sure a token is. Set pipe.scheduler = {kind}.from_config(pipe.scheduler.config, order="confidence").'
+        )
+    return type(scheduler).from_config(config, use_threshold=True, threshold=threshold)
+
+
+def blocks_of(
+    spec: MDMSpec, canvas: Canvas, block_length: int | None, num_steps: int | None
+) -> list[tuple[Tensor, int]]:
+    """`split_blocks` of a canvas; those of a block-causal model begin where the model's own blocks do.
+
+    Raises:
+        ValueError: fewer steps than blocks, or a length that is neither a multiple nor a divisor of the model's own.
+    """
+    if spec.attention != "block_causal":
+        return split_blocks(canvas.generated, block_length, num_steps)
+    block_length = block_length or spec.block_length
+    if block_length % spec.block_length and spec.block_length % block_length:
+        raise ValueError(
+            f"`block_length` must be a multiple or a divisor of the model's block of {spec.block_length} tokens, "
+            f"got {block_length}."
+        )
+    positions = token_positions(canvas.sample, canvas.attention_mask)
+    return split_blocks(canvas.generated, block_length, num_steps, positions)
+
+
+def warn_of_idle_steps(run: Run, blocks: list[tuple[Tensor, int]]) -> None:
+    """Warn if some of the steps can do nothing: the masks are filled before, and the scheduler takes none back."""
+    if run.adaptive or run.scheduler.can_remask:
+        return
+    idle = sum(max(0, num_steps - int(block_mask.sum(-1).max())) for block_mask, num_steps in blocks)
+    if idle:
+        warnings.warn(
+            f"{idle} of {sum(num_steps for _, num_steps in blocks)} steps will write nothing: there are fewer tokens "
+            f"to generate, and {type(run.scheduler).__name__} remasks none. Lower `num_inference_steps`.",
+            stacklevel=4,
+        )
+
+
+def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable) -> Filled:
+    """Fill the masks of a canvas.
+
+    Args:
+        run: the parts and settings.
+        blocks: positions of each block, bool (B, L), and its number of steps, as `split_blocks` gives them.
+        after_step: called after each step with the timestep and the tensors of a callback; gives the canvas to go on
+            with.
+    """
+    sample = run.canvas.sample
+    if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
+        warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
+    filled = Filled(sample, 0, torch.zeros(len(sample), dtype=torch.long))
+    look = Look(run)
+    finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
+    for block_mask, num_steps in blocks:  # (B, L), int
+        fill_block(run, look, filled, block_mask & ~finished[:, None], num_steps, after_step)
+        if run.fill is not None:
+            finished = finished | finished_rows(
+                filled.sample, run.canvas.generated, run.mask_token_id, run.ends, run.stops, run.tokenizer
+            )
+            rest = run.canvas.generated & (filled.sample == run.mask_token_id) & finished[:, None]
+            filled.sample = filled.sample.masked_fill(rest, run.fill)
+    return filled
+
+
+def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_steps: int, after_step: Callable) -> None:
+    """Fill the masks of one block (B, L), in place of `filled`. Rows that have nothing to do cost nothing."""
+    active = block_mask.any(-1)  # (B,)
+    taking_part = active.tolist()
+    if not any(taking_part):
+        return
+    run.scheduler.set_timesteps(num_steps, device=block_mask.device)
+    look.begin(filled.sample, block_mask)
+    for t in run.scheduler.timesteps:  # one denoising per timestep, for every scheduler
+        logits, quality = look(filled.sample, taking_part)
+        step = run.scheduler.step(
+            logits,
+            t,
+            filled.sample,
+            quality=quality,
+            generation_mask=block_mask & active[:, None],
+            mask_token_id=run.mask_token_id,
+            **run.sampling,
+        )
+        filled.nfe += run.forwards_per_step
+        filled.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
+        tensors = {
+            "sample": step.prev_sample,
+            "quality": quality,
+            "remasked": step.remasked,
+            "unmasked": step.unmasked,
+            "generation_mask": block_mask,
+        }
+        filled.sample = after_step(t, tensors)
+        if filled.sample is not step.prev_sample:
+            look.forget()
+        if run.adaptive:
+            active = rows_at_work(run, block_mask, filled.sample, step)
+            taking_part = active.tolist()
+            if not any(taking_part):
+                break
+
+
+def rows_at_work(run: Run, block_mask: Tensor, sample: Tensor, step) -> Tensor:
+    """Rows of a block (B, L) that another step could change, bool (B,).
+
+    Those with a mask left; and, if the scheduler looks again at what it wrote, those in which `step` did something.
+    """
+    at_work = (block_mask & (sample == run.mask_token_id)).any(-1)
+    if run.rechecks:
+        at_work = at_work | (step.unmasked | step.remasked).any(-1)
+    return at_work
+
+
+class Look:
+    """Logits and quality of a canvas, by one forward of the model, or two with guidance."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        settings = (run.denoiser, run.canvas.attention_mask, run.cache, run.cache_refresh_interval)
+        self._given = CanvasForward(*settings)
+        self._free = CanvasForward(*settings) if run.cfg_scale else None
+        self._quality: Tensor | None = None
+
+    def begin(self, sample: Tensor, block_mask: Tensor) -> None:
+        """A new block (B, L) is at work."""
+        self._given.begin(sample, block_mask)
+        if self._free is not None:
+            self._free.begin(sample, block_mask)
+
+    def forget(self) -> None:
+        """The canvas was changed from outside: no cache holds any more."""
+        self._given.forget()
+        if self._free is not None:
+            self._free.forget()
+
+    def __call__(self, sample: Tensor, taking_part: list[bool]):
+        """Logits of (B, L) ids, to be indexed, and quality (B, L) or None; both old where rows do not take part."""
+        run = self.run
+        seen = self._given(sample, taking_part)
+        logits = LazyLogits(run.denoiser, seen.canvas)
+        if self._free is not None:
+            free = self._free(torch.where(run.canvas.generated, sample, run.mask_token_id), taking_part)
+            logits = GuidedLogits(logits, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
+        if run.quality_head is not None:
+            self._quality = seen.spread(self._head(seen), self._quality)
+        return logits, self._quality
+
+    def _head(self, seen: Seen) -> Tensor:
+        mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
+        mask = mask if mask is None or seen.rows is None else mask[seen.rows]
+        return self.run.quality_head(seen.fresh, mask).sigmoid()
+
+
+@contextmanager
+def memory_errors(rows: int, length: int):
+    """Turns what a device says when its memory is full into an error that says what to lower.
+
+    Raises:
+        torch.OutOfMemoryError: with the size of the batch.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises it bare
+        full = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+        if not full:
+            raise
+        raise torch.OutOfMemoryError(
+            f"Out of memory with {rows} rows of {length} tokens. Lower the number of rows of this call (prompts, or "
+            f"`num_samples`) or `gen_length`; a smaller `block_length` needs less where the logits do not fit. {error}"
+        ) from error

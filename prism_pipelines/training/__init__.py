@@ -1,0 +1,1 @@
+"""Training objectives and everything around them; `python -m prism_pipelines.training` runs one."""

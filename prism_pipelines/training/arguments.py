@@ -1,0 +1,246 @@
+"""The flags of a training run, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from ..models.precision import warn_of_slow_bfloat16
+
+CHOICES = {
+    "objective": ("mdm", "prism", "critic"),
+    "optimizer": ("adamw", "muon"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+PRESETS = ("sudoku", "owt", "llada")
+# Flags that mean nothing under the other objectives.
+REVEALING = ("num_revealed", "reveal_order", "reveal_window")
+DRAWING = ("draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "head")
+
+
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunArguments:
+    """What is trained, on what, by which objective. Everything else is `transformers.TrainingArguments`."""
+
+    objective: str = field(metadata={"help": "mdm (pretrain), prism (fine-tune with a quality head) or critic."})
+    dataset: str = field(metadata={"help": "sudoku (generated grids), or a Hub id, file or folder."})
+    preset: str | None = _flag(None, "Flags of the paper's sudoku, owt or llada setting; those given besides win.")
+    base_model: str | None = _flag(None, "Hub id, folder or saved pipeline to start from; none makes a new model.")
+    revision: str | None = _flag(None, "Branch, tag or commit of --base_model.")
+    dtype: str = _flag("float32", "Of the base model's weights; bfloat16 halves them. Adapter and head stay float32.")
+    mask_token_id: int | None = _flag(None, "Mask token of a base model that is not known.")
+    trust_remote_code: bool = _flag(False, "Run model code of --base_model where no native class serves.")
+    load_in_4bit: bool = _flag(False, "Base model in 4 bits (NF4) by bitsandbytes; for LoRA or --freeze_backbone.")
+    load_in_8bit: bool = _flag(False, "The same in 8 bits.")
+    model_type: str = _flag("roberta-prelayernorm", "transformers model_type of a new model.")
+    config_overrides: str | None = _flag(None, "Config of a new model: hidden_size=128,num_hidden_layers=8,...")
+    tokenizer: str | None = _flag(None, "Of a new model: folder or Hub id.")
+
+    dataset_name: str | None = _flag(None, "Configuration of a Hub data set.")
+    dataset_split: str = _flag("train", "Split of a Hub data set.")
+    dataset_revision: str | None = _flag(None, "Commit of a Hub data set.")
+    eval_dataset: str | None = _flag(None, "Held-out data: Hub id, file or folder; none holds out part of --dataset.")
+    eval_split: str = _flag("validation", "Split of a Hub --eval_dataset.")
+    streaming: bool = _flag(False, "Read the data as training goes; needs --max_steps.")
+    max_length: int = _flag(512, "Tokens of a packed text, and most tokens of prompt and answer together.")
+    too_long: str = _flag("error", "Prompt and answer longer than that: error, or drop.")
+    num_eval_examples: int = _flag(512, "Held-out examples (at most a tenth of --dataset).")
+    num_train_examples: int = _flag(1_000_000, "sudoku: examples in one epoch.")
+    num_base_grids: int = _flag(20_000, "sudoku: grids generated; the rest are symmetries.")
+    puzzle_share: float = _flag(0.0, "sudoku: share of examples that are puzzles.")
+    shuffle_buffer: int = _flag(1000, "With --streaming: rows among which the next one is drawn; 0 for none.")
+    sample_texts: int = _flag(0, "Texts written at each evaluation, with a page that shows how; 0 for none.")
+    puzzle_clues_min: int = _flag(23, "sudoku: fewest clues of a puzzle to train on.")
+    puzzle_clues_max: int = _flag(34, "sudoku: most clues of a puzzle to train on.")
+    sample_puzzles: int = _flag(0, "sudoku: puzzles per clue count solved at each evaluation.")
+
+    weighting: str = _flag("elbo", "MDM loss: elbo (1/t, the paper's) or uniform.")
+    mask_rate_min: float = _flag(1e-3, "Lowest masking rate t (excluded).")
+    mask_rate_max: float = _flag(1.0, "Highest masking rate t.")
+    num_revealed: int = _flag(1, "prism: k, tokens revealed per state.")
+    draws_per_state: int = _flag(1, "prism, critic: y drawn for each z.")
+    reveal_order: str = _flag("random", "prism: random or confidence.")
+    reveal_window: int | None = _flag(None, "prism: reveal in the leftmost N masks only.")
+    lambda_mdm: float = _flag(0.5, "prism, critic: weight of the MDM loss.")
+    draw_temperature: float = _flag(1.0, "prism, critic: temperature of the drawn tokens.")
+    top_p: float | None = _flag(None, "prism, critic: nucleus of the drawn tokens.")
+    head: str = _flag("linear", "prism, critic: architecture of the head, linear, mlp or block.")
+
+    rank: int | None = _flag(None, "prism, critic: rank of the LoRA adapter, 16 by default.")
+    lora_alpha: int | None = _flag(None, "Scale of the adapter; its rank by default.")
+    lora_dropout: float = _flag(0.0, "Dropout before the adapter.")
+    lora_targets: str | None = _flag(None, "Modules that get an adapter, by commas; those of the family by default.")
+    freeze_backbone: bool = _flag(False, "prism, critic: train the head alone, no adapter.")
+    full: bool = _flag(False, "prism, critic: train all weights, no adapter.")
+    optimizer: str = _flag("adamw", "adamw (see --optim), or muon for the matrices of a --full or new model.")
+    muon_learning_rate: float = _flag(0.02, "Learning rate of Muon.")
+    share: bool = field(default=False, init=False)  # --push_to_hub: ours, and not each checkpoint as the Trainer would
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transformers.TrainingArguments]:
+    """Flags of the command line (and of files given by `--args_file`, and of `--preset`); unknown ones are an error.
+
+    Raises:
+        ValueError: a value that no run can use.
+    """
+    parser = HfArgumentParser((RunArguments, transformers.TrainingArguments), prog="prism_pipelines.training")
+    parser.set_defaults(
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        report_to="none",
+        label_names=["input_ids"],
+        use_cpu=not torch.accelerator.is_available(),  # else --bf16 is refused where there is a CPU alone
+    )
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        parser.parse_args(["--help"])  # transformers' reading of --args_file would show that flag alone
+    words = expanded(words)
+    run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], look_for_args_file=False)
+    # A loss that is no number would be replaced by the mean of the others, and the run would go on.
+    args.logging_nan_inf_filter = False
+    # Processes that shuffle by seeds of their own would read some examples twice and others never.
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs. Start by: accelerate launch -m prism_pipelines.training"
+        )
+    if run.streaming:
+        if args.dataloader_num_workers > 1:
+            raise ValueError("`--dataloader_num_workers` is at most 1 with --streaming: each reads other rows.")
+        args.accelerator_config.dispatch_batches = False  # each process reads for itself: batches differ in length
+    if args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in (args.lr_scheduler_kwargs or {}):
+        raise ValueError(
+            "`--lr_scheduler_type warmup_stable_decay` needs its length: --lr_scheduler_kwargs "
+            "'{\"num_decay_steps\": 100}'."
+        )
+    if (run.sample_texts or run.sample_puzzles) and args.eval_strategy == "no":
+        raise ValueError("`--sample_texts` and `--sample_puzzles` are written at evaluations: pass --eval_strategy.")
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "`--load_best_model_at_end` is not supported: the last weights are the result. Choose a checkpoint by "
+            "training_log.jsonl, and stop there by --max_steps."
+        )
+    if args.save_only_model:
+        raise ValueError(
+            "`--save_only_model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
+            "Pass --save_total_limit 1 for a small folder."
+        )
+    run.share, args.push_to_hub = args.push_to_hub, False
+    if run.share and not args.hub_model_id:
+        raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
+    if (args.bf16 or run.dtype == "bfloat16") and args.device.type == "cpu":
+        warn_of_slow_bfloat16("Pass --bf16 false --dtype float32.")
+    check_run(run)
+    return run, args
+
+
+def expanded(words: list[str]) -> list[str]:
+    """The words with the flags of the files of `--args_file FILE` before them: those on the command line win.
+
+    Raises:
+        ValueError: there is no such file, or one names another.
+    """
+    from_files, rest, left = [], [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name != "--args_file":
+            rest.append(word)
+            continue
+        file = Path(value if equals else next(left, ""))
+        if not file.is_file():
+            raise ValueError(f"`--args_file` {str(file)!r} is no file.")
+        flags = shlex.split(file.read_text(), comments=True)
+        if any(flag.partition("=")[0] == "--args_file" for flag in flags):
+            raise ValueError(f"`--args_file` {str(file)!r} names another --args_file; pass both on the command line.")
+        from_files += flags
+    return from_files + rest
+
+
+def preset_flags(words: list[str]) -> list[str]:
+    """Flags of the file of `--preset NAME` or `--preset=NAME`, [] without one.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    named = [words[i + 1 : i + 2] for i, word in enumerate(words) if word == "--preset"]
+    named += [[word.split("=", 1)[1]] for word in words if word.startswith("--preset=")]
+    if not named:
+        return []
+    name = named[-1][0] if named[-1] else ""
+    if name not in PRESETS:
+        raise ValueError(f"`--preset` must be one of {', '.join(PRESETS)}, got {name!r}.")
+    file = resources.files("prism_pipelines.training") / "presets" / f"{name}.args"
+    return shlex.split(file.read_text(), comments=True)
+
+
+def check_run(run: RunArguments) -> None:
+    """Checks flags against each other, and fills in the defaults of the adapter.
+
+    Raises:
+        ValueError: what no run can use, by the name of the flag.
+    """
+    for name, choices in CHOICES.items():
+        if getattr(run, name) not in choices:
+            raise ValueError(f"`--{name}` must be one of {', '.join(choices)}, got {getattr(run, name)!r}.")
+    tuned = [f"--{name}" for name in ("freeze_backbone", "full") if getattr(run, name)]
+    adapter = [f"--{name}" for name in ("rank", "lora_alpha", "lora_targets") if getattr(run, name) is not None]
+    adapter += ["--lora_dropout"] if run.lora_dropout else []
+    if run.objective == "mdm" and (tuned or adapter):
+        raise ValueError(f"{(tuned + adapter)[0]} goes with --objective prism or critic; mdm trains all weights.")
+    unused = {"mdm": REVEALING + DRAWING, "critic": REVEALING, "prism": ()}[run.objective]
+    if given := [name for name in unused if getattr(run, name) != getattr(RunArguments, name)]:
+        place = "prism" if given[0] in REVEALING else "prism or critic"
+        raise ValueError(f"`--{given[0]}` goes with --objective {place}; {run.objective} has no use for it.")
+    if run.objective != "mdm" and run.base_model is None:
+        raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
+    new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
+    if run.base_model is not None and new:
+        raise ValueError(f"`--{new[0]}` is of a new model; `--base_model` brings its own.")
+    if len(tuned) + bool(adapter) > 1:
+        raise ValueError(f"Pass one of --freeze_backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
+    if run.optimizer == "muon" and run.objective != "mdm" and not run.full:
+        raise ValueError("`--optimizer muon` is for all weights: pass --full, or leave it out.")
+    if (run.load_in_4bit or run.load_in_8bit) and (run.full or run.objective == "mdm"):
+        raise ValueError("Weights in 4 or 8 bits cannot be trained; use LoRA or --freeze_backbone.")
+    if run.dtype != "float32" and (run.full or run.objective == "mdm"):
+        raise ValueError("`--dtype` must be float32 where all weights are trained; --bf16 computes in bfloat16.")
+    check_ranges(run)
+    if run.dataset != "sudoku" and (run.puzzle_share or run.sample_puzzles):
+        raise ValueError("`--puzzle_share` and `--sample_puzzles` go with --dataset sudoku.")
+    if run.dataset == "sudoku" and (run.sample_texts or run.streaming):
+        raise ValueError("`--sample_texts` and `--streaming` go with a data set of text.")
+    if not 20 <= run.puzzle_clues_min <= run.puzzle_clues_max <= 80:
+        raise ValueError(
+            "`--puzzle_clues_min` and `--puzzle_clues_max` must hold 20 <= min <= max <= 80, got "
+            f"{run.puzzle_clues_min} and {run.puzzle_clues_max}."
+        )
+    run.rank = run.rank or 16
+    run.lora_alpha = run.lora_alpha or run.rank
+
+
+def check_ranges(run: RunArguments) -> None:
+    """Checks counts and shares.
+
+    Raises:
+        ValueError: one that no run can use, by the name of its flag.
+    """
+    lowest = dict.fromkeys(("rank", "lora_alpha", "max_length", "num_train_examples", "num_base_grids"), 1)
+    lowest |= dict.fromkeys(("num_eval_examples", "shuffle_buffer", "sample_texts", "sample_puzzles"), 0)
+    for name, least in lowest.items():
+        value = getattr(run, name)
+        if value is not None and value < least:
+            raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+    for name in ("puzzle_share", "lora_dropout"):
+        if not 0 <= getattr(run, name) <= 1:
+            raise ValueError(f"`--{name}` must be in [0, 1], got {getattr(run, name)}.")

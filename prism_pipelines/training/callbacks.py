@@ -1,0 +1,284 @@
+"""What a training run writes down besides its weights: parts of the loss, the head on held-out data, puzzles solved."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import TrainerCallback
+
+from .. import sudoku
+from ..evaluation.plots import reliability_figure
+from ..evaluation.sudoku import calibration
+from ..models.checks import max_length
+from ..pipeline_prism import PrismPipeline
+from ..sampling.trace import trace_to_html
+from ..schedulers import MDLMScheduler
+from .checkpointing import write_whole
+from .data import HELD_OUT_SEED
+from .losses import PRISMObjective
+
+logger = logging.getLogger(__name__)
+
+DRIFT_BATCHES = 16  # held-out batches on which the drift is measured, the first ones
+DRIFT_TOKENS = 64  # most masks of a batch whose whole posterior is kept, V numbers each ...
+DRIFT_NUMBERS = 2**21  # ... and most of these numbers: 8 MB a batch
+
+
+def write_log(output_dir: str, entry: dict) -> None:
+    """Append one JSON object to `<output_dir>/training_log.jsonl`."""
+    with (Path(output_dir) / "training_log.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read_log(output_dir: str) -> list[dict]:
+    """The entries that `write_log` wrote; the last one is left out if a kill cut it short."""
+    file, entries = Path(output_dir) / "training_log.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
+class MetricsLog(TrainerCallback):
+    """Appends each entry of the Trainer's log to `<output_dir>/training_log.jsonl`, one JSON object a line.
+
+    An entry of training also gets the mean of every scalar the objective returned since the last one (loss_mdm,
+    loss_prism, accuracy, ...), over all processes, which the Trainer itself drops. Every checkpoint ends such a span,
+    and a resumed run takes back what was logged after its checkpoint: so the log of a run that was killed and resumed
+    is that of one that was not.
+    """
+
+    def __init__(self, objective: torch.nn.Module):
+        self.sums, self.counts = {}, {}
+        objective.register_forward_hook(self.collect)
+
+    def collect(self, objective, inputs, output):
+        """Forward hook: adds up the scalars of one training step, without waiting for the device."""
+        if objective.training:
+            for name, value in output.items():
+                if isinstance(value, torch.Tensor):
+                    self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+                    self.counts[name] = self.counts.get(name, 0) + 1
+
+    def on_train_begin(self, args, state, control, **_):
+        """Takes back the entries after the step from which the run goes on."""
+        file = Path(args.output_dir) / "training_log.jsonl"
+        if state.is_world_process_zero:
+            kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
+            kept = kept if state.global_step else []
+            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+    def on_step_end(self, args, state, control, **_):
+        """Has the loss logged wherever a checkpoint is written."""
+        control.should_log = control.should_log or control.should_save
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Called by the Trainer on every process; only the first one writes.
+
+        Raises:
+            FloatingPointError: the loss is no number any more.
+        """
+        entry = {"step": state.global_step, **(logs or {})}
+        loss = entry.get("loss")
+        if loss is not None and not torch.tensor(loss).isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss} at step {state.global_step}. Lower --learning_rate, or check the data; the last "
+                "checkpoint was written before this."
+            )
+        if loss is not None and self.counts:
+            entry |= self.means()
+            self.sums, self.counts = {}, {}
+        if state.is_world_process_zero:
+            write_log(args.output_dir, entry)
+
+    def means(self) -> dict[str, float]:
+        """Means of the scalars since the last entry; every process must call."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        return {name: value for name, value in zip(names, values.tolist(), strict=True) if name != "loss"}
+
+
+class SudokuProgress(TrainerCallback):
+    """At every evaluation, solves held-out puzzles and logs the share solved by number of clues.
+
+    Two ways, 52 forwards each: the model alone in confidence order, and the pipeline as it will be saved.
+
+    Args:
+        pipe: the pipeline of the modules that are trained.
+        num_puzzles: of each number of clues.
+        log: the Trainer's, which tells `MetricsLog` and trackers.
+    """
+
+    def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]):
+        self.pipe, self.log = pipe, log
+        self.sets = {clues: sudoku.make_puzzles(num_puzzles, clues, HELD_OUT_SEED)[0] for clues in (44, 36, 30)}
+
+    def on_evaluate(self, args, state, control, **_):
+        """Called by the Trainer after each evaluation."""
+        if not state.is_world_process_zero:
+            return
+        training = self.pipe.model.training
+        self.pipe.model.eval()
+        entry, scheduler = {}, self.pipe.scheduler
+        for name, arm in (("confidence", MDLMScheduler(order="confidence", temperature=0.0)), ("pipeline", scheduler)):
+            self.pipe.scheduler = arm
+            for clues, puzzles in self.sets.items():
+                out = self.pipe(
+                    infill=torch.from_numpy(sudoku.to_ids(puzzles)),
+                    num_inference_steps=52,
+                    generator=torch.Generator().manual_seed(0),
+                    output_type="seq",
+                )
+                entry[f"solved_{name}_{clues}_clues"] = float(sudoku.is_solved(out.sequences.cpu(), puzzles).mean())
+        self.pipe.scheduler = scheduler
+        self.pipe.model.train(training)
+        self.log(entry)
+
+
+class TextProgress(TrainerCallback):
+    """At every evaluation, writes texts with the pipeline as it is; each with the page that shows how it was written.
+
+    A log entry holds the texts, and `<output_dir>/samples/step-<step>-<i>.html` their pages.
+
+    Args:
+        pipe: the pipeline of the modules that are trained.
+        prompts: ids to go on from, each int64 (P,); of length 0 for a text from nothing.
+        gen_length: tokens written, in half as many forwards; fewer where the model takes no more.
+    """
+
+    def __init__(self, pipe: PrismPipeline, prompts: list[torch.Tensor], gen_length: int):
+        self.pipe, self.prompts, self.gen_length = pipe, prompts, gen_length
+
+    def on_evaluate(self, args, state, control, **_):
+        """Called by the Trainer after each evaluation."""
+        if not state.is_world_process_zero:
+            return
+        training, device, texts = self.pipe.model.training, self.pipe.device, []
+        self.pipe.model.eval()
+        (Path(args.output_dir) / "samples").mkdir(exist_ok=True)
+        limit = max_length(self.pipe.model.config) or math.inf
+        for number, prompt in enumerate(self.prompts):
+            gen_length = min(self.gen_length, limit - len(prompt))
+            given = {"input_ids": prompt[None].to(device)} if len(prompt) else {"num_samples": 1}
+            out = self.pipe(
+                **given,
+                gen_length=gen_length,
+                num_inference_steps=max(1, gen_length // 2),
+                generator=torch.Generator().manual_seed(number),
+                return_trace=True,
+            )
+            texts += out.texts
+            page = trace_to_html(out.trace, self.pipe.tokenizer, title=f"Step {state.global_step}")
+            (Path(args.output_dir) / "samples" / f"step-{state.global_step}-{number}.html").write_text(page)
+        self.pipe.model.train(training)
+        write_log(args.output_dir, {"step": state.global_step, "texts": texts})
+
+
+class HeadProgress(TrainerCallback):
+    """At every evaluation, measures the head and the backbone on held-out examples, and logs it.
+
+    Each example is masked and k masks are filled as in training, with the same noise every time, so entries compare:
+
+        eval_loss_prism, eval_loss_mdm    the two parts of the loss
+        eval_auroc, eval_ece              of the head at the filled tokens; chance is 0.5, and 0 is calibrated
+        eval_share_right                  filled tokens that are right: what a head without knowledge would say of all
+        eval_posterior_drift              mean KL(base || now) of the unmasking posterior at masks, nats: what LoRA or
+                                          full tuning moved since the first entry, which is taken before any step;
+                                          on the first `DRIFT_BATCHES` batches, the others on all
+
+    Args:
+        objective: the `PRISMObjective` that is trained.
+        batches: held-out batches, as the objective takes them.
+        log: the Trainer's, which tells `MetricsLog` and trackers.
+    """
+
+    def __init__(self, objective: PRISMObjective, batches: list[dict[str, torch.Tensor]], log: Callable[[dict], None]):
+        self.objective, self.batches, self.log, self.base = objective, batches, log, None
+
+    def on_train_begin(self, args, state, control, **_):
+        """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
+        file = Path(args.output_dir) / "base_posterior.safetensors"
+        if state.global_step == 0:
+            entry = self.measure()
+            self.base = self.now
+            if state.is_world_process_zero:
+                write_whole(file, save({"log_probs": self.base, "batches": self.digest()}))
+            self.log(entry | {"eval_posterior_drift": 0.0})
+        elif not file.is_file():
+            logger.warning("%s is gone, so eval_posterior_drift is left out from now on.", file)
+        elif not torch.equal((saved := load_file(file)).get("batches", torch.empty(0)), self.digest()):
+            logger.warning("The held-out batches are others now, so eval_posterior_drift is left out from now on.")
+        else:
+            self.base = saved["log_probs"]
+
+    def digest(self) -> torch.Tensor:
+        """What the batches of the drift hold, uint8 (32,): the reference is of use for these alone."""
+        sha = hashlib.sha256()
+        for batch in self.batches[:DRIFT_BATCHES]:
+            for name, value in sorted(batch.items()):
+                sha.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+        return torch.tensor(list(sha.digest()), dtype=torch.uint8)
+
+    def on_evaluate(self, args, state, control, **_):
+        """Called by the Trainer after each evaluation, on every process."""
+        entry = self.measure()
+        if self.base is not None:
+            # Forbidden ids have log-probability -inf in both, and their difference is no number; they add nothing.
+            terms = torch.where(self.base.isneginf(), 0.0, self.base.exp() * (self.base - self.now))
+            entry["eval_posterior_drift"] = float(terms.sum(-1).mean())
+        self.log(entry)
+        if state.is_world_process_zero:
+            self.draw(Path(args.output_dir) / "calibration.png")
+
+    def draw(self, path: Path) -> None:
+        """The calibration figure of the model card, from the last `measure`."""
+        try:
+            reliability_figure({"held-out tokens": self.score["reliability"]}, path)
+        except ImportError as error:
+            logger.warning("The model card gets no calibration figure. %s", error)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """All but the drift, for which it keeps the posterior at the first masks of each batch as `now`."""
+        objective, device = self.objective, self.objective.denoiser.forbidden.device
+        few = min(DRIFT_TOKENS, DRIFT_NUMBERS // objective.denoiser.vocab_size)
+        training = objective.training
+        objective.eval()
+        outputs = []
+        for number, batch in enumerate(self.batches):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            noise = torch.Generator().manual_seed(number)
+            kept = few if number < DRIFT_BATCHES else 0
+            out = objective(**batch, generator=noise, part="measure", num_log_probs=kept)
+            outputs.append({name: value.cpu() for name, value in out.items()})
+        objective.train(training)
+        quality, right, self.now = (
+            torch.cat([out[name] for out in outputs]) for name in ("quality", "right", "log_probs")
+        )
+        if not len(quality):
+            raise ValueError(
+                f"None of the {sum(len(batch['input_ids']) for batch in self.batches)} held-out examples had a masked "
+                "token to judge: raise --num_eval_examples, or pass --eval_strategy no."
+            )
+        if not quality.isfinite().all():
+            raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning_rate.")
+        self.score = score = calibration(quality.sigmoid().numpy(), right.numpy())
+        return {
+            "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),
+            "eval_loss_mdm": float(torch.stack([out["loss_mdm"] for out in outputs]).mean()),
+            "eval_auroc": score["auroc"],
+            "eval_ece": score["ece"],
+            "eval_share_right": float(right.float().mean()),
+        }

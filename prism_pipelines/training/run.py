@@ -1,0 +1,250 @@
+"""Train an MDM or a PRISM quality head: `accelerate launch -m prism_pipelines.training --objective mdm|prism ...`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shlex
+import sys
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from ..hub.files import is_hub_id
+from ..hub.publish import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
+from ..pipeline_prism import PrismPipeline
+from .arguments import RunArguments, parse_arguments
+from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
+from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
+from .optimizer import muon_adamw
+from .setup import (
+    RUN_FILE,
+    beginning,
+    build_objective,
+    build_pipeline,
+    check_beginning,
+    check_output_dir,
+    load_base,
+    load_examples,
+    pinned,
+)
+from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[ObjectiveTrainer, PrismPipeline]:
+    """Everything up to the first step: the trainer, and the pipeline of the modules that it trains.
+
+    Raises:
+        ValueError, OSError: a flag that no run can use, or a base model or data that is not there.
+    """
+    check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    if run.base_model and Path(run.base_model).exists():
+        run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
+    if run.share and not (run.objective == "mdm" or run.full or is_hub_id(run.base_model)):
+        raise ValueError(
+            f"`--push_to_hub` of a head needs a base model that others can load, and `--base_model` {run.base_model!r} "
+            "is no id on the Hub. Push that one first (docs/sharing.md), and train on its id."
+        )
+    set_seed(args.seed)
+    run.revision = pinned(run)
+    model, tokenizer, spec = load_base(run)
+    began = beginning(run, model)
+    train_examples, held_out, collate = load_examples(run, args, model, tokenizer, spec)
+    objective = build_objective(run, model, tokenizer, spec)
+    optimizer = None
+    if run.optimizer == "muon":
+        optimizer = muon_adamw(objective, run.muon_learning_rate, args)
+    pipe = build_pipeline(objective, tokenizer, run)
+    trainer = ObjectiveTrainer(
+        model=objective,
+        args=args,
+        data_collator=collate,
+        train_dataset=train_examples,
+        eval_dataset=held_out,
+        optimizers=(optimizer, None),
+        callbacks=[MetricsLog(objective)],
+    )
+    check_plugins(trainer.accelerator.state)
+    if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
+        raise ValueError(
+            "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
+        )
+    if args.eval_strategy != "no" and run.objective != "mdm":
+        trainer.add_callback(HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log))
+    if run.sample_texts:
+        given = [example["input_ids"][~example["trainable_mask"]] for example in held_out[: run.sample_texts]]
+        trainer.add_callback(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
+    if run.sample_puzzles:
+        trainer.add_callback(SudokuProgress(pipe, run.sample_puzzles, trainer.log))
+    trainer.facts, trainer.beginning = run_facts(run, args), began
+    if args.process_index:
+        set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
+    return trainer, pipe
+
+
+def check_plugins(state) -> None:
+    """Checks that accelerate does not split the model or the step in a way that ours are not made for.
+
+    Args:
+        state: the `accelerate.state.AcceleratorState`.
+    Raises:
+        ValueError: DeepSpeed, Megatron-LM, FSDP 1, or FSDP 2 with mixed precision.
+    """
+    way = "Use DDP, or FSDP with fsdp_version: 2 (examples/accelerate/fsdp.yaml)."
+    for kind in ("DEEPSPEED", "MEGATRON_LM"):
+        if state.distributed_type == kind:
+            raise ValueError(f"accelerate's {kind} would take a step at each of the two backwards of ours. {way}")
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(f"FSDP {fsdp.fsdp_version} flattens the weights, and checkpoints would hold none. {way}")
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        raise ValueError(
+            "FSDP with mixed precision would cast the quality head, which computes in float32. Set mixed_precision: "
+            "'no' in accelerate's file, leave out --bf16 and --fp16, and pass --dtype bfloat16."
+        )
+
+
+def eval_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
+    """The batches of the held-out examples.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not len(examples):
+        raise ValueError("No example is held out: raise --num_eval_examples, or pass --eval_strategy no.")
+    return list(DataLoader(examples, batch_size=args.per_device_eval_batch_size, collate_fn=collate))
+
+
+def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
+    """What a model card says about a run: its flags that differ from the defaults, hardware, versions."""
+    plain = {entry.name: entry.default for entry in fields(args)}
+    shown = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+    shown += ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
+    shown += ("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+    shown += ("bf16", "fp16", "gradient_checkpointing", "dataloader_drop_last")
+    own = {entry.name: entry.default for entry in fields(run) if entry.init and entry.name != "preset"}
+    if run.objective == "mdm" or run.full or run.freeze_backbone:
+        own = {name: value for name, value in own.items() if name not in ("rank", "lora_alpha")}  # filled in, not used
+    flags = {name: value for name, value in asdict(run).items() if name in own and value != own[name]}
+    flags |= {name: getattr(args, name) for name in shown if getattr(args, name) not in (plain[name], None, {})}
+    if isinstance(flags.get("lr_scheduler_kwargs"), dict):
+        flags["lr_scheduler_kwargs"] = json.dumps(flags["lr_scheduler_kwargs"])
+    if args.data_seed != args.seed:
+        flags["data_seed"] = args.data_seed
+    for name in ("base_model", "dataset", "eval_dataset", "tokenizer"):
+        if name in flags and Path(flags[name]).exists():
+            flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(getattr(value, "value", value)))]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "dataset": flags["dataset"],
+        "command": shlex.join(["accelerate", "launch", "-m", "prism_pipelines.training", *words]),
+        "hardware": f"{args.world_size} x {device}",
+        "versions": {name: version(name) for name in ("prism-pipelines", "torch", "transformers", "peft")},
+        "steps": args.max_steps if args.max_steps > 0 else None,
+    }
+
+
+def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
+    """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` goes on.
+
+    All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB.
+    """
+    args = trainer.args
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "latest":
+        checkpoint = latest_checkpoint(args.output_dir)
+        logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
+    elif checkpoint and not is_whole(Path(checkpoint)):
+        raise ValueError(
+            f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
+        )
+    if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
+        if checkpoint:
+            check_beginning(Path(checkpoint).parent, trainer.beginning)
+        drop_later(args.output_dir, step_of(checkpoint) if checkpoint else 0)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(args.output_dir) / RUN_FILE, (json.dumps(trainer.beginning) + "\n").encode())
+    if checkpoint and finished(checkpoint, args):
+        load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    check_finite(trainer.model)
+    if trainer.is_fsdp_enabled:
+        pipe = rebuilt(run, trainable(trainer.model))
+    if trainer.is_world_process_zero():
+        pipe.model.eval()
+        save(pipe, run, args, trainer.facts | {"metrics": last_metrics(args.output_dir)})
+    return pipe
+
+
+def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> PrismPipeline:
+    """The pipeline of a run from its base and its trained tensors, where the modules that were trained are sharded."""
+    model, tokenizer, spec = load_base(run)
+    objective = build_objective(run, model, tokenizer, spec)
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])
+    return build_pipeline(objective.eval(), tokenizer, run)
+
+
+def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
+    """Writes the result, and pushes it with `--push_to_hub`."""
+    folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
+    if (folder / "calibration.png").is_file():
+        facts["figure"] = str(folder / "calibration.png")
+    if run.objective == "mdm" or run.full:
+        pipe.save_pretrained(folder)
+        write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
+        if run.share:
+            push_pipeline(pipe, args.hub_model_id, facts=facts, **hub_flags)
+        return
+    save_head_repo(pipe, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+    if run.share:
+        push_head_repo(pipe, args.hub_model_id, facts=facts, **hub_flags)
+
+
+def last_metrics(folder: str) -> dict[str, float]:
+    """The last value of each held-out measure in the log."""
+    found = {}
+    for entry in read_log(folder):
+        measures = ("eval_loss", "eval_auroc", "eval_ece", "eval_posterior_drift", "solved_")
+        found |= {name: value for name, value in entry.items() if name.startswith(measures)}
+    return found
+
+
+def step_of(checkpoint: str) -> int:
+    """The step at which a checkpoint was written."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+
+
+def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:
+    """Whether a checkpoint is the last one of a run of `max_steps` steps, or, if that is not above 0, of its epochs."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["global_step"] >= state["max_steps"] and state["epoch"] >= args.num_train_epochs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status. What the user can mend prints one line: 2 before training, 1 in it."""
+    status = 2
+    try:
+        run, args = parse_arguments(argv)
+        trainer, pipe = prepare(run, args)
+        status = 1
+        train(trainer, pipe, run)
+    except (ValueError, OSError, FloatingPointError, ImportError, SafetensorError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return status
+    return 0

@@ -1,0 +1,327 @@
+"""The parts of a training run from its flags: base model, adapter, objective, pipeline, examples."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+from .. import PrismPipeline, sudoku  # the pipeline by its public name: that enters our classes in diffusers' tables
+from ..generation.output_files import module_digest
+from ..hub import backbones
+from ..hub.files import fetch_file, inside, is_hub_id, read_json
+from ..models import checks
+from ..models.denoiser import MaskedDenoiser
+from ..models.families import reads_only_masks, resolve_spec
+from ..models.quality_head import QualityHead
+from ..sampling.stopping import end_tokens, never_written
+from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
+from .checkpointing import MANIFEST
+from .data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
+from .losses import CriticObjective, MDMObjective, PRISMObjective
+
+CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
+RUN_FILE = "training_run.json"  # in the folder of a run: what it began from
+ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
+
+
+def load_base(run):
+    """(model, tokenizer, spec) to start from: those of `--base_model`, or a new model of `--model_type`.
+
+    Raises:
+        OSError, ValueError: as `backbones.load_plain`; or a new model without a tokenizer.
+    """
+    if run.base_model is None:
+        return new_model(run)
+    where = {"revision": run.revision, "cache_dir": None, "token": None, "local_files_only": False}
+    index = read_json(run.base_model, "model_index.json", where)
+    subfolder = "" if index is None else "model"
+    if read_json(run.base_model, inside(subfolder, "adapter_config.json"), where) is not None:
+        raise ValueError(
+            f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
+            "or merge it into that first."
+        )
+    loaded = backbones.load_plain(
+        run.base_model,
+        subfolder,
+        getattr(torch, run.dtype),
+        run.trust_remote_code,
+        where,
+        mdm_spec=None if index is None else backbones.spec_of_index(index, run.base_model),
+        mask_token_id=run.mask_token_id,
+        quantization_config=quantization(run),
+    )
+    tokenizer = loaded["tokenizer"]
+    if index is not None and tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(run.base_model, subfolder="tokenizer", revision=run.revision)
+    if tokenizer is None:
+        raise ValueError(f"`--base_model` {run.base_model!r} has no tokenizer.")
+    return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
+
+
+def pinned(run) -> str | None:
+    """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
+    if not is_hub_id(run.base_model):
+        return run.revision
+    where = {"revision": run.revision}
+    file = fetch_file(run.base_model, "model_index.json", where) or fetch_file(run.base_model, "config.json", where)
+    parts = Path(file or "").parts  # .../snapshots/<commit>/config.json
+    return parts[-2] if "snapshots" in parts[-3:-2] else run.revision
+
+
+def quantization(run):
+    """The bitsandbytes config of `--load_in_4bit` or `--load_in_8bit`, or None.
+
+    Raises:
+        ValueError: both; or bitsandbytes is not there.
+    """
+    if not (run.load_in_4bit or run.load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if run.load_in_4bit and run.load_in_8bit:
+        raise ValueError("Pass one of `--load_in_4bit` and `--load_in_8bit`.")
+    if not is_bitsandbytes_available():
+        raise ValueError("`--load_in_4bit` and `--load_in_8bit` need a GPU and: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=run.load_in_4bit,
+        load_in_8bit=run.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def new_model(run):
+    """(model, tokenizer, spec) of a model with random weights, sized for its data."""
+    if run.dataset == "sudoku":
+        tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
+    elif run.tokenizer is None:
+        raise ValueError("A new model needs `--tokenizer` (folder or Hub id), or pass `--base_model`.")
+    else:
+        tokenizer, length = AutoTokenizer.from_pretrained(run.tokenizer), run.max_length
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"The tokenizer of `--tokenizer` {run.tokenizer!r} has no mask token.")
+    pad = tokenizer.pad_token_id or 0
+    config = AutoConfig.for_model(
+        run.model_type,
+        vocab_size=len(tokenizer),
+        pad_token_id=pad,
+        max_position_embeddings=length + 1 + pad,
+        type_vocab_size=1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,  # some families have one of their own, outside this vocabulary
+    )
+    if run.config_overrides:
+        config.update_from_string(run.config_overrides)
+    return AutoModelForMaskedLM.from_config(config), tokenizer, resolve_spec(config, tokenizer)
+
+
+def add_lora(run, model, spec) -> None:
+    """Puts a float32 LoRA adapter into the model and freezes everything else.
+
+    Raises:
+        ValueError: no targets are known, or the model has no module of such a name.
+    """
+    from peft import LoraConfig
+
+    targets = [name.strip() for name in run.lora_targets.split(",")] if run.lora_targets else list(spec.lora_targets)
+    if not targets:
+        raise ValueError("No LoRA targets are known for this model: pass `--lora_targets` (module names, commas).")
+    matrices = [name for name, m in model.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    for target in targets if run.lora_targets else ():  # PEFT is content if one of several is found
+        if not any(f".{name}".endswith(f".{target}") for name in matrices):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
+            raise ValueError(f"`--lora_targets` names {target!r}, and the model's modules with a matrix are {names}.")
+    model.add_adapter(
+        LoraConfig(r=run.rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets),
+        adapter_name=ADAPTER,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def suppressed_ids(tokenizer, model, spec) -> tuple[int, ...]:
+    """Tokens that are never predicted, as in the pipeline."""
+    return never_written(tokenizer, end_tokens(None, tokenizer, model, spec))
+
+
+def build_objective(run, model, tokenizer, spec) -> MDMObjective:
+    """The module that is trained: backbone, head and loss in one."""
+    suppressed = suppressed_ids(tokenizer, model, spec)
+    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
+    shared = {
+        "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
+        "weighting": run.weighting,
+        "mask_rate_min": run.mask_rate_min,
+        "mask_rate_max": run.mask_rate_max,
+    }
+    if run.objective == "mdm":
+        return MDMObjective(denoiser, **shared)
+    head = QualityHead(
+        model.config.hidden_size,
+        run.head,
+        base_model=None if run.full else run.base_model,  # a tuned backbone is another model
+        base_revision=None if run.full else run.revision,
+        mdm_spec=spec.to_dict(),
+    )
+    if not (run.freeze_backbone or run.full):
+        add_lora(run, model, spec)
+    shared |= {
+        "draws_per_state": run.draws_per_state,
+        "lambda_mdm": run.lambda_mdm,
+        "temperature": run.draw_temperature,
+        "top_p": run.top_p,
+        "freeze_backbone": run.freeze_backbone,
+    }
+    if run.objective == "critic":
+        return CriticObjective(denoiser, head, **shared)
+    return PRISMObjective(
+        denoiser,
+        head,
+        num_revealed=run.num_revealed,
+        reveal_order=run.reveal_order,
+        reveal_window=run.reveal_window,
+        **shared,
+    )
+
+
+def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
+    """The pipeline of the modules being trained: PRISM with a quality head, the plain model without.
+
+    A head is to judge tokens like those that it was trained on, so they are drawn as there.
+    """
+    head = getattr(objective, "quality_head", None)
+    drawn = {"temperature": run.draw_temperature, "top_p": run.top_p}
+    if head is None:
+        scheduler = MDLMScheduler()
+    elif isinstance(objective, CriticObjective):
+        scheduler = TokenCriticScheduler(**drawn)
+    else:
+        # The settings of method.md: a few cells of a Sudoku, the paper's share of a text.
+        share = {"num_remask": 4} if run.dataset == "sudoku" else {"eta": 0.05}
+        scheduler = PrismScheduler(order=run.reveal_order, **share, **drawn)
+    spec = objective.denoiser.spec.to_dict()
+    return PrismPipeline(objective.denoiser.model, tokenizer, quality_head=head, scheduler=scheduler, mdm_spec=spec)
+
+
+def load_examples(run, args, model, tokenizer, spec):
+    """(training examples, held-out examples, collator or None).
+
+    Raises:
+        ValueError: an argument or a row that cannot be used.
+    """
+    if run.dataset == "sudoku":
+        if tokenizer.get_vocab() != sudoku.sudoku_tokenizer().get_vocab():
+            raise ValueError(f"`--dataset sudoku` is for models of Sudokus, and {run.base_model!r} has other tokens.")
+        clues = (run.puzzle_clues_min, run.puzzle_clues_max)
+        train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
+        held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
+        return train, held_out, None
+    limit = checks.max_length(model.config)
+    if limit is not None and run.max_length > limit:
+        raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+    if run.streaming and args.max_steps <= 0:
+        raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
+    suppressed = suppressed_ids(tokenizer, model, spec)
+    encoder = RowEncoder(
+        tokenizer,
+        spec.mask_token_id,
+        run.max_length,
+        model.config.vocab_size,
+        run.too_long,
+        suppressed,
+        reads_only_masks=reads_only_masks(model.config),
+    )
+    rows = read_rows(
+        run.dataset,
+        split=run.dataset_split,
+        name=run.dataset_name,
+        revision=run.dataset_revision,
+        streaming=run.streaming,
+    )
+    if run.streaming and run.shuffle_buffer:
+        rows = rows.shuffle(seed=args.seed, buffer_size=run.shuffle_buffer)
+    eval_rows = None
+    if run.eval_dataset is not None:
+        # Another configuration or commit of the same data set would be another one.
+        same = run.eval_dataset == run.dataset
+        eval_rows = read_rows(
+            run.eval_dataset,
+            split=run.eval_split,
+            name=run.dataset_name if same else None,
+            revision=run.dataset_revision if same else None,
+            flag="--eval_dataset",
+        )
+    train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return train, held_out, functools.partial(pad_batch, pad_token_id=pad)
+
+
+def check_output_dir(folder: str, resume) -> None:
+    """Checks that a run may write into a folder: it is new or empty, or holds a run of ours that is to be resumed.
+
+    Raises:
+        ValueError: it holds something else, or a run, and nothing says to go on with it.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"`--output_dir` {folder!r} is a file.")
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    # Of a run that was killed as it began, and of trackers.
+    entries -= {".training_log.jsonl.partial", f".{RUN_FILE}.partial", "runs"}
+    entries -= {RUN_FILE} if read_beginning(path) else set()
+    if not entries:
+        return
+    ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
+    if "training_log.jsonl" not in entries and not ours:
+        raise ValueError(
+            f"`--output_dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
+        )
+    if not resume:
+        raise ValueError(
+            f"`--output_dir` {folder!r} holds a run already. Go on with it by --resume_from_checkpoint latest, or name "
+            "a new folder."
+        )
+
+
+def beginning(run, model) -> dict[str, str]:
+    """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
+
+    Returns:
+        {"objective", "base_weights"}; the weights are a digest, or "new" without a base.
+    """
+    return {"objective": run.objective, "base_weights": module_digest(model) if run.base_model else "new"}
+
+
+def read_beginning(folder) -> dict | None:
+    """What `beginning` said of the run in a folder; None if there is no such file, or it is of something else."""
+    try:
+        found = json.loads((Path(folder) / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and set(found) == {"objective", "base_weights"} else None
+
+
+def check_beginning(folder, now: dict) -> None:
+    """Checks that the run in a folder began from the weights that `--base_model` has now.
+
+    Raises:
+        ValueError: it did not: its checkpoints would be put on the wrong backbone, or count as this run's result.
+    """
+    before = read_beginning(folder) or now
+    if before["objective"] != now["objective"]:
+        raise ValueError(
+            f"{str(folder)!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name a new "
+            "`--output_dir`."
+        )
+    if before["base_weights"] != now["base_weights"]:
+        raise ValueError(
+            f"{str(folder)!r} holds a run that began from other weights than `--base_model` has now. Go on from those, "
+            "or name a new `--output_dir`."
+        )

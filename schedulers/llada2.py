@@ -1,0 +1,246 @@
+"""All that lets our schedulers run inside diffusers' unmodified `LLaDA2Pipeline`; it stands nowhere else.
+
+That pipeline calls a scheduler once per forward pass on one block of the sequence, with the keyword arguments of
+diffusers' `BlockRefinementScheduler`, and asks it when a row and when a block is done. It writes a position only if
+`transfer_index` or `editing_transfer_index` is true there, so a remasking is reported as an edit whose new token is the
+mask. It cannot pass the quality of a token, nor say where `gen_length` ends inside the last block: `enable_prism`
+delivers both before each step. Checked with diffusers 0.42.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from .validation import is_int, is_number, require
+
+SAMPLING_METHODS = ("auto", "greedy", "multinomial")
+# Arguments of `BlockRefinementScheduler.step` that ours does not have: one of them tells whose loop is calling.
+_THEIRS = frozenset({"prompt_mask", "sampling_method", "editing_threshold", "minimal_topk"})
+
+
+@dataclass
+class LLaDA2StepOutput(BaseOutput):
+    """What `step` returns when it is called with `LLaDA2Pipeline`'s keyword arguments, B rows and blocks of L tokens.
+
+    Args:
+        prev_sample: the next tokens of the block, of the dtype of `sample`, (B, L).
+        transfer_index: masks that were filled, bool (B, L).
+        editing_transfer_index: visible tokens that became masks, bool (B, L).
+        sampled_tokens: what was written: `prev_sample` again, to be read where one of the two is true.
+        sampled_probs: the model's own probabilities of the filled tokens at temperature 1, float32 (B, L); else 0.
+        pred_logits: `model_output`.
+    """
+
+    prev_sample: Tensor
+    transfer_index: Tensor
+    editing_transfer_index: Tensor
+    sampled_tokens: Tensor
+    sampled_probs: Tensor
+    pred_logits: Tensor
+
+
+@dataclass
+class _Block:
+    """Where a scheduler stands in the block that `LLaDA2Pipeline` is working on."""
+
+    timestep: int = 0  # forward passes made; the pipeline's own count stands still while a block holds no mask
+    full: Tensor | None = None  # rows of the block without a mask, bool (B,)
+    quality: Tensor | None = None  # of the forward pass just made, float (B, at least L)
+    wanted: Tensor | None = None  # what is not cut off after `gen_length`, bool (B, at least L)
+
+
+def runs_in_llada2_pipeline(cls):
+    """Class decorator: a scheduler with a static schedule that `LLaDA2Pipeline` can drive as well.
+
+    `step` runs as it is written unless an argument that only `LLaDA2Pipeline` passes is among those given. The class
+    needs the config fields of `check_dropin_config` and a keyword `threshold` of `step`.
+    """
+    own_set_timesteps, own_step = cls.set_timesteps, cls.step
+
+    @functools.wraps(own_set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        own_set_timesteps(self, *args, **kwargs)
+        self._block = _Block()
+
+    @functools.wraps(own_step)
+    def step(self, *args, **kwargs):
+        if _THEIRS.isdisjoint(kwargs):
+            return own_step(self, *args, **kwargs)
+        return _step_in_block(self, own_step, *args, **kwargs)
+
+    cls.set_timesteps, cls.step = set_timesteps, step
+    cls.check_eos_finished = check_eos_finished
+    cls.check_block_should_continue = check_block_should_continue
+    return cls
+
+
+def check_dropin_config(config: Mapping) -> None:
+    """Raise a ValueError for wrong values of the config fields `block_length`, `use_threshold` and `threshold`."""
+    require(is_int(config["block_length"], 1), "block_length", config["block_length"], "an integer of at least 1")
+    require(isinstance(config["use_threshold"], bool), "use_threshold", config["use_threshold"], "True or False")
+    require(is_number(config["threshold"], 0), "threshold", config["threshold"], "a number of at least 0")
+    fits = not config["use_threshold"] or config["order"] == "confidence"
+    require(
+        fits, "order", config["order"], '"confidence" with use_threshold=True, which writes what the model is sure of'
+    )
+
+
+def read_threshold(config: Mapping, threshold: float | None) -> float | None:
+    """The confidence above which every token is written: the argument, or if it is None the config's.
+
+    None without `use_threshold`: `LLaDA2Pipeline` passes its default in every call, which cannot be told from a wish.
+
+    Raises:
+        ValueError: below 0. Above 1 is legal, as in that pipeline: no token passes it.
+    """
+    if not config["use_threshold"]:
+        return None
+    threshold = config["threshold"] if threshold is None else threshold
+    require(is_number(threshold, 0), "threshold", threshold, "a number of at least 0")
+    return threshold
+
+
+def deliver_quality(scheduler, quality: Tensor | None) -> None:
+    """Give a scheduler the quality of the forward pass that its next `step` belongs to; that step uses it up.
+
+    Args:
+        scheduler: one in a run. Others, also such as cannot run in `LLaDA2Pipeline`, are left alone.
+        quality: float of shape (B, W), of which the block is the last L positions; None to take it back.
+    """
+    block = getattr(scheduler, "_block", None)
+    if isinstance(block, _Block):
+        block.quality = quality
+
+
+def deliver_wanted(scheduler, wanted: Tensor | None) -> None:
+    """Tell a scheduler which positions are kept; its next `step` writes no other, and uses this up.
+
+    Args:
+        scheduler: as `deliver_quality`.
+        wanted: bool of shape (B, W), of which the block is the last L positions; None if all are.
+    """
+    block = getattr(scheduler, "_block", None)
+    if isinstance(block, _Block):
+        block.wanted = wanted
+
+
+def _step_in_block(
+    scheduler,
+    own_step,
+    model_output: Tensor,
+    timestep: int | Tensor,
+    sample: Tensor,
+    *,
+    mask_token_id: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    sampling_method: str = "auto",
+    threshold: float | None = None,
+    editing_threshold: float | None = None,
+    minimal_topk: int | None = None,
+    prompt_mask: Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    return_dict: bool = True,
+) -> LLaDA2StepOutput | tuple[Tensor, ...]:
+    """`own_step` with the arguments and the output of `BlockRefinementScheduler.step`.
+
+    Not read: `timestep` (see `_Block`), `editing_threshold` (remasking takes the place of editing), `minimal_topk` (the
+    schedule says how many are filled). A `top_k` of 0 means none, as there.
+
+    Raises:
+        ValueError: an unknown `sampling_method`, a `prompt_mask` of another shape or dtype; and those of `own_step`.
+    """
+    require(sampling_method in SAMPLING_METHODS, "sampling_method", sampling_method, f"one of {SAMPLING_METHODS}")
+    block = getattr(scheduler, "_block", None) or _Block()
+    generation_mask = torch.ones_like(sample, dtype=torch.bool)
+    if prompt_mask is not None:
+        given = f"{prompt_mask.dtype} {tuple(prompt_mask.shape)}"
+        fits = prompt_mask.dtype == torch.bool and prompt_mask.shape == sample.shape[1:]
+        require(fits, "prompt_mask", given, f"torch.bool {tuple(sample.shape[1:])}, one for each token of the block")
+        generation_mask &= ~prompt_mask
+    quality, wanted = block.quality, block.wanted
+    block.quality = block.wanted = None
+    if wanted is not None:
+        generation_mask &= wanted[:, -sample.shape[1] :].to(sample.device)
+    output = own_step(
+        scheduler,
+        model_output,
+        block.timestep,
+        sample.clone(),  # a view of the canvas, which the pipeline overwrites; a scheduler may remember it
+        quality=None if quality is None else quality[:, -sample.shape[1] :],
+        generation_mask=generation_mask,
+        mask_token_id=mask_token_id,
+        temperature=0.0 if sampling_method == "greedy" else temperature,
+        top_p=top_p,
+        top_k=top_k or None,
+        threshold=threshold,
+        generator=generator,
+    )
+    block.timestep += 1
+    mask_token_id = scheduler.config.mask_token_id if mask_token_id is None else mask_token_id
+    block.full = ~(generation_mask & (output.prev_sample == mask_token_id)).any(-1)
+    probs = torch.zeros(sample.shape, device=sample.device).masked_scatter(output.unmasked, output.sampled_probs)
+    new = output.prev_sample
+    theirs = LLaDA2StepOutput(new, output.unmasked, output.remasked, new, probs, model_output)
+    return theirs if return_dict else theirs.to_tuple()
+
+
+def check_eos_finished(
+    self,
+    cur_x: Tensor,
+    sampled_tokens: Tensor,
+    final_transfer: Tensor,
+    finished: Tensor,
+    eos_token_id: int,
+    mask_token_id: int,
+    prompt_length: int,
+) -> Tensor:
+    """Which rows are done, bool (B,): they hold an end token and their blocks so far have no mask left.
+
+    `LLaDA2Pipeline` writes nothing more into such a row. Waiting for the end of the block keeps masks out of it and
+    lets an end token, or what stands before it, be corrected. End tokens of the prompt do not count.
+
+    Args:
+        cur_x: the canvas up to the end of this block, int64 (B, W).
+        sampled_tokens, final_transfer: not read.
+        finished: rows done before, bool (B,).
+        eos_token_id, mask_token_id: ids.
+        prompt_length: positions at the start that were given.
+    """
+    generated = cur_x[:, prompt_length:]
+    return finished | ((generated == eos_token_id).any(-1) & (generated != mask_token_id).all(-1))
+
+
+def check_block_should_continue(
+    self,
+    step_idx: int,
+    masks_remaining: bool | Tensor,
+    editing_enabled: bool,
+    editing_transfer_index: Tensor,
+    post_steps: int,
+    max_post_steps: int,
+    finished: Tensor,
+) -> bool:
+    """Is another forward pass on this block due?
+
+    A block takes all timesteps of the scheduler, its loop included; without a loop fewer, if the rows are full before.
+
+    Args:
+        step_idx, masks_remaining, editing_enabled, editing_transfer_index, post_steps, max_post_steps: not read; they
+            count the editing of `BlockRefinementScheduler`.
+        finished: rows that are done, bool (B,).
+    """
+    block = self._block
+    loop = self.config.get("loop_steps", 0) > 0  # it may begin after the block is full, and opens it again
+    full = bool((block.full | finished).all()) and not loop
+    if block.timestep < len(self.timesteps) and not full and not bool(finished.all()):
+        return True
+    self._block = _Block()
+    return False
