@@ -1,4 +1,4 @@
-"""The layers of the package: imports run downwards only, and `schedulers` stands alone."""
+"""The rooms of the package and the walls between them: imports run downwards only."""
 
 import ast
 from pathlib import Path
@@ -6,119 +6,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# module -> what it may import of ours. A new module must be entered here: that is the moment to think about its place.
-ALLOWED = {
-    "schedulers": {"schedulers"},
-    "families": set(),
-    "sudoku": set(),
-    "plots": set(),
-    "muon": set(),
-    "checkpointing": set(),
-    "training_data": {"canvas", "sudoku"},
-    "denoiser": {"families"},
-    "quality_head": set(),
-    "losses": {"denoiser", "quality_head", "schedulers"},
-    "mdlm": set(),
-    "stopping": {"canvas", "families"},
-    "repo_files": set(),
-    "adapters": {"repo_files"},
-    "checks": {"denoiser"},
-    "hub": {"adapters", "checks", "families", "mdlm", "repo_files"},
-    "heads": {"adapters", "quality_head", "repo_files", "schedulers"},
-    "dropin": {"adapters", "heads", "quality_head", "schedulers"},
-    "head_repo": {"adapters", "checks", "heads", "repo_files", "schedulers"},
-    "trace": set(),
-    "canvas": set(),
-    "cache": {"denoiser", "families"},
-    "precision": set(),
-    "sampling": {"cache", "canvas", "denoiser", "families", "precision", "schedulers", "stopping"},
-    "pipeline_output": {"trace"},
-    "pipeline_prism": {
-        "adapters",
-        "cache",
-        "canvas",
-        "checks",
-        "denoiser",
-        "families",
-        "head_repo",
-        "heads",
-        "hub",
-        "pipeline_output",
-        "quality_head",
-        "repo_files",
-        "sampling",
-        "schedulers",
-        "stopping",
-        "trace",
-    },
-    "training_arguments": {"precision"},
-    "training_setup": {
-        "checkpointing",
-        "checks",
-        "denoiser",
-        "families",
-        "hub",
-        "losses",
-        "pipeline_prism",
-        "quality_head",
-        "repo_files",
-        "run_files",
-        "schedulers",
-        "stopping",
-        "sudoku",
-        "training_data",
-    },
-    "training_callbacks": {
-        "checkpointing",
-        "checks",
-        "evaluation",
-        "losses",
-        "pipeline_prism",
-        "plots",
-        "schedulers",
-        "sudoku",
-        "trace",
-        "training_data",
-    },
-    "trainer": {"checkpointing"},
-    "training": {
-        "checkpointing",
-        "head_repo",
-        "muon",
-        "pipeline_prism",
-        "repo_files",
-        "trainer",
-        "training_arguments",
-        "training_callbacks",
-        "training_setup",
-    },
-    "evaluation": {"evaluation", "plots", "schedulers", "sudoku"},
-    "live_view": set(),
-    "cli_arguments": {"schedulers"},
-    "sudoku_view": {"live_view", "sudoku"},
-    "cli_sudoku": {"cli_arguments", "evaluation", "pipeline_prism", "schedulers", "sudoku", "sudoku_view", "trace"},
-    "text_view": {"live_view"},
-    "cli_text": {"checks", "cli_arguments", "evaluation", "pipeline_prism", "schedulers", "text_view", "trace"},
-    "probes": {"checks", "denoiser", "families"},
-    "cli_info": {"families", "pipeline_prism", "probes"},
-    "cli_train": set(),
-    "cli_eval": {
-        "cli_arguments",
-        "cli_text",
-        "evaluation",
-        "generate_many",
-        "pipeline_prism",
-        "schedulers",
-        "sudoku",
-    },
-    "run_files": {"schedulers"},
-    "generate_many": {"canvas", "checks", "pipeline_prism", "run_files", "schedulers", "stopping"},
-    "cli_generate": {"generate_many"},
-    "lm_eval_model": {"canvas", "checks", "generate_many", "pipeline_prism"},
-    "cli": {"cli_eval", "cli_generate", "cli_info", "cli_sudoku", "cli_text", "cli_train"},
-    "__main__": {"cli"},
-    "__init__": {"denoiser", "dropin", "families", "pipeline_prism", "quality_head", "schedulers"},
+# room -> what it knows, and the rooms that it may import from. The order is the order of the floors, from the ground.
+ROOMS = {
+    "schedulers": ("decoding rules as pure functions of one step", set()),
+    "sudoku": ("puzzles, their solver and their tokens", set()),
+    "models": ("what a masked diffusion model is", {"schedulers"}),
+    "sampling": ("how a canvas is filled", {"schedulers", "models"}),
+    "hub": ("how models and heads come from disk and go there", {"schedulers", "models"}),
+    "evaluation": ("measures of what any callable wrote", {"schedulers", "sudoku"}),
+    "pipeline": ("PrismPipeline and what it returns", {"schedulers", "models", "sampling", "hub"}),
+    "training": (
+        "objectives and training runs",
+        {"schedulers", "sudoku", "models", "sampling", "hub", "evaluation", "pipeline"},
+    ),
+    "generation": ("many prompts from a file to a file", {"schedulers", "models", "sampling", "hub", "pipeline"}),
+    "integrations": (
+        "the package inside other libraries",
+        {"schedulers", "models", "sampling", "hub", "pipeline", "generation"},
+    ),
+    "cli": (
+        "the command `prism`",
+        {"schedulers", "sudoku", "models", "sampling", "hub", "evaluation", "pipeline", "generation", "integrations"},
+    ),
 }
+# Walls that must stand however the table grows: (room, room that it never reads, where such code belongs instead).
+NEVERS = [
+    ("models", "hub", "reading files belongs in hub/, which makes models from them"),
+    ("models", "sampling", "what a run knows is passed to a model as tensors; recording it belongs in sampling/"),
+    ("hub", "sampling", "what both need is a fact about models, and belongs in models/"),
+    ("sampling", "hub", "what both need is a fact about models, and belongs in models/"),
+    ("evaluation", "pipeline", "evaluation takes pipelines and callables as arguments"),
+    ("training", "generation", "what both need about files belongs in hub/files.py"),
+]
+# Files at the top of the package that belong to a room of several files.
+TOP_FILES = {"pipeline_prism": "pipeline", "pipeline_output": "pipeline", "sudoku": "sudoku"}
+FACES = {"__init__", "__main__"}  # public names, loaded lazily, and `python -m prism_pipelines`
 
 
 def our_files():
@@ -126,53 +48,104 @@ def our_files():
     return [path for path in files if "__pycache__" not in path.parts]
 
 
-def place(path):
-    """(module name in ALLOWED, package of the file as imported)"""
+def room_of(parts):
+    """The room of a module of ours, given as parts below `prism_pipelines`; None for the package's own face."""
+    if not parts or parts[0] in FACES:
+        return None
+    return TOP_FILES.get(parts[0], parts[0])
+
+
+def module_parts(path):
+    """A file's module as parts below `prism_pipelines`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "schedulers":
-        return "schedulers", ("prism_pipelines", "schedulers")
-    return parts[1], ("prism_pipelines", *parts[1:-1])
+    return parts if parts[0] == "schedulers" else parts[1:]
 
 
 def imported(path):
-    """Top-level module names of ours that a file imports, and the outside packages."""
-    _, package = place(path)
+    """Modules of ours that a file imports, as parts below `prism_pipelines`; and the outside packages."""
+    package = module_parts(path)[:-1]
     ours, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            stem = ".".join([*base, *([node.module] if node.module else [])])
-            # `from . import x` imports the module x; `from .x import name` imports x
-            names = [f"{stem}.{a.name}" for a in node.names] if node.level and not node.module else [stem]
+            base = ("prism_pipelines", *package[: len(package) - node.level + 1]) if node.level else ()
+            stem = (*base, *(node.module.split(".") if node.module else ()))
+            # `from . import x` may import the module x; `from .x import name` imports x
+            names = [(*stem, alias.name) for alias in node.names] if node.level and not node.module else [stem]
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "prism_pipelines":
-                ours.add(parts[1] if len(parts) > 1 else "__init__")
+            if name[0] == "prism_pipelines":
+                ours.add(name[1:])
             else:
-                outside.add(parts[0])
+                outside.add(name[0])
     return ours, outside
+
+
+def wrong_imports(path):
+    """Sentences that say which walls a file breaks."""
+    room = room_of(module_parts(path))
+    if room is None:
+        return []
+    known = {path.relative_to(ROOT) for path in our_files()}
+    about, allowed = ROOMS[room]
+    sentences = []
+    for parts in imported(path)[0]:
+        other = room_of(parts)
+        if other not in ROOMS:  # a public name of the package's face, such as `bundled`
+            continue
+        if other == room or other in allowed:
+            continue
+        never = next((why for here, there, why in NEVERS if (here, there) == (room, other)), None)
+        where = never or f"{other}/ stands on a floor above; move the code there, or what it needs down"
+        sentences.append(f"{path.relative_to(ROOT)} imports {'.'.join(parts)}, but {room}/ ({about}) may not: {where}.")
+    assert known
+    return sentences
 
 
 @pytest.mark.parametrize("path", our_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_downwards(path):
-    name, _ = place(path)
-    assert name in ALLOWED, f"{name} has no place in the layers: enter it in ALLOWED"
-    ours, outside = imported(path)
-    # our own version and names at top level are public, and safe: they load lazily
-    too_high = {module for module in ours - ALLOWED[name] - {"__init__"} if module in ALLOWED}
-    assert not too_high, f"{path.name} imports {sorted(too_high)}"
-    assert "schedulers" not in outside, "a bare `import schedulers` makes a second copy of every class"
+    room = room_of(module_parts(path))
+    assert room is None or room in ROOMS, f"{path.relative_to(ROOT)} is in no room: put it into one of {list(ROOMS)}"
+    assert not wrong_imports(path), "\n".join(wrong_imports(path))
+    assert "schedulers" not in imported(path)[1], "a bare `import schedulers` makes a second copy of every class"
+
+
+def test_a_wrong_import_is_named_with_the_wall_it_breaks(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for folder in ("prism_pipelines/models", "prism_pipelines/training", "schedulers"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "prism_pipelines/models/bad.py").write_text("from ..hub.files import read_json\nfrom .. import cli\n")
+    (tmp_path / "prism_pipelines/training/bad.py").write_text("def f():\n    from ..generation import batch\n")
+    (tmp_path / "schedulers/bad.py").write_text("import prism_pipelines.models.families\n")
+    below, above = sorted(wrong_imports(tmp_path / "prism_pipelines/models/bad.py"), key=lambda words: "cli" in words)
+    assert "imports hub.files" in below and "reading files belongs in hub/" in below
+    assert "imports cli" in above and "floor above" in above
+    assert "hub/files.py" in wrong_imports(tmp_path / "prism_pipelines/training/bad.py")[0]
+    assert "imports models.families" in wrong_imports(tmp_path / "schedulers/bad.py")[0]
+
+
+def test_the_table_has_no_circle_and_keeps_the_nevers():
+    floors = list(ROOMS)
+    for room, (_, allowed) in ROOMS.items():
+        assert all(floors.index(other) < floors.index(room) for other in allowed), room
+    for room, other, _ in NEVERS:
+        assert other not in ROOMS[room][1]
+
+
+def test_every_room_has_files():
+    assert {room_of(module_parts(path)) for path in our_files()} - {None} == set(ROOMS)
 
 
 def test_schedulers_need_neither_transformers_nor_peft_nor_accelerate():
     for path in our_files():
-        if place(path)[0] == "schedulers":
+        if room_of(module_parts(path)) == "schedulers":
             assert not imported(path)[1] & {"transformers", "peft", "accelerate"}, path.name
 
 
-def test_every_entry_of_the_table_exists():
-    assert set(ALLOWED) == {place(path)[0] for path in our_files()}
+def test_no_folder_with_components_bears_a_name_that_diffusers_takes_for_a_library_of_its_own():
+    from diffusers import pipelines
+
+    rooms = {path.parent.name for path in our_files()} - {"prism_pipelines", "schedulers"}
+    assert not {room for room in rooms if hasattr(pipelines, room)}
