@@ -424,6 +424,7 @@ def test_the_shipped_comparison_has_prism_ahead_of_no_remasking(capsys):
 
 
 def test_train_prints_and_runs_the_command(monkeypatch, capsys):
+    from prism_pipelines.cli import train
 
     ran = []
     monkeypatch.setattr(

@@ -13,6 +13,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..hub.files import module_digest
+
 
 def run_file(out: Path) -> Path:
     """Where the settings of the run that writes `out` stand."""
@@ -74,18 +76,6 @@ def run_settings(pipe, rows: list[dict], generation: dict) -> dict:
         module = getattr(pipe, name)
         settings[name] = None if module is None else module_digest(module)
     return json.loads(json.dumps(settings))
-
-
-def module_digest(module) -> str:
-    """Hash of the first 64 numbers of each tensor: it notices training and another dtype, and costs milliseconds."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta":
-            digest.update(bytes(tensor.flatten()[:64].cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]
 
 
 def _sha256(data: bytes) -> str:

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from .. import PrismPipeline, sudoku  # the pipeline by its public name: that enters our classes in diffusers' tables
-from ..generation.output_files import module_digest
 from ..hub import backbones
-from ..hub.files import fetch_file, inside, is_hub_id, read_json
+from ..hub.files import fetch_file, inside, is_hub_id, module_digest, read_json
 from ..models import checks
 from ..models.denoiser import MaskedDenoiser
 from ..models.families import reads_only_masks, resolve_spec
