@@ -7,9 +7,10 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import reveal, uniform_at, visible_target
+from .functional import uniform_at, visible_target
 from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .scheduling_prism import PrismSchedulerOutput
+from .token_sampling import reveal
 from .validation import SchedulerConfig, check_config, check_run, read_sampling, read_step
 
 
@@ -22,7 +23,7 @@ class MDLMScheduler(SchedulerMixin, SchedulerConfig):
 
     Args:
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
         use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
             least one; needs order "confidence".

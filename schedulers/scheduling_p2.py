@@ -7,8 +7,9 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import draw_at, highest, probability_at, uniform_at, visible_target
+from .functional import highest, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
+from .token_sampling import draw_at, probability_at
 from .validation import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 
 
@@ -23,7 +24,7 @@ class P2Scheduler(SchedulerMixin, SchedulerConfig):
     Args:
         eta: at least 0. 0 never remasks (`MDLMScheduler(order="confidence")`); 1 ranks old and new tokens alike; more
             makes old tokens more likely to go, since log p is negative.
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.

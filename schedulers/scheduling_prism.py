@@ -13,8 +13,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .functional import binomial, lowest, remdm_cap, reveal, uniform_at, visible_target
+from .functional import binomial, lowest, remdm_cap, uniform_at, visible_target
 from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
+from .token_sampling import reveal
 from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
 
 
@@ -56,7 +57,7 @@ class PrismScheduler(SchedulerMixin, SchedulerConfig):
         loop_steps: forward passes added to refine the sample at one level; 0 for no loop. NFE = T + loop_steps.
         loop_num_remask: random tokens remasked in each step of the loop and filled in the next.
         loop_at: in (0, 1]; the loop begins once this fraction of the T steps is done.
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
         use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
             least one; needs order "confidence".

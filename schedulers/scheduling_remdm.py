@@ -7,8 +7,9 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import draw_at, remdm_cap, remdm_confidence, remdm_rescale, uniform_at, unmask_probability
+from .functional import remdm_cap, remdm_confidence, remdm_rescale, uniform_at, unmask_probability
 from .scheduling_prism import PrismSchedulerOutput
+from .token_sampling import draw_at
 from .validation import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 
 STRATEGIES = ("cap", "rescale", "conf", "loop")
@@ -36,7 +37,7 @@ class ReMDMScheduler(SchedulerMixin, SchedulerConfig):
         eta: in [0, 1], of "cap", "rescale" and "loop"; "conf" does not read it.
         loop_start, loop_end: fractions of the T steps between which "loop" holds its level; 0 < start < end < 1.
         loop_alpha: that level, in (0, 1). There sigma is at most (1 - loop_alpha) / loop_alpha.
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.

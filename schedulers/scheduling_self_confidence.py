@@ -7,7 +7,6 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import probability_at
 from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .scheduling_prism import (
     PrismSchedulerOutput,
@@ -16,6 +15,7 @@ from .scheduling_prism import (
     remask_and_reveal,
     remasks_by_quality,
 )
+from .token_sampling import probability_at
 from .validation import SchedulerConfig, check_config, check_run, is_int, read_sampling, read_step, require
 
 

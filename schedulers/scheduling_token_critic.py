@@ -9,8 +9,9 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import lowest, reveal, uniform_at, visible_target
+from .functional import lowest, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
+from .token_sampling import reveal
 from .validation import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
 
 
@@ -28,7 +29,7 @@ class TokenCriticScheduler(SchedulerMixin, SchedulerConfig):
     Args:
         order: which masks that first step of an even T fills; as `MDLMScheduler`, and else not used.
         noise: noise * (1 - (k + 1) / K) * (u - 1/2) is added to the critic's score, u uniform; at least 0.
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.

@@ -9,8 +9,9 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import lowest, probability_at, reveal, uniform_at, visible_target
+from .functional import lowest, uniform_at, visible_target
 from .scheduling_prism import PrismSchedulerOutput
+from .token_sampling import probability_at, reveal
 from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
 
 
@@ -27,7 +28,7 @@ class TokenToMaskScheduler(SchedulerMixin, SchedulerConfig):
         max_remask_per_position: how often one position may be remasked in a run; at least 0.
         max_remask_ratio: the largest share of the visible tokens remasked in one step, rounded down, in [0, 1].
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.

@@ -14,17 +14,13 @@ from prism_pipelines.schedulers.functional import (
     highest,
     lowest,
     mask_tokens,
-    order_score,
-    probabilities,
-    probability_at,
     remdm_cap,
-    reveal,
-    sample_tokens,
     uniform,
     uniform_at,
     unmask_probability,
     visible_target,
 )
+from prism_pipelines.schedulers.token_sampling import order_score, probabilities, probability_at, reveal, sample_tokens
 
 INF = math.inf
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prism_pipelines import MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
 from prism_pipelines.models.denoiser import UNMASKED, HeadInput, LazyLogits, not_causal
-from prism_pipelines.schedulers import functional
-from prism_pipelines.schedulers.functional import (
-    ORDERS,
+from prism_pipelines.schedulers import token_sampling
+from prism_pipelines.schedulers.functional import ORDERS
+from prism_pipelines.schedulers.token_sampling import (
     first_largest,
     probabilities,
     reveal,
@@ -79,7 +79,7 @@ def test_a_nucleus_found_among_the_first_is_that_of_the_whole_sorted_vocabulary(
     logits, u = logits_of(kind, 200, 203), torch.rand(200, generator=seeded(2))
     found = []
     for first in (4, 16, 50, 10**6):  # the last sorts everything
-        monkeypatch.setattr(functional, "NUCLEUS", first)
+        monkeypatch.setattr(token_sampling, "NUCLEUS", first)
         found.append(sample_tokens(logits, temperature, top_p, u=u))
     for tokens, probs in found[:-1]:
         assert torch.equal(tokens, found[-1][0]) and torch.equal(probs, found[-1][1])
@@ -108,7 +108,7 @@ def test_chunks_change_nothing(monkeypatch, order, settings):
     u = torch.rand(2, 3, 9, generator=seeded(2))
     found = []
     for chunk in (1, 30, 70, 10**9):  # one row at a time, one, two, all
-        monkeypatch.setattr(functional, "CHUNK", chunk)
+        monkeypatch.setattr(token_sampling, "CHUNK", chunk)
         found.append(reveal(logits, masked, torch.tensor([2, 3, 9]), order, *sampling, 29, *u))
     for other in found[:-1]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[-1], strict=True))
@@ -174,7 +174,7 @@ def both_ways(pipe, scheduler, ids):
 @pytest.mark.parametrize("family", ["llada", "Dream", "esm"])
 def test_lazy_logits_in_chunks_write_the_tokens_of_dense_ones(monkeypatch, family, order, settings):
     pipe, ids = load(checkpoint(family)), some_ids()
-    monkeypatch.setattr(functional, "CHUNK", 7 * pipe.denoiser.vocab_size)
+    monkeypatch.setattr(token_sampling, "CHUNK", 7 * pipe.denoiser.vocab_size)
     lazy, dense, most = both_ways(pipe, PrismScheduler(order=order, num_remask=2, **settings), ids)
     assert torch.equal(lazy, dense) and not (lazy == MASK).any()
     assert most <= 7
@@ -330,7 +330,7 @@ def test_a_step_waits_for_the_device_once(kind, order, sampling):
 
 
 def test_what_waits_more_often_and_how_often(monkeypatch):
-    monkeypatch.setattr(functional, "NUCLEUS", 8)
+    monkeypatch.setattr(token_sampling, "NUCLEUS", 8)
     assert waits_of(MDLMScheduler(order="confidence"), some_ids(), top_p=0.5) == 2
     assert waits_of(MDLMScheduler(order="confidence", use_threshold=True, threshold=0.1), some_ids()) == 2
     assert waits_of(SelfConfidenceScheduler(order="confidence", num_remask=1), some_ids()) > 1

@@ -17,7 +17,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..schedulers.functional import choose, highest, mask_tokens, sample_tokens, uniform
+from ..schedulers.functional import choose, highest, mask_tokens, uniform
+from ..schedulers.token_sampling import sample_tokens
 
 WEIGHTINGS = ("elbo", "uniform")
 REVEAL_ORDERS = ("random", "confidence")
