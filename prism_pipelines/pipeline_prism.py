@@ -172,9 +172,9 @@ class PrismPipeline(DiffusionPipeline):
             threshold: in (0, 1]; in each step also write every token of a confidence above it, and at least one. A row
                 leaves the batch when its block is full, so fewer forwards than `num_inference_steps` are made. Sets
                 the scheduler's `use_threshold` for this call; None for what the scheduler says.
-            cache: "none", "prefix" or "block", see `sampling/kv_cache.py`: keep keys and values of finished blocks, or of
-                all but the block at work. Exact for block-causal models (the two are one there), an approximation for
-                others.
+            cache: "none", "prefix" or "block", see `sampling/kv_cache.py`: keep keys and values of finished blocks,
+                or of all but the block at work. Exact for block-causal models (the two are one there), an approximation
+                for others.
             cache_refresh_interval: with a cache, steps of a block from one full forward to the next; 1 is exact.
                 None: one at the start of each block.
         Returns:

@@ -23,7 +23,7 @@ from torch import nn
 
 from prism_pipelines.models.families import MDMSpec
 from prism_pipelines.models.quality_head import QualityHead
-from prism_pipelines.schedulers import functional
+from prism_pipelines.schedulers import functional, token_sampling
 from prism_pipelines.training import losses
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 
@@ -229,7 +229,7 @@ def share_draws(monkeypatch):
         drawn = torch.rand((shape[0] // copies, *shape[1:]), generator=generator)
         return drawn.repeat(copies, *[1] * (len(shape) - 1))
 
-    for module in (losses, functional):
+    for module in (losses, functional, token_sampling):
         monkeypatch.setattr(module, "uniform", shared)
 
 
