@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -230,6 +231,8 @@ class PrismPipeline(DiffusionPipeline):
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         warn_of_idle_steps(run, blocks)
         trace, step_number, loop = [], 0, loop_steps(scheduler)
+        shown_pipe = copy.copy(self)  # the callback finds the run's scheduler in it; others may run at the same time
+        shown_pipe.__dict__["scheduler"] = scheduler
         with (
             memory_errors(*canvas.sample.shape),
             self.progress_bar(total=sum(num_steps + loop for _, num_steps in blocks)) as bar,
@@ -243,7 +246,7 @@ class PrismPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
                     given = {name: shown if name == "sample" else tensors[name] for name in wanted}
-                    changed = callback_on_step_end(self, step_number, t, given)
+                    changed = callback_on_step_end(shown_pipe, step_number, t, given)
                     sample = changed_sample(changed, shown, sample, self.model.config.vocab_size)
                 step_number += 1
                 bar.update()
@@ -597,7 +600,8 @@ class PrismPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in diffusers; raises what `heads.check_saving` does."""
         heads.check_saving(self.model, Path(save_directory) / "model", self._heads)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with self.denoiser.lock:  # while another thread is in a forward, the config says what must not be saved
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_quality_head(self, name: str) -> None:
         """Switch to a loaded head and its adapter.

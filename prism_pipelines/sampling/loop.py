@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -76,20 +77,33 @@ class Filled:
     nfe_per_row: Tensor
 
 
+def copy_of_scheduler(scheduler):
+    """A copy that belongs to one run: timesteps, histories and counts of a subclass too are changed in it alone.
+
+    `from_config` would lose what a subclass keeps beside its config, and a deep copy would copy a model that it holds.
+    """
+    own = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if type(value) in (list, dict, set, Tensor):
+            setattr(own, name, copy.deepcopy(value))
+    return own
+
+
 def scheduler_of(scheduler, threshold: float | None):
-    """The scheduler of one call: the pipeline's, or one like it that decodes by `threshold`.
+    """The scheduler of one call: a copy of the pipeline's, which decodes by `threshold` if there is one.
 
     Raises:
         ValueError: a threshold outside (0, 1], also in the config; or a scheduler or order that has no use for one.
     """
     config, kind = own_fields(scheduler), type(scheduler).__name__
+    own = copy_of_scheduler(scheduler)
     if threshold is None and not config.get("use_threshold", False):
-        return scheduler
+        return own
     value = config["threshold"] if threshold is None else threshold
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
     if threshold is None:
-        return scheduler
+        return own
     if "use_threshold" not in config:
         raise ValueError(
             f"`threshold` is {threshold}, but {kind} does not decode by confidence. Schedulers that do: "
@@ -100,7 +114,8 @@ def scheduler_of(scheduler, threshold: float | None):
             f"`threshold` is {threshold}, but the scheduler writes in {config['order']!r} order, which does not ask "
             f'how sure a token is. Set pipe.scheduler = {kind}.from_config(pipe.scheduler.config, order="confidence").'
         )
-    return type(scheduler).from_config(config, use_threshold=True, threshold=threshold)
+    own.register_to_config(use_threshold=True, threshold=threshold)
+    return own
 
 
 def blocks_of(
