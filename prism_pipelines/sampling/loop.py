@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..models.checks import refuse_nan
 from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
@@ -264,6 +265,21 @@ class Look:
         mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
         mask = mask if mask is None or seen.rows is None else mask[seen.rows]
         return self.run.quality_head(seen.fresh, mask).sigmoid()
+
+
+@contextmanager
+def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas):
+    """Turns what sampling says of logits that are no numbers into an error that names the tensor they come from.
+
+    Raises:
+        ValueError: as `checks.refuse_nan`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "The logits hold a NaN" in str(error):
+            refuse_nan(denoiser, canvas.sample, canvas.attention_mask)
+        raise
 
 
 @contextmanager
