@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -27,8 +28,18 @@ from .sampling.canvas import (
     repeat_rows,
 )
 from .sampling.kv_cache import check_cache
-from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, scheduler_of, warn_of_idle_steps
-from .sampling.stopping import decode, end_tokens, never_written, stop_strings, token_ids
+from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
+from .sampling.stopping import (
+    decode,
+    end_tokens,
+    never_written,
+    no_content,
+    refuse_allowed,
+    special_stops,
+    stop_strings,
+    token_ids,
+    written_ends,
+)
 from .sampling.trace import TraceStep
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.validation import is_number, loop_steps
@@ -119,6 +130,7 @@ class PrismPipeline(DiffusionPipeline):
         eos_token_id: int | list[int] | None = None,
         eos_early_stop: bool = False,
         suppress_tokens: int | list[int] | None = None,
+        allow_tokens: int | list[int] | None = None,
         stop: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
@@ -157,7 +169,11 @@ class PrismPipeline(DiffusionPipeline):
                 of it is filled with the first of the end tokens and costs no more forwards. False: an end token is a
                 token like others, and all is generated. `texts` end before it either way, but for `infill`.
             suppress_tokens: ids that are never written. With the end tokens here, every text has its whole length.
-            stop: strings that finish a row likewise; `texts` end before the first one.
+            allow_tokens: ids that may be written although they are no content: special and reserved tokens, and those
+                that the family forbids (X of ESM). End tokens of language models may be written anyway, those of an
+                encoder if they are in `eos_token_id`.
+            stop: strings that finish a row likewise; `texts` end before the first one. Special tokens in them are
+                looked for too, and may be written.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows, if
                 `num_inference_steps` is given; the default counts the masks of the row that has most.
             output_type: "text", or "seq" for ids only.
@@ -186,7 +202,14 @@ class PrismPipeline(DiffusionPipeline):
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
         suppressed = token_ids("suppress_tokens", suppress_tokens, self.model.config.vocab_size)
         ends = self._end_tokens(eos_token_id)
-        denoiser = self._denoiser_without((*suppressed, *never_written(self.tokenizer, ends)))
+        allowed = token_ids("allow_tokens", allow_tokens, self.model.config.vocab_size)
+        refuse_allowed(allowed, suppressed, self.mask_token_id)
+        stops = stop_strings(stop)
+        if stops and self.tokenizer is None:
+            raise ValueError("`stop` needs a tokenizer, and this pipeline has none: pass `eos_token_id`.")
+        closing, marks = special_stops(stops, self.tokenizer, self.mask_token_id)
+        written = (*written_ends(eos_token_id, self.tokenizer, self.spec, ends), *allowed, *marks)
+        denoiser = self._denoiser_without((*suppressed, *no_content(self.tokenizer, self.spec, written)))
         scheduler = scheduler_of(self.scheduler, threshold)
         check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and not is_number(cfg_scale, 0):
@@ -196,10 +219,9 @@ class PrismPipeline(DiffusionPipeline):
                 f"`cfg_scale` is {cfg_scale}, and guidance compares with a row of masks alone, which this model (ESM, "
                 "token_dropout) cannot read. Pass None."
             )
-        stops = stop_strings(stop)
         if eos_early_stop and not ends:
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
-        if stops and (self.tokenizer is None or not ends):
+        if stops and not (ends or closing):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
         if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
@@ -223,16 +245,19 @@ class PrismPipeline(DiffusionPipeline):
             cfg_scale,
             cache,
             cache_refresh_interval,
-            fill=ends[0] if eos_early_stop or stops else None,
-            ends=ends if eos_early_stop else (),
+            fill=(*ends, *closing)[0] if eos_early_stop or stops else None,
+            ends=(*ends, *closing) if eos_early_stop else closing,
             stops=stops,
             tokenizer=self.tokenizer,
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         warn_of_idle_steps(run, blocks)
         trace, step_number, loop = [], 0, loop_steps(scheduler)
+        shown_pipe = copy.copy(self)  # the callback finds the run's scheduler in it; others may run at the same time
+        shown_pipe.__dict__["scheduler"] = scheduler
         with (
             memory_errors(*canvas.sample.shape),
+            nan_errors(denoiser, canvas),
             self.progress_bar(total=sum(num_steps + loop for _, num_steps in blocks)) as bar,
         ):
 
@@ -244,7 +269,7 @@ class PrismPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
                     given = {name: shown if name == "sample" else tensors[name] for name in wanted}
-                    changed = callback_on_step_end(self, step_number, t, given)
+                    changed = callback_on_step_end(shown_pipe, step_number, t, given)
                     sample = changed_sample(changed, shown, sample, self.model.config.vocab_size)
                 step_number += 1
                 bar.update()
@@ -257,7 +282,7 @@ class PrismPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         texts = None
         if output_type == "text" and self.tokenizer is not None:
-            texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, ends, stops)
+            texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, (*ends, *closing), stops)
         output = PrismPipelineOutput(
             sequences=filled.sample,
             texts=texts,
@@ -370,6 +395,9 @@ class PrismPipeline(DiffusionPipeline):
         dtype: torch.dtype | None = None,
         device_map=None,
         quantization_config=None,
+        attn_implementation: str | None = None,
+        max_memory: dict | None = None,
+        offload_folder: str | None = None,
         revision: str | None = None,
         subfolder: str = "",
         cache_dir: str | None = None,
@@ -388,7 +416,9 @@ class PrismPipeline(DiffusionPipeline):
             scheduler, tokenizer: objects to use in place of the saved ones.
             mdm_spec, mask_token_id: override what is detected, see `resolve_spec`.
             torch_dtype, dtype: of the model, float32 by default; two names for one thing. The head stays float32.
-            device_map, quantization_config: as transformers' `from_pretrained`, for the model.
+            device_map, quantization_config, attn_implementation, max_memory, offload_folder: as transformers'
+                `from_pretrained`, for the model. Models with an additive mask (LLaDA, Dream) run with
+                attn_implementation "sdpa", the default, or "eager".
             revision: of `pretrained_model_name_or_path`; a branch, tag or commit.
             cache_dir, token, local_files_only: as in huggingface_hub.
             subfolder: of a plain model repository.
@@ -432,6 +462,11 @@ class PrismPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             device_map=device_map,
             quantization_config=quantization_config,
+            options={
+                "attn_implementation": attn_implementation,
+                "max_memory": max_memory,
+                "offload_folder": offload_folder,
+            },
         )
         given = {name: part for name, part in parts.items() if part is not None}
         if index is None:
@@ -598,7 +633,8 @@ class PrismPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in diffusers; raises what `heads.check_saving` does."""
         heads.check_saving(self.model, Path(save_directory) / "model", self._heads)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with self.denoiser.lock:  # while another thread is in a forward, the config says what must not be saved
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_quality_head(self, name: str) -> None:
         """Switch to a loaded head and its adapter.

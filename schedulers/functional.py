@@ -62,6 +62,8 @@ def uniform_at(
         ValueError: a list whose length is not B, or of generators on several devices.
         TypeError: a list that holds something else.
     """
+    if isinstance(generator, torch.Generator) and len(positions) == 1:
+        generator = [generator]  # one row draws the same from a generator and from a list of it
     if not isinstance(generator, (list, tuple)):
         return uniform((draws, *positions.shape), generator, positions.device)
     _check_one_per_row(generator, positions.shape[0])

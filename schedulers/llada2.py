@@ -75,7 +75,7 @@ def runs_in_llada2_pipeline(cls):
         return _step_in_block(self, own_step, *args, **kwargs)
 
     cls.set_timesteps, cls.step = set_timesteps, step
-    cls.check_eos_finished = check_eos_finished
+    cls.check_eos_finished = staticmethod(check_eos_finished)  # as in BlockRefinementScheduler
     cls.check_block_should_continue = check_block_should_continue
     return cls
 
@@ -193,7 +193,6 @@ def _step_in_block(
 
 
 def check_eos_finished(
-    self,
     cur_x: Tensor,
     sampled_tokens: Tensor,
     final_transfer: Tensor,

@@ -666,3 +666,14 @@ class TestCasesOfDiffusers:
     def test_one_dimensional_ids_are_a_batch_of_one(self, kind):
         flat = theirs(tiny(kind(order="confidence")), input_ids=torch.tensor([5, 6, 7, 8]))
         assert torch.equal(flat.sequences, theirs(tiny(kind(order="confidence"))).sequences)
+
+
+def test_finished_rows_are_asked_of_the_class_as_in_diffusers():
+    canvas, no = torch.tensor([[5, 9, 2, 7], [5, 2, 6, 7], [5, 6, 6, 6]]), torch.zeros(3, dtype=torch.bool)
+    given = {
+        "cur_x": canvas, "sampled_tokens": canvas[:, 2:], "final_transfer": canvas[:, 2:] > 0, "finished": no,
+        "eos_token_id": 2, "mask_token_id": 9, "prompt_length": 2,
+    }  # fmt: skip
+    for kind in (PrismScheduler, SelfConfidenceScheduler, MDLMScheduler):
+        assert kind.check_eos_finished(**given).tolist() == kind().check_eos_finished(**given).tolist()
+        assert kind.check_eos_finished(**given).tolist() == [True, False, False]

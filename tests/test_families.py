@@ -385,3 +385,25 @@ def test_weights_that_are_missing_or_of_another_shape_are_named(family, tmp_path
     write(tmp_path, config, weights | {lost: torch.randn(H, 2 * H)})
     with pytest.raises(ValueError, match=r"attn_out|o_proj|attention\.dense"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llada", "bert"])
+def test_attention_and_memory_settings_reach_the_model(family, monkeypatch, tmp_path):
+    assert load(checkpoint(family), attn_implementation="eager").model.config._attn_implementation == "eager"
+    kind, seen = type(load(checkpoint(family)).model), {}
+    real = kind.from_pretrained.__func__
+
+    def from_pretrained(cls, path, **options):
+        seen.update({name: options.pop(name, None) for name in ("max_memory", "offload_folder")})
+        return real(cls, path, **options)
+
+    monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
+    load(checkpoint(family), max_memory={"cpu": "1GiB"}, offload_folder=str(tmp_path))
+    assert seen == {"max_memory": {"cpu": "1GiB"}, "offload_folder": str(tmp_path)}
+
+
+def test_kernels_that_read_no_additive_mask_are_refused():
+    with pytest.raises(ValueError, match="`attn_implementation` is 'flash_attention_2', which takes no additive mask"):
+        load(checkpoint("llada"), attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="`attn_implementation` is not supported for MDLM"):
+        load(checkpoint("mdlm"), attn_implementation="sdpa")

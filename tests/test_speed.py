@@ -271,7 +271,7 @@ def test_the_hook_is_put_on_once_and_lets_other_calls_through():
         with pytest.raises(IndexError):
             pipe.denoiser.hidden(bad)
         assert pipe.model(input_ids=ids).logits.shape == (3, 40, 40)  # also after a failure
-    assert HeadInput.of(head).caught is None
+    assert HeadInput.of(head).mine.caught is None
 
 
 # --- waiting for the device -------------------------------------------------------------------------------------------

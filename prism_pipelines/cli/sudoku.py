@@ -355,7 +355,7 @@ def _run_compare(pipe, puzzles, args, console) -> int:
             )
             low, high = score.interval
             solved, n = int(score.solved.sum()), len(puzzles)
-            forwards = len(scheduler.timesteps)
+            forwards = steps + loop_steps(scheduler)
             rows.append(
                 {
                     "rule": name,

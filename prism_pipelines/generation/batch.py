@@ -157,11 +157,9 @@ def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | 
     """Which rows may share a batch without one changing what another gets.
 
     The steps of a block-causal model are spread over the blocks of the row that has most, so rows with another number
-    of blocks go elsewhere. Without a pad token only rows of one length go together.
+    of blocks go elsewhere.
     """
     spec = pipe.spec
-    if pipe.tokenizer.pad_token_id is None:
-        return lengths
     if spec.attention != "block_causal":
         return [0] * len(lengths)
     return [num_blocks(length, gen_length, block_length or spec.block_length) for length in lengths]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from ..models.checks import non_finite
 from .files import fetch_file, inside, read_json
 
 # Fields of an adapter's config by which it is more than LoRA.
@@ -51,6 +52,9 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "") 
                 f"The adapter of {path!r} does not fit {type(model).__name__}: {len(lost)} weights are missing or have "
                 f"no place, such as {sorted(lost)[:3]}."
             )
+        own = ((key, value) for key, value in model.named_parameters() if f".{name}." in key)
+        if bad := non_finite(own):
+            raise ValueError(f"A weight of the adapter of {path!r} holds NaN or inf: {bad}. Load another adapter.")
     except BaseException:
         drop_adapter(model, name)
         raise

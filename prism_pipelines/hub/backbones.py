@@ -50,6 +50,7 @@ def load_plain(
     tokenizer=None,
     device_map=None,
     quantization_config=None,
+    options: dict | None = None,
 ) -> dict:
     """Model, tokenizer (None if there is none) and `MDMSpec` dict of a plain transformers repository.
 
@@ -62,6 +63,7 @@ def load_plain(
         mdm_spec, mask_token_id: as `resolve_spec`.
         tokenizer: to be used in place of the repository's; None to load that.
         device_map, quantization_config: as transformers' `from_pretrained`.
+        options: attn_implementation, max_memory, offload_folder of transformers' `from_pretrained`; None as if absent.
     Returns:
         dict with "model", "tokenizer" and "mdm_spec".
     Raises:
@@ -76,6 +78,7 @@ def load_plain(
             "tokenizer": tokenizer,
             "device_map": device_map,
             "quantization_config": quantization_config,
+            "options": options,
         }
         return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
     refuse_variants(path, raw, None if mdm_spec else family_of(SimpleNamespace(**raw), path))
@@ -90,7 +93,10 @@ def load_plain(
         rows = (rows_of(key, path, subfolder, where) for key in (row.vocab_key, "lm_head.weight"))
         raw["vocab_size"] = next(filter(None, rows), raw["vocab_size"])
     spec = resolve_spec(SimpleNamespace(**raw), tokenizer, mdm_spec=mdm_spec, mask_token_id=mask_token_id, name=path)
-    model = load_backbone(path, subfolder, raw, spec, dtype, trust_remote_code, where, device_map, quantization_config)
+    placement = {"device_map": device_map, "quantization_config": quantization_config, **(options or {})}
+    placement = {name: value for name, value in placement.items() if value is not None}
+    refuse_attention(placement.get("attn_implementation"), spec)
+    model = load_backbone(path, subfolder, raw, spec, dtype, trust_remote_code, where, placement)
     return {"model": model, "tokenizer": tokenizer, "mdm_spec": spec.to_dict()}
 
 
@@ -161,13 +167,13 @@ def load_backbone(
     dtype: torch.dtype,
     trust_remote_code: bool,
     where: dict,
-    device_map=None,
-    quantization_config=None,
+    placement: dict,
 ):
     """The model of a checkpoint, by the native class of its spec, else by the class that its config names.
 
     Args:
         raw: the checkpoint's config.json.
+        placement: device_map, quantization_config and the like, for transformers' `from_pretrained`.
         others: as `load_plain`.
     Raises:
         OSError: not found, or no safetensors weights.
@@ -180,11 +186,7 @@ def load_backbone(
             stacklevel=2,
         )
     refuse_pickles(path, subfolder, where)
-    options = {"subfolder": subfolder, "dtype": dtype, "use_safetensors": True, **where}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
+    options = {"subfolder": subfolder, "dtype": dtype, "use_safetensors": True, **where, **placement}
     if spec.native_class is None:
         model = remote_class(raw, path, trust_remote_code).from_pretrained(
             path, trust_remote_code=trust_remote_code, **options
@@ -202,8 +204,9 @@ def load_backbone(
     config = native_config(native, raw, spec)
     config.name_or_path = path
     if spec.fold_time:
-        if device_map is not None or quantization_config is not None:
-            raise ValueError("`device_map` and `quantization_config` are not supported for MDLM (170M); use pipe.to().")
+        if placement:
+            names = ", ".join(f"`{name}`" for name in placement)
+            raise ValueError(f"{names} is not supported for MDLM (170M parameters); use pipe.to().")
         config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
         index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
         names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
@@ -227,6 +230,15 @@ def load_backbone(
         model._weight_conversions = None
     check_rope(model, path)
     return model
+
+
+def refuse_attention(attn_implementation: str | None, spec: MDMSpec) -> None:
+    """Raise a ValueError for kernels that read no additive mask: flash attention would see the tokens before only."""
+    if attn_implementation not in (None, "sdpa", "eager") and spec.mask_format == "additive":
+        raise ValueError(
+            f"`attn_implementation` is {attn_implementation!r}, which takes no additive mask, and this model needs one "
+            'to see in both directions. Use "sdpa" (it runs flash kernels where all tokens are seen) or "eager".'
+        )
 
 
 def with_split_weights(native, split_weights: dict[str, list[str]]):

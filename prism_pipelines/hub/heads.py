@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import schedulers
+from ..models.checks import non_finite
 from ..models.quality_head import QualityHead
 from .adapters import active_adapter, adapter_names
 from .files import absence, is_hub_id, read_json
@@ -119,7 +120,7 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
     """Check that a head was made for this model.
 
     Raises:
-        ValueError: it was made for another hidden size, or for another repository of the Hub.
+        ValueError: it was made for another hidden size, or for another repository of the Hub; or holds NaN or inf.
         TypeError: it is no `QualityHead`.
     Warns:
         UserWarning: it was made for another revision, or the dtype of the model hides whether it was made for it.
@@ -128,6 +129,11 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
         return
     if not isinstance(quality_head, QualityHead):
         raise TypeError(f"`quality_head` must be a QualityHead, got {type(quality_head).__name__}.")
+    if bad := non_finite(quality_head.state_dict().items()):
+        raise ValueError(
+            f"A weight of `quality_head` holds NaN or inf: {bad}. It would remask at random. Load another head, or "
+            "train it again with a lower --learning_rate."
+        )
     made_for, has = quality_head.config.hidden_size, model.config.hidden_size
     base, here = quality_head.config.base_model, getattr(model.config, "_name_or_path", "")
     if made_for != has:

@@ -35,6 +35,50 @@ def check_rope(model, name: str) -> None:
                 )
 
 
+def non_finite(tensors) -> str | None:
+    """The first of some (name, tensor) that holds NaN or inf, as "name (NaN)"; None if all are numbers."""
+    for name, value in tensors:
+        if value.is_meta or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            continue  # offloaded, or quantized
+        if not value.isfinite().all():
+            return f"{name} ({'NaN' if value.isnan().any() else 'inf'})"
+    return None
+
+
+@torch.no_grad()
+def refuse_nan(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+    """Raise a ValueError if the model gives NaN or inf for some ids (B, L), which names the tensor it comes from."""
+    if denoiser.hidden(ids, attention_mask).isfinite().all():
+        return
+    model = denoiser.model
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if bad := non_finite(tensors):
+        raise ValueError(
+            f"A weight of {name!r} holds NaN or inf: {bad}. The file is damaged, or was saved by a training run that "
+            "diverged. Load another checkpoint."
+        )
+    found = []
+
+    def look(module, args, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        if not found and isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
+            found.append(names[module])
+
+    names = {module: place for place, module in model.named_modules()}
+    handles = [module.register_forward_hook(look) for module in names]
+    try:
+        denoiser.hidden(ids, attention_mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f" from {found[0]} on" if found else ""
+    raise ValueError(
+        f"{name!r} gives NaN or inf{where}, and its weights are finite: numbers overflow {model.dtype}. Load it with "
+        "torch_dtype=torch.bfloat16 or torch.float32."
+    )
+
+
 @torch.no_grad()
 def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) -> bool:
     """Does the last token influence the first position, among `length` tokens, by more than `noise`?
@@ -49,6 +93,9 @@ def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) ->
     ids[:, :-1:2] = denoiser.spec.mask_token_id
     ids[1, -1] = other
     one, two = (denoiser.hidden(row[None])[0, 0].float() for row in ids)
+    if not (one.isfinite().all() and two.isfinite().all()):
+        for row in ids:  # a NaN equals nothing, and would pass for "sees nothing"
+            refuse_nan(denoiser, row[None])
     return bool((one - two).abs().max() > noise * one.abs().max())
 
 

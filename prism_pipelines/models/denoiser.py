@@ -2,11 +2,14 @@
 
 The last hidden state is defined as the *input of the output head*. It is caught by a forward-pre-hook, which also hands
 the head zero rows: one forward of the model then costs the body alone, and logits are made later, only where read.
-A model serves one thread at a time.
+
+Threads may share a model: what a forward catches belongs to its thread, and forwards of one model wait for each other,
+since models keep state of their own while they run (rotary tables, offloaded weights, `config.is_causal`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,28 +30,46 @@ UNMASKED = (
 )
 
 
+_REGISTERING = threading.Lock()
+
+
 class HeadInput:
     """Forward-pre-hook of an output head that, while `catching`, keeps what the head is given and hands it no rows.
 
     It stays on the head, and is one object: `torch.compile` traces it with the model, and guards `catching`.
+    A forward is caught for the thread that runs it. `lock` is held while the model or its head runs.
     """
 
     def __init__(self):
-        self.catching, self.caught = False, None
+        self.mine, self.lock = threading.local(), threading.RLock()
 
     def __call__(self, module: nn.Module, args: tuple):
-        if not self.catching:
+        if not getattr(self.mine, "catching", False):
             return None
-        self.caught = args[0]
+        self.mine.caught = args[0]
         return (args[0][:, :0], *args[1:])
+
+    def __reduce__(self):
+        return (HeadInput, ())  # a copy of the model is another model, with a lock of its own
+
+    @contextmanager
+    def catch(self) -> Iterator[threading.local]:
+        """While it lasts, a forward of this thread is caught in `caught` of what this gives; other threads wait."""
+        with self.lock:
+            try:
+                self.mine.catching, self.mine.caught = True, None
+                yield self.mine
+            finally:
+                self.mine.catching, self.mine.caught = False, None
 
     @classmethod
     def of(cls, head: nn.Module) -> HeadInput:
         """The one of `head`, registered if there is none yet."""
-        hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
-        if hook is None:
-            hook = cls()
-            head.register_forward_pre_hook(hook)
+        with _REGISTERING:
+            hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
+            if hook is None:
+                hook = cls()
+                head.register_forward_pre_hook(hook)
         return hook
 
 
@@ -96,6 +117,11 @@ class MaskedDenoiser(nn.Module):
         return [*self._output_head().parameters(), *bias]
 
     @property
+    def lock(self) -> threading.RLock:
+        """Held while a thread runs the model or its head; the others wait."""
+        return HeadInput.of(self._output_head()).lock
+
+    @property
     def vocab_size(self) -> int:
         """V, the number of rows of the output head."""
         return self.forbidden.shape[0]
@@ -122,18 +148,14 @@ class MaskedDenoiser(nn.Module):
         Returns:
             (B, L, H), or (B, W, H) with `columns`, in the model's dtype; means nothing at padding.
         """
-        hook = HeadInput.of(self._output_head())
         inputs = self.inputs(input_ids, attention_mask, columns=columns, reach=reach)
         if past_key_values is not None:
             inputs |= {"past_key_values": past_key_values, "use_cache": True}
         asked = input_ids if columns is None else take_columns(input_ids, columns)
-        try:
-            hook.catching = True
+        with HeadInput.of(self._output_head()).catch() as mine:
             with not_causal(self.model.config if "is_causal" in inputs else None):
                 self.model(input_ids=asked, return_dict=True, **inputs)
-            hidden = hook.caught.to(input_ids.device)  # from the last device of a model that is spread over several
-        finally:
-            hook.catching, hook.caught = False, None
+            hidden = mine.caught.to(input_ids.device)  # from the last device of a model that is spread over several
         if self.spec.logit_shift and attention_mask is not None and columns is None:
             # What a shifted model reads for the first token of a row is its own row, also behind padding.
             shown = attention_mask.bool()
@@ -199,7 +221,8 @@ class MaskedDenoiser(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
-        logits = self._output_head()(rows).to(rows.device)
+        with self.lock:  # an offloaded head is taken away again after each call
+            logits = self._output_head()(rows).to(rows.device)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
         ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does

@@ -45,6 +45,8 @@ class MDMSpec:
         tokenizer_class: transformers class that loads the tokenizer without remote code; None asks `AutoTokenizer`.
         tokenizer_repo: Hub id of the tokenizer, where the checkpoints have none of their own.
         lora_targets: module names that LoRA adapts by default.
+        no_content: tokens of the tokenizer, besides the special ones, that sampling does not write unless
+            `allow_tokens` names them.
         tested: False if no test compares this row with an independent reference; said when it is loaded.
         source: where these values come from.
     Raises:
@@ -69,6 +71,7 @@ class MDMSpec:
     tokenizer_class: str | None = None
     tokenizer_repo: str | None = None
     lora_targets: tuple[str, ...] = ()
+    no_content: tuple[str, ...] = ()
     tested: bool = True
     source: str = ""
 
@@ -94,6 +97,7 @@ class MDMSpec:
         # JSON gives lists back; a spec read from a file must equal the one that was written.
         object.__setattr__(self, "extra_inputs", tuple(self.extra_inputs))
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        object.__setattr__(self, "no_content", tuple(self.no_content))
 
     def to_dict(self) -> dict:
         """A JSON-able dict; `MDMSpec.from_dict` reads it back to an equal spec."""
@@ -358,6 +362,8 @@ FAMILIES: dict[str, MDMSpec] = {
         "facebook/esm2_*, airkingbd/dplm_*: vocab.txt <mask>; the bias comes after lm_head.decoder",
         extra_inputs=("offset_position_ids",),
         output_bias="lm_head.bias",
+        # Ambiguous and rare residues, gaps and a free place. DPLM's sampler forbids X and the special tokens.
+        no_content=("X", "B", "U", "Z", "O", ".", "-", "<null_1>"),
     ),
     "modernbert": _masked_lm(50284, "ModernBertForMaskedLM", ("Wqkv", "Wo"), "ModernBERT-base tokenizer: [MASK]"),
     "eurobert": _masked_lm(128002, "EuroBertForMaskedLM", _LLAMA, "EuroBERT-210m tokenizer: <|mask|>"),

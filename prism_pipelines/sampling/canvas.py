@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +20,14 @@ class Canvas:
         generated: true where tokens are generated, bool (B, L). Everything else never changes.
         attention_mask: 1 for tokens and 0 for padding, (B, L); None without padding.
         whole: decode whole rows (infilling), not the generated part alone.
+        texts: of an infilling, the texts that were given; None for ids.
     """
 
     sample: Tensor
     generated: Tensor
     attention_mask: Tensor | None
     whole: bool
+    texts: tuple[str, ...] | None = None
 
     def to(self, device) -> Canvas:
         """The same on another device."""
@@ -156,7 +159,9 @@ def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None,
     if needs_mask and empty:
         shown = f" ({tokenizer.mask_token!r})" if tokenizer is not None and tokenizer.mask_token else ""
         raise ValueError(f"`infill` row {empty[0]} holds no mask token{shown}, id {mask_token_id}: nothing to fill.")
-    return Canvas(ids, generated, mask, whole=True)
+    texts = [source] if isinstance(source, str) else source
+    written = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+    return Canvas(ids, generated, mask, whole=True, texts=tuple(texts) if written else None)
 
 
 def prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
@@ -180,6 +185,20 @@ def prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
     return rows
 
 
+def whole_ids(text: str, tokenizer) -> list[int]:
+    """Ids of a whole text, framed as the tokenizer frames one ([CLS] ... [SEP]), once also where the text says so."""
+    ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) == len(bare) or not bare:
+        return ids
+    front = next((n for n in range(len(ids) - len(bare) + 1) if ids[n : n + len(bare)] == bare), None)
+    if front is None:
+        return ids
+    back = len(ids) - len(bare) - front
+    start = ids[:front] if bare[:front] != ids[:front] else []
+    end = ids[len(ids) - back :] if back and bare[len(bare) - back :] != ids[len(ids) - back :] else []
+    return [*start, *bare, *end]
+
+
 def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[Tensor, Tensor | None]:
     """Ids int64 (B, L) of texts or of ids, and their attention mask, None where nothing is padded.
 
@@ -190,7 +209,7 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
         attention_mask: (B, L) or None; with ids only.
         side: which side texts of different length are padded on, "left" or "right".
     Raises:
-        ValueError: nothing given, rows of different length as ids, a wrong mask, no tokenizer, or no pad token.
+        ValueError: nothing given, rows of different length as ids, a wrong mask, or no tokenizer.
         TypeError: neither texts nor integer ids.
     """
     texts = [source] if isinstance(source, str) else source
@@ -199,18 +218,13 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         if tokenizer is None:
             raise ValueError(f"`{name}` is text, but the pipeline has no tokenizer. Pass ids, or load a tokenizer.")
-        rows = prompt_ids(texts, tokenizer) if side == "left" else tokenizer(list(texts)).input_ids
+        warn_of_unknown(name, texts, tokenizer)
+        rows = prompt_ids(texts, tokenizer) if side == "left" else [whole_ids(text, tokenizer) for text in texts]
         if side == "right" and not any(rows):
             raise ValueError(f"`{name}` is empty: no text has a token.")
         if len({len(row) for row in rows}) == 1:
             return torch.tensor(rows, dtype=torch.long), None
-        if tokenizer.pad_token_id is None:
-            lengths = sorted({len(row) for row in rows})
-            raise ValueError(
-                f"`{name}` has texts of {lengths} tokens, and the tokenizer has no pad token to even them."
-            )
-        padded = tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
-        return padded["input_ids"], padded["attention_mask"]
+        return pad_rows(rows, tokenizer, side)
     try:
         ids = torch.as_tensor(source)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -233,6 +247,45 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
     return ids.long(), attention_mask
 
 
+def pad_rows(rows: list[list[int]], tokenizer, side: str) -> tuple[Tensor, Tensor]:
+    """Rows of ids (B, L), padded on one side, and their attention mask. Any token pads: the model does not see it."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+    pad, length = next(token for token in known if token is not None), max(map(len, rows))
+    ids, mask = torch.full((len(rows), length), pad), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if side == "left" else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
+
+
+def unknown_pieces(text: str, tokenizer) -> list[str]:
+    """Parts of a text that its tokenizer has no token for, in their order; those written as <unk> are not meant."""
+    if tokenizer.is_fast:
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(read.input_ids, read.offset_mapping, strict=True)
+        pieces = [text[start:end] for token, (start, end) in spans if token == tokenizer.unk_token_id]
+    else:
+        pieces = tokenizer.tokenize(text)
+        ids = tokenizer.convert_tokens_to_ids(pieces)
+        pieces = [piece for piece, token in zip(pieces, ids, strict=True) if token == tokenizer.unk_token_id]
+    return [piece for piece in pieces if piece.strip() != tokenizer.unk_token]
+
+
+def warn_of_unknown(name: str, texts: list[str], tokenizer) -> None:
+    """Warn of what the tokenizer cannot read in some texts, by name."""
+    if getattr(tokenizer, "unk_token_id", None) is None:
+        return
+    found = dict.fromkeys(piece for text in texts for piece in unknown_pieces(text, tokenizer))
+    if found:
+        shown = ", ".join(f"{piece!r:.40}" for piece in list(found)[:5])
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        warnings.warn(
+            f"`{name}` holds {shown}{more}, unknown to the tokenizer: the model reads {tokenizer.unk_token!r} there. "
+            "Check the case, spaces and alphabet of the text.",
+            stacklevel=6,
+        )
+
+
 def repeat_rows(canvas: Canvas, times: int) -> Canvas:
     """Each row `times` times, next to each other."""
     mask = None if canvas.attention_mask is None else canvas.attention_mask.repeat_interleave(times, 0)
@@ -241,6 +294,7 @@ def repeat_rows(canvas: Canvas, times: int) -> Canvas:
         sample=canvas.sample.repeat_interleave(times, 0),
         generated=canvas.generated.repeat_interleave(times, 0),
         attention_mask=mask,
+        texts=None if canvas.texts is None else tuple(text for text in canvas.texts for _ in range(times)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..models.checks import refuse_nan
 from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
@@ -76,20 +78,33 @@ class Filled:
     nfe_per_row: Tensor
 
 
+def copy_of_scheduler(scheduler):
+    """A copy that belongs to one run: timesteps, histories and counts of a subclass too are changed in it alone.
+
+    `from_config` would lose what a subclass keeps beside its config, and a deep copy would copy a model that it holds.
+    """
+    own = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if type(value) in (list, dict, set, Tensor):
+            setattr(own, name, copy.deepcopy(value))
+    return own
+
+
 def scheduler_of(scheduler, threshold: float | None):
-    """The scheduler of one call: the pipeline's, or one like it that decodes by `threshold`.
+    """The scheduler of one call: a copy of the pipeline's, which decodes by `threshold` if there is one.
 
     Raises:
         ValueError: a threshold outside (0, 1], also in the config; or a scheduler or order that has no use for one.
     """
     config, kind = own_fields(scheduler), type(scheduler).__name__
+    own = copy_of_scheduler(scheduler)
     if threshold is None and not config.get("use_threshold", False):
-        return scheduler
+        return own
     value = config["threshold"] if threshold is None else threshold
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
     if threshold is None:
-        return scheduler
+        return own
     if "use_threshold" not in config:
         raise ValueError(
             f"`threshold` is {threshold}, but {kind} does not decode by confidence. Schedulers that do: "
@@ -100,7 +115,8 @@ def scheduler_of(scheduler, threshold: float | None):
             f"`threshold` is {threshold}, but the scheduler writes in {config['order']!r} order, which does not ask "
             f'how sure a token is. Set pipe.scheduler = {kind}.from_config(pipe.scheduler.config, order="confidence").'
         )
-    return type(scheduler).from_config(config, use_threshold=True, threshold=threshold)
+    own.register_to_config(use_threshold=True, threshold=threshold)
+    return own
 
 
 def blocks_of(
@@ -249,6 +265,21 @@ class Look:
         mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
         mask = mask if mask is None or seen.rows is None else mask[seen.rows]
         return self.run.quality_head(seen.fresh, mask).sigmoid()
+
+
+@contextmanager
+def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas):
+    """Turns what sampling says of logits that are no numbers into an error that names the tensor they come from.
+
+    Raises:
+        ValueError: as `checks.refuse_nan`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "The logits hold a NaN" in str(error):
+            refuse_nan(denoiser, canvas.sample, canvas.attention_mask)
+        raise
 
 
 @contextmanager

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from ..models.families import MDMSpec
-from .canvas import Canvas
+from .canvas import Canvas, has_chat_template, whole_ids
 
 
 def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]:
     """Ids that end a text: the given ones, else those of the tokenizer and of the model's generation config.
 
+    The token that the chat template writes after an answer is one too (LLaDA's <|eot_id|>, which no config names).
     The padding token is one of them, the last, but for encoders: language models turned MDM learn to fill the place
     after an answer with it (dllm trains on "padded <eos_token>", which is another token than Qwen's <|im_end|>).
 
@@ -28,6 +33,7 @@ def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]
         found = [getattr(tokenizer, "eos_token_id", None)]
         listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         found += listed if isinstance(listed, list) else [listed]
+        found.append(turn_end(tokenizer))
         found += [getattr(tokenizer, "pad_token_id", None)] if spec.mask_format != "padding" else []
         known = [token for token in found if token is not None and token < vocab_size and token != mask_token_id]
         return tuple(dict.fromkeys(known))
@@ -37,10 +43,70 @@ def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]
     return ids
 
 
+# Places of a vocabulary that were kept free: [unused7] of BERT, <|reserved_token_7|> of LLaDA, <null_1> of ESM.
+RESERVED = re.compile(r"[\[<]\|?(unused|reserved|extra_id|null)[\w ]*\|?[\]>]", re.IGNORECASE)
+ANSWER = "\N{SNOWMAN}"
+
+
 def never_written(tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
-    """Ids that are never predicted, beside the mask: padding, unless it ends a text."""
+    """Ids that are never predicted, besides the mask: padding, unless it is also an end token."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     return () if pad is None or pad in ends else (pad,)
+
+
+def turn_end(tokenizer) -> int | None:
+    """Id of the special token that the chat template writes after an answer; None if there is none."""
+    if not has_chat_template(tokenizer):
+        return None
+    try:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # a template for chats of another form
+        return None
+    _, answer, rest = text.rpartition(ANSWER)
+    after = tokenizer(rest.lstrip(), add_special_tokens=False).input_ids[:1] if answer else []
+    return after[0] if after and after[0] in special_ids(tokenizer) else None
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids that the tokenizer marks as special: the named ones, and added tokens such as markers of a chat."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {token for token, form in added.items() if form.special}
+
+
+@functools.lru_cache(maxsize=8)
+def reserved_ids(tokenizer, size: int) -> frozenset[int]:
+    """Ids of tokens that stand for nothing. `size` is the number of tokens, which a vocabulary that grew changes."""
+    return frozenset(token for text, token in tokenizer.get_vocab().items() if RESERVED.fullmatch(text))
+
+
+def no_content(tokenizer, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ...]:
+    """Ids that sampling does not write unless they are allowed: tokens that are no content of a text.
+
+    These are the special tokens of the tokenizer but those that end a text, reserved places of its vocabulary, and what
+    the family names in `MDMSpec.no_content`.
+
+    Args:
+        tokenizer: or None, which knows of none.
+        spec: of the model.
+        ends: end tokens that may be written; none for an encoder, whose text has the length that was asked for.
+    """
+    if tokenizer is None:
+        return ()
+    vocabulary = tokenizer.get_vocab() if spec.no_content else {}
+    named = {vocabulary[token] for token in spec.no_content if token in vocabulary}
+    return tuple(sorted((special_ids(tokenizer) | reserved_ids(tokenizer, len(tokenizer)) | named) - set(ends)))
+
+
+def written_ends(eos_token_id, tokenizer, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ...]:
+    """Which of the end tokens may be written: all, but for an encoder the closing token that frames its texts.
+
+    That is what its tokenizer puts around each text (</s> of RoBERTa, <eos> of ESM). One that was passed may be
+    written, and so may that of an encoder with a chat template (ModernBERT-chat), which was trained to end its answers.
+    """
+    if tokenizer is None or spec.mask_format != "padding" or eos_token_id is not None or has_chat_template(tokenizer):
+        return ends
+    return tuple(sorted(set(ends) - set(tokenizer("").input_ids)))
 
 
 def token_ids(name: str, given: int | list[int] | None, vocab_size: int) -> tuple[int, ...]:
@@ -60,6 +126,14 @@ def token_ids(name: str, given: int | list[int] | None, vocab_size: int) -> tupl
     return ids
 
 
+def refuse_allowed(allowed: tuple[int, ...], suppressed: tuple[int, ...], mask_token_id: int) -> None:
+    """Raise a ValueError for `allow_tokens` that names the mask, or what `suppress_tokens` names too."""
+    if mask_token_id in allowed:
+        raise ValueError(f"`allow_tokens` names the mask token, {mask_token_id}, which is never written.")
+    if both := sorted(set(allowed) & set(suppressed)):
+        raise ValueError(f"`allow_tokens` and `suppress_tokens` both name {both}: drop them from one of the two.")
+
+
 def stop_strings(stop) -> tuple[str, ...]:
     """`stop` as a tuple of strings.
 
@@ -70,6 +144,19 @@ def stop_strings(stop) -> tuple[str, ...]:
     if any(not isinstance(text, str) or not text for text in strings):
         raise ValueError(f"`stop` must be a non-empty string or a list of them, got {stop!r}.")
     return strings
+
+
+def special_stops(stops: tuple[str, ...], tokenizer, mask_token_id: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Special tokens in stop strings: ids that are a whole stop string, and ids of all that some stop string holds.
+
+    The former end a row as end tokens do. All of them may be written, or the stop string would never be.
+    """
+    if not stops:
+        return (), ()
+    ids = sorted(special_ids(tokenizer) - {mask_token_id})
+    texts = dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+    held = tuple(token for token, text in texts.items() if text and any(text in stop for stop in stops))
+    return tuple(token for token in held if texts[token] in stops), held
 
 
 def generated_prefix(row: Tensor, generated: Tensor, mask_token_id: int, ends: tuple[int, ...]) -> tuple[Tensor, bool]:
@@ -96,6 +183,23 @@ def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+def text_before(tokens: Tensor, stops: tuple[str, ...], tokenizer) -> tuple[str, bool]:
+    """The text of tokens, without special tokens, before the first of `stops`, and whether there was one.
+
+    A stop string that holds a special token is looked for in the text that shows them.
+    """
+    plain = tokenizer.decode(tokens, skip_special_tokens=True)
+    shown = tokenizer.decode(tokens, skip_special_tokens=False) if stops else plain
+    marked = tuple(stop for stop in stops if stop in shown and stop not in plain)
+    if not marked:
+        return cut(plain, stops)
+    before, _ = cut(shown, marked)
+    lengths = [len(tokenizer.decode(tokens[:n], skip_special_tokens=False)) for n in range(len(tokens) + 1)]
+    kept = max(n for n, length in enumerate(lengths) if length <= len(before))
+    begun = shown[lengths[kept] : len(before)]  # of a token that the stop string begins inside of
+    return cut(tokenizer.decode(tokens[:kept], skip_special_tokens=True) + begun, stops)[0], True
+
+
 def finished_rows(
     sample: Tensor, generated: Tensor, mask_token_id: int, ends: tuple[int, ...], stops: tuple[str, ...], tokenizer
 ) -> Tensor:
@@ -103,7 +207,7 @@ def finished_rows(
     done = []
     for row, mask in zip(sample, generated, strict=True):
         tokens, ended = generated_prefix(row, mask, mask_token_id, ends)
-        done.append(ended or (bool(stops) and cut(tokenizer.decode(tokens, skip_special_tokens=True), stops)[1]))
+        done.append(ended or (bool(stops) and text_before(tokens, stops, tokenizer)[1]))
     return torch.tensor(done, device=sample.device)
 
 
@@ -121,8 +225,65 @@ def decode(
     if canvas.whole:
         kept = torch.ones_like(canvas.generated) if canvas.attention_mask is None else canvas.attention_mask.bool()
         rows = [row[mask] for row, mask in zip(sample, kept, strict=True)]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+        given = canvas.texts or [None] * len(rows)
+        return [
+            infilled_text(text, row.tolist(), tokenizer, mask_token_id) for text, row in zip(given, rows, strict=True)
+        ]
     rows = [
         generated_prefix(row, mask, mask_token_id, ends)[0] for row, mask in zip(sample, canvas.generated, strict=True)
     ]
-    return [cut(text, stops)[0] for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    return [text_before(row, stops, tokenizer)[0] for row in rows]
+
+
+def infilled_text(given: str | None, ids: list[int], tokenizer, mask_token_id: int) -> str:
+    """The text of a filled row: what was given stands in it character by character, and only the fills are decoded.
+
+    Args:
+        given: the text with mask tokens; None if ids were given, which have no characters: then all is decoded.
+        ids: the row with its fills, without padding.
+        tokenizer, mask_token_id: of the model.
+    """
+    mask = None if given is None else tokenizer.convert_ids_to_tokens(mask_token_id)
+    parts = [] if mask is None else given.split(mask)
+    places = [] if given is None else [i for i, t in enumerate(whole_ids(given, tokenizer)) if t == mask_token_id]
+    if len(parts) != len(places) + 1:  # the mask is not written as its token, so it is not known where it stands
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    special, text, first = special_ids(tokenizer), parts[0], 0
+    while first < len(places):
+        last = first + 1  # masks with nothing between them are decoded together: they may share a character
+        while last < len(places) and parts[last] == "":
+            last += 1
+        fill = [ids[place] for place in places[first:last] if ids[place] not in special]
+        before = ids[places[first] - 1] if places[first] and ids[places[first] - 1] not in special else None
+        text += fill_text(fill, before, text, tokenizer) + parts[last]
+        first = last
+    return text
+
+
+def fill_text(fill: list[int], before: int | None, text: str, tokenizer) -> str:
+    """How some tokens are written after a text.
+
+    A tokenizer that keeps no spaces writes one between any two tokens that are no parts of a word. It is left out
+    where the text has one already, and where the tokens are read the same without (residues of a protein).
+
+    Args:
+        fill: the tokens, all of one gap.
+        before: the token before them, or None.
+        text: what stands before them.
+        tokenizer: of the model.
+    """
+
+    def read(piece: str) -> list[int]:
+        return tokenizer(piece, add_special_tokens=False).input_ids
+
+    context = [] if before is None else [before]
+    start = tokenizer.decode(context, skip_special_tokens=True)
+    whole = tokenizer.decode(context + fill, skip_special_tokens=True)
+    piece = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(fill, skip_special_tokens=True)
+    if tokenizer.decode(read("a  b")) == "a  b":
+        return piece
+    apart = not text or text[-1].isspace()
+    glued = piece.replace(" ", "")
+    if read(glued if apart else start + glued) == (fill if apart else context + fill):
+        return glued
+    return piece.lstrip(" ") if apart else piece

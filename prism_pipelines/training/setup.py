@@ -146,7 +146,7 @@ def add_lora(run, model, spec) -> None:
 
 
 def suppressed_ids(tokenizer, model, spec) -> tuple[int, ...]:
-    """Tokens that are never predicted, as in the pipeline."""
+    """Tokens that are never predicted. Sampling leaves out more, which a text may hold and be trained on (<unk>, X)."""
     return never_written(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
