@@ -23,10 +23,9 @@ from .sampling.canvas import (
     canvas_of,
     canvas_of_infill,
     changed_sample,
-    chat_texts,
-    has_chat_template,
     repeat_rows,
 )
+from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
 from .sampling.stopping import (
@@ -95,6 +94,11 @@ class PrismPipeline(DiffusionPipeline):
         """Facts about the model."""
         return resolve_spec(self.model.config, self.tokenizer, mdm_spec=self.config.mdm_spec)
 
+    @property
+    def text_frame(self) -> Frame:
+        """Special tokens around every text of an encoder, `Frame(opening, closing)`; empty for language models."""
+        return text_frame(self.tokenizer, self.spec)
+
     def _end_tokens(self, eos_token_id: int | list[int] | None = None) -> tuple[int, ...]:
         """Ids that end a text."""
         return end_tokens(eos_token_id, self.tokenizer, self.model, self.spec)
@@ -120,6 +124,7 @@ class PrismPipeline(DiffusionPipeline):
         num_samples: int = 1,
         use_chat_template: bool = True,
         chat_template_kwargs: dict | None = None,
+        continue_final_message: bool = False,
         gen_length: int | None = None,
         block_length: int | None = None,
         num_inference_steps: int | None = None,
@@ -155,7 +160,10 @@ class PrismPipeline(DiffusionPipeline):
             num_samples: samples of each row, next to each other; how many rows if nothing else is given.
             use_chat_template: False continues `prompt` as plain text.
             chat_template_kwargs: for the template, beside the chat, such as {"enable_thinking": False} of Qwen3.
-            gen_length: tokens to generate; needed for all but `infill`.
+            continue_final_message: the last of `messages` is the assistant's and begins the answer, which goes on after
+                it (prefill); `texts` hold what follows.
+            gen_length: tokens to generate; needed for all but `infill`. Special tokens that an encoder's texts begin
+                and end with ([CLS], [SEP]) are given, and come on top; none are put around `input_ids`.
             block_length: generate blocks of this many tokens from left to right; None for all at once, or for the
                 model's own block if it is block-causal: then blocks begin at multiples of it, and it must be a multiple
                 or a divisor of the model's.
@@ -225,11 +233,15 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
         if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
-            prompt = chat_texts(messages, prompt, self.tokenizer, chat_template_kwargs)
+            prompt = chat_texts(messages, prompt, self.tokenizer, chat_template_kwargs, continue_final_message)
+        elif continue_final_message:
+            raise ValueError("`continue_final_message` goes with `messages` whose last is the assistant's.")
         elif chat_template_kwargs:
             raise ValueError("`chat_template_kwargs` is given, and no chat template is used: pass `messages`.")
         given = {"prompt": prompt, "input_ids": input_ids, "infill": infill}
-        canvas = canvas_of(given, self.tokenizer, self.mask_token_id, attention_mask, num_samples, gen_length)
+        canvas = canvas_of(
+            given, self.tokenizer, self.mask_token_id, attention_mask, num_samples, gen_length, self.text_frame
+        )
         if num_samples > 1 and not (prompt is input_ids is infill is None):
             canvas = repeat_rows(canvas, num_samples)
         canvas = canvas.to(self._execution_device)

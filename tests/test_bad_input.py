@@ -11,7 +11,8 @@ from test_generate_many import CHAT, pipeline
 from tokenizers.processors import TemplateProcessing
 
 from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
-from prism_pipelines.sampling.canvas import canvas_of_prompt, prompt_ids
+from prism_pipelines.sampling.canvas import canvas_of_prompt
+from prism_pipelines.sampling.encoding import prompt_ids
 
 CALL = {"gen_length": 6, "num_inference_steps": 4, "output_type": "seq"}
 EOS, MASK_WORD, UNKNOWN = 1, 28, 29  # of the pipeline of words

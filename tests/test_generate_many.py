@@ -270,7 +270,8 @@ def test_the_command_for_several_processes(monkeypatch, folder, tmp_path):
     ("lines", "says"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
-        ('{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2 is not JSON"),
+        ('{"prompt": "a"}\n\n{"prompt": \n', "line 3 is not JSON"),
+        ('{"prompt": "a"}\n \n{"prompt": ""}\n', "line 3: the prompt is empty"),
         ('{"prompt": "a"}\n{"prompt": "  "}\n', "line 2: the prompt is empty"),
         ('{"prompt": 3}\n', "line 1: the prompt must be a string, got 3"),
         ('{"text": "a"}\n', """line 1 must have one of "prompt" and "messages", its keys are ['text']"""),
@@ -483,3 +484,33 @@ def test_out_of_memory_names_the_setting_and_keeps_what_is_done(tmp_path, monkey
     with pytest.raises(ValueError, match=r"Out of memory with 8 prompts of up to 11 tokens\. Lower `batch_size` \(8\)"):
         generate_many(pipe, PROMPTS, tmp_path / "o.jsonl", **settings)
     assert generate_many(pipe, PROMPTS, tmp_path / "o.jsonl", **(settings | {"batch_size": 4}))["generated"] == 24
+
+
+def test_a_blank_line_is_no_row(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n  \r\n{"prompt": "b"}\n')
+    assert [(row["id"], row["prompt"]) for row in read_prompts(tmp_path / "p.jsonl")] == [(0, "a"), (1, "b")]
+
+
+def test_stop_top_p_and_guidance_are_those_of_the_pipeline(folder, tmp_path):
+    out = tmp_path / "o.jsonl"
+    more = ["--top-p=0.7", "--cfg-scale=0.5", "--stop=w24", "--stop=w10", "--block_length=4", "--batch_size=1"]
+    assert main(["generate", *flags(folder, out, *more), "--max_prompts=6"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    pipe = PrismPipeline.from_pretrained(folder / "model")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"gen_length": 8, "num_inference_steps": 16, "block_length": 4, "top_p": 0.7, "cfg_scale": 0.5}
+    for i, row in enumerate(rows):
+        generator = [torch.Generator().manual_seed((3 * 1_000_003 + i) % 2**32)]
+        alone = pipe(row["prompt"], **call, generator=generator).texts[0]
+        assert row["text"] == min(alone.split("w24")[0], alone.split("w10")[0], key=len)
+        assert row["ended"] or not {"w24", "w10"} & set(alone.split())
+    assert any(row["ended"] for row in rows)
+
+
+def test_flags_that_hold_several_values_or_an_object_reach_the_processes():
+    from argparse import Namespace
+
+    from prism_pipelines.cli.generate import flags_of
+
+    words = flags_of(Namespace(model="m", stop=["a b", "c"], chat_template_kwargs={"fast": False}, seed=0))
+    assert words == ["m", "--stop=a b", "--stop=c", '--chat_template_kwargs={"fast": false}', "--seed=0"]

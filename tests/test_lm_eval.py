@@ -138,7 +138,7 @@ def test_a_task_runs_from_the_command_line(folder, tmp_path):
         "generation_kwargs:\n  until: ['w24']\n  do_sample: false\nmetric_list:\n  - metric: exact_match\n"
     )
     words = [sys.executable, "-m", "prism_pipelines.integrations.lm_eval", "run", "--model", "prism", "--tasks", "tiny"]
-    words += ["--model_args", f"pretrained={folder},gen_length=6", "--include_path", str(tmp_path), "--device", "cpu"]
+    words += ["--model_args", f"pretrained={folder},gen_length=6", "--include_path", str(tmp_path)]
     words += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(words, env=os.environ | offline, capture_output=True, text=True, timeout=400, check=False)
@@ -150,3 +150,16 @@ def test_a_task_runs_from_the_command_line(folder, tmp_path):
     expected = model.generate_until(requests({"until": ["w24"]}, PROMPTS[:5]), disable_tqdm=True)
     by_id = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
     assert [by_id[i] for i in range(5)] == expected
+
+
+def test_the_gpu_that_lm_eval_asks_for_by_default_gives_way_to_the_cpu_where_there_is_none(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="There is no GPU for device='cuda:0', lm-eval's default: the CPU is used"):
+        model = PrismLM(folder, gen_length=4, device="cuda:0")
+    assert model.pipe.device.type == "cpu"
+
+
+def test_an_answer_that_was_begun_goes_on(folder):
+    model = PrismLM(folder, gen_length=4, device="cpu")
+    chat = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4 w5"}]
+    assert model.apply_chat_template(chat, add_generation_prompt=False) == "w3 w4 w5"

@@ -63,13 +63,13 @@ def test_a_prompt_is_tokenized_as_the_pipeline_does_opened_once_and_not_closed(t
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="g $A h", special_tokens=[("g", 10), ("h", 11)]
     )
-    encoder = RowEncoder(tokenizer, MASK, 16, len(WORDS))
+    encoder = RowEncoder(tokenizer, MASK, 16, len(WORDS), use_chat_template=False)
     for prompt, given in (("a b", ["g", "a", "b"]), ("g a", ["g", "a"]), ("", ["g"])):
         (example,) = encode_rows([{"prompt": prompt, "completion": "c"}], encoder)
         assert words(example, False) == given and words(example) == ["c"]
     tokenizer.chat_template = "g {% for m in messages %}{{ m['content'] }} {% endfor %}"
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (example,) = encode_rows([{"messages": chat}], encoder)
+    (example,) = encode_rows([{"messages": chat}], RowEncoder(tokenizer, MASK, 16, len(WORDS)))
     assert words(example, False) == ["g", "a"] and words(example) == ["b"]
 
 

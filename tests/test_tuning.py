@@ -169,3 +169,11 @@ def test_the_settings_of_an_arm_are_the_product_of_its_lists():
     found = [(option["order"], option["num_remask"]) for option in settings_of(arm, 1.0)]
     assert found == [("random", 1), ("random", 2), ("confidence", 1), ("confidence", 2)]
     assert settings_of(PRISM, 1.0) == [PRISM]
+
+
+def test_a_bar_counts_the_settings_that_are_tried(tmp_path, capsys):
+    arms = [{"name": "MDLM", "scheduler": "MDLMScheduler"}, {**PRISM, "eta": [0.3, 0.1, 0.2]}]
+    Recorder().tune(arms, tmp_path / "shown")
+    assert "settings tried: 100%" in (said := capsys.readouterr().err) and "3/3" in said
+    Recorder().tune(arms, tmp_path / "quiet", progress=False)
+    assert not capsys.readouterr().err

@@ -55,7 +55,12 @@ def add_parser(commands) -> None:
     _common(calibration, run_calibration, BUNDLED)
     calibration.add_argument("--data", default="sudoku", help='"sudoku" or a file of texts (default: %(default)s)')
     calibration.add_argument("--num-sequences", type=count, default=256)
-    calibration.add_argument("--length", type=count, default=128, help="tokens of a sequence of text")
+    calibration.add_argument("--length", type=count, default=128, help="tokens of a sequence of text, at most")
+    calibration.add_argument(
+        "--packing",
+        choices=["true", "false"],
+        help="texts end to end, cut into --length (default: as in training: language models true, encoders false)",
+    )
     calibration.add_argument("--num-revealed", type=count, default=1, help="tokens planted at once (default: 1)")
     calibration.add_argument("--out", metavar="FOLDER", help="write calibration.json, .md and .png there")
 
@@ -282,39 +287,80 @@ def run_calibration(args: argparse.Namespace) -> int:
     from .. import evaluation, sudoku
 
     if args.data == "sudoku":
+        _refuse(args, ("--packing",), "on Sudoku")
         pipe = _pipeline(args)
         if pipe.mask_token_id != sudoku.MASK_ID or getattr(pipe.model.config, "vocab_size", None) != sudoku.VOCAB_SIZE:
             raise ValueError(f"{args.model} is not a Sudoku model; pass --data FILE with texts.")
-        sequences = torch.as_tensor(sudoku.make_puzzles(args.num_sequences, 36, seed=args.seed)[1]).long()
+        data = {
+            "input_ids": torch.as_tensor(sudoku.make_puzzles(args.num_sequences, 36, seed=args.seed)[1]).long(),
+            "trainable_mask": None,
+        }
     else:
         texts, pipe = evaluation.read_texts(args.data), _pipeline(args, "text")
-        sequences = packed(texts, pipe.tokenizer, args.length, args.num_sequences)
+        packing = None if args.packing is None else args.packing == "true"
+        data = text_sequences(texts, pipe, args.length, args.num_sequences, packing)
     result = evaluation.evaluate_calibration(
-        pipe, sequences, num_revealed=args.num_revealed, seed=args.seed, out_dir=args.out
+        pipe,
+        data["input_ids"],
+        trainable_mask=data["trainable_mask"],
+        attention_mask=data.get("attention_mask"),
+        num_revealed=args.num_revealed,
+        seed=args.seed,
+        out_dir=args.out,
     )
     return _print(result, args, evaluation.calibration_table(result))
 
 
-def packed(texts: list[str], tokenizer, length: int, count: int):
-    """The first `count` sequences of `length` tokens of texts laid end to end, int64 (N, length).
+def text_sequences(texts: list[str], pipe, length: int, count: int, packing: bool | None = None) -> dict:
+    """The first `count` sequences of texts, as training makes examples of them.
 
+    Args:
+        texts: one sequence each, or laid end to end.
+        pipe: a `PrismPipeline` with a tokenizer.
+        length: tokens of a packed sequence; a text that is longer, with its special tokens, is left out otherwise.
+        count: most sequences.
+        packing: as `--packing` in training.
+    Returns:
+        a batch: `input_ids` and `trainable_mask` (N, L), and `attention_mask` if anything is padded.
     Raises:
         ValueError: no tokenizer, less text than one sequence, or a tokenizer that does not know most of it.
     """
+    import itertools
+
     import torch
 
-    if tokenizer is None:
+    from ..models.families import reads_only_masks
+    from ..training.data import RowEncoder, encode_rows, examples_line, pad_batch
+
+    if pipe.tokenizer is None:
         raise ValueError("The model has no tokenizer, so text cannot be read; pass --data sudoku or another model.")
-    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
-    count = min(count, len(ids) // length)
-    if count == 0:
-        raise ValueError(f"--data holds {len(ids)} tokens, less than one sequence of --length {length}.")
-    ids = torch.tensor(ids[: count * length]).view(count, length)
+    encoder = RowEncoder(
+        pipe.tokenizer,
+        pipe.mask_token_id,
+        length,
+        pipe.model.config.vocab_size,
+        too_long="drop",
+        suppressed=tuple(pipe.denoiser.forbidden.nonzero().flatten().tolist()),
+        reads_only_masks=reads_only_masks(pipe.model.config),
+        frame=pipe.text_frame,
+        packing=packing,
+    )
+    rows = [{"text": text} for text in texts]
+    examples = list(itertools.islice(encode_rows(rows, encoder), count))
+    if encoder.packs and examples and len(examples[0]["input_ids"]) < length:
+        raise ValueError(
+            f"--data holds {len(examples[0]['input_ids'])} tokens, less than one sequence of --length {length}."
+        )
+    if not examples:
+        raise ValueError(f"--data holds no text of at most --length {length} tokens.")
+    print(examples_line(rows, encoder, examples), file=sys.stderr)
+    batch = pad_batch(examples, pipe.tokenizer.pad_token_id or 0)
     # Some tokenizers write padding for what they do not know.
-    strange = [token for token in (tokenizer.unk_token_id, tokenizer.pad_token_id) if token is not None]
+    strange = [token for token in (pipe.tokenizer.unk_token_id, pipe.tokenizer.pad_token_id) if token is not None]
+    ids = torch.cat([example["input_ids"] for example in examples])
     if (unknown := torch.isin(ids, torch.tensor(strange, dtype=torch.long)).float().mean()) > 0.5:
         raise ValueError(f"The model's tokenizer does not know {unknown:.0%} of --data: it is made for other text.")
-    return ids
+    return batch
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -40,7 +41,11 @@ def flags_of(args: argparse.Namespace) -> list[str]:
     for name, value in vars(args).items():
         if name in ("model", "run", "num_processes") or value is None or value is False:
             continue
-        flags += [f"--{name}"] if value is True else [f"--{name}={value}"]
+        if value is True:
+            flags.append(f"--{name}")
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}={one}" for one in values]
     return flags
 
 

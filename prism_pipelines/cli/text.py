@@ -96,7 +96,7 @@ def room(pipe, prompt: str | None, gen_length: int | None) -> int:
     if gen_length is not None:
         return gen_length
     limit = min(checks.max_length(pipe.model.config) or 256, 256)
-    used = len(pipe.tokenizer(prompt).input_ids) if prompt else 0
+    used = len(pipe.tokenizer(prompt).input_ids) if prompt else sum(map(len, pipe.text_frame))
     if used >= limit:
         raise ValueError(f"PROMPT has {used} tokens, and the model takes {limit} in all: shorten it.")
     return limit - used

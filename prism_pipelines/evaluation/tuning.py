@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from .compare import (
     cell_file,
@@ -141,6 +142,7 @@ def tune_arms(
     higher_is_better: bool | None = None,
     models: dict | None = None,
     report=None,
+    progress: bool = True,
 ) -> tuple[list[dict], list[dict]]:
     """Each arm with its best setting, on data that no result is reported for.
 
@@ -156,6 +158,7 @@ def tune_arms(
         trials: most settings of each arm, the same for all: no rule is looked at harder than another. All its
             settings, in order, if there are no more; else proposals of optuna's TPE (extra `tune`).
         report: called with (arm, {metric: mean}) after each.
+        progress: show a bar over the settings on stderr.
     Returns:
         The arms without lists, and all that were tried: [arm | {metric: mean}].
     Raises:
@@ -175,6 +178,8 @@ def tune_arms(
     folder.mkdir(parents=True, exist_ok=True)
     named = {"temperature": temperature, "task_name": f"tuning {task_name}", "quality": quality}
     chosen, tried = [], []
+    total = sum(min(trials, len(some)) for arm, some in zip(arms, settings, strict=True) if knobs(arm))
+    bar = tqdm(total=total, desc="settings tried", disable=not progress)
     for arm, some in zip(arms, settings, strict=True):
         if not knobs(arm):
             chosen.append(arm)
@@ -190,9 +195,11 @@ def tune_arms(
             options.append(option)
             scores.append(means[judged] if better else -means[judged])
             tried.append(option | means)
+            bar.update()
             if report is not None:
                 report(option, means)
         chosen.append(options[scores.index(max(scores))])
+    bar.close()
     write_whole(
         Path(out_dir) / "tuning.json", json.dumps({"steps": steps, "seed": seed, "tried": tried}, indent=1) + "\n"
     )

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_prompts(path) -> list[dict]:
-    """Rows of a file of prompts: .jsonl, one object a line, or .txt, one prompt a line.
+    """Rows of a file of prompts: .jsonl, one object a line (blank lines are no rows), or .txt, one prompt a line.
 
     Raises:
         ValueError, TypeError: another ending, not UTF-8, a line that is no JSON, or what `check_rows` refuses.
@@ -46,11 +46,13 @@ def read_prompts(path) -> list[dict]:
         rows = [line.rstrip("\r") for line in lines]
     else:
         rows = []
-        for number, line in enumerate(lines, 1):
+        numbers = [number for number, line in enumerate(lines, 1) if line.strip()]  # a blank line is no row
+        for number in numbers:
             try:
-                rows.append(json.loads(line))
+                rows.append(json.loads(lines[number - 1]))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}.") from None
+        return check_rows(rows, lambda i: f"{path}, line {numbers[i]}")
     return check_rows(rows, lambda i: f"{path}, line {i + 1}")
 
 
@@ -107,14 +109,19 @@ def _check_messages(messages, place: str) -> None:
 
 
 def prompt_texts(
-    rows: list[dict], tokenizer, use_chat_template: bool = True, template_kwargs: dict | None = None
+    rows: list[dict],
+    tokenizer,
+    use_chat_template: bool = True,
+    template_kwargs: dict | None = None,
+    continue_final_message: bool = False,
 ) -> list[str]:
     """What is continued for each row: the tokenizer's chat template around it if there is one, as the pipeline does.
 
     Raises:
-        ValueError: messages, and no chat template; or `template_kwargs` for none.
+        ValueError: messages, and no chat template; `template_kwargs` for none; with `continue_final_message` a row
+            whose last message is not the assistant's.
     """
-    from ..sampling.canvas import chat_texts, has_chat_template
+    from ..sampling.encoding import chat_texts, has_chat_template
 
     template = has_chat_template(tokenizer)
     if template_kwargs and not (template and use_chat_template):
@@ -125,7 +132,12 @@ def prompt_texts(
             raise ValueError(f'Row {row["id"]!r} has "messages", and the tokenizer has no chat template: use "prompt".')
         chat = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         if "messages" in row or (template and use_chat_template):
-            texts += chat_texts(chat, None, tokenizer, template_kwargs)
+            try:
+                texts += chat_texts(chat, None, tokenizer, template_kwargs, continue_final_message)
+            except ValueError as error:
+                raise ValueError(f"Row {row['id']!r}: {error}") from None
+        elif continue_final_message:
+            raise ValueError(f'`continue_final_message` goes with "messages"; row {row["id"]!r} has a "prompt".')
         else:
             texts.append(row["prompt"])
     return texts
@@ -203,12 +215,16 @@ def generate_many(
     block_length: int | None = None,
     num_inference_steps: int | None = None,
     temperature: float | None = None,
+    top_p: float | None = None,
+    cfg_scale: float | None = None,
+    stop: str | list[str] | None = None,
     eos_early_stop: bool = False,
     threshold: float | None = None,
     cache: str = "none",
     cache_refresh_interval: int | None = None,
     use_chat_template: bool = True,
     chat_template_kwargs: dict | None = None,
+    continue_final_message: bool = False,
     batch_size: int = 8,
     seed: int = 0,
     max_prompts: int | None = None,
@@ -225,9 +241,11 @@ def generate_many(
         pipe: a `PrismPipeline` with a tokenizer, on its device.
         prompts: path of a .jsonl or .txt file, or a list of rows; see `read_prompts` and `check_rows`.
         out: path of the output, a .jsonl file. A row of it is the input row with "text", "nfe" (forward passes) and
-            "ended": false if no end token was written in `gen_length` tokens, null if the model has none.
-        gen_length, block_length, num_inference_steps, temperature, eos_early_stop, threshold, cache,
-            cache_refresh_interval, use_chat_template, chat_template_kwargs: of the pipeline.
+            "ended": false if no end token or stop string was written in `gen_length` tokens, null if the model has no
+            end token.
+        gen_length, block_length, num_inference_steps, temperature, top_p, cfg_scale, stop, eos_early_stop, threshold,
+            cache, cache_refresh_interval, use_chat_template, chat_template_kwargs, continue_final_message: of the
+            pipeline.
         batch_size: prompts a forward.
         seed: of all rows, not negative.
         max_prompts: only that many, from the first.
@@ -244,7 +262,7 @@ def generate_many(
     """
     import torch
 
-    from ..sampling.canvas import prompt_ids
+    from ..sampling.encoding import prompt_ids
 
     out, rank, num_processes = Path(out), *_place()
     for name, value, least in (("batch_size", batch_size, 1), ("max_prompts", max_prompts, 1), ("seed", seed, 0)):
@@ -256,7 +274,7 @@ def generate_many(
         raise ValueError("The pipeline has no tokenizer, so it cannot read prompts. Load it with tokenizer=.")
     rows = check_rows(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)
     rows = rows[:max_prompts]
-    texts = prompt_texts(rows, pipe.tokenizer, use_chat_template, chat_template_kwargs)
+    texts = prompt_texts(rows, pipe.tokenizer, use_chat_template, chat_template_kwargs, continue_final_message)
     lengths = [len(ids) for ids in prompt_ids(texts, pipe.tokenizer)]
     skipped = _too_long(pipe, rows, lengths, gen_length, too_long)
     names = [f"the prompt with id {row['id']!r}" for row in rows]
@@ -267,6 +285,9 @@ def generate_many(
         "block_length": block_length,
         "num_inference_steps": num_inference_steps,
         "temperature": temperature,
+        "top_p": top_p,
+        "cfg_scale": cfg_scale,
+        "stop": stop,
         "eos_early_stop": eos_early_stop,
         "threshold": threshold,
         "cache": cache,
@@ -274,6 +295,7 @@ def generate_many(
     }
     generation = call | {"seed": seed, "use_chat_template": use_chat_template, "too_long": too_long}
     generation["chat_template_kwargs"] = chat_template_kwargs
+    generation["continue_final_message"] = continue_final_message
     settings = run_settings(pipe, rows, generation)
     todo, complete = [], check_run(out, settings)
     if not complete:
@@ -325,12 +347,12 @@ def generate_many(
 def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
     from ..models.checks import max_length
 
-    limit, skipped = max_length(pipe.model.config), {}
+    limit, skipped, closing = max_length(pipe.model.config), {}, len(pipe.text_frame.closing)
     for i, length in enumerate(lengths):
         if not length:
             raise ValueError(f"The prompt with id {rows[i]['id']!r} has no tokens.")
-        if limit is not None and length + gen_length > limit:
-            why = f"too long: {length} tokens and {gen_length} to generate, the model takes {limit}"
+        if limit is not None and length + gen_length + closing > limit:
+            why = f"too long: {length + closing} tokens and {gen_length} to generate, the model takes {limit}"
             if too_long == "error":
                 raise ValueError(
                     f"The prompt with id {rows[i]['id']!r} is {why}. Shorten it, lower gen_length, or pass "
@@ -342,14 +364,16 @@ def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
 
 def _generate(pipe, texts: list[str], generators: list, call: dict) -> list[tuple[dict, int]]:
     """For each text its result, and how many tokens it has before its end token."""
-    from ..sampling.stopping import end_tokens, generated_prefix
+    from ..sampling.stopping import end_tokens, finished_rows, generated_prefix, stop_strings
 
     out = pipe(texts, generator=generators, use_chat_template=False, **call)
     ends = end_tokens(None, pipe.tokenizer, pipe.model, pipe.spec)
-    new = out.sequences[:, -call["gen_length"] :].cpu()
+    end = out.sequences.shape[1] - len(pipe.text_frame.closing)
+    new, stops = out.sequences[:, end - call["gen_length"] : end].cpu(), stop_strings(call["stop"])
+    done = finished_rows(new, new == new, pipe.mask_token_id, ends, stops, pipe.tokenizer).tolist()
     results = []
-    for text, nfe, row in zip(out.texts, out.nfe_per_row, new, strict=True):
-        prefix, ended = generated_prefix(row, row == row, pipe.mask_token_id, ends)
+    for text, nfe, row, ended in zip(out.texts, out.nfe_per_row, new, done, strict=True):
+        prefix, _ = generated_prefix(row, row == row, pipe.mask_token_id, ends)
         if not ended and len(prefix) < len(row):
             raise ValueError("Masks are left in a generation, so its text would be cut off.")
         results.append(({"text": text, "nfe": nfe, "ended": ended if ends else None}, len(prefix)))
@@ -410,6 +434,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block_length", type=int, help="blocks of this many tokens (default: the pipeline's)")
     parser.add_argument("--steps", type=int, help="forward passes of a prompt (default: the pipeline's)")
     parser.add_argument("--temperature", type=float, help="default: the scheduler's")
+    parser.add_argument("--top-p", "--top_p", type=float, help="nucleus, in (0, 1] (default: the scheduler's)")
+    parser.add_argument("--cfg-scale", "--cfg_scale", type=float, help="guidance: a second forward pass in each step")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end a text before this; may be given again")
     parser.add_argument("--eos_early_stop", action="store_true", help="spend no blocks after the end token")
     parser.add_argument("--threshold", type=float, help="also write every token surer than this, in (0, 1]")
     parser.add_argument("--cache", choices=["none", "prefix", "block"], default="none", help="see docs/cache.md")
@@ -420,6 +447,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         type=json.loads,
         help="for the chat template, such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument(
+        "--continue-final-message",
+        "--continue_final_message",
+        action="store_true",
+        help="the last of the messages is the assistant's and begins the answer",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts a forward (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -491,12 +524,16 @@ def run(args: argparse.Namespace) -> int:
         block_length=args.block_length,
         num_inference_steps=args.steps,
         temperature=args.temperature,
+        top_p=args.top_p,
+        cfg_scale=args.cfg_scale,
+        stop=args.stop,
         eos_early_stop=args.eos_early_stop,
         threshold=args.threshold,
         cache=args.cache,
         cache_refresh_interval=args.cache_refresh_interval,
         use_chat_template=not args.no_chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
+        continue_final_message=args.continue_final_message,
         batch_size=args.batch_size,
         seed=args.seed,
         max_prompts=args.max_prompts,

@@ -26,7 +26,7 @@ MEANINGS = {
     "nothing about whether it is right; at inference the whole text is filled, judged, and masked again where the "
     "model's hand is most likely ([Token-Critic](https://arxiv.org/abs/2209.04439)).",
 }
-FACTS = {"dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
+FACTS = {"call", "dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
 
 
 def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
@@ -41,7 +41,8 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         base_model: Hub id or folder that the head belongs to; None for what the head's config says.
         base_revision: of that; None for what the head's config says.
         facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
-            "steps" (int), "versions" and "metrics" (dicts), "figure" (path of a calibration figure, copied).
+            "steps" (int), "versions" and "metrics" (dicts), "call" (dict, further arguments with which the pipeline
+            writes after what the training data gave), "figure" (path of a calibration figure, copied).
         repo_id: where it will be on the Hub, for the card; None for a folder.
     Returns:
         The folder.
@@ -225,7 +226,7 @@ def model_card(
     name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
     at = f" at revision `{base_revision}`" if base_revision else ""
     adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
-    use = usage(pipe, repo_id)
+    use = usage(pipe, repo_id, facts)
     if rank:
         use += "\n\n" + adapter_usage(pipe, base_model, base_revision, repo_id)
     parts = [
@@ -250,7 +251,7 @@ def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None
         f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
         f"A masked diffusion language model, {type(pipe.model).__name__}{judged}, as a pipeline of `prism_pipelines`.",
         "## Use",
-        usage(pipe, repo_id),
+        usage(pipe, repo_id, facts),
         "## Recommended settings",
         settings(pipe.scheduler),
         *training(facts),
@@ -289,14 +290,15 @@ def training(facts: dict) -> list[str]:
     return parts
 
 
-def usage(pipe, repo_id: str | None) -> str:
+def usage(pipe, repo_id: str | None, facts: dict) -> str:
     """How a reader loads the repository and generates with it; runs as it stands, in the folder if it has no id."""
-    length = min(32, checks.max_length(pipe.model.config) or 32)
+    frame = sum(map(len, pipe.text_frame))
+    length = min(32, (checks.max_length(pipe.model.config) or 32 + frame) - frame)
     what, shown = "num_samples=1, ", "out.texts[0]"
     if pipe.tokenizer is None:
         shown = "out.sequences[0]"
     elif getattr(pipe.tokenizer, "chat_template", None):
-        what = '"Write a haiku.", '
+        what = '"Write a haiku.", ' + "".join(f"{name}={value!r}, " for name, value in facts.get("call", {}).items())
     written = ', output_type="seq"' if pipe.tokenizer is None else ""
     lines = [
         "```python",

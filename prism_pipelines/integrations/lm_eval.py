@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections import Counter
 
 import torch
@@ -22,7 +23,7 @@ except ImportError as error:
 from ..generation.batch import check_steps, plan_batches, set_scheduler
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
-from ..sampling.canvas import prompt_ids
+from ..sampling.encoding import prompt_ids
 
 # What a task may ask for beside `until`; the others cannot be honoured and are refused.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -43,7 +44,7 @@ class PrismLM(LM):
         eos_token_id: what ends a text, for a tokenizer that has no end token; most tasks need one.
         scheduler, scheduler_config: class name and fields as a dict or JSON, see `generate_many.set_scheduler`.
         batch_size: requests a forward.
-        device: None for the GPU if there is one.
+        device: None for the GPU if there is one; so is lm-eval's default, "cuda:0".
         max_batch_size: lm-eval passes it along with `batch_size`; not used.
         torch_dtype: float32, bfloat16 or float16.
         seed: every request has its own generator, seeded by this, its prompt, and how often that prompt came before.
@@ -78,7 +79,7 @@ class PrismLM(LM):
             raise ValueError(f"`gen_length` must be an integer of at least 1, got {gen_length!r}.")
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = usable_device(device)
         self.pipe = PrismPipeline.from_pretrained(
             pretrained,
             quality_head=quality_head,
@@ -111,11 +112,11 @@ class PrismLM(LM):
         texts = [request.args[0] for request in requests]
         calls = [self._call(request.args[1]) for request in requests]
         lengths = [len(ids) for ids in prompt_ids(texts, self.pipe.tokenizer)]
-        limit = max_length(self.pipe.model.config)
+        limit, closing = max_length(self.pipe.model.config), len(self.pipe.text_frame.closing)
         for length, call in zip(lengths, calls, strict=True):
             if not length:
                 raise ValueError("A request of the task has an empty prompt, and there is nothing to continue.")
-            if limit is not None and length + call["gen_length"] > limit:
+            if limit is not None and length + call["gen_length"] + closing > limit:
                 raise ValueError(
                     f"A prompt has {length} tokens and {call['gen_length']} are to be generated; the model takes "
                     f"{limit}. Use fewer shots (--num_fewshot) or a smaller gen_length; prompts are not cut."
@@ -206,6 +207,17 @@ class PrismLM(LM):
     def tokenizer_name(self) -> str:
         """Name of the tokenizer, for the request cache of lm-eval."""
         return self.pipe.tokenizer.name_or_path.replace("/", "__")
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name; the CPU, with a warning, where there is no GPU: lm-eval asks for cuda:0 by default."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        warnings.warn(f"There is no GPU for device={name!r}, lm-eval's default: the CPU is used.", stacklevel=3)
+        return torch.device("cpu")
+    return device
 
 
 def main() -> None:

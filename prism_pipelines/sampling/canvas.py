@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .encoding import NO_FRAME, Frame, prompt_ids
+
 DEFAULT_STEPS = 64
 
 
@@ -35,52 +37,20 @@ class Canvas:
         return replace(self, sample=self.sample.to(device), generated=self.generated.to(device), attention_mask=mask)
 
 
-def has_chat_template(tokenizer) -> bool:
-    """Does a tokenizer, or None, know how a chat is written?"""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def chat_texts(messages, prompt, tokenizer, template_kwargs: dict | None = None) -> list[str]:
-    """Chats as texts, by the tokenizer's template, up to where the answer begins.
-
-    Args:
-        messages: a chat, list of {"role", "content"}, or a list of chats; or None.
-        prompt: in its place a text or texts, each a chat of one turn.
-        tokenizer: with a chat template.
-        template_kwargs: what the template is given beside the chat, such as {"enable_thinking": False}.
-    Raises:
-        ValueError: both, no template, or what is no chat.
-        TypeError: `prompt` is no text.
-    """
-    if messages is not None and prompt is not None:
-        raise ValueError("Pass either `prompt` or `messages`, not both.")
-    if not has_chat_template(tokenizer):
-        raise ValueError("`messages` needs a tokenizer with a chat template; this one has none. Pass `prompt`.")
-    if prompt is not None:
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
-            raise TypeError("`prompt` must be a text or texts, to go into the chat template; ids are `input_ids`.")
-        chats = [[{"role": "user", "content": text}] for text in texts]
-    else:
-        chats = messages if isinstance(messages, (list, tuple)) else [messages]
-        chats = chats if chats and isinstance(chats[0], (list, tuple)) else [chats]
-        if not all(chat and all(isinstance(turn, dict) and "role" in turn for turn in chat) for chat in chats):
-            raise ValueError(
-                '`messages` must be a chat, a list of {"role": ..., "content": ...}, or a list of chats, '
-                f"got {messages!r:.80}."
-            )
-    fixed = {"tokenize": False, "add_generation_prompt": True}
-    return [tokenizer.apply_chat_template(chat, **{**(template_kwargs or {}), **fixed}) for chat in chats]
-
-
 def canvas_of(
-    given: dict, tokenizer, mask_token_id: int, attention_mask, num_samples: int, gen_length: int | None
+    given: dict,
+    tokenizer,
+    mask_token_id: int,
+    attention_mask,
+    num_samples: int,
+    gen_length: int | None,
+    frame: Frame = NO_FRAME,
 ) -> Canvas:
     """The canvas of a call of the pipeline.
 
     Args:
         given: {"prompt", "input_ids", "infill"}, at most one not None; without any, `num_samples` rows from nothing.
-        tokenizer, mask_token_id, attention_mask, gen_length: as `canvas_of_prompt`.
+        tokenizer, mask_token_id, attention_mask, gen_length, frame: as `canvas_of_prompt`.
     Raises:
         ValueError: more than one, or arguments that do not go together.
     """
@@ -91,27 +61,31 @@ def canvas_of(
     if attention_mask is not None and (isinstance(source, str) or any(isinstance(text, str) for text in source)):
         raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
     if not named:
-        return canvas_of_nothing(num_samples, gen_length, mask_token_id)
+        return canvas_of_nothing(num_samples, gen_length, mask_token_id, frame)
     if named != ["infill"]:
-        return canvas_of_prompt(source, tokenizer, mask_token_id, gen_length, attention_mask)
+        return canvas_of_prompt(source, tokenizer, mask_token_id, gen_length, attention_mask, frame)
     if gen_length is not None:
         raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
     return canvas_of_infill(source, tokenizer, mask_token_id, attention_mask)
 
 
-def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: int) -> Canvas:
-    """`num_samples` rows of `gen_length` masks.
+def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: int, frame: Frame = NO_FRAME) -> Canvas:
+    """`num_samples` rows of `gen_length` masks, between the special tokens of `frame`, which are given.
 
     Raises:
         ValueError: no `gen_length`.
     """
     if gen_length is None:
         raise ValueError("`gen_length` is needed: without `prompt` or `infill` it is the length of each sample.")
-    sample = torch.full((num_samples, gen_length), mask_token_id)
-    return Canvas(sample, torch.ones_like(sample, dtype=torch.bool), None, whole=False)
+    row = torch.tensor([*frame.opening, *[mask_token_id] * gen_length, *frame.closing])
+    place = torch.arange(len(row)) - len(frame.opening)
+    generated = (place >= 0) & (place < gen_length)
+    return Canvas(row.repeat(num_samples, 1), generated.repeat(num_samples, 1), None, whole=False)
 
 
-def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | None, attention_mask=None) -> Canvas:
+def canvas_of_prompt(
+    source, tokenizer, mask_token_id: int, gen_length: int | None, attention_mask=None, frame: Frame = NO_FRAME
+) -> Canvas:
     """Prompts, padded on the left to one length, followed by `gen_length` masks.
 
     Padding elsewhere among given ids is moved to the left, so that the new tokens follow the last of the prompt.
@@ -122,6 +96,7 @@ def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | No
         mask_token_id: written where tokens are generated; a prompt may hold it too and keeps it.
         gen_length: tokens to generate, at least 1.
         attention_mask: (B, P) with ids, or None.
+        frame: of the model's texts: its closing tokens follow the masks of a text; ids are taken as they are.
     Raises:
         ValueError, TypeError: as `read_ids`; or no `gen_length`.
     """
@@ -131,8 +106,11 @@ def canvas_of_prompt(source, tokenizer, mask_token_id: int, gen_length: int | No
     if mask is not None:
         order = mask.argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order), mask.gather(1, order)
-    tail = torch.full((len(ids), gen_length), mask_token_id)
-    generated = torch.cat([torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(tail, dtype=torch.bool)], dim=1)
+    texts = isinstance(source, str) or (isinstance(source, (list, tuple)) and isinstance(source[0], str))
+    end = torch.tensor(frame.closing if texts else (), dtype=torch.long).repeat(len(ids), 1)
+    tail = torch.cat([torch.full((len(ids), gen_length), mask_token_id), end], dim=1)
+    place = torch.arange(ids.shape[1] + tail.shape[1]).repeat(len(ids), 1) - ids.shape[1]
+    generated = (place >= 0) & (place < gen_length)
     if mask is not None:
         mask = torch.cat([mask, torch.ones_like(tail)], dim=1)
     return Canvas(torch.cat([ids, tail], dim=1), generated, mask, whole=False)
@@ -162,27 +140,6 @@ def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None,
     texts = [source] if isinstance(source, str) else source
     written = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
     return Canvas(ids, generated, mask, whole=True, texts=tuple(texts) if written else None)
-
-
-def prompt_ids(texts: list[str], tokenizer) -> list[list[int]]:
-    """Ids of texts that are to be continued: as the tokenizer begins a text, but not ended by it.
-
-    A closing token that the tokenizer adds ([SEP], </s>) is left out, and so is a second opening one where a chat
-    template has written it already.
-    """
-    rows = []
-    openers = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    for text in texts:
-        ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
-        closers = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-        while len(ids) > len(bare) and ids[-1] in closers:
-            if (bare and ids[-len(bare) :] == bare) or (len(ids) == 1 and ids[0] in openers):
-                break  # the text's own, or one that opens a text as well
-            ids = ids[:-1]
-        if len(ids) > len(bare) and bare and bare[0] == ids[0] and ids[0] in openers:
-            ids = ids[1:]
-        rows.append(ids)
-    return rows
 
 
 def whole_ids(text: str, tokenizer) -> list[int]:

@@ -18,6 +18,7 @@ CHOICES = {
     "objective": ("mdm", "prism", "critic"),
     "optimizer": ("adamw", "muon"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "train_on": ("last_turn", "all_turns"),
 }
 PRESETS = ("sudoku", "owt", "llada")
 # Flags that mean nothing under the other objectives.
@@ -53,8 +54,18 @@ class RunArguments:
     eval_dataset: str | None = _flag(None, "Held-out data: Hub id, file or folder; none holds out part of --dataset.")
     eval_split: str = _flag("validation", "Split of a Hub --eval_dataset.")
     streaming: bool = _flag(False, "Read the data as training goes; needs --max_steps.")
-    max_length: int = _flag(512, "Tokens of a packed text, and most tokens of prompt and answer together.")
-    too_long: str = _flag("error", "Prompt and answer longer than that: error, or drop.")
+    max_length: int | None = _flag(
+        None, "Most tokens of an example, and those of a packed text; 512, or what the model takes if that is less."
+    )
+    too_long: str = _flag("error", "Rows longer than that: error, or drop.")
+    packing: bool | None = _flag(
+        None, "Rows of text end to end, cut into --max_length; by default for language models, not for encoders."
+    )
+    no_chat_template: bool = _flag(False, "Train prompt and completion as plain text, without the chat template.")
+    chat_template_kwargs: str | None = _flag(
+        None, "JSON for the chat template, such as '{\"enable_thinking\": false}'."
+    )
+    train_on: str = _flag("last_turn", "Of a chat: last_turn, or all_turns for every message of the assistant.")
     num_eval_examples: int = _flag(512, "Held-out examples (at most a tenth of --dataset).")
     num_train_examples: int = _flag(1_000_000, "sudoku: examples in one epoch.")
     num_base_grids: int = _flag(20_000, "sudoku: grids generated; the rest are symmetries.")
@@ -220,6 +231,9 @@ def check_run(run: RunArguments) -> None:
         raise ValueError("`--puzzle_share` and `--sample_puzzles` go with --dataset sudoku.")
     if run.dataset == "sudoku" and (run.sample_texts or run.streaming):
         raise ValueError("`--sample_texts` and `--streaming` go with a data set of text.")
+    texts = ("packing", "no_chat_template", "chat_template_kwargs", "train_on")
+    if run.dataset == "sudoku" and (given := [n for n in texts if getattr(run, n) != getattr(RunArguments, n)]):
+        raise ValueError(f"`--{given[0]}` goes with a data set of text.")
     if not 20 <= run.puzzle_clues_min <= run.puzzle_clues_max <= 80:
         raise ValueError(
             "`--puzzle_clues_min` and `--puzzle_clues_max` must hold 20 <= min <= max <= 80, got "

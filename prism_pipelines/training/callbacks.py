@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .. import sudoku
@@ -154,11 +155,11 @@ class TextProgress(TrainerCallback):
 
     Args:
         pipe: the pipeline of the modules that are trained.
-        prompts: ids to go on from, each int64 (P,); of length 0 for a text from nothing.
+        prompts: given ids (before, after) of each text, int64 (P,) and (Q,); of length 0 for a text from nothing.
         gen_length: tokens written, in half as many forwards; fewer where the model takes no more.
     """
 
-    def __init__(self, pipe: PrismPipeline, prompts: list[torch.Tensor], gen_length: int):
+    def __init__(self, pipe: PrismPipeline, prompts: list[tuple[torch.Tensor, torch.Tensor]], gen_length: int):
         self.pipe, self.prompts, self.gen_length = pipe, prompts, gen_length
 
     def on_evaluate(self, args, state, control, **_):
@@ -169,12 +170,16 @@ class TextProgress(TrainerCallback):
         self.pipe.model.eval()
         (Path(args.output_dir) / "samples").mkdir(exist_ok=True)
         limit = max_length(self.pipe.model.config) or math.inf
-        for number, prompt in enumerate(self.prompts):
-            gen_length = min(self.gen_length, limit - len(prompt))
-            given = {"input_ids": prompt[None].to(device)} if len(prompt) else {"num_samples": 1}
+        for number, (before, after) in enumerate(self.prompts):
+            gen_length = min(self.gen_length, limit - len(before) - len(after))
+            if gen_length < 1:
+                continue
+            masks = torch.full((gen_length,), self.pipe.mask_token_id)
+            given = {"input_ids": before[None].to(device), "gen_length": gen_length}
+            if len(after) or not len(before):
+                given = {"infill": torch.cat([before, masks, after])[None].to(device)}
             out = self.pipe(
                 **given,
-                gen_length=gen_length,
                 num_inference_steps=max(1, gen_length // 2),
                 generator=torch.Generator().manual_seed(number),
                 return_trace=True,
@@ -202,10 +207,18 @@ class HeadProgress(TrainerCallback):
         objective: the `PRISMObjective` that is trained.
         batches: held-out batches, as the objective takes them.
         log: the Trainer's, which tells `MetricsLog` and trackers.
+        progress: show a bar over the batches on stderr, in the first process.
     """
 
-    def __init__(self, objective: PRISMObjective, batches: list[dict[str, torch.Tensor]], log: Callable[[dict], None]):
+    def __init__(
+        self,
+        objective: PRISMObjective,
+        batches: list[dict[str, torch.Tensor]],
+        log: Callable[[dict], None],
+        progress: bool = False,
+    ):
         self.objective, self.batches, self.log, self.base = objective, batches, log, None
+        self.progress = progress
 
     def on_train_begin(self, args, state, control, **_):
         """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
@@ -257,7 +270,9 @@ class HeadProgress(TrainerCallback):
         training = objective.training
         objective.eval()
         outputs = []
-        for number, batch in enumerate(self.batches):
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        bar = tqdm(self.batches, "head on held-out examples", leave=False, disable=not (self.progress and first))
+        for number, batch in enumerate(bar):
             batch = {name: value.to(device) for name, value in batch.items()}
             noise = torch.Generator().manual_seed(number)
             kept = few if number < DRIFT_BATCHES else 0

@@ -34,6 +34,7 @@ from .setup import (
     load_base,
     load_examples,
     pinned,
+    template_kwargs,
 )
 from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
 
@@ -79,9 +80,11 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
             "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
         )
     if args.eval_strategy != "no" and run.objective != "mdm":
-        trainer.add_callback(HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log))
+        trainer.add_callback(
+            HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log, not args.disable_tqdm)
+        )
     if run.sample_texts:
-        given = [example["input_ids"][~example["trainable_mask"]] for example in held_out[: run.sample_texts]]
+        given = [given_ids(example) for example in held_out[: run.sample_texts]]
         trainer.add_callback(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
     if run.sample_puzzles:
         trainer.add_callback(SudokuProgress(pipe, run.sample_puzzles, trainer.log))
@@ -89,6 +92,15 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     if args.process_index:
         set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
     return trainer, pipe
+
+
+def given_ids(example: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids before the last stretch of an example that is trained, and ids after it."""
+    ids, learned = example["input_ids"], example["trainable_mask"]
+    end = int(learned.nonzero()[-1]) + 1
+    given = (~learned[:end]).nonzero().flatten().tolist()
+    start = given[-1] + 1 if given else 0
+    return ids[:start], ids[end:]
 
 
 def check_plugins(state) -> None:
@@ -145,7 +157,11 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
             flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
     words = [word for name, value in flags.items() for word in (f"--{name}", str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    call = {"use_chat_template": False} if run.no_chat_template else {}
+    if run.chat_template_kwargs:
+        call["chat_template_kwargs"] = template_kwargs(run.chat_template_kwargs)
     return {
+        "call": call,
         "dataset": flags["dataset"],
         "command": shlex.join(["accelerate", "launch", "-m", "prism_pipelines.training", *words]),
         "hardware": f"{args.world_size} x {device}",

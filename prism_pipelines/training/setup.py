@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -16,12 +17,16 @@ from ..models import checks
 from ..models.denoiser import MaskedDenoiser
 from ..models.families import reads_only_masks, resolve_spec
 from ..models.quality_head import QualityHead
+from ..sampling.encoding import text_frame
 from ..sampling.stopping import end_tokens, never_written
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .checkpointing import MANIFEST
-from .data import HELD_OUT_SEED, RowEncoder, SudokuGrids, pad_batch, read_rows, split_examples
+from .data import HELD_OUT_SEED, RowEncoder, SudokuGrids, examples_line, pad_batch, read_rows, split_examples
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 512  # tokens of an example, where --max_length does not say and the model takes more
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
 RUN_FILE = "training_run.json"  # in the folder of a run: what it began from
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
@@ -101,7 +106,7 @@ def new_model(run):
     elif run.tokenizer is None:
         raise ValueError("A new model needs `--tokenizer` (folder or Hub id), or pass `--base_model`.")
     else:
-        tokenizer, length = AutoTokenizer.from_pretrained(run.tokenizer), run.max_length
+        tokenizer, length = AutoTokenizer.from_pretrained(run.tokenizer), run.max_length or MAX_LENGTH
     if tokenizer.mask_token_id is None:
         raise ValueError(f"The tokenizer of `--tokenizer` {run.tokenizer!r} has no mask token.")
     pad = tokenizer.pad_token_id or 0
@@ -223,6 +228,14 @@ def load_examples(run, args, model, tokenizer, spec):
         held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
         return train, held_out, None
     limit = checks.max_length(model.config)
+    if run.max_length is None:
+        run.max_length = min(MAX_LENGTH, limit or MAX_LENGTH)
+        if args.process_index == 0:
+            logger.warning(
+                "--max_length is %d tokens, %s.",
+                run.max_length,
+                f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default",
+            )
     if limit is not None and run.max_length > limit:
         raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
     if run.streaming and args.max_steps <= 0:
@@ -236,6 +249,11 @@ def load_examples(run, args, model, tokenizer, spec):
         run.too_long,
         suppressed,
         reads_only_masks=reads_only_masks(model.config),
+        frame=text_frame(tokenizer, spec),
+        packing=run.packing,
+        use_chat_template=not run.no_chat_template,
+        template_kwargs=template_kwargs(run.chat_template_kwargs),
+        train_on=run.train_on,
     )
     rows = read_rows(
         run.dataset,
@@ -258,8 +276,27 @@ def load_examples(run, args, model, tokenizer, spec):
             flag="--eval_dataset",
         )
     train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
+    if args.process_index == 0:
+        logger.warning("Training on %s.", examples_line(rows, encoder, train))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return train, held_out, functools.partial(pad_batch, pad_token_id=pad)
+
+
+def template_kwargs(words: str | None) -> dict | None:
+    """What `--chat_template_kwargs` says, a JSON object; None without it.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        found = None if words is None else json.loads(words)
+    except ValueError as error:
+        raise ValueError(f"`--chat_template_kwargs` {words!r} is not JSON: {error}.") from None
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(
+            f'`--chat_template_kwargs` must be an object such as {{"enable_thinking": false}}, got {words}.'
+        )
+    return found
 
 
 def check_output_dir(folder: str, resume) -> None:
