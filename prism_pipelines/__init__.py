@@ -23,6 +23,7 @@ _HOME = {  # public name -> module that defines it
     "MDMSpec": "models.families",
     "FAMILIES": "models.families",
     "resolve_spec": "models.families",
+    "convert_checkpoint": "hub.convert",
     "enable_prism": "integrations.llada2",
     "disable_prism": "integrations.llada2",
 }

@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from .hub import adapters, backbones, heads
-from .hub.files import inside, read_json
+from .hub.files import absence, inside, reachable, read_json
+from .hub.saved_model import refuse_stale, save_model
 from .models import checks
 from .models.denoiser import MaskedDenoiser
 from .models.families import MDMSpec, reads_only_masks, resolve_spec
@@ -48,7 +49,7 @@ class PrismPipeline(DiffusionPipeline):
     """Sampling from a masked diffusion model that may revise its own tokens.
 
     Args:
-        model: transformers masked language model with an output head.
+        model: transformers masked language model with an output head; of a `PeftModel` the model in it, with its LoRA.
         tokenizer: its tokenizer; without one, ids go in and ids come out.
         quality_head: `QualityHead` for remasking by PRISM, or None.
         scheduler: decoding rule; default `PrismScheduler()` with a head, `MDLMScheduler()` without.
@@ -63,6 +64,7 @@ class PrismPipeline(DiffusionPipeline):
 
     def __init__(self, model, tokenizer=None, quality_head=None, scheduler=None, mdm_spec=None):
         super().__init__()
+        model = adapters.model_of(model)
         spec = resolve_spec(model.config, tokenizer, mdm_spec=mdm_spec)
         if scheduler is None:
             scheduler = MDLMScheduler() if quality_head is None else PrismScheduler()
@@ -443,6 +445,7 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError(f"`torch_dtype` and `dtype` name the same thing, got {torch_dtype} and {dtype}.")
         path, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype or torch.float32
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        where = reachable(path, where)
         index = read_json(path, "model_index.json", where)
         lone_head = None
         if index is None and read_json(path, inside(subfolder, "config.json"), where) is None:
@@ -452,13 +455,15 @@ class PrismPipeline(DiffusionPipeline):
                 raise ValueError(f"The head of {path!r} does not name its base model; load that, with quality_head=.")
             if quality_head is not None:
                 raise ValueError(f"{path!r} is itself a head; `quality_head` goes with a base model.")
-            base_where = where | {"revision": lone_head.get("base_revision")}
+            base_where = reachable(lone_head["base_model"], where | {"revision": lone_head.get("base_revision")})
             quality_head, head_where = path, where
             path, where = lone_head["base_model"], base_where
             index = read_json(path, "model_index.json", where)
             mdm_spec = mdm_spec or lone_head.get("mdm_spec")
         else:
             head_where = where | {"revision": None}
+            if isinstance(quality_head, (str, Path)):
+                head_where = reachable(str(quality_head), head_where)
         parts = {"scheduler": scheduler, "tokenizer": tokenizer}
         if index is not None:
             subfolder = "model"
@@ -485,6 +490,8 @@ class PrismPipeline(DiffusionPipeline):
             pipe = cls(**(loaded | given))
         else:
             given |= {"model": loaded["model"], "mdm_spec": loaded["mdm_spec"]}
+            if all(index.get("quality_head") or [None]):
+                given["quality_head"] = heads.load_head(path, where)
             pipe = super().from_pretrained(path, use_safetensors=True, **where, **given)
         checks.check_attention(pipe.denoiser, path)
         pipe._revision = where["revision"]
@@ -554,6 +561,8 @@ class PrismPipeline(DiffusionPipeline):
         """
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         heads.check_scheduler(self.scheduler)
+        if isinstance(quality_head, (str, Path)):
+            where = reachable(str(quality_head), where)
         is_first = not self._heads
         self._take_head(quality_head, name, where)
         if is_first and not self.scheduler.can_remask:
@@ -573,14 +582,84 @@ class PrismPipeline(DiffusionPipeline):
             adapters.refuse_taken(self.model, name)
         adapter = None if source is None else adapters.adapter_subfolder(source, where)
         if adapter is not None:
-            adapters.load_adapter(self.model, source, name, where, adapter)
+            adapters.load_adapter(self.model, source, name, where, adapter, self.spec)
             self._with_adapter.add(name)
         self._heads[name] = head
         self.set_quality_head(name)
 
-    def load_lora_weights(self, pretrained_model_name_or_path, adapter_name: str = "prism", **kwargs) -> None:
-        """The name that users of diffusers expect for `load_quality_head(path, name=adapter_name, ...)`."""
-        self.load_quality_head(pretrained_model_name_or_path, name=adapter_name, **kwargs)
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path,
+        adapter_name: str | None = None,
+        *,
+        subfolder: str = "",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load a LoRA adapter, and use it beside those in use; the repository of a head as `load_quality_head`.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of a PEFT adapter, or of a head.
+            adapter_name: what it is called here; None for "default", and for "prism" with a head.
+            subfolder: of the adapter.
+            revision, cache_dir, token, local_files_only: as in huggingface_hub.
+        Raises:
+            ValueError: an adapter of that name is there, it does not fit the model, or is more than LoRA.
+            OSError: no adapter there, or its weights are no safetensors.
+        """
+        path = str(pretrained_model_name_or_path)
+        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        where = reachable(path, where)
+        if not subfolder and heads.head_config(path, where) is not None:
+            return self.load_quality_head(path, name=adapter_name or "prism", **where)
+        config = inside(subfolder, "adapter_config.json")
+        if read_json(path, config, where) is None:
+            raise OSError(f"No LoRA adapter: {absence(path, config, where)}.")
+        name, before = adapter_name or "default", adapters.active_adapters(self.model)
+        adapters.refuse_taken(self.model, name)
+        adapters.load_adapter(self.model, path, name, where, subfolder, self.spec)
+        adapters.use_adapters(self.model, [*before, name])
+
+    def unload_lora_weights(self, adapter_name: str | None = None) -> None:
+        """Take an adapter out of the model, None for all but those of heads; fused weights stay fused, for good.
+
+        Raises:
+            ValueError: no adapter of that name, or that of a head, which goes with `unload_quality_head`.
+        """
+        held, fused = adapters.adapter_names(self.model), adapters.fused_adapters(self.model)
+        own = [] if fused else [name for name in held if name not in self._heads]
+        names = (fused or own) if adapter_name is None else [adapter_name]
+        if fused and sorted(names) != sorted(fused):
+            raise ValueError(f"The adapters {fused} are fused, and go together: unload_lora_weights() without a name.")
+        if not fused and not set(names) <= set(own):
+            raise ValueError(f"{adapter_name!r} is none of the adapters that are not a quality head's: {own}.")
+        for name in names:
+            adapters.drop_adapter(self.model, name)
+            self._with_adapter.discard(name)
+
+    def fuse_lora(
+        self, adapter_names: list[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = False
+    ) -> None:
+        """Add the active adapters to the weights of the model, as in diffusers: a forward costs no more than without.
+
+        Args:
+            adapter_names: None for all that are active; a list must name all of them.
+            lora_scale: factor of what the adapters add.
+            safe_fusing: check for NaN and inf first.
+        Raises:
+            ValueError: no adapter is active, or others than the active ones are named; or as `safe_fusing` says.
+        """
+        adapters.fuse(self.model, adapter_names, lora_scale, safe_fusing)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`, up to the rounding of the model's dtype.
+
+        Raises:
+            ValueError: nothing is fused.
+        """
+        adapters.unfuse(self.model)
 
     def push_to_hub(
         self,
@@ -634,19 +713,52 @@ class PrismPipeline(DiffusionPipeline):
         heads.check_adapter(name, self._with_adapter, self.model)
 
     def _use_adapter(self, name: str | None) -> None:
-        """Make the adapter of a head the active one, or none; a user's own stays beside a head without one."""
-        if name in adapters.adapter_names(self.model) or adapters.active_adapter(self.model) in self._heads:
-            adapters.use_adapter(self.model, name)
+        """Make the adapter of a head the one in use of those of heads, or none; those of the user stay in use."""
+        users = [other for other in adapters.active_adapters(self.model) if other not in self._heads]
+        adapters.use_adapters(self.model, users if name is None else [*users, name])
+
+    def _head_adapter(self) -> str | None:
+        """Name of the adapter of the head in use, or None if it has none."""
+        name = next((name for name, head in self._heads.items() if head is self.quality_head), None)
+        return name if name in adapters.adapter_names(self.model) else None
 
     def _place(self, head: QualityHead) -> QualityHead:
         """The head, on the device of the canvas, where the hidden states come back to."""
         return head.to(self._execution_device)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As in diffusers; raises what `heads.check_saving` does."""
-        heads.check_saving(self.model, Path(save_directory) / "model", self._heads)
-        with self.denoiser.lock:  # while another thread is in a forward, the config says what must not be saved
-            super().save_pretrained(save_directory, *args, **kwargs)
+        """As in diffusers. Adapters of the user and of the head in use are saved with it, see `saved_model.py`.
+
+        Raises:
+            ValueError: the folder holds a pipeline saved before, parts of which would be loaded with this one.
+        """
+        folder, mine = Path(save_directory), self._head_adapter()
+        if not adapters.adapter_names(self.model):
+            refuse_stale(folder / "model", "adapter*", "an adapter", "whole model")
+            with self.denoiser.lock:  # while another thread is in a forward, the config says what must not be saved
+                return super().save_pretrained(save_directory, *args, **kwargs)
+        names = {name: name for name in adapters.adapter_names(self.model) if name not in self._heads}
+        if mine is not None and "prism" in names:
+            raise ValueError(
+                'An adapter of yours is called "prism", as that of a saved head will be. Load it under another name.'
+            )
+        names |= {} if mine is None else {mine: "prism"}
+        whole = None
+
+        def save(model_folder, **_):
+            nonlocal whole
+            whole = save_model(self.model, Path(model_folder), names)
+
+        self.model.save_pretrained = save  # for diffusers; that of transformers writes one adapter, and no more
+        try:
+            with self.denoiser.lock:
+                super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.model.save_pretrained
+        if whole and self.quality_head is not None:
+            from .hub.publish import rewrite
+
+            rewrite(folder / "quality_head" / "config.json", heads.fingerprints(self.model))
 
     def set_quality_head(self, name: str) -> None:
         """Switch to a loaded head and its adapter.
@@ -677,7 +789,6 @@ class PrismPipeline(DiffusionPipeline):
             self._with_adapter.discard(gone)
             if in_use:
                 self.register_modules(quality_head=None)
-                self._use_adapter(None)  # PEFT goes on with one that is left
         if name is None and self.quality_head is not None:  # one that was set as an attribute
             self.register_modules(quality_head=None)
         if not self._heads and self.quality_head is None and self.scheduler.needs_quality:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,6 +14,9 @@ from .functional import ORDERS
 
 # Fields that mean the same in every scheduler. Of the others, eta and threshold mean something else from rule to rule.
 SHARED_FIELDS = ("order", "temperature", "top_p", "top_k", "mask_token_id")
+
+# The most that a whole number among the settings may be.
+MOST = 2**31 - 1
 
 
 class SchedulerConfig(ConfigMixin):
@@ -94,6 +98,8 @@ def replaced_amounts(config: Mapping, given: Mapping) -> dict:
 def require(valid: bool, name: str, value: object, allowed: str) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed, unless `valid`."""
     if not valid:
+        if isinstance(value, int) and value > MOST:
+            allowed += f" and at most {MOST}"
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
@@ -109,13 +115,14 @@ def loop_steps(scheduler) -> int:
 
 
 def is_int(value: object, low: int) -> bool:
-    """Is it an integer (no bool) of at least `low`?"""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    """Is it an integer (no bool) of at least `low`, and not beyond what a tensor of counts can hold?"""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MOST
 
 
 def is_number(value: object, low: float, high: float = math.inf) -> bool:
     """Is it a finite number (no bool) in [low, high]?"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and low <= value <= min(high, sys.float_info.max)
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:

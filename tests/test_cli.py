@@ -433,7 +433,7 @@ def test_train_prints_and_runs_the_command(monkeypatch, capsys):
     assert main(["train", "--num_processes", "2", "--", "--dataset", "sudoku", "--head", "mlp"]) == 3
     line = "accelerate launch --quiet --num_processes 2 -m prism_pipelines.training --dataset sudoku --head mlp"
     assert capsys.readouterr().err.strip() == line
-    here = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # not another environment's on PATH
+    here = [sys.executable, "-m", "prism_pipelines.cli.launch", "--quiet"]  # not another environment's on PATH
     assert ran == [here + line.split()[3:]]
     main(["train", "--dataset", "sudoku", "--output_dir", "my run"])
     assert ran[1] == [*here, "-m", "prism_pipelines.training", "--dataset", "sudoku", "--output_dir", "my run"]

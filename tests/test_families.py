@@ -370,7 +370,7 @@ def test_a_head_of_another_size_or_base(family):
 def test_pickled_weights_are_refused(family, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint(family) / "config.json").read_text())
     torch.save(load_file(checkpoint(family) / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match=r"pickle.* Convert to safetensors"):
+    with pytest.raises(OSError, match=r"pickle.* Convert it: prism convert "):
         load(tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from family_twins import CHECKPOINTS, MASK, H, aligned, load, save_llada, some_ids
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, close_session, get_session, snapshot_download
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
@@ -208,10 +208,12 @@ def test_a_repository_without_a_model_or_a_head(hub, base):
         PrismPipeline.from_pretrained(BASE, quality_head="me/empty")
 
 
-def test_a_hub_that_cannot_be_reached_is_not_called_an_empty_repository(hub, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_not_called_an_empty_repository(hub):
     hub.stop()
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it tries again, for 23 s
-    with pytest.raises(OSError, match="The Hub cannot be reached"):
+    with (
+        pytest.warns(UserWarning, match="cannot be reached"),
+        pytest.raises(OSError, match=r"not downloaded before, and the Hub .* cannot be reached"),
+    ):
         PrismPipeline.from_pretrained("them/never-loaded")
 
 
@@ -234,8 +236,8 @@ def test_pickles_on_the_hub_are_refused(hub, tmp_path, family):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     hub.commit("them/pickled", folder)
-    with pytest.raises(OSError, match="safetensors"):
-        PrismPipeline.from_pretrained("them/pickled", mask_token_id=MASK)
+    with pytest.raises(OSError, match=r"prism convert them/pickled DST\. It has no tokenizer either"):
+        PrismPipeline.from_pretrained("them/pickled")
     assert ("GET", "/them/pickled/resolve/main/pytorch_model.bin") not in hub.requests
 
 
@@ -280,3 +282,23 @@ def test_a_transformers_that_cannot_cut_weights_is_named(monkeypatch):
     monkeypatch.delattr("transformers.core_model_loading.Split")
     with pytest.raises(ImportError, match=r"LlamaForCausalLM .* transformers [0-9.]+ cannot cut"):
         with_split_weights(LlamaForCausalLM, {"qkv.weight": ["q.weight"]})
+
+
+def test_a_hub_that_is_down_is_asked_once_and_what_is_cached_loads(hub, base, tmp_path, monkeypatch):
+    hub.commit(HEAD, write_head(tmp_path / "head"))
+    expected = PrismPipeline.from_pretrained(HEAD)
+    hub.stop()
+    close_session()  # or an open connection would still be served
+    asked = []
+    client = get_session()
+    send = type(client).send
+    monkeypatch.setattr(type(client), "send", lambda self, *a, **k: asked.append(1) or send(self, *a, **k))
+    with pytest.warns(UserWarning, match=r"cannot be reached .*downloaded before are used") as warned:
+        assert same(PrismPipeline.from_pretrained(HEAD), expected)
+    assert len([1 for one in warned if "cannot be reached" in str(one.message)]) == len(asked) == 1
+    with (
+        pytest.warns(UserWarning, match="cannot be reached"),
+        pytest.raises(OSError, match=r"not downloaded before, and the Hub"),
+    ):
+        PrismPipeline.from_pretrained("them/never-seen")
+    assert len(asked) == 2

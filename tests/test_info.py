@@ -93,7 +93,8 @@ def test_a_mask_that_is_an_ordinary_token_is_right_only_where_its_authors_chose_
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_probes_find_nothing_wrong_with_a_family(family):
     verdicts = {finding.probe: finding.verdict for finding in run_probes(load(checkpoint(family)))}
-    assert verdicts == {"attention": "ok", "mask token": "unknown", "rotary embedding": "ok", "logit shift": "unknown"}
+    without = dict.fromkeys(("tokenizer", "mask token", "logit shift"), "unknown")  # the twins have no tokenizer
+    assert verdicts == {"attention": "ok", "rotary embedding": "ok"} | without
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)

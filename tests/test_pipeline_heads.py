@@ -196,10 +196,8 @@ def test_a_head_without_an_adapter_is_not_saved_with_that_of_another(repos, tmp_
     save_head_repo(pipe, tmp_path / "repo", base_model=base)
     assert not (tmp_path / "repo" / "adapter_model.safetensors").exists()
     assert torch.equal(PrismPipeline.from_pretrained(tmp_path / "repo").score(input_ids=ids)[0], score)
-    with pytest.raises(ValueError, match=r"holds \['prism'\], switched off.*unload_quality_head\('prism'\)"):
-        pipe.save_pretrained(tmp_path / "saved")
-    pipe.unload_quality_head("prism")
     pipe.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").rglob("adapter*"))
     torch.testing.assert_close(PrismPipeline.from_pretrained(tmp_path / "saved").score(input_ids=ids)[0], score)
 
 
@@ -288,9 +286,9 @@ def test_an_adapter_that_does_not_fit_changes_nothing(repos, tmp_path):
     cut = {key: value[:2] if "lora_A" in key else value for key, value in weights.items()}
     with torch.no_grad():
         before = pipe.model(ids).logits
-    for broken, error in ((renamed, ValueError), (cut, RuntimeError)):
+    for broken, words in ((renamed, "does not fit"), (cut, "says rank")):
         save_file({key: value.contiguous() for key, value in broken.items()}, file)
-        with pytest.raises(error, match=r"does not fit|size mismatch|ize"):
+        with pytest.raises(ValueError, match=words):
             pipe.load_quality_head(second)
         with torch.no_grad():
             assert torch.equal(pipe.model(ids).logits, before)
@@ -301,12 +299,12 @@ def test_an_adapter_that_does_not_fit_changes_nothing(repos, tmp_path):
     assert all(value.requires_grad for value in pipe.model.parameters())
 
 
-@pytest.mark.parametrize("more", [{"bias": "all"}, {"modules_to_save": ["dense"]}, {"use_dora": True}])
+@pytest.mark.parametrize("more", [{"bias": "all"}, {"modules_to_save": ["dense"]}, {"trainable_token_indices": [3]}])
 def test_an_adapter_that_is_more_than_lora_is_refused_by_name(repos, tmp_path, more):
     base, first, _ = repos
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
-    with pytest.raises(ValueError, match=rf"{next(iter(more))}=.*plain LoRA"):
+    with pytest.raises(ValueError, match=rf"{next(iter(more))}=.*Merge it"):
         PrismPipeline.from_pretrained(base, quality_head=first)
 
 

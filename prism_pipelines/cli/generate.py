@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -39,7 +38,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
     """The flags of `prism_pipelines.generation.batch` that say what `args` says."""
     flags = [args.model]
     for name, value in vars(args).items():
-        if name in ("model", "run", "num_processes") or value is None or value is False:
+        if name in ("model", "run", "num_processes", "quiet") or value is None or value is False:
             continue
         if value is True:
             flags.append(f"--{name}")
@@ -64,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     words = command(flags_of(args), args.num_processes, cpu)
     print(shlex.join(words), file=sys.stderr, flush=True)
-    if shutil.which(words[0]) is None:
-        # The environment's commands may not be on PATH; its own Python is at hand.
-        words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    if words[0] == "accelerate":  # which need not be on PATH, and lists the defaults it takes
+        words = [sys.executable, "-m", "prism_pipelines.cli.launch", *words[2:]]
     return 0 if subprocess.run(words, check=False).returncode == 0 else 2

@@ -7,8 +7,9 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from . import convert, generate, info, sudoku, text, train
 from . import eval as evaluate
-from . import generate, info, sudoku, text, train
+from .quiet import hide_loading_bars, silence
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,12 +33,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Self-correcting inference for masked diffusion models (PRISM).",
         epilog="Start here: prism sudoku",
     )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="no bars and no warnings, of any command: results and errors alone"
+    )
     parser.add_argument("--version", action="version", version=f"prism-pipelines {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     sudoku.add_parser(commands)
     text.add_parser(commands)
     generate.add_parser(commands)
     info.add_parser(commands)
+    convert.add_parser(commands)
     train.add_parser(commands)
     evaluate.add_parser(commands)
     return parser
@@ -54,7 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     if "run" not in args:
         parser.print_help()
         return 0
+    if args.quiet:
+        silence()
     try:
+        if args.run is not train.run:  # that is another process
+            hide_loading_bars()
         return args.run(args)
     except BrokenPipeError:
         # The reader (`| head`) has gone; a second failure when Python flushes stdout at exit would show a traceback.

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import sudoku
 from .arguments import RULES, check_device, chosen_rule, number_type
+from .quiet import is_quiet
 
 BATCH_SIZE = 32
 BEST_REMASK = {"self-confidence": 4, "PRISM": 8}  # of 2, 4, 8, 16, on the bundled model; benchmarks/sudoku.py
@@ -149,21 +150,13 @@ def load_pipeline(args):
     Raises:
         ValueError: the device is not there, the model is no Sudoku model, or a flag does not fit the scheduler.
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     from .. import PrismPipeline, bundled
 
     device = check_device(args.device)
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
     try:
         pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"))
     except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
         raise ValueError(f"--model {args.model} is not a saved pipeline: {error!r}") from None
-    finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()
     if pipe.mask_token_id != sudoku.MASK_ID or pipe.model.config.vocab_size != sudoku.VOCAB_SIZE:
         raise ValueError(
             f"{args.model} is not a Sudoku model: its mask id or vocabulary is not that of sudoku_tokenizer()"
@@ -285,7 +278,7 @@ def _progress():
     from rich.progress import Progress
 
     errors = Console(stderr=True)
-    return Progress(console=errors, disable=not errors.is_terminal, transient=True)
+    return Progress(console=errors, disable=is_quiet() or not errors.is_terminal, transient=True)
 
 
 def _run_file(pipe, puzzles, args) -> int:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from .arguments import RULES, check_device, chosen_rule, number_type
+from .quiet import is_quiet
 
 COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
 SHOWN = ("ngram_js", "word_js", "known_words", "entropy", "distinct_2")
@@ -59,19 +60,10 @@ def load_pipeline(args):
     Raises:
         ValueError: the device is not there, or the model has no tokenizer.
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     from .. import PrismPipeline, bundled
 
     device = check_device(args.device)
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()  # loading takes a second; its bars would stand above every result
-    try:
-        pipe = PrismPipeline.from_pretrained(args.model or bundled("text"))
-    finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()
+    pipe = PrismPipeline.from_pretrained(args.model or bundled("text"))
     if pipe.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, so it writes no text.")
     pipe.set_progress_bar_config(disable=True)
@@ -196,7 +188,7 @@ def _run_compare(pipe, args, console) -> int:
             **plan,
             out_dir=args.out or temporary,
             task_name=f"{args.model or 'bundled text'}: {count} texts of {length} tokens, {mark}",
-            progress=Console(stderr=True).is_terminal,
+            progress=Console(stderr=True).is_terminal and not is_quiet(),
         )
     if args.json:
         print(json.dumps(found))

@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
     """Print and run. Returns the exit status."""
     words = command(args.flags)
     print(shlex.join(words), file=sys.stderr, flush=True)
-    words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    words = [sys.executable, "-m", "prism_pipelines.cli.launch", *words[2:]]
     return subprocess.run(words, check=False).returncode

@@ -538,6 +538,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_prompts=args.max_prompts,
         too_long=args.too_long,
+        progress=os.environ.get("PRISM_QUIET") != "1",
     )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

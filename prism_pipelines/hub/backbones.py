@@ -17,8 +17,9 @@ from transformers.core_model_loading import WeightConverter
 from ..models.checks import check_rope
 from ..models.convert_mdlm import load_mdlm
 from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, resolve_spec
-from .adapters import load_adapter
-from .files import absence, fetch_file, inside, out_of_reach, read_json
+from .adapter_files import CONFIG
+from .files import absence, fetch_file, inside, out_of_reach, reachable, read_json
+from .saved_model import load_adapters, note_origin, read_index
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
 UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -81,6 +82,7 @@ def load_plain(
             "options": options,
         }
         return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
+    refuse_pickles(path, subfolder, where)
     refuse_variants(path, raw, None if mdm_spec else family_of(SimpleNamespace(**raw), path))
     if dtype != "auto":
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -97,13 +99,19 @@ def load_plain(
     placement = {name: value for name, value in placement.items() if value is not None}
     refuse_attention(placement.get("attn_implementation"), spec)
     model = load_backbone(path, subfolder, raw, spec, dtype, trust_remote_code, where, placement)
+    index = read_index(path, subfolder, where)
+    if index is not None:
+        load_adapters(model, path, subfolder, where, index, spec)
+    elif not subfolder or (subfolder == "model" and read_json(path, "model_index.json", where) is not None):
+        commit = None if Path(path).is_dir() else getattr(model.config, "_commit_hash", None)
+        note_origin(model, path, commit or where.get("revision"))
     return {"model": model, "tokenizer": tokenizer, "mdm_spec": spec.to_dict()}
 
 
 def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict) -> dict:
-    """`load_plain` of a folder that holds an adapter alone: its base model, with the adapter in it as "prism".
+    """`load_plain` of a folder that holds adapters alone: their base model, with them in it.
 
-    So a pipeline with an adapter is saved: transformers writes the adapter and the name of its base.
+    So a pipeline with adapters is saved (see `saved_model.py`); one of PEFT itself is called "prism".
 
     Args:
         path, subfolder, where: as `load_plain`.
@@ -111,12 +119,18 @@ def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict
     Raises:
         OSError: no adapter either, or its base is not found.
     """
-    adapter = read_json(path, inside(subfolder, "adapter_config.json"), where)
-    if adapter is None:
+    adapter, index = read_json(path, inside(subfolder, CONFIG), where), read_index(path, subfolder, where)
+    base = (adapter or {}).get("base_model_name_or_path") or (index or {}).get("base_model")
+    if adapter is None and base is None:
         name = inside(subfolder, "config.json")
         what = "" if out_of_reach(path, name, where) else ": not a transformers model, nor a pipeline"
         raise OSError(f"{absence(path, name, where)}{what}.")
-    base, base_where = adapter["base_model_name_or_path"], where | {"revision": adapter.get("revision")}
+    if not isinstance(base, str) or base == path:
+        raise ValueError(
+            f"The adapter of {path!r} names the base model {base!r}. Load its base, and the adapter into it."
+        )
+    revision = adapter.get("revision") if adapter else index.get("base_revision")
+    base_where = reachable(base, where | {"revision": revision})
     saved_pipeline = read_json(base, "model_index.json", base_where) is not None
     loaded = load_plain(
         base,
@@ -125,7 +139,7 @@ def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict
         base_where,
         **given,
     )
-    load_adapter(loaded["model"], path, "prism", where, subfolder)
+    load_adapters(loaded["model"], path, subfolder, where, index, as_spec(loaded["mdm_spec"]))
     return loaded
 
 
@@ -185,7 +199,6 @@ def load_backbone(
             "it first, and compare its output with the authors' own.",
             stacklevel=2,
         )
-    refuse_pickles(path, subfolder, where)
     options = {"subfolder": subfolder, "dtype": dtype, "use_safetensors": True, **where, **placement}
     if spec.native_class is None:
         model = remote_class(raw, path, trust_remote_code).from_pretrained(
@@ -334,11 +347,19 @@ def refuse_pickles(path: str, subfolder: str, where: dict) -> None:
         return
     if out_of_reach(path, inside(subfolder, safe[1]), where):
         raise OSError(f"{absence(path, inside(subfolder, safe[1]), where)}.")
-    root, found = Path(path) / (subfolder or ""), []
-    if root.is_dir():
-        found = [name for name in UNSAFE_WEIGHTS if (root / name).is_file()]
-    what = f"only {found[0]}, a pickle, which can run code when loaded" if found else "no safe weights"
-    raise OSError(f"{inside(subfolder, 'model.safetensors')} is missing in {path!r}: {what}. Convert to safetensors.")
+    found = [name for name in UNSAFE_WEIGHTS if fetch_file(path, inside(subfolder, name), where, download=False)]
+    missing = f"{inside(subfolder, 'model.safetensors')} is missing in {path!r}"
+    if not found:
+        raise OSError(f"{missing}, and so is {UNSAFE_WEIGHTS[0]}: there are no weights.")
+    command = f"prism convert {path} DST" + (f" --subfolder {subfolder}" if subfolder else "")
+    lacks = (
+        ""
+        if any(fetch_file(path, inside(subfolder, name), where) for name in TOKENIZER_FILES)
+        else (" It has no tokenizer either: add --vocab FILE or --tokenizer REPO.")
+    )
+    raise OSError(
+        f"{missing}: only {found[0]}, a pickle, which can run code when loaded. Convert it: {command}.{lacks}"
+    )
 
 
 # What a config of a key-mapped family must say, if it says anything: its native class does nothing else.

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+PATIENCE = 5.0  # seconds that the Hub has to answer
+_down: set[str] = set()  # addresses of Hubs that did not, when they were last asked
 
-def fetch_file(path: str, name: str, where: dict) -> str | None:
+
+def fetch_file(path: str, name: str, where: dict, download: bool = True) -> str | None:
     """Local path of a file of a folder or Hub repository, or None if it has no such file.
+
+    With `download=False` a file on the Hub is only asked for, and its address is given.
 
     Raises:
         OSError: no such repository, or the Hub cannot be reached and nothing is known about the file.
@@ -20,6 +35,9 @@ def fetch_file(path: str, name: str, where: dict) -> str | None:
         file = Path(path) / name
         return str(file) if file.is_file() else None
     try:
+        if not download:
+            url = hf_hub_url(path, name, revision=where.get("revision"))
+            return get_hf_file_metadata(url, token=where.get("token")).location
         return hf_hub_download(path, name, **where)
     except LocalEntryNotFoundError as error:
         known = try_to_load_from_cache(path, name, cache_dir=where.get("cache_dir"), revision=where.get("revision"))
@@ -32,10 +50,53 @@ def fetch_file(path: str, name: str, where: dict) -> str | None:
         raise OSError(f"{path!r} is neither a folder here nor an id on the Hub (owner/name).") from error
 
 
+def reachable(path: str, where: dict) -> dict:
+    """`where`; with local_files_only=True, and a warning, if `path` is on the Hub and the Hub does not answer.
+
+    It is asked once, without retries: else every file would wait for its own.
+    """
+    if Path(path).is_dir() or where.get("local_files_only") or is_offline_mode():
+        return where
+    try:
+        answer = get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        reason = f"status {answer.status_code}" if answer.status_code >= 500 else None
+    except Exception as error:  # what its HTTP client raises depends on the release of huggingface_hub
+        reason = str(error) or type(error).__name__
+    _down.discard(constants.ENDPOINT)
+    if reason is None:
+        return where
+    _down.add(constants.ENDPOINT)
+    warnings.warn(
+        f"The Hub ({constants.ENDPOINT}) cannot be reached ({reason}): files that were downloaded before are used.",
+        stacklevel=3,
+    )
+    return where | {"local_files_only": True}
+
+
 def read_json(path: str, name: str, where: dict) -> dict | None:
-    """A JSON file of a folder or Hub repository, or None if it has no such file."""
+    """A JSON file of a folder or Hub repository, or None if it has no such file.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     file = fetch_file(path, name, where)
-    return None if file is None else json.loads(Path(file).read_text())
+    if file is None:
+        return None
+    try:
+        content = json.loads(Path(file).read_text())
+    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its depth
+        raise ValueError(f"{name} of {path!r} is no JSON: {error}. Download or write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} of {path!r} must be a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def check_finite(weights: dict, owner: str) -> None:
+    """Raise a ValueError if a tensor holds NaN or inf, with its name."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            kind = "NaN" if value.isnan().any() else "inf"
+            raise ValueError(f"{owner} holds {kind} in {name}. Its training failed or the file is damaged.")
 
 
 def out_of_reach(path: str, name: str, where: dict) -> bool:
@@ -50,6 +111,8 @@ def absence(path: str, name: str, where: dict) -> str:
     """That a file is not there, in words: the repository lacks it, or it is not in the cache and may not be fetched."""
     if not out_of_reach(path, name, where):
         return f"{path!r} has no {name}"
+    if constants.ENDPOINT in _down:
+        return f"{name} of {path!r} was not downloaded before, and the Hub ({constants.ENDPOINT}) cannot be reached"
     why = "local_files_only=True" if where.get("local_files_only") else "HF_HUB_OFFLINE"
     return f"{name} of {path!r} was not downloaded before, and {why} forbids to fetch it now"
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from .. import schedulers
 from ..models.checks import non_finite
 from ..models.quality_head import QualityHead
-from .adapters import active_adapter, adapter_names
-from .files import absence, is_hub_id, read_json
+from .adapters import adapter_names
+from .files import absence, check_finite, fetch_file, is_hub_id, read_json
+from .fingerprints import embedding_fingerprint, lasting_fingerprint
 
 SCHEDULERS = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
 
@@ -41,10 +44,47 @@ def load_head(path: str, where: dict) -> QualityHead:
 
     Raises:
         OSError: there is none, or it is not safetensors.
+        ValueError: its config is wrong, its weights do not fit it, or one is NaN or inf.
     """
-    if head_config(path, where) is None:
+    config = head_config(path, where)
+    if config is None:
         raise OSError(f"No quality head: {absence(path, 'quality_head/config.json', where)}.")
-    return QualityHead.from_pretrained(path, subfolder="quality_head", use_safetensors=True, **where)
+    name = f"quality_head/{SAFETENSORS_WEIGHTS_NAME}"
+    file = fetch_file(path, name, where)
+    if file is None:
+        raise OSError(f"The quality head of {path!r} has no {name}; heads are read from safetensors only.")
+    owner = f"The quality head of {path!r}"
+    try:
+        with safe_open(file, "pt") as header:
+            found = {key: tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
+    with torch.device("meta"):  # sizes without memory: those of a config are anybody's
+        expected = {key: tuple(value.shape) for key, value in make_head(config, owner).state_dict().items()}
+    if found != expected:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(
+            f"{owner} does not fit its config.json: {wrong[0]} is {found.get(wrong[0], 'missing')}, and should be "
+            f"{expected.get(wrong[0], 'absent')}."
+        )
+    weights = load_file(file)
+    check_finite(weights, owner)
+    head = make_head(config, owner)
+    head.load_state_dict(weights)
+    head.register_to_config(_name_or_path=path)
+    return head.eval()
+
+
+def make_head(config: dict, owner: str) -> QualityHead:
+    """A head with the config of a file, and weights by chance.
+
+    Raises:
+        ValueError: the config is not one of a `QualityHead`, or speaks of more than any memory holds.
+    """
+    try:
+        return QualityHead.from_config({name: value for name, value in config.items() if name != "_name_or_path"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{owner} has a wrong config.json: {str(error).splitlines()[0]}") from error
 
 
 def load_scheduler(path: str, where: dict):
@@ -89,31 +129,9 @@ def check_adapter(name: str | None, with_adapter: set[str], model) -> None:
         )
 
 
-def check_saving(model, folder: Path, names) -> None:
-    """Check that what transformers would save of a model is the model in use, and alone in its folder.
-
-    Args:
-        model: perhaps with adapters.
-        folder: where it will be saved.
-        names: of the heads of the pipeline.
-    Raises:
-        ValueError: there are adapters and all are off, so that one would be saved in place of the model; or the folder
-            holds a whole model where an adapter is saved, or the reverse.
-    """
-    held, active = adapter_names(model), active_adapter(model)
-    if held and active is None:
-        drop = "pipe.unload_quality_head" if held[0] in names else "pipe.model.delete_adapter"
-        raise ValueError(
-            f"The quality head in use has no adapter, and the model holds {held}, switched off. Drop these first: "
-            f"{drop}({held[0]!r})."
-        )
-    stale = sorted(folder.glob("model*.safetensors*" if active else "adapter_*"))
-    if stale:
-        kinds = ("a whole model", "adapter") if active else ("an adapter", "whole model")
-        raise ValueError(
-            f"{folder} holds {stale[0].name}, {kinds[0]} saved before; beside this pipeline's {kinds[1]} it would be "
-            "loaded again. Save to another folder."
-        )
+def fingerprints(model) -> dict:
+    """What the config of a head says of the model that it was made for; None where that cannot be compared later."""
+    return {"base_fingerprint": embedding_fingerprint(model), "weights_fingerprint": lasting_fingerprint(model)}
 
 
 def check_head(quality_head: QualityHead | None, model, revision: str | None = None) -> None:
@@ -142,7 +160,7 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
             f"{type(model).__name__} has {has}. Load the head of this model."
         )
     trained_on, trained_with = quality_head.config.base_revision, quality_head.config.base_fingerprint
-    has_fingerprint = fingerprint(model) if trained_with else None
+    has_fingerprint = embedding_fingerprint(model) if trained_with else None
     # A tuned backbone with its head is pushed under a name of its own; the embeddings tell that they belong together.
     if not has_fingerprint and is_hub_id(base) and is_hub_id(here) and base != here:
         made_for = f"`quality_head` was made for {base!r}, and the model is {here!r}"
@@ -163,15 +181,13 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
         warnings.warn(
             f"The quality head was made for revision {trained_on!r}, and the model is of {revision!r}.", stacklevel=3
         )
-
-
-def fingerprint(model) -> str | None:
-    """Hash of a few rows of the token embeddings, the same in float32 and bfloat16; None in other dtypes.
-
-    It tells models of one architecture and size apart, and LoRA does not change it.
-    """
-    weight = model.get_input_embeddings().weight
-    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
-        return None
-    rows = weight[:64].detach().to("cpu", torch.bfloat16).contiguous()
-    return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    made_with, has = quality_head.config.weights_fingerprint, None
+    if made_with and not revised:
+        has = lasting_fingerprint(model)
+    if has and has != made_with:
+        warnings.warn(
+            f"The quality head was made for other weights of {base or 'its base model'} (fingerprint {made_with}, here "
+            f"{has}): the model was trained further, or edited. What the head says may be off; check it with "
+            "`prism eval calibration`, or train a head for this model.",
+            stacklevel=3,
+        )

@@ -16,7 +16,9 @@ from ..models import checks
 from ..schedulers import TokenCriticScheduler
 from ..schedulers.validation import own_fields
 from . import adapters, heads
+from .adapter_files import CONFIG, WEIGHTS, write_adapter
 from .files import is_hub_id, read_json
+from .fingerprints import lasting_fingerprint, weights_fingerprint
 
 CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
 MEANINGS = {
@@ -47,13 +49,13 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     Returns:
         The folder.
     Raises:
-        ValueError: no quality head, no base model is known, or an unknown fact.
+        ValueError: no quality head; no base model is known, or the one known is not the model in use; an unknown fact.
     Warns:
         UserWarning: the scheduler, which is recommended with the head, does not read it.
     """
     if pipe.quality_head is None:
         raise ValueError("This pipeline has no quality head to save. Load or train one, or save the whole pipeline.")
-    facts, folder = facts or {}, Path(folder)
+    facts, folder, named = facts or {}, Path(folder), base_model
     base_model = base_model or pipe.quality_head.config.base_model
     base_revision = base_revision or pipe.quality_head.config.base_revision
     if not base_model:
@@ -70,15 +72,35 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
             "it. Give the pipeline the scheduler that readers shall use, such as PrismScheduler.",
             stacklevel=2,
         )
+    mine = pipe._head_adapter()
+    if others := [name for name in adapters.active_adapters(pipe.model) if name != mine]:
+        warnings.warn(
+            f"The adapters {others} are in use and are not part of the head's repository, so whoever loads the head "
+            'gets another model. Save or push the whole pipeline (what="pipeline"), or switch them off first.',
+            stacklevel=2,
+        )
+    check_base(pipe, named)
     folder.mkdir(parents=True, exist_ok=True)
     rank = save_adapter(pipe, folder, base_model, base_revision)
     pipe.quality_head.save_pretrained(folder / "quality_head", safe_serialization=True)
     belongs = {"base_model": base_model, "base_revision": base_revision, "mdm_spec": dict(pipe.config.mdm_spec)}
-    rewrite(folder / "quality_head" / "config.json", belongs | {"base_fingerprint": heads.fingerprint(pipe.model)})
+    rewrite(folder / "quality_head" / "config.json", belongs | heads.fingerprints(pipe.model))
     pipe.scheduler.save_pretrained(folder / "scheduler")
     rewrite(folder / "scheduler" / "scheduler_config.json", {})
     write_card(folder, model_card(pipe, base_model, base_revision, rank, facts, repo_id), facts)
     return folder
+
+
+def check_base(pipe, named: str | None) -> None:
+    """Raise a ValueError if a head would name a base model that is not the model in use, unless the caller names it."""
+    trained_with = pipe.quality_head.config.weights_fingerprint
+    origin, here = getattr(pipe.model, "_origin", None), weights_fingerprint(pipe.model)
+    comparable = trained_with and lasting_fingerprint(pipe.model)
+    if named is None and ((origin and origin.fingerprint != here) or (comparable and trained_with != here)):
+        raise ValueError(
+            f"The head names the base model {pipe.quality_head.config.base_model!r}, and the model in use has other "
+            'weights. Save or push the whole pipeline (what="pipeline"), or pass `base_model`, where these weights are.'
+        )
 
 
 def write_card(folder: Path, card: str, facts: dict) -> None:
@@ -90,15 +112,14 @@ def write_card(folder: Path, card: str, facts: dict) -> None:
 
 
 def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
-    """Write the active adapter as PEFT does, and return its rank; None if there is none."""
-    active = adapters.active_adapter(pipe.model)
-    if active is None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / name).unlink(missing_ok=True)
+    """Write the adapter of the head in use as PEFT does, and return its rank; None if it has none."""
+    name = pipe._head_adapter()
+    if name is None:
+        for file in (CONFIG, WEIGHTS):
+            (folder / file).unlink(missing_ok=True)
         return None
-    pipe.model.save_pretrained(folder, safe_serialization=True)  # transformers writes the active adapter alone
-    rewrite(folder / "adapter_config.json", {"base_model_name_or_path": base_model, "revision": base_revision})
-    return pipe.model.peft_config[active].r
+    write_adapter(pipe.model, name, folder, base_model, base_revision)
+    return pipe.model.peft_config[name].r
 
 
 def rewrite(file: Path, values: dict) -> None:
@@ -171,19 +192,18 @@ def push_pipeline(
     Raises:
         ValueError: it has an adapter, and the base model is a folder here.
     """
-    if adapters.adapter_names(pipe.model):
-        base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
-        if not base_model or not is_hub_id(base_model):
-            raise ValueError(
-                f"This pipeline has a LoRA adapter, and its base model {base_model!r} is no id on the Hub. "
-                "Pass `base_model`, or merge the adapter into the weights first."
-            )
     with tempfile.TemporaryDirectory() as temporary:
         pipe.save_pretrained(temporary)
+        if not (Path(temporary) / "model" / "config.json").exists():
+            base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
+            if not base_model or not is_hub_id(base_model):
+                raise ValueError(
+                    f"This pipeline has a LoRA adapter, and its base model {base_model!r} is no id on the Hub. "
+                    "Pass `base_model`, or merge the adapter into the weights first: pipe.fuse_lora()."
+                )
         if pipe.quality_head is not None:
             # The backbone may be tuned, and has a new name from now on: its embeddings say that the head is its own.
-            mark = {"base_fingerprint": heads.fingerprint(pipe.model)}
-            rewrite(Path(temporary) / "quality_head" / "config.json", mark)
+            rewrite(Path(temporary) / "quality_head" / "config.json", heads.fingerprints(pipe.model))
         for file in Path(temporary).rglob("*.json"):
             scrub(file, base_model)
         write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, repo_id), facts or {})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..hub import adapters, heads
+from ..hub.files import reachable
 from ..models.quality_head import QualityHead
 from ..schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
 from ..schedulers.llada2 import deliver_quality, deliver_wanted
@@ -28,7 +29,7 @@ class _Enabled:
     scheduler: object
     handles: list = field(default_factory=list)
     adapter: bool = False
-    former_adapter: str | None = None
+    former_adapters: list[str] = field(default_factory=list)
     attention_mask: torch.Tensor | None = None
     installed: object = None  # the scheduler in the place of that one
     with_head: bool = False
@@ -76,6 +77,7 @@ def enable_prism(
         raise TypeError(f"`scheduler` must be one of {_NAMES}, which run in blocks; got {type(scheduler).__name__}.")
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = None if quality_head is None else heads.head_place(quality_head)
+    where = where if source is None else reachable(source, where)
     head = quality_head if source is None else heads.load_head(source, where)
     if head is not None:
         _check_head(head, model, output_head)
@@ -95,10 +97,10 @@ def enable_prism(
             )
         recommended = None
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
-    enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapter=adapters.active_adapter(model))
+    enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapters=adapters.active_adapters(model))
     if adapter is not None:
         adapters.load_adapter(model, source, ADAPTER, where, adapter)
-        adapters.use_adapter(model, ADAPTER)  # all may have been switched off
+        adapters.use_adapters(model, [*enabled.former_adapters, ADAPTER])
         enabled.adapter = True
     default = SelfConfidenceScheduler if head is None else PrismScheduler
     pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
@@ -153,7 +155,7 @@ def disable_prism(pipe) -> None:
         handle.remove()
     if enabled.adapter:
         adapters.drop_adapter(pipe.model, ADAPTER)
-        adapters.use_adapter(pipe.model, enabled.former_adapter)
+        adapters.use_adapters(pipe.model, enabled.former_adapters)
     deliver_quality(pipe.scheduler, None)
     deliver_wanted(pipe.scheduler, None)
     without_head = enabled.with_head and isinstance(pipe.scheduler, PrismScheduler)

@@ -47,6 +47,7 @@ def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GP
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     weights = {re.sub(r"^(lm_head|embed_out)\.", f"{head}.", name): value for name, value in weights.items()}
     model.load_state_dict(weights)
+    model._computed_weights = True  # rounding of the folding depends on the machine
     return model.to(dtype)
 
 

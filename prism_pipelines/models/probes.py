@@ -36,14 +36,20 @@ def run_probes(pipe, text: str | None = None) -> list[Finding]:
         pipe: `PrismPipeline`.
         text: ordinary text for the shift probe; None takes an English paragraph. Without a tokenizer there is none.
     Returns:
-        Findings in the order attention, mask token, rotary embedding, shift.
+        Findings in the order attention, tokenizer, mask token, rotary embedding, shift.
     """
     denoiser = pipe.denoiser
     ids = None
     if pipe.tokenizer is not None:
-        ids = pipe.tokenizer(text or TEXT, return_tensors="pt", add_special_tokens=False).input_ids
+        ids = pipe.tokenizer(text or TEXT, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
         ids = ids[:, : checks.max_length(pipe.model.config)].to(pipe.device)
-    return [probe_attention(denoiser), probe_mask(pipe), probe_rope(pipe.model), probe_shift(denoiser, ids)]
+    return [
+        probe_attention(denoiser),
+        probe_tokenizer(pipe.tokenizer, pipe.model.config.vocab_size),
+        probe_mask(pipe),
+        probe_rope(pipe.model),
+        probe_shift(denoiser, ids),
+    ]
 
 
 def probe_attention(denoiser: MaskedDenoiser) -> Finding:
@@ -58,6 +64,41 @@ def probe_attention(denoiser: MaskedDenoiser) -> Finding:
     else:
         seen = "position 0 changes with the last token"
     return Finding("attention", "ok", seen)
+
+
+def probe_tokenizer(tokenizer, rows: int) -> Finding:
+    """Does the tokenizer have an id for each row of the embeddings, and read its own characters?
+
+    Args:
+        tokenizer: of the model, or None.
+        rows: of the model's embeddings, V.
+    """
+    if tokenizer is None:
+        return Finding("tokenizer", "unknown", "there is none: ids go in and come out")
+    if wrong := wrong_size(len(tokenizer), rows):
+        return Finding("tokenizer", "wrong", f"it {wrong}; convert its vocabulary: prism convert SRC DST --vocab FILE")
+    seen = f"{len(tokenizer)} ids for {rows} rows"
+    special = set(tokenizer.all_special_tokens)
+    ordinary = sorted(token for token in tokenizer.get_vocab() if token not in special)
+    if ordinary and all(len(token) == 1 for token in ordinary):
+        text = "".join(token for token in ordinary if token.isalnum())[:8]
+        if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False).input_ids:
+            seen = f"its tokens are single characters, and it reads {text!r} as an unknown word"
+            return Finding("tokenizer", "wrong", f"{seen}; build one: prism convert SRC DST --vocab vocab.txt")
+    return Finding("tokenizer", "ok", seen)
+
+
+def wrong_size(ids: int, rows: int | None) -> str | None:
+    """Why a tokenizer of so many ids cannot be that of a model with so many rows of embeddings; None if it can.
+
+    Rows beyond the tokenizer are usual: a tenth of them, or what rounds their number up to a multiple of 8 to 128.
+    """
+    if rows is None:
+        return None
+    if ids > rows:
+        return f"has {ids} ids, and the model has rows for {rows}"
+    rounded = rows % 8 == 0 and rows - ids < 128
+    return None if rounded or ids >= 0.9 * rows else f"has {ids} ids only, and the model has rows for {rows}"
 
 
 def probe_mask(pipe) -> Finding:

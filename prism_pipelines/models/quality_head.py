@@ -60,9 +60,10 @@ class QualityHead(ModelMixin, ConfigMixin):
         base_revision: revision of that backbone, or None.
         mdm_spec: `MDMSpec.to_dict()` of that backbone, or None.
         num_attention_heads: of "block"; None for heads about 64 wide.
-        base_fingerprint: `heads.fingerprint` of that backbone, which a model is checked against; or None.
+        base_fingerprint: `embedding_fingerprint` of that backbone: a model with another is refused; or None.
+        weights_fingerprint: `weights_fingerprint` of that backbone: a model with another is warned of; or None.
     Raises:
-        ValueError: unknown architecture; or a number of attention heads that does not divide `hidden_size`.
+        ValueError: unknown architecture; a size below 1; or attention heads whose number does not divide `hidden_size`.
         TypeError: `mdm_spec` is not a dict; the config is JSON.
     Source: PRISM (arXiv 2510.01384); "linear" is its head for Sudoku, "block" for text, "mlp" for LLaDA-8B.
     """
@@ -77,8 +78,13 @@ class QualityHead(ModelMixin, ConfigMixin):
         mdm_spec: dict | None = None,
         num_attention_heads: int | None = None,
         base_fingerprint: str | None = None,
+        weights_fingerprint: str | None = None,
     ):
         super().__init__()
+        if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"`hidden_size` must be an integer of at least 1, got {hidden_size!r}.")
+        if num_attention_heads is not None and (not isinstance(num_attention_heads, int) or num_attention_heads < 1):
+            raise ValueError(f"`num_attention_heads` must be None or at least 1, got {num_attention_heads!r}.")
         if architecture not in ARCHITECTURES:
             raise ValueError(f"`architecture` must be one of {ARCHITECTURES}, got {architecture!r}.")
         if mdm_spec is not None and not isinstance(mdm_spec, dict):

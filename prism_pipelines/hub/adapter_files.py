@@ -1,0 +1,236 @@
+"""LoRA adapters in files: read and checked before anything is allocated, and written as PEFT writes them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .files import check_finite, fetch_file, inside, read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT puts it before the names of the base model
+NOTHING = ("none", None, False, [], {})
+# Fields of an adapter's config by which it is more than LoRA, and why that cannot be loaded beside others.
+MORE_THAN_LORA = {
+    "bias": "it trains biases of the base model",
+    "modules_to_save": "it replaces whole layers of the base model, such as embeddings with rows for new tokens",
+    "trainable_token_indices": "it replaces rows of the embeddings, for new tokens",
+    "target_parameters": "it changes parameters that are no layers",
+}
+PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")  # others subtract something from the base's weights
+MERGE = (
+    "Merge it into its base with PEFT (PeftModel.from_pretrained(base, adapter).merge_and_unload()), save that, and "
+    "load the folder as a model."
+)
+
+
+class AdapterFiles(NamedTuple):
+    """An adapter that was read: PEFT's config, and weights under the names of the model that takes it."""
+
+    config: object
+    weights: dict[str, Tensor]
+
+
+def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> AdapterFiles:
+    """The LoRA adapter of a folder or repository, fitted to the names of a model.
+
+    Sizes are compared with the file's header before a weight is read, and before a layer is made.
+
+    Args:
+        path, subfolder: of adapter_config.json and adapter_model.safetensors.
+        where: revision, cache_dir, token, local_files_only.
+        model: transformers model that will take it.
+        spec: its `MDMSpec`, whose key_mapping and split_weights rename what authors' code calls its layers; or None.
+    Raises:
+        OSError: its weights are not safetensors.
+        ValueError: it is more than LoRA; its weights do not fit the model or its config; or one is NaN or inf.
+    """
+    file = fetch_file(path, inside(subfolder, WEIGHTS), where)
+    if file is None:
+        raise OSError(f"The adapter of {path!r} has no {inside(subfolder, WEIGHTS)}.")
+    raw = read_json(path, inside(subfolder, CONFIG), where)
+    check_kind(raw, path)
+    try:
+        with safe_open(file, "pt") as header:
+            shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
+    if other := sorted(name for name in shapes if ".lora_" not in name):
+        raise ValueError(
+            f"The adapter of {path!r} holds {other[:3]}, which are no LoRA: "
+            f"{MORE_THAN_LORA['modules_to_save']}. {MERGE}"
+        )
+    names = {name: native_names(name, spec) for name in shapes}
+    check_fit(path, raw, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
+    weights = load_file(file)
+    check_finite(weights, f"The adapter of {path!r}")
+    fitted = {}
+    for old, news in names.items():
+        parts = split_rows(weights[old], news, model) if len(news) > 1 else [weights[old]]
+        fitted |= {PREFIX + new: part for new, part in zip(news, parts, strict=True)}
+    renamed = any([module_of(new) for new in news] != [module_of(old)] for old, news in names.items())
+    return AdapterFiles(peft_config(raw, names if renamed else None), fitted)
+
+
+def check_kind(raw: dict, path: str) -> None:
+    """Raise a ValueError if an adapter's config is not one of LoRA (DoRA and rsLoRA are), with the reason."""
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"The adapter of {path!r} is a {kind}; LoRA (and DoRA) adapters are supported.")
+    for name, reason in MORE_THAN_LORA.items():
+        if raw.get(name, "none") not in NOTHING:
+            raise ValueError(f"The adapter of {path!r} has {name}={raw[name]!r}: {reason}. {MERGE}")
+    init = raw.get("init_lora_weights", True)
+    if init not in PLAIN_INIT:
+        raise ValueError(
+            f"The adapter of {path!r} has init_lora_weights={init!r}: it belongs to a base whose weights that changed. "
+            "Save it as plain LoRA (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))."
+        )
+
+
+def module_of(name: str) -> str:
+    """Name of the layer that a LoRA weight belongs to, without PEFT's prefix."""
+    return name.removeprefix(PREFIX).split(".lora_")[0]
+
+
+def native_names(name: str, spec) -> list[str]:
+    """Names that a weight of an adapter has in a model; several where the authors' layer is cut in parts here.
+
+    Adapters that were made with the authors' own code name their layers as that does (LLaDA: attn_out, ff_proj).
+    """
+    plain = name.removeprefix(PREFIX)
+    for pattern, replacement in ((spec and spec.key_mapping) or {}).items():
+        plain = re.sub(pattern, replacement, plain)
+    module, _, rest = plain.partition(".lora_")
+    for whole, parts in ((spec and spec.split_weights) or {}).items():
+        end = whole.removesuffix(".weight")
+        if module.endswith(end):
+            start = module.removesuffix(end)
+            return [f"{start}{part.removesuffix('.weight')}.lora_{rest}" for part in parts]
+    if rest == "magnitude_vector":  # of DoRA: a module in memory, which PEFT saves as a bare tensor
+        rest = "magnitude_vector.weight"
+    return [f"{module}.lora_{rest}"] if rest else [plain]
+
+
+def split_rows(value: Tensor, names: list[str], model) -> list[Tensor]:
+    """A LoRA weight of a layer that is cut in parts by its rows: B and magnitudes are cut, A is the same for all."""
+    if ".lora_A." in names[0]:
+        return [value.clone() for _ in names]
+    return list(value.split([output_size(layer_of(model, name)) for name in names]))
+
+
+def layer_of(model, name: str) -> nn.Module | None:
+    """The layer of a model that a LoRA weight belongs to, below PEFT's wrapper; None if there is none."""
+    try:
+        layer = model.get_submodule(module_of(name))
+    except AttributeError:
+        return None
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def output_size(layer: nn.Module) -> int:
+    """Numbers that a linear layer gives; transformers' Conv1D keeps its weight transposed."""
+    return getattr(layer, "out_features", None) or layer.weight.shape[1]
+
+
+def input_size(layer: nn.Module) -> int:
+    """Numbers that a linear layer takes."""
+    return getattr(layer, "in_features", None) or layer.weight.shape[0]
+
+
+def check_fit(path: str, raw: dict, shapes: dict[str, tuple], model, spec) -> None:
+    """Raise a ValueError if the weights that a file lists are not those that its config speaks of in a model."""
+    ranks = {raw.get("r"), *(raw.get("rank_pattern") or {}).values()}
+    if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
+        raise ValueError(f"The adapter of {path!r} has rank {raw.get('r')!r}; a rank is an integer of at least 1.")
+    found, wrong = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}, []
+    if found != ranks and shapes:
+        raise ValueError(
+            f"The adapter of {path!r} says rank {sorted(ranks)} in {CONFIG}, and its weights have {sorted(found)}."
+        )
+    for name, shape in shapes.items():
+        layer = layer_of(model, name)
+        if layer is None:
+            wrong.append(f"{name} (no such layer)")
+        elif not isinstance(getattr(layer, "weight", None), Tensor):
+            continue
+        elif ".lora_A." in name and shape[1] != input_size(layer):
+            wrong.append(f"{name} (takes {shape[1]} numbers, the layer {input_size(layer)})")
+        elif ".lora_B." in name and not is_cut(name, spec) and shape[0] != output_size(layer):
+            wrong.append(f"{name} (gives {shape[0]} numbers, the layer {output_size(layer)})")
+    if wrong or not shapes:
+        raise ValueError(
+            f"The adapter of {path!r} does not fit {type(model).__name__}: {len(wrong)} weights have no place, "
+            f"such as {wrong[:3]}."
+        )
+
+
+def is_cut(name: str, spec) -> bool:
+    """Is it a weight of a layer that `MDMSpec.split_weights` makes of rows of another?"""
+    parts = [part.removesuffix(".weight") for names in ((spec and spec.split_weights) or {}).values() for part in names]
+    return module_of(name).endswith(tuple(parts)) if parts else False
+
+
+def peft_config(raw: dict, names: dict[str, list[str]] | None):
+    """PEFT's config of a JSON one; with `names` (in the file -> in the model) its layers by their names in the model.
+
+    Raises:
+        ValueError: PEFT does not take it.
+    """
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    raw = dict(raw)
+    if names is not None:
+        layers = {module_of(old): sorted({module_of(new) for new in news}) for old, news in names.items()}
+        raw["target_modules"] = sorted({new for news in layers.values() for new in news})
+        raw |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns, mapped = raw.get(field) or {}, {}
+            for old, news in layers.items():
+                key = get_pattern_key(patterns.keys(), old)
+                mapped |= {new: patterns[key] for new in news if key in patterns}
+            raw[field] = mapped
+    try:
+        config = LoraConfig.from_peft_type(**raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG} is no config of LoRA: {error}") from error
+    config.inference_mode = True
+    return config
+
+
+def write_adapter(model, name: str, folder: Path, base_model: str | None, base_revision: str | None) -> None:
+    """Write one adapter of a model as PEFT does, whether it is active or not.
+
+    Args:
+        base_model, base_revision: named in its config; None for a base that lies beside it.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {PREFIX + key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    if lost := [key for key, value in weights.items() if value.is_meta]:
+        raise ValueError(f"The adapter {name!r} is offloaded ({lost[0]}), so it cannot be saved. Load without offload.")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config[name])
+    config.base_model_name_or_path, config.revision, config.inference_mode = base_model, base_revision, True
+    config.save_pretrained(folder)
+
+
+def without_lora(model) -> dict[str, Tensor]:
+    """The state dict of a model under the names that its layers have without adapters, and without those.
+
+    Weights that adapters are fused into are given as they are.
+    """
+    state = {}
+    for key, value in model.state_dict().items():
+        if not re.search(r"\.lora_", key):
+            state[key.replace(".base_layer.", ".")] = value
+    return state

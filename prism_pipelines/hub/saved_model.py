@@ -1,0 +1,150 @@
+"""The `model/` of a saved pipeline: weights, or the name of the base model that has them, and all its adapters.
+
+A base model is named where the weights in use are those that it was loaded with; else they are saved whole. Adapters
+lie at the root of the folder, where transformers and PEFT look for one, if there is only one beside a named base; else
+in `adapters/<name>/`. `adapters.json` says what they are called and which are in use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from .adapter_files import CONFIG, WEIGHTS, without_lora, write_adapter
+from .adapters import active_adapters, fused_adapters, load_adapter, use_adapters
+from .files import inside, read_json
+from .fingerprints import lasting_fingerprint, weights_fingerprint
+
+INDEX = "adapters.json"
+
+
+class Origin(NamedTuple):
+    """Where a model was loaded from, and the fingerprint of its weights then."""
+
+    base: str
+    revision: str | None
+    fingerprint: str
+
+
+def note_origin(model, base: str, revision: str | None) -> None:
+    """Remember what a model was loaded from; its weights are as they were there."""
+    model._origin = Origin(base, revision, weights_fingerprint(model))
+
+
+def origin_in_use(model) -> Origin | None:
+    """What a model was loaded from, if its weights are still those; else None."""
+    origin = getattr(model, "_origin", None)
+    return origin if origin is not None and weights_fingerprint(model) == origin.fingerprint else None
+
+
+def save_model(model, folder: Path, names: dict[str, str]) -> bool:
+    """Write a model that has adapters. Returns whether its weights were written too, and no base was named.
+
+    Weights that adapters are fused into are written as they are, and no adapters beside them.
+
+    Args:
+        model: transformers model.
+        folder: where.
+        names: of the adapters to write -> what they are called there.
+
+    Raises:
+        ValueError: an adapter is offloaded; or a base would be named in a folder that holds a whole model.
+    Warns:
+        UserWarning: the weights are not those of the base that was loaded, so they are saved whole.
+    """
+    fused = fused_adapters(model)
+    names = {} if fused else names
+    origin = origin_in_use(model) if names else None
+    if origin is not None:
+        refuse_stale(folder, "model*.safetensors*", "a whole model", "adapter")
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    if origin is None:
+        if names:
+            base = getattr(model, "_origin", None)
+            what = f"The weights are not those of {base.base!r} any more" if base else "It is not known what was loaded"
+            warnings.warn(f"{what}: the model is saved whole, with its adapters beside it.", stacklevel=4)
+        with as_without_adapters(model):
+            type(model).save_pretrained(model, folder, state_dict=without_lora(model), safe_serialization=True)
+    at_root = origin is not None and len(names) == 1
+    places = {called: "" if at_root else f"adapters/{called}" for called in names.values()}
+    base, revision = (origin.base, origin.revision) if origin else (None, None)
+    for name, called in names.items():
+        write_adapter(model, name, folder / places[called], base, revision)
+    index = {"adapters": places, "active": [names[name] for name in active_adapters(model) if name in names]}
+    if origin is not None:
+        index |= {"base_model": base, "base_revision": revision, "base_fingerprint": lasting_fingerprint(model)}
+    if names:
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return origin is None
+
+
+def refuse_stale(folder: Path, pattern: str, saved: str, here: str) -> None:
+    """Raise a ValueError if a folder holds files of an earlier save that would be loaded beside what is saved now."""
+    if stale := sorted(folder.glob(pattern)):
+        raise ValueError(
+            f"{folder} holds {stale[0].name}, {saved} saved before; beside this pipeline's {here} it would be loaded "
+            "again. Save to another folder."
+        )
+
+
+def clear(folder: Path) -> None:
+    """Take away adapters that an earlier save left, lest they be loaded again."""
+    for name in (CONFIG, WEIGHTS, INDEX):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "adapters", ignore_errors=True)
+
+
+@contextmanager
+def as_without_adapters(model):
+    """While it lasts, transformers saves a model as if it had no adapters."""
+    kept = {name: getattr(model, name, None) for name in ("_hf_peft_config_loaded", "_weight_conversions")}
+    model._hf_peft_config_loaded = False
+    model._weight_conversions = vars(model).get("_before_adapters", (None,))[0]
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(model, name, value)
+
+
+def read_index(path: str, subfolder: str, where: dict) -> dict | None:
+    """What `adapters.json` of a saved model says; None if there is none.
+
+    Raises:
+        ValueError: it is not as `save_model` writes it.
+    """
+    index = read_json(path, inside(subfolder, INDEX), where)
+    if index is None:
+        return None
+    places, active = index.get("adapters"), index.get("active")
+    sound = isinstance(places, dict) and isinstance(active, list) and set(map(str, active)) <= set(places)
+    if not sound or not all(re.fullmatch(r"|adapters/[\w-]+", str(place)) for place in places.values()):
+        raise ValueError(f"{inside(subfolder, INDEX)} of {path!r} is damaged: it names adapters and their folders.")
+    return index
+
+
+def load_adapters(model, path: str, subfolder: str, where: dict, index: dict | None, spec) -> None:
+    """Put the adapters of a saved model into it, with those in use that were; without an index the one at the root.
+
+    Warns:
+        UserWarning: the base model is not the one that the adapters were saved with.
+    """
+    index = index or {"adapters": {"prism": ""}, "active": ["prism"]}
+    expected, found = index.get("base_fingerprint"), None
+    if expected:
+        found = lasting_fingerprint(model)
+    if found and found != expected:
+        warnings.warn(
+            f"{path!r} was saved with other weights of its base model {index.get('base_model')!r} than those that were "
+            "loaded now (their fingerprints differ). It will not give the same results.",
+            stacklevel=4,
+        )
+    for name, place in index["adapters"].items():
+        load_adapter(model, path, name, where, inside(subfolder, place) if place else subfolder, spec)
+    use_adapters(model, index["active"])
