@@ -22,6 +22,11 @@ class PrismPipelineOutput(BaseOutput):
         nfe: forward passes made.
         nfe_per_row: the same for each row, list of B ints.
         trace: list of `TraceStep`, or None unless `return_trace`.
+        confidence: P(all generated tokens of the row are right), the product of their qualities, float32 (B,). Known if
+            the quality of the result is (`return_quality`, `select`, or `JudgeAndRepairScheduler`) and the head is
+            calibrated; else None. For open text, where many tokens would do, it only ranks.
+        accepted: rows in which `JudgeAndRepairScheduler` found nothing that is worth another repair, bool (B,); None
+            for schedulers that do not judge.
     """
 
     sequences: Tensor
@@ -30,3 +35,18 @@ class PrismPipelineOutput(BaseOutput):
     nfe: int = 0
     nfe_per_row: list[int] | None = None
     trace: list[TraceStep] | None = None
+    confidence: Tensor | None = None
+    accepted: Tensor | None = None
+
+
+def row_confidence(quality: Tensor, generated: Tensor) -> Tensor:
+    """Log of the product of the qualities of the generated tokens of each row: log P(all are right), were each of these
+    events independent of the others.
+
+    Args:
+        quality: P(token is right), float (B, L).
+        generated: positions that count, bool (B, L).
+    Returns:
+        float32 (B,), 0 for a row without any.
+    """
+    return quality.float().clamp(min=1e-6).log().masked_fill(~generated, 0).sum(-1)

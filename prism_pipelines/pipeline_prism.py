@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from .models import checks
 from .models.denoiser import MaskedDenoiser
 from .models.families import MDMSpec, reads_only_masks, resolve_spec
 from .models.quality_head import QualityHead
-from .pipeline_output import PrismPipelineOutput
+from .pipeline_output import PrismPipelineOutput, row_confidence
 from .sampling.canvas import (
     Canvas,
     canvas_of,
@@ -149,6 +149,7 @@ class PrismPipeline(DiffusionPipeline):
         threshold: float | None = None,
         cache: str = "none",
         cache_refresh_interval: int | None = None,
+        select: str | None = None,
     ) -> PrismPipelineOutput | tuple:
         """Generate: continue a prompt, fill in masks, or sample from nothing.
 
@@ -203,6 +204,9 @@ class PrismPipeline(DiffusionPipeline):
                 for others.
             cache_refresh_interval: with a cache, steps of a block from one full forward to the next; 1 is exact.
                 None: one at the start of each block.
+            select: "confidence" returns, of the `num_samples` samples of each row, the one of the highest confidence
+                alone; needs a calibrated head. Costs the forward of `return_quality`, unless the scheduler judges.
+                `nfe` and the trace are those of all samples, `nfe_per_row` the sum over them. None returns all.
         Returns:
             `PrismPipelineOutput`, or all its fields as a tuple, in their order.
         Raises:
@@ -210,6 +214,7 @@ class PrismPipeline(DiffusionPipeline):
             torch.OutOfMemoryError: with what to lower.
         """
         self._check_call(num_samples, num_inference_steps, gen_length, block_length, output_type, return_quality)
+        self._check_select(select, num_samples)
         suppressed = token_ids("suppress_tokens", suppress_tokens, self.model.config.vocab_size)
         ends = self._end_tokens(eos_token_id)
         allowed = token_ids("allow_tokens", allow_tokens, self.model.config.vocab_size)
@@ -290,20 +295,40 @@ class PrismPipeline(DiffusionPipeline):
                 return sample
 
             filled, quality = fill_canvas(run, blocks, after_step), None
-            if return_quality:
+            judged = not (filled.judged.isnan() & canvas.generated).any() and filled.accepted is not None
+            if judged:
+                quality = filled.judged.masked_fill(~canvas.generated, 1.0)
+            looks_again = return_quality or (select is not None and not judged)
+            if looks_again:
                 hidden = denoiser.hidden(filled.sample, canvas.attention_mask)
                 quality = self.quality_head(hidden, canvas.attention_mask).sigmoid().masked_fill(~canvas.generated, 1.0)
         self.maybe_free_model_hooks()
+        confidence = None if quality is None else row_confidence(quality, canvas.generated)
+        nfe_per_row, accepted, keep = filled.nfe_per_row + looks_again, filled.accepted, slice(None)
+        if select is not None:
+            best = confidence.view(-1, num_samples).argmax(-1)
+            keep = best + torch.arange(len(best), device=best.device) * num_samples
+            nfe_per_row = nfe_per_row.view(-1, num_samples).sum(-1)
+            mask = canvas.attention_mask
+            canvas = replace(
+                canvas,
+                sample=canvas.sample[keep],
+                generated=canvas.generated[keep],
+                attention_mask=None if mask is None else mask[keep],
+            )
+        filled.sample = filled.sample[keep]
         texts = None
         if output_type == "text" and self.tokenizer is not None:
             texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, (*ends, *closing), stops)
         output = PrismPipelineOutput(
             sequences=filled.sample,
             texts=texts,
-            quality=quality,
-            nfe=filled.nfe + return_quality,
-            nfe_per_row=(filled.nfe_per_row + return_quality).tolist(),
+            quality=quality[keep] if return_quality else None,
+            nfe=filled.nfe + looks_again,
+            nfe_per_row=nfe_per_row.tolist(),
             trace=trace if return_trace else None,
+            confidence=confidence[keep].exp() if confidence is not None and self._is_calibrated else None,
+            accepted=None if accepted is None else accepted[keep],
         )
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
@@ -366,6 +391,23 @@ class PrismPipeline(DiffusionPipeline):
         self._check_adapter()
         if self.quality_head is None and return_quality:
             raise ValueError("`return_quality` needs a quality head; this pipeline has none.")
+
+    @property
+    def _is_calibrated(self) -> bool:
+        """Is the quality of the head a probability? Heads say so by the temperature that was fitted for them."""
+        return self.quality_head is not None and self.quality_head.config.get("temperature") is not None
+
+    def _check_select(self, select: str | None, num_samples: int) -> None:
+        if select not in (None, "confidence"):
+            raise ValueError(f'`select` must be None or "confidence", got {select!r}.')
+        if select is not None and num_samples < 2:
+            raise ValueError(f"`select` chooses among `num_samples` of at least 2, got {num_samples}.")
+        if select is not None and not self._is_calibrated:
+            head = "no quality head" if self.quality_head is None else "a quality head without a fitted temperature"
+            raise ValueError(
+                f'`select="confidence"` needs a calibrated quality head, and this pipeline has {head}. Calibrate one '
+                "with prism_pipelines.evaluation.fit_temperature."
+            )
 
     def _callback_inputs(self, names: list[str] | None) -> list[str]:
         names = self._callback_tensor_inputs if names is None else names

@@ -120,3 +120,29 @@ def _share_visible(context: RunContext | None, visible: Tensor) -> Tensor:
     generated = context.generated
     share = (generated & visible).sum(-1) / generated.sum(-1).clamp(min=1)
     return share[:, None].expand(visible.shape)
+
+
+def token_logprob(context: RunContext | None, name: str, sample: Tensor, kind: str) -> Tensor:
+    """A log-probability that a run context holds for every visible token, NaN where it is unknown.
+
+    Args:
+        context: of the run.
+        name: "prompt_logprob" or "draw_logprob".
+        sample: token ids, int64 (B, L).
+        kind: class of the scheduler that asks, for the error.
+    Returns:
+        float32 of shape (B, L).
+    Raises:
+        ValueError: no context, or one of another shape.
+    """
+    if context is None:
+        raise ValueError(
+            f"{kind} needs `context`, a RunContext with `{name}`, and got None. PrismPipeline passes it to every step; "
+            "diffusers' LLaDA2Pipeline cannot, use SelfConfidenceScheduler there."
+        )
+    value = getattr(context, name)
+    if value.shape != sample.shape:
+        raise ValueError(
+            f"`context.{name}` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(value.shape)}."
+        )
+    return value

@@ -5,6 +5,8 @@ Plain functions on whole batches. B rows, L positions, V tokens; N positions tak
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -143,6 +145,19 @@ def visible_target(step: int, num_steps: int, num_generated: Tensor) -> Tensor:
     if not 0 <= step < num_steps:
         raise ValueError(f"`step` must be in [0, {num_steps}), got {step}.")
     return (num_generated * (step + 1) + num_steps - 1) // num_steps  # integers: no float rounding
+
+
+def share_of(count: Tensor, share: float) -> Tensor:
+    """The largest number of tokens that is at most a share of a count, but at least 1 where the count is not 0.
+
+    Args:
+        count: int64 of any shape.
+        share: in (0, 1].
+    Returns:
+        int64 of the same shape.
+    """
+    exact = Fraction(share).limit_denominator(10**6)  # as floats, 0.21 of 300 is 62
+    return torch.maximum(count * exact.numerator // exact.denominator, count.clamp(max=1))
 
 
 def remdm_cap(alpha_t: Tensor | float, alpha_s: Tensor | float, eta: float) -> Tensor | float:

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .functional import binomial, lowest, remdm_cap, uniform_at, visible_target
+from .functional import binomial, lowest, remdm_cap, share_of, uniform_at, visible_target
 from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .token_sampling import reveal
 from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
@@ -29,6 +29,11 @@ class PrismSchedulerOutput(BaseOutput):
         remasked: visible tokens that became masks in this step, bool (B, L); never also in `unmasked`.
         sampled_tokens: the tokens written, int64 (N,), in row-major order of `unmasked`.
         sampled_probs: the model's own probabilities of these at temperature 1, float32 (N,).
+        finished: rows that need no further forward pass, bool (B,); None from schedulers that use all their steps.
+        accepted: finished rows in which no token was doubtful, bool (B,); None as above.
+        restored: visible tokens of finished rows that gave way to those of an earlier, better canvas, bool (B, L); None
+            as above.
+        judged: quality of each generated token of a finished row, float32 (B, L), NaN elsewhere; None as above.
     """
 
     prev_sample: Tensor
@@ -36,6 +41,10 @@ class PrismSchedulerOutput(BaseOutput):
     remasked: Tensor
     sampled_tokens: Tensor
     sampled_probs: Tensor
+    finished: Tensor | None = None
+    accepted: Tensor | None = None
+    restored: Tensor | None = None
+    judged: Tensor | None = None
 
 
 @runs_in_llada2_pipeline
@@ -57,14 +66,16 @@ class PrismScheduler(SchedulerMixin, SchedulerConfig):
         loop_steps: forward passes added to refine the sample at one level; 0 for no loop. NFE = T + loop_steps.
         loop_num_remask: random tokens remasked in each step of the loop and filled in the next.
         loop_at: in (0, 1]; the loop begins once this fraction of the T steps is done.
-        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
         mask_token_id: None if every `step` is given it.
         use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
             least one; needs order "confidence".
         threshold: of `use_threshold`, at least 0.
-        accept_quality: in (0, 1]; a token is accepted only if its quality in the pass after it was written is at least
-            this. So all tokens below it are remasked, and no others; at most `num_remask` in a step, if that is given.
-            Not with `eta`. None for remasking by number alone.
+        quality_threshold: in (0, 1]; every token whose quality is below this is remasked, and no others: at most a
+            `max_share` of the visible tokens in a step, and at most `num_remask`, if that is given; the lowest go
+            first. A row that `threshold` filled early takes one more pass, so that its last tokens are judged too. Not
+            with `eta`. None for remasking by number alone.
+        max_share: of `quality_threshold`, in (0, 1]; rounded down, and at least one token.
         block_length: the default of diffusers' `LLaDA2Pipeline`, see `llada2.py`; `PrismPipeline` has its own.
     Raises:
         ValueError: a field out of its range, or both `num_remask` and `eta`.
@@ -94,12 +105,12 @@ class PrismScheduler(SchedulerMixin, SchedulerConfig):
         use_threshold: bool = False,
         threshold: float = 0.9,
         block_length: int = 32,
-        accept_quality: float | None = None,
+        quality_threshold: float | None = None,
+        max_share: float = 0.25,
     ):
         check_config(self.config)
         check_dropin_config(self.config)
         check_remasking(self.config)
-        check_acceptance(self.config)
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None
         self._warned = False
@@ -222,16 +233,14 @@ def check_remasking(config: Mapping) -> None:
     require(is_int(loops, 0), "loop_steps", loops, "an integer of at least 0")
     require(is_int(in_loop, min(loops, 1)), "loop_num_remask", in_loop, f"an integer of at least {min(loops, 1)}")
     require(is_number(at, 0, 1) and at > 0, "loop_at", at, "a number in (0, 1]")
-
-
-def check_acceptance(config: Mapping) -> None:
-    """Raise a ValueError for a wrong `accept_quality`, or one beside fields that exclude it."""
-    bar = config["accept_quality"]
-    require(bar is None or (is_number(bar, 0, 1) and bar > 0), "accept_quality", bar, "None or a number in (0, 1]")
-    if bar is not None and (config["eta"] is not None or config["num_remask"] == 0):
+    bar, share = config["quality_threshold"], config["max_share"]
+    valid = bar is None or (is_number(bar, 0, 1) and bar > 0)
+    require(valid, "quality_threshold", bar, "None or a number in (0, 1]")
+    require(is_number(share, 0, 1) and share > 0, "max_share", share, "a number in (0, 1]")
+    if bar is not None and (eta is not None or n == 0):
         raise ValueError(
-            f"`accept_quality` is {bar}: the tokens below it are remasked, so `eta` must be None and `num_remask` None "
-            f"or at least 1, got {config['eta']} and {config['num_remask']}."
+            f"`quality_threshold` is {bar}: the tokens below it are remasked, so `eta` must be None and `num_remask` "
+            f"None or at least 1, got {eta} and {n}."
         )
 
 
@@ -296,8 +305,8 @@ def remask_and_reveal(
     remasked = torch.zeros_like(masked)
     if by_quality:
         n, quality = num_to_remask(config, num_steps, visible, total, target, u_count), quality_of(visible)
-        if (bar := config["accept_quality"]) is not None:
-            doubtful = (visible & (quality < bar)).sum(-1)
+        if (bar := config["quality_threshold"]) is not None:
+            doubtful = torch.minimum((visible & (quality < bar)).sum(-1), share_of(shown, config["max_share"]))
             n = doubtful if config["num_remask"] is None else torch.minimum(n, doubtful)
         # Only old masks are refilled, so more than total - target remasks would leave a mask at the end.
         remasked = lowest(quality, visible, torch.minimum(n, total - target))

@@ -10,7 +10,6 @@ from torch import Tensor
 from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
 from .scheduling_prism import (
     PrismSchedulerOutput,
-    check_acceptance,
     check_remasking,
     remask_and_reveal,
     remasks_by_quality,
@@ -66,12 +65,12 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         use_threshold: bool = False,
         threshold: float = 0.9,
         block_length: int = 32,
-        accept_quality: float | None = None,
+        quality_threshold: float | None = None,
+        max_share: float = 0.25,
     ):
         check_config(self.config)
         check_dropin_config(self.config)
         check_remasking(self.config)
-        check_acceptance(self.config)
         require(history is None or is_int(history, 1), "history", history, "None or an integer of at least 1")
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None

@@ -65,20 +65,30 @@ def chunk_rows(vocab_size: int) -> int:
 
 
 def _sample(
-    logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, u: Tensor, order: str | None
+    logits: Tensor,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    u: Tensor,
+    order: str | None,
+    drawn_from: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `sample_tokens` for one chunk, and the `order_score` of its rows; with order None that is the probability."""
+    """As `sample_tokens` for one chunk, and the `order_score` of its rows; with order None that is the probability.
+
+    `drawn_from`: other logits (N, V) that the tokens are drawn from; probabilities and scores stay those of `logits`.
+    """
     p = probabilities(logits)  # (N, V)
+    wanted = logits if drawn_from is None else drawn_from
     if temperature == 0:
-        tokens = first_largest(logits)
+        tokens = first_largest(wanted)
     elif top_k is not None and top_k < logits.shape[-1]:
-        best, ids = logits.topk(top_k)
+        best, ids = wanted.topk(top_k)
         mass = at_temperature(best, temperature).softmax(-1)
         mass = mass if top_p is None or top_p == 1 else mass.masked_fill(_surplus(mass, mass.sum(-1), top_p), 0)
         tokens = ids.gather(-1, invert(mass, u)[:, None])[:, 0]
     else:
-        mass = p if temperature == 1 else at_temperature(logits, temperature).softmax(-1)
-        tokens = invert(mass, u) if top_p is None or top_p == 1 else _draw_from_nucleus(logits, mass, u, top_p)
+        mass = p if temperature == 1 and drawn_from is None else at_temperature(wanted, temperature).softmax(-1)
+        tokens = invert(mass, u) if top_p is None or top_p == 1 else _draw_from_nucleus(wanted, mass, u, top_p)
     probs = p.gather(-1, tokens[:, None])[:, 0]
     # A NaN, a +inf, or a maximum of -inf makes the whole row of a softmax NaN.
     fine = ~probs.isnan().any()
@@ -268,6 +278,7 @@ def draw_at(
     mask_token_id: int,
     u: Tensor,
     order: str | None = None,
+    penalty: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token at each of some positions.
 
@@ -276,12 +287,18 @@ def draw_at(
         sampling: temperature, top_p and top_k, as `sample_tokens`.
         u: uniform numbers, float32 of shape (B, L).
         order: "confidence", "margin" or "entropy", see `order_score`; None for no score.
+        penalty: a token at each position, int64 (B, L), and what is taken off its logit when tokens are drawn, float32
+            (B, L); probabilities and scores are those without it. None for nothing.
     Returns:
         tokens, int64 (N,), their probabilities as `sample_tokens`, float32 (N,), and the score, float32 (N,).
     """
     drawn, done, u = [], 0, u[index]
     for logits in logit_chunks(model_output, positions, index, mask_token_id):
-        drawn.append(_sample(logits, *sampling, u[done : done + len(logits)], order))
+        drawn_from = None
+        if penalty is not None:
+            token, amount = (values[index][done : done + len(logits), None] for values in penalty)
+            drawn_from = logits.float().scatter_add(-1, token, -amount.float())
+        drawn.append(_sample(logits, *sampling, u[done : done + len(logits)], order, drawn_from))
         done += len(logits)
     tokens, probs, score = (torch.cat(part) for part in zip(*drawn, strict=True))
     return tokens, probs, score
@@ -317,6 +334,7 @@ def reveal(
     u_order: Tensor,
     u_token: Tensor,
     threshold: float | None = None,
+    penalty: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill n masks of each row.
 
@@ -332,6 +350,7 @@ def reveal(
         temperature, top_p, top_k, mask_token_id: as `sample_tokens`.
         u_order, u_token: independent uniform numbers, float32 of shape (B, L).
         threshold: with order "confidence", every token of a confidence above it is written too; None for n alone.
+        penalty: as `draw_at`.
     Returns:
         which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these tokens,
         float32 (N,).
@@ -347,8 +366,10 @@ def reveal(
     index = true_positions(candidates, number)
     sampling = (temperature, top_p, top_k)
     if order in ("random", "left_to_right"):
-        return candidates, *draw_at(model_output, candidates, index, sampling, mask_token_id, u_token)[:2]
-    tokens, probs, score = draw_at(model_output, candidates, index, sampling, mask_token_id, u_token, order)
+        return candidates, *draw_at(model_output, candidates, index, sampling, mask_token_id, u_token, penalty=penalty)[
+            :2
+        ]
+    tokens, probs, score = draw_at(model_output, candidates, index, sampling, mask_token_id, u_token, order, penalty)
     score = torch.zeros_like(u_order).masked_scatter(masked, score)
     if threshold is not None:
         n = torch.maximum(n, (masked & (score > threshold)).sum(-1))

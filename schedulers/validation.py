@@ -42,13 +42,20 @@ class SchedulerConfig(ConfigMixin):
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """A scheduler from the config of another, or of any that diffusers has; keyword arguments replace fields.
 
-        `PrismScheduler`, `SelfConfidenceScheduler` and `MDLMScheduler` take all fields of each other and of diffusers'
+        `PrismScheduler`, `SelfConfidenceScheduler`, `PromptConfidenceScheduler`, `DrawConfidenceScheduler` and
+        `MDLMScheduler` take all fields of each other and of diffusers'
         `BlockRefinementScheduler`, and keep in their config what they have no use for, for the way back; of any other
         class a scheduler takes those of `SHARED_FIELDS`. An amount of remasking (`num_remask`, `eta`,
-        `accept_quality`) given here takes the place of those there that exclude it.
+        `quality_threshold`) given here takes the place of those there that exclude it.
         """
         kept = {}
         if isinstance(config, Mapping):
+            if "accept_quality" in config:  # its name in older saved configs, without a cap
+                config = {name: value for name, value in config.items() if name != "accept_quality"} | (
+                    {}
+                    if config["accept_quality"] is None
+                    else {"quality_threshold": config["accept_quality"], "max_share": 1.0}
+                )
             names = cls._get_init_keys(cls)
             if meaning_of(config) not in (None, cls.fields_as):
                 config = {name: config[name] for name in SHARED_FIELDS if name in config and name in names}
@@ -85,12 +92,12 @@ def replaced_amounts(config: Mapping, given: Mapping) -> dict:
     """The fields of a config that an amount of remasking given beside it excludes, at values that stand aside."""
     replaced = {}
     if given.get("eta") is not None:
-        replaced |= {"num_remask": None, "accept_quality": None}
-    if given.get("num_remask") is not None or given.get("accept_quality") is not None:
+        replaced |= {"num_remask": None, "quality_threshold": None}
+    if given.get("num_remask") is not None or given.get("quality_threshold") is not None:
         replaced |= {"eta": None, "eta_schedule": "constant"}
     if given.get("num_remask") == 0:
-        replaced["accept_quality"] = None
-    if given.get("accept_quality") is not None and config.get("num_remask") == 0:
+        replaced["quality_threshold"] = None
+    if given.get("quality_threshold") is not None and config.get("num_remask") == 0:
         replaced["num_remask"] = None
     return replaced
 

@@ -15,6 +15,7 @@ from prism_pipelines.schedulers import (
     PrismScheduler,
     ReMDMScheduler,
     SelfConfidenceScheduler,
+    StridedSweepScheduler,
     TokenCriticScheduler,
     TokenToMaskScheduler,
     scheduling_remdm,
@@ -371,6 +372,45 @@ def test_token_to_mask_counts_anew_in_a_new_run():
     assert sum(step.remasked.int() for _, step in one).max() == 1
 
 
+# --- the strided sweep ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps,stride", [(6, 2), (11, 3), (20, 8)])
+def test_the_sweep_masks_every_s_th_token_and_gives_back_all_but_the_improbable(num_steps, stride):
+    scheduler = StridedSweepScheduler(redraw_threshold=0.3, stride=stride)
+    table, fill = random_table(num_steps, 3, 16), num_steps // 2
+    trace = run(scheduler, table, all_masks(3, 16), num_steps, torch.Generator().manual_seed(0))
+    redrawn = 0
+    for t, (before, step) in enumerate(trace):
+        if t < fill:
+            assert ((before != MASK).sum(-1) == math.ceil(Fraction(16 * t, fill))).all()
+        if fill - 1 <= t < num_steps - 1:
+            for b in range(3):
+                places = step.remasked[b].nonzero().flatten().tolist()
+                assert len({i % stride for i in places}) <= 1
+                if t >= fill:  # all of a residue class, which comes after that of the step before
+                    assert len(places) == len(range(places[0] % stride, 16, stride))
+                    last = trace[t - 1][1].remasked[b].nonzero().flatten().tolist()
+                    assert not last or places[0] % stride == (last[0] + 1) % stride
+        if t >= fill:
+            assert torch.equal(step.unmasked, before == MASK)
+            held = trace[t - 1][0]
+            for b, i in step.unmasked.nonzero().tolist():
+                if probability(table[t], b, i, held[b, i].item()) >= 0.3:
+                    assert step.prev_sample[b, i] == held[b, i]
+                else:
+                    redrawn += int(step.prev_sample[b, i] != held[b, i])
+    assert redrawn > 0 and not trace[-1][1].remasked.any()
+
+
+def test_the_sweep_draws_what_somebody_else_masked():
+    scheduler = StridedSweepScheduler(redraw_threshold=0.5, stride=2)
+    trace = run(scheduler, logits_of(P, 1, 6), all_masks(1, 6), 4, torch.Generator().manual_seed(0))
+    changed = trace[2][1].prev_sample.fill_(MASK)
+    step = scheduler.step(logits_of(P, 1, 6), 3, changed, mask_token_id=MASK)
+    assert step.unmasked.all() and not (step.prev_sample == MASK).any()
+
+
 # --- the history of self-confidence -----------------------------------------------------------------------------------
 
 
@@ -424,6 +464,7 @@ ARMS = {
     "critic": TokenCriticScheduler(),
     "p2": P2Scheduler(),
     "token to mask": TokenToMaskScheduler(),
+    "sweep": StridedSweepScheduler(redraw_threshold=0.5, stride=3),
 }
 
 
@@ -506,6 +547,9 @@ def test_lazy_logits_give_the_same_tokens_and_a_judging_half_step_reads_none(arm
         (TokenToMaskScheduler, "max_remask_ratio", "quarter"),
         (SelfConfidenceScheduler, "history", 0),
         (SelfConfidenceScheduler, "history", True),
+        (StridedSweepScheduler, "redraw_threshold", 1.5),
+        (StridedSweepScheduler, "stride", 1),
+        (StridedSweepScheduler, "fill_share", 0),
     ],
 )
 def test_a_wrong_field_is_refused_by_name_and_value(kind, name, value):

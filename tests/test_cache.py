@@ -312,7 +312,7 @@ def test_a_full_block_is_looked_at_again_and_left_only_once_all_is_accepted(cach
     counts = {}
     for logit in (2.0, -2.0):
         head.logit = logit
-        pipe.scheduler = PrismScheduler(order="confidence", temperature=0.0, accept_quality=0.5)
+        pipe.scheduler = PrismScheduler(order="confidence", temperature=0.0, quality_threshold=0.5, max_share=1.0)
         seen.clear()
         out = pipe(**call)
         assert out.nfe == len(seen) and MASK not in out.sequences
@@ -326,7 +326,7 @@ def test_a_full_block_is_looked_at_again_and_left_only_once_all_is_accepted(cach
 @pytest.mark.parametrize("num_remask", [None, 1, 3])
 def test_what_is_remasked_is_what_is_below_the_bar(num_remask):
     torch.manual_seed(0)
-    scheduler = PrismScheduler(order="confidence", accept_quality=0.4, num_remask=num_remask)
+    scheduler = PrismScheduler(order="confidence", quality_threshold=0.4, max_share=1.0, num_remask=num_remask)
     scheduler.set_timesteps(8)
     for trial in range(40):
         sample = torch.randint(0, 5, (1, 12))
@@ -378,11 +378,11 @@ def test_a_scheduler_without_confidence_takes_no_threshold_and_a_wrong_one_in_it
 
 @pytest.mark.parametrize(
     "fields",
-    [{"accept_quality": 0.0}, {"accept_quality": 1.5}, {"accept_quality": 0.5, "eta": 0.1},
-     {"accept_quality": 0.5, "num_remask": 0}],
+    [{"quality_threshold": 0.0}, {"quality_threshold": 1.5}, {"quality_threshold": 0.5, "eta": 0.1},
+     {"quality_threshold": 0.5, "num_remask": 0}],
 )  # fmt: skip
 def test_a_bar_outside_its_range_or_beside_another_rule_is_refused(fields):
-    with pytest.raises(ValueError, match="`accept_quality`"):
+    with pytest.raises(ValueError, match="`quality_threshold`"):
         PrismScheduler(**fields)
 
 

@@ -191,7 +191,7 @@ def test_rows_of_a_block_causal_model_do_not_change_each_other(closing, tmp_path
 
 @pytest.mark.parametrize("cache", ["none", "block"])
 def test_under_a_threshold_the_batch_changes_neither_a_row_nor_its_forwards(cache, tmp_path):
-    pipe, found = pipeline(scheduler=PrismScheduler(order="confidence", accept_quality=0.5)), []
+    pipe, found = pipeline(scheduler=PrismScheduler(order="confidence", quality_threshold=0.5)), []
     settings = {"gen_length": 8, "block_length": 4, "num_inference_steps": 10, "threshold": 0.2, "cache": cache}
     for batch_size in (1, 5):
         out = tmp_path / f"{batch_size}.jsonl"

@@ -164,7 +164,7 @@ def test_a_scheduler_does_not_run_by_the_fields_that_it_keeps_of_another(forward
     looped = PrismScheduler(order="confidence", loop_steps=3, loop_num_remask=1, use_threshold=True, threshold=1e-6)
     pipe = pipeline(scheduler=MDLMScheduler.from_config(looped.config))
     assert pipe(gen_length=12, num_inference_steps=6).nfe == len(forwards) == 1
-    pipe.scheduler = MDLMScheduler.from_config(PrismScheduler(order="confidence", accept_quality=0.9).config)
+    pipe.scheduler = MDLMScheduler.from_config(PrismScheduler(order="confidence", quality_threshold=0.9).config)
     forwards.clear()
     assert pipe(gen_length=12, num_inference_steps=12, threshold=1e-6).nfe == len(forwards) == 1
 
@@ -321,8 +321,8 @@ def test_ids_in_and_ids_out_without_a_tokenizer():
     assert out.texts is None and out.sequences[0, [0, 2]].tolist() == [1, 3]
     assert isinstance(pipe.scheduler, MDLMScheduler)
     fields = pipe(gen_length=3, num_inference_steps=1, return_dict=False, output_type="seq")
-    sequences, texts, quality, nfe, nfe_per_row, trace = fields  # also those that are None, each in its place
-    assert texts is quality is trace is None and nfe == 1 and nfe_per_row == [1]
+    sequences, texts, quality, nfe, nfe_per_row, trace, confidence, accepted = fields  # None too, each in its place
+    assert texts is quality is trace is confidence is accepted is None and nfe == 1 and nfe_per_row == [1]
     assert sequences.shape == (1, 3)
 
 

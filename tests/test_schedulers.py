@@ -17,20 +17,28 @@ from hypothesis import strategies as st
 
 from prism_pipelines import schedulers
 from prism_pipelines.schedulers import (
+    DrawConfidenceScheduler,
+    JudgeAndRepairScheduler,
     MDLMScheduler,
     P2Scheduler,
     PrismScheduler,
+    PromptConfidenceScheduler,
     ReMDMScheduler,
     SelfConfidenceScheduler,
+    StridedSweepScheduler,
     TokenCriticScheduler,
     TokenToMaskScheduler,
 )
+from prism_pipelines.schedulers.context import RunContext
 from prism_pipelines.schedulers.validation import SchedulerConfig, own_fields
 
 VOCAB, MASK = 5, 3
-# Exact counts and rows of logits are tested here for these three. ReMDM's counts are random by design, Token-Critic's
-# hold at its full steps, and what P2 and token-to-mask remask depends on the logits: tests/test_baselines.py.
-COUNTED = (MDLMScheduler, PrismScheduler, SelfConfidenceScheduler)
+# Exact counts and rows of logits are tested here for these. ReMDM's counts are random by design, Token-Critic's
+# hold at its full steps, and what P2, token-to-mask and the sweep remask depends on the logits: see
+# tests/test_baselines.py.
+BY_CONTEXT = (PromptConfidenceScheduler, DrawConfidenceScheduler)
+REMASKERS = (PrismScheduler, SelfConfidenceScheduler, *BY_CONTEXT)
+COUNTED = (MDLMScheduler, *REMASKERS)
 KINDS = tuple(getattr(schedulers, name) for name in schedulers.__all__ if name.endswith("Scheduler"))
 BASELINES = {
     ReMDMScheduler: [
@@ -43,6 +51,13 @@ BASELINES = {
     TokenCriticScheduler: [{}, {"noise": 2.0}],
     P2Scheduler: [{}, {"eta": 0.0}, {"eta": 3.0}],
     TokenToMaskScheduler: [{}, {"threshold": 1.0, "max_remask_ratio": 1.0, "max_remask_per_position": 1}],
+    StridedSweepScheduler: [{}, {"redraw_threshold": 1.0, "stride": 2}, {"redraw_threshold": 0.0}, {"fill_share": 0.1}],
+    JudgeAndRepairScheduler: [
+        {},
+        {"quality_threshold": 0.4, "tokens_per_step": 2},
+        {"quality_threshold": 1.0, "price": 0.001, "tokens_per_step": 1},
+        {"repair_temperature": 0.0, "price": 3.0},
+    ],
 }
 ORDERS = ["random", "confidence", "margin", "entropy", "left_to_right"]
 POSITION_ORDERS = ["random", "left_to_right"]  # need no logits to choose positions
@@ -61,6 +76,7 @@ REMASKING = [
     {"num_remask": 2, "loop_steps": 1, "loop_num_remask": 50, "loop_at": 0.01},
     {"eta": 0.4, **LOOP, "loop_at": 0.5, "remask_start": 0.5},
 ]
+BY_THRESHOLD = [{"quality_threshold": 0.5}, {"quality_threshold": 1.0, "max_share": 0.6, "num_remask": 2}]
 SAMPLING = [{}, {"temperature": 0}, {"temperature": 0.3, "top_k": 2}, {"temperature": 2.0, "top_p": 0.7}]
 MODELS = ["random", "all on the mask", "extreme", "ties", "one possible"]
 laws = settings(max_examples=60, deadline=None, derandomize=True)
@@ -93,6 +109,14 @@ class LazyTable:
         return self.dense[positions]
 
 
+def context_of(sample, generation_mask, quality, now=0):
+    """A run context that holds `quality` as the probability of every visible generated token, NaN where it is NaN."""
+    unknown = torch.full(sample.shape, torch.nan)
+    logprob = quality.log().where(generation_mask & (sample != MASK), unknown)
+    count = torch.zeros_like(sample)
+    return RunContext(generation_mask, now, count - 1, count, logprob, logprob, unknown, unknown)
+
+
 @dataclass
 class Case:
     """A batch to generate, the scheduler to do it with, and what model and head say at each timestep."""
@@ -103,6 +127,12 @@ class Case:
     num_steps: int
     logits: list = field(default_factory=list)  # (B, L, V) per timestep
     quality: list = field(default_factory=list)  # (B, L) per timestep
+
+    def context(self, t, sample):
+        """What the pipeline passes beside, if the scheduler asks for it."""
+        if not getattr(self.scheduler, "reads_context", ()):
+            return {}
+        return {"context": context_of(sample, self.generation_mask, self.quality[t], int(t))}
 
     def run(self, generator=None, lazy=False):
         """Every step as (timestep, sample before, output, rows of logits asked for)."""
@@ -118,6 +148,7 @@ class Case:
                 generation_mask=self.generation_mask,
                 mask_token_id=MASK,
                 generator=generator,
+                **self.context(t, sample),
             )
             trace.append((int(t), sample, step, output.rows))
             sample = step.prev_sample
@@ -139,6 +170,11 @@ def make_case(scheduler, lengths, num_steps, model="random", seed=0, width=None)
     return Case(scheduler, sample, generation_mask, num_steps, logits, quality)
 
 
+def least_steps(kind):
+    """The fewest steps of a run: judge and repair fills in one and judges in another."""
+    return 2 if kind is JudgeAndRepairScheduler else 1
+
+
 def takes(kind, name):
     """Does a scheduler have the config field `name`?"""
     return name in inspect.signature(kind).parameters
@@ -149,14 +185,18 @@ def cases(draw, kinds=KINDS):
     kind = draw(st.sampled_from(kinds))
     config = dict(order=draw(st.sampled_from(ORDERS)), **draw(st.sampled_from(SAMPLING)))
     config = {name: value for name, value in config.items() if takes(kind, name)}
-    if kind in (PrismScheduler, SelfConfidenceScheduler):
-        config |= draw(st.sampled_from(REMASKING))
+    if kind in REMASKERS:
+        config |= draw(st.sampled_from(REMASKING if kinds == COUNTED else REMASKING + BY_THRESHOLD))
     if kind is SelfConfidenceScheduler:
         config["history"] = draw(st.sampled_from([1, 1, 2, None]))
     config |= draw(st.sampled_from(BASELINES.get(kind, [{}])))
     lengths = draw(st.lists(st.integers(0, 9), max_size=4))
     return make_case(
-        kind(**config), lengths, draw(st.integers(1, 12)), draw(st.sampled_from(MODELS)), draw(st.integers(0, 999))
+        kind(**config),
+        lengths,
+        draw(st.integers(least_steps(kind), 12)),
+        draw(st.sampled_from(MODELS)),
+        draw(st.integers(0, 999)),
     )
 
 
@@ -173,6 +213,9 @@ def test_a_step_fills_masks_and_remasks_visible_tokens_and_changes_nothing_else(
         after = before.clone()
         after[step.unmasked] = step.sampled_tokens
         after[step.remasked] = MASK
+        if step.restored is not None:  # finished rows go back to what they were
+            assert not (step.restored & ~(case.generation_mask & ~masked & step.finished[:, None])).any()
+            after[step.restored] = step.prev_sample[step.restored]
         assert torch.equal(step.prev_sample, after) and step.prev_sample.dtype == before.dtype
         assert torch.equal(after[~case.generation_mask], case.sample[~case.generation_mask])
 
@@ -297,7 +340,9 @@ def test_with_a_generator_per_row_a_row_does_not_depend_on_neighbours_or_padding
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_generators_give_other_tokens_and_other_positions(kind):
-    case = make_case(kind(), [40], 4)
+    case = make_case(
+        kind(**({"order": "random", "temperature": 1.0} if kind is JudgeAndRepairScheduler else {})), [40], 4
+    )
     one, two = (case.run(torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert not torch.equal(one[0][2].unmasked, two[0][2].unmasked)
     assert not torch.equal(one[-1][2].prev_sample, two[-1][2].prev_sample)
@@ -577,6 +622,57 @@ def test_schedulers_say_whether_they_remask_and_what_they_need(config, can_remas
     assert (prism.can_remask, prism.needs_quality) == (can_remask, needs_quality)
     assert (own.can_remask, own.needs_quality) == (can_remask, False)
     assert (MDLMScheduler().can_remask, MDLMScheduler().needs_quality) == (False, False)
+    for kind in BY_CONTEXT:
+        assert (kind(**config).can_remask, kind(**config).needs_quality) == (can_remask, False)
+
+
+@pytest.mark.parametrize("kind", BY_CONTEXT)
+@pytest.mark.parametrize("remasking", REMASKING + BY_THRESHOLD, ids=str)
+def test_a_score_of_the_context_is_prism_with_it_as_quality(kind, remasking):
+    """Step by step from the same sample, with unknown scores among them."""
+    prism, case = PrismScheduler(**remasking), make_case(kind(**remasking), [9, 4, 0, 1], 5, seed=8)
+    prism.set_timesteps(5)
+    for t, before, got, _ in case.run(torch.Generator().manual_seed(1)):
+        one, two = (torch.Generator().manual_seed(t) for _ in range(2))
+        given = {"generation_mask": case.generation_mask, "mask_token_id": MASK}
+        quality = case.quality[t].log().exp()
+        want = prism.step(case.logits[t], t, before, quality=quality, generator=one, **given)
+        got = case.scheduler.step(case.logits[t], t, before, generator=two, **case.context(t, before), **given)
+        assert torch.equal(got.prev_sample, want.prev_sample)
+
+
+@pytest.mark.parametrize(
+    "kind,field", [(PromptConfidenceScheduler, "prompt_logprob"), (DrawConfidenceScheduler, "draw_logprob")]
+)
+def test_each_rule_reads_its_own_field_of_the_context_and_names_it_where_it_is_missing(kind, field):
+    scheduler = kind(num_remask=1)
+    scheduler.set_timesteps(4)
+    sample = torch.tensor([[0, 1, MASK, MASK, MASK]])
+    context = context_of(sample, torch.ones_like(sample, dtype=torch.bool), torch.full((1, 5), 0.5))
+    context = replace(context, **{field: torch.tensor([[-1.0, -2.0, *[torch.nan] * 3]])})
+    step = scheduler.step(torch.zeros(1, 5, VOCAB), 1, sample, mask_token_id=MASK, context=context)
+    assert step.remasked.nonzero().tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=rf"{kind.__name__} needs `context`, a RunContext with `{field}`"):
+        scheduler.step(torch.zeros(1, 5, VOCAB), 1, sample, mask_token_id=MASK)
+
+
+@pytest.mark.parametrize("share,want", [(1.0, 10), (0.25, 2), (0.3, 3), (0.01, 1)])
+def test_below_the_bar_at_most_a_share_of_the_visible_and_at_least_one_is_remasked(share, want):
+    scheduler = PrismScheduler(quality_threshold=0.5, max_share=share, order="left_to_right")
+    scheduler.set_timesteps(4)
+    sample = torch.tensor([[0] * 10 + [MASK] * 10])
+    quality = torch.linspace(0.0, 0.49, 20)[None]
+    step = scheduler.step(torch.zeros(1, 20, VOCAB), 1, sample, quality=quality, mask_token_id=MASK)
+    assert step.remasked.nonzero()[:, 1].tolist() == list(range(want))
+    sure = scheduler.step(torch.zeros(1, 20, VOCAB), 1, sample, quality=quality + 0.5, mask_token_id=MASK)
+    assert not sure.remasked.any()
+
+
+def test_a_config_saved_with_the_old_name_of_the_bar_means_the_same():
+    made = PrismScheduler.from_config({"_class_name": "PrismScheduler", "accept_quality": 0.4, "num_remask": 3})
+    assert (made.config.quality_threshold, made.config.max_share, made.config.num_remask) == (0.4, 1.0, 3)
+    none = PrismScheduler.from_config({"_class_name": "PrismScheduler", "accept_quality": None, "num_remask": 3})
+    assert own_fields(none) == own_fields(PrismScheduler(num_remask=3))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -611,12 +707,17 @@ WRONG_REMASKING = [
     ("loop_num_remask", -1),
     ("loop_at", 0),
     ("loop_at", 1.2),
+    ("quality_threshold", 0),
+    ("quality_threshold", 1.5),
+    ("quality_threshold", "high"),
+    ("max_share", 0),
+    ("max_share", 1.5),
 ]
 
 
 @pytest.mark.parametrize("name,value", WRONG_SAMPLING + WRONG_REMASKING)
 def test_a_wrong_config_is_refused_by_name_and_value(name, value):
-    kinds = (PrismScheduler, SelfConfidenceScheduler)
+    kinds = REMASKERS
     for kind in [k for k in KINDS if takes(k, name)] if (name, value) in WRONG_SAMPLING else kinds:
         with pytest.raises(ValueError) as error:
             kind(**{name: value})
@@ -631,9 +732,11 @@ def test_a_wrong_config_is_refused_by_name_and_value(name, value):
         ({"eta": 0.1, "eta_schedule": "inverse"}, "`eta_reference_steps` must be"),
         ({"loop_steps": 2}, "`loop_num_remask` must be an integer of at least 1"),
         ({"remask_start": 0.5, "remask_end": 0.5}, "`remask_end` must be"),
+        ({"quality_threshold": 0.5, "eta": 0.1}, "`quality_threshold` is 0.5"),
+        ({"quality_threshold": 0.5, "num_remask": 0}, "`quality_threshold` is 0.5"),
     ],
 )
-@pytest.mark.parametrize("kind", [PrismScheduler, SelfConfidenceScheduler])
+@pytest.mark.parametrize("kind", REMASKERS)
 def test_fields_that_contradict_each_other_are_refused(kind, config, message):
     with pytest.raises(ValueError, match=message):
         kind(**config)
@@ -652,6 +755,13 @@ def test_a_new_run_starts_over():
         scheduler.set_timesteps(steps, device="cpu", block_length=32)
         assert scheduler.num_inference_steps == steps
         assert scheduler.timesteps.tolist() == list(range(steps + 3))
+
+
+def context_for(kind):
+    """The keyword argument `context` of a step on (2, 6) masks, for a scheduler that reads one."""
+    sample = torch.full((2, 6), MASK)
+    context = context_of(sample, torch.ones_like(sample, dtype=torch.bool), torch.rand(2, 6))
+    return {"context": context} if getattr(kind, "reads_context", ()) else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -678,7 +788,7 @@ def test_step_refuses_wrong_arguments_by_name(kind, change, message):
     scheduler = kind()
     scheduler.set_timesteps(4)
     call = {"model_output": torch.zeros(2, 6, VOCAB), "timestep": 1, "sample": torch.full((2, 6), MASK)}
-    call |= {"mask_token_id": MASK, "quality": torch.rand(2, 6), **change}
+    call |= {"mask_token_id": MASK, "quality": torch.rand(2, 6), **context_for(kind), **change}
     with pytest.raises(ValueError, match=message):
         scheduler.step(**call)
 
@@ -702,9 +812,10 @@ def test_arguments_of_step_go_before_the_config(kind):
     logits = torch.tensor([0.0, 1.0, 2.0, 0.0, 0.0]).expand(1, 300, VOCAB)
     fields = {"num_remask": 0} if takes(kind, "num_remask") else {}
     scheduler = kind(temperature=1.0, mask_token_id=4, **fields)
-    scheduler.set_timesteps(1)
+    scheduler.set_timesteps(least_steps(kind))
     sample = torch.full((1, 300), MASK)
     given = {"mask_token_id": MASK, "generator": torch.Generator().manual_seed(0)}
+    given |= {"quality": torch.ones(1, 300)}
     assert scheduler.step(logits, 0, sample, **given).sampled_tokens.unique().tolist() == [0, 1, 2, 4]
     assert scheduler.step(logits, 0, sample, top_k=2, **given).sampled_tokens.unique().tolist() == [1, 2]
     assert scheduler.step(logits, 0, sample, top_p=0.01, **given).sampled_tokens.unique().tolist() == [2]
@@ -717,11 +828,14 @@ def test_return_dict_false_gives_the_fields_in_order(kind):
     scheduler.set_timesteps(2)
     call = (torch.zeros(2, 6, VOCAB), torch.tensor(0), torch.full((2, 6), MASK))
     one, two = (torch.Generator().manual_seed(0) for _ in range(2))
-    output = scheduler.step(*call, quality=torch.rand(2, 6), generator=one)
-    fields = scheduler.step(*call, quality=torch.rand(2, 6), generator=two, return_dict=False)
+    given = {"quality": torch.rand(2, 6), **context_for(kind)}
+    output = scheduler.step(*call, **given, generator=one)
+    fields = scheduler.step(*call, **given, generator=two, return_dict=False)
     names = ["prev_sample", "unmasked", "remasked", "sampled_tokens", "sampled_probs"]
+    names += ["finished", "accepted", "restored", "judged"] if kind is JudgeAndRepairScheduler else []
     assert list(output.keys()) == names and isinstance(fields, tuple)
-    assert all(torch.equal(output[name], value) for name, value in zip(names, fields, strict=True))
+    for name, value in zip(names, fields, strict=True):
+        torch.testing.assert_close(output[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
@@ -789,11 +903,15 @@ def test_a_subclass_takes_all_fields_and_a_foreign_threshold_is_not_one_of_ours(
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in COUNTED])
 @pytest.mark.parametrize("taker", KINDS)
 def test_from_a_users_subclass_goes_over_what_goes_over_from_its_rule(kind, taker, tmp_path):
-    changed = {"eta": 0.7, "threshold": 0.3, "noise": 0.5, "temperature": 0.5}
+    changed = {"eta": 0.7, "threshold": 0.3, "noise": 0.5, "temperature": 0.5, "order": "margin"}
     changed = {name: value for name, value in changed.items() if takes(kind, name)}
     subclass = type("Mine", (kind,), {})
     want = own_fields(taker.from_config(kind(**changed).config))
-    assert want["temperature"] == 0.5 and (taker is kind or want == own_fields(taker(temperature=0.5)))
+    assert want["temperature"] == 0.5 and (
+        taker is kind
+        or want
+        == own_fields(taker(**{n: changed[n] for n in ("temperature", "order") if n in changed and takes(taker, n)}))
+    )
     made = subclass(**changed)
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
@@ -815,7 +933,7 @@ def test_a_rule_that_is_in_no_list_keeps_its_own_fields():
         assert own_fields(New.from_config(kind(eta=0.5, temperature=0.5).config)) == own_fields(New(temperature=0.5))
 
 
-AMOUNTS = [{"eta": 0.1}, {"num_remask": 0}, {"num_remask": 2}, {"accept_quality": 0.5}]
+AMOUNTS = [{"eta": 0.1}, {"num_remask": 0}, {"num_remask": 2}, {"quality_threshold": 0.5}]
 
 
 @pytest.mark.parametrize("first,second", list(itertools.permutations(AMOUNTS, 2)), ids=str)
@@ -825,7 +943,7 @@ def test_from_every_amount_of_remasking_one_can_go_to_every_other_and_back(first
     assert there.config.items() >= second.items() and back.config.items() >= first.items()
 
 
-@pytest.mark.parametrize("kind", [PrismScheduler, SelfConfidenceScheduler])
+@pytest.mark.parametrize("kind", REMASKERS)
 def test_an_amount_given_takes_the_place_of_the_other_in_the_config(kind):
     by_eta = PrismScheduler(eta=0.3, eta_schedule="inverse", eta_reference_steps=64, temperature=0.5)
     by_number = kind.from_config(by_eta.config, num_remask=4)

@@ -66,16 +66,33 @@ class Run:
     @cached_property
     def rechecks(self) -> bool:
         """Does a block that is full take one more pass, which may remask?"""
-        return own_fields(self.scheduler).get("accept_quality") is not None
+        return own_fields(self.scheduler).get("quality_threshold") is not None
 
 
 @dataclass
 class Filled:
-    """A canvas on its way: ids (B, L), forward passes made, and those in which each row took part (B,)."""
+    """A canvas on its way.
+
+    Args:
+        sample: ids, int64 (B, L).
+        nfe, nfe_per_row: forward passes made, and those in which each row took part, int64 (B,).
+        judged: quality of the tokens in rows that the scheduler finished, float32 (B, L); NaN elsewhere.
+        accepted: rows of which it accepted every block, bool (B,); None if it accepts none.
+    """
 
     sample: Tensor
     nfe: int
     nfe_per_row: Tensor
+    judged: Tensor
+    accepted: Tensor | None = None
+
+    def take_verdict(self, step, rows: Tensor) -> Tensor:
+        """Note what a step says of `rows`, bool (B,), that are at work in a block; gives those that it finished."""
+        finished = rows & step.finished
+        self.judged = torch.where(finished[:, None] & ~step.judged.isnan(), step.judged, self.judged)
+        before = torch.ones_like(rows) if self.accepted is None else self.accepted
+        self.accepted = before & ~(finished & ~step.accepted)
+        return finished
 
 
 def copy_of_scheduler(scheduler):
@@ -164,7 +181,9 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
     sample = run.canvas.sample
     if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
         warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
-    filled = Filled(sample, 0, torch.zeros(len(sample), dtype=torch.long))
+    filled = Filled(
+        sample, 0, torch.zeros(len(sample), dtype=torch.long), torch.full(sample.shape, torch.nan, device=sample.device)
+    )
     look = Look(run)
     finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     for block_mask, num_steps in blocks:  # (B, L), int
@@ -209,7 +228,12 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
         filled.sample = after_step(t, tensors)
         if filled.sample is not step.prev_sample:
             look.forget()
-        if run.adaptive:
+        if getattr(step, "finished", None) is not None:
+            active = active & ~filled.take_verdict(step, active)
+            taking_part = active.tolist()
+            if not any(taking_part):
+                break
+        elif run.adaptive:
             active = rows_at_work(run, block_mask, filled.sample, step)
             taking_part = active.tolist()
             if not any(taking_part):

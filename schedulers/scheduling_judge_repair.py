@@ -1,0 +1,291 @@
+"""Judge and repair: fill the canvas in few steps, judge it whole, redraw what is doubtful, stop when nothing is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from .functional import lowest, uniform_at
+from .scheduling_prism import PrismSchedulerOutput
+from .token_sampling import reveal
+from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
+
+# How sure the judge must be of a token before its being drawn again is no longer held against it.
+SURE = 0.99
+# Qualities are read no further than this from 0 and 1: a judge is never surer.
+EDGE = 1e-4
+# Tokens' worth of promised gain after which what repairs have delivered counts as much as what they promised.
+PATIENCE = 20.0
+
+
+class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
+    """Spends forward passes where the quality head says that they pay, row by row.
+
+    Of each row, with M tokens to generate in at most T forward passes, and P(y_i is right) the head's quality q_i:
+
+        1. FILL    all masks in F = min(ceil(M / tokens_per_step), max(1, floor(T / 2))) passes.
+        2. JUDGE   the full canvas in one pass. Doubtful are the tokens with q_i < quality_threshold = b.
+                   If this canvas has the largest sum of q_i so far, keep it as the best.
+        3. ACCEPT  if the gain that redrawing the doubtful promises, sum (b - q_i), is below the price of the R + 1
+                   passes that it takes: price * (R + 1). The row is finished.
+        4. GIVE UP if too few passes are left, or if the promised gain, times the share of their promises that the
+                   repairs of this row have kept so far, is below that price. The row is finished, with its best canvas.
+        5. REPAIR  mask the doubtful tokens, n of them, the lowest first if there are passes for only so many; fill them
+                   in R = ceil(n / (M / F)) passes at `repair_temperature`, with logit(0.99) - logit(q_i) taken off the
+                   logit of the token that was rejected at each position. Go to 2.
+
+    The bar is high, for recall: a wrong token is surrounded by others that were bent to it, and those must go too;
+    right ones come back. A row that is finished costs no more passes in `PrismPipeline`, so `num_inference_steps` is
+    the most that are made and `nfe_per_row` says how many were. A repair that could not be finished and judged is not
+    begun.
+
+    It needs a head whose quality is a probability (calibrated, see docs/judging.md), which reads full canvases.
+
+    Args:
+        order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
+        temperature: of filling.
+        repair_temperature: of repairs, which need randomness: at 0 they would repeat the same errors.
+        quality_threshold: b, in (0, 1].
+        tokens_per_step: tokens that a forward pass fills, at least 1; more where T is small.
+        price: tokens that a further forward pass must be expected to set right, above 0.
+        top_p, top_k: of sampling, see `functional.sample_tokens`.
+        mask_token_id: None if every `step` is given it.
+    Raises:
+        ValueError: a field out of its range.
+    Source: ours; measured in docs/judging.md.
+    """
+
+    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
+    needs_quality = True
+    can_remask = True
+
+    @register_to_config
+    def __init__(
+        self,
+        order: str = "confidence",
+        temperature: float = 0.0,
+        repair_temperature: float = 1.0,
+        quality_threshold: float = 0.95,
+        tokens_per_step: int = 4,
+        price: float = 0.05,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        mask_token_id: int | None = None,
+    ):
+        check_config(self.config)
+        heat, bar = repair_temperature, quality_threshold
+        require(is_number(heat, 0), "repair_temperature", heat, "a number of at least 0")
+        require(is_number(bar, 0, 1) and bar > 0, "quality_threshold", bar, "a number in (0, 1]")
+        require(is_int(tokens_per_step, 1), "tokens_per_step", tokens_per_step, "an integer of at least 1")
+        require(is_number(price, 0) and price > 0, "price", price, "a number above 0")
+        self.num_inference_steps: int | None = None
+        self.timesteps: Tensor | None = None
+        self._rows: _Rows | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        block_length: int | None = None,
+    ) -> None:
+        """Begin a run of at most `num_inference_steps` steps. As `PrismScheduler.set_timesteps`.
+
+        Raises:
+            ValueError: fewer than 2, one to fill and one to judge; in `PrismPipeline` that is 2 for each block.
+        """
+        check_run(num_inference_steps, block_length)
+        enough = "at least 2 for JudgeAndRepairScheduler, one to fill the canvas (or each block) and one to judge it"
+        require(num_inference_steps > 1, "num_inference_steps", num_inference_steps, enough)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.arange(num_inference_steps)
+        self._rows = None
+
+    def step(
+        self,
+        model_output,
+        timestep: int | Tensor,
+        sample: Tensor,
+        *,
+        quality: Tensor | None = None,
+        generation_mask: Tensor | None = None,
+        mask_token_id: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
+        """Fill masks of rows that have some; judge rows that have none. As `PrismScheduler.step`.
+
+        `quality` is read in rows without a mask only. NaN counts as right. `temperature` is that of filling.
+
+        Returns:
+            `PrismSchedulerOutput` with all its fields.
+        Raises:
+            ValueError: also if `quality` is None.
+        """
+        index, generation_mask, mask_token_id = read_step(
+            self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id
+        )
+        heat, top_p, top_k = read_sampling(self.config, temperature, top_p, top_k)
+        given = None if quality is None else f"{quality.dtype} {tuple(quality.shape)}"
+        fits = quality is not None and quality.is_floating_point() and quality.shape == sample.shape
+        require(fits, "quality", given, f"the quality head's probabilities, floats {tuple(sample.shape)}, as `sample`")
+        masked = generation_mask & (sample == mask_token_id)  # (B, L)
+        left = self.num_inference_steps - 1 - index  # passes after this one
+        if index == 0 or self._rows is None or self._rows.best.shape != sample.shape:
+            self._rows = _Rows.begin(sample, masked, self.config.tokens_per_step, left + 1)
+        rows = self._rows
+        verdict = rows.judge(self.config, sample, quality, generation_mask, masked, left)
+        finished, accepted, remasked, restored, judged = verdict
+
+        n = rows.due(masked, left)
+        u_order, u_token = uniform_at(generation_mask, 2, generator)
+        tokens, probs = sample, torch.zeros(sample.shape, device=sample.device)
+        unmasked = torch.zeros_like(masked)
+        for again in (False, True):  # rows that are filled, and rows that are repaired: two temperatures
+            some = masked & (rows.repairing == again)[:, None]
+            sampling = (self.config.repair_temperature if again else heat, top_p, top_k)
+            penalty = (rows.rejected, rows.penalty) if again else None
+            new, drawn, drawn_probs = reveal(
+                model_output,
+                some,
+                n,
+                self.config.order,
+                *sampling,
+                mask_token_id,
+                u_order,
+                u_token,
+                penalty=penalty,
+            )
+            tokens = tokens.masked_scatter(new, drawn.to(sample.dtype))
+            probs, unmasked = probs.masked_scatter(new, drawn_probs), unmasked | new
+        prev_sample = torch.where(restored, rows.best, tokens).masked_fill(remasked, mask_token_id)
+        output = PrismSchedulerOutput(
+            prev_sample,
+            unmasked,
+            remasked,
+            tokens[unmasked].long(),
+            probs[unmasked],
+            finished,
+            accepted,
+            restored,
+            judged,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+@dataclass
+class _Rows:
+    """Where each row of a run stands. B rows, L positions.
+
+    Args:
+        masks, steps, done: masks at the start of the present filling, passes it takes, and those made, int64 (B,).
+        pace: tokens that a pass fills, int64 (B,).
+        repairing: is it a repair? bool (B,).
+        finished: rows that are, bool (B,).
+        best, best_quality: the canvas of the largest expected number of right tokens, (B, L), and its quality, -1 at
+            first.
+        redrawn, before: tokens that the present repair redraws, bool (B, L), and the quality of those before them.
+        rejected, penalty: those tokens, int64 (B, L), and what is taken off their logits, float32 (B, L).
+        promised, delivered: expected right tokens that all repairs promised and brought, float32 (B,).
+    """
+
+    masks: Tensor
+    steps: Tensor
+    done: Tensor
+    pace: Tensor
+    repairing: Tensor
+    finished: Tensor
+    best: Tensor
+    best_quality: Tensor
+    redrawn: Tensor
+    before: Tensor
+    rejected: Tensor
+    penalty: Tensor
+    promised: Tensor
+    delivered: Tensor
+
+    @classmethod
+    def begin(cls, sample: Tensor, masked: Tensor, tokens_per_step: int, budget: int) -> _Rows:
+        """Rows whose masks (B, L) are to be filled, and then repaired, in at most `budget` passes."""
+        masks, blank = masked.sum(-1), torch.zeros(sample.shape, device=sample.device)
+        steps = _quotient(masks, tokens_per_step).clamp(1, max(1, budget // 2))
+        no = torch.zeros_like(masks, dtype=torch.bool)
+        return cls(
+            masks=masks,
+            steps=steps,
+            done=torch.zeros_like(masks),
+            pace=_quotient(masks, steps).clamp(min=1),
+            repairing=no,
+            finished=no,
+            best=sample,
+            best_quality=blank - 1,
+            redrawn=torch.zeros_like(masked),
+            before=blank,
+            rejected=sample.long(),
+            penalty=blank,
+            promised=blank.sum(-1),
+            delivered=blank.sum(-1),
+        )
+
+    def due(self, masked: Tensor, left: int) -> Tensor:
+        """How many of the masks (B, L) each row fills in this pass, int64 (B,), `left` passes before the last."""
+        rest, filling = masked.sum(-1), masked.any(-1)
+        after = self.masks - _quotient(self.masks * (self.done + 1), self.steps)
+        self.done = self.done + filling
+        ends = self.done >= self.steps
+        return torch.where(ends, rest, rest - after) if left else rest
+
+    def judge(
+        self, config, sample: Tensor, quality: Tensor, generation_mask: Tensor, masked: Tensor, left: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Steps 2 to 5 of the algorithm in rows without a mask; the repair is filled in the passes that follow.
+
+        Returns:
+            finished and accepted, bool (B,); remasked and restored, bool (B, L); judged, float32 (B, L).
+        """
+        bar, price = config["quality_threshold"], config["price"]
+        full = generation_mask.any(-1) & ~masked.any(-1) & ~self.finished  # (B,)
+        at = generation_mask & full[:, None]  # (B, L)
+        q = quality.float().nan_to_num(1.0).clamp(0, 1).masked_fill(~at, 0)
+        better = full & (q.sum(-1) > (self.best_quality * at).sum(-1))
+        self.best = torch.where(better[:, None], sample, self.best)
+        self.best_quality = torch.where(better[:, None], q, self.best_quality)
+        self.delivered = self.delivered + ((q - self.before) * (self.redrawn & at)).sum(-1)
+        self.redrawn = self.redrawn & ~full[:, None]
+
+        doubtful = at & (q < bar)
+        gain, passes = ((bar - q) * doubtful).sum(-1), _quotient(doubtful.sum(-1), self.pace) + 1
+        accepted = full & (gain < price * passes)
+        chosen = lowest(q, doubtful, self.pace * max(left - 1, 0))
+        gain, passes = ((bar - q) * chosen).sum(-1), _quotient(chosen.sum(-1), self.pace) + 1
+        kept = (PATIENCE + self.delivered.clamp(min=0)) / (PATIENCE + self.promised)
+        repair = full & ~accepted & chosen.any(-1) & (kept.clamp(max=1) * gain >= price * passes)
+
+        ended = full & ~repair
+        judged = torch.where(accepted[:, None], q, self.best_quality)
+        judged = judged.masked_fill(~(at & ended[:, None]), torch.nan)
+        restored = at & (ended & ~accepted)[:, None] & (self.best != sample)
+        self.finished = self.finished | ended
+
+        remasked = chosen & repair[:, None]
+        self.masks = torch.where(repair, remasked.sum(-1), self.masks)
+        self.steps = torch.where(repair, passes - 1, self.steps)
+        self.done = self.done.masked_fill(repair, 0)
+        self.repairing = self.repairing | repair
+        self.promised = self.promised + gain * repair
+        self.redrawn, self.before = self.redrawn | remasked, torch.where(remasked, q, self.before)
+        self.rejected = torch.where(remasked, sample.long(), self.rejected)
+        off = torch.logit(torch.tensor(SURE)).item() - q.clamp(EDGE, 1 - EDGE).logit()
+        self.penalty = torch.where(repair[:, None], (off * remasked).clamp(min=0), self.penalty)
+        return ended, accepted, remasked, restored, judged
+
+
+def _quotient(a: Tensor, b: Tensor | int) -> Tensor:
+    """ceil(a / b) of integers, for a >= 0."""
+    return (a + b - 1) // b

@@ -1,0 +1,177 @@
+"""Judge and repair against its algorithm: one row at a time in plain Python, and what a user relies on."""
+
+import math
+
+import pytest
+import torch
+
+from prism_pipelines.schedulers import JudgeAndRepairScheduler
+from prism_pipelines.schedulers.scheduling_judge_repair import PATIENCE
+from prism_pipelines.schedulers.token_sampling import draw_at, true_positions
+
+V, MASK = 12, 11
+
+
+def run(scheduler, budget, lengths, judge, seed=0, given=None):
+    """Every step as (sample before, quality, output) of rows of `lengths` masks; `judge` gives q from (t, sample)."""
+    g = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    sample = torch.full((len(lengths), width), MASK)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    sample = sample.masked_fill(~mask, 0)
+    table = torch.randn(budget, len(lengths), width, V, generator=g)
+    scheduler.set_timesteps(budget)
+    trace = []
+    for t in range(budget):
+        quality = judge(t, sample)
+        step = scheduler.step(
+            table[t], t, sample, quality=quality, generation_mask=mask, mask_token_id=MASK, generator=g
+        )
+        trace.append((sample, quality, step))
+        sample = step.prev_sample
+    return trace, mask
+
+
+def noisy(seed, low=0.0):
+    """A judge whose verdicts are random numbers, anew in every pass."""
+    g = torch.Generator().manual_seed(seed)
+    return lambda t, sample: low + (1 - low) * torch.rand(sample.shape, generator=g)
+
+
+def reference(trace, mask, b, budget, bar, pace_wanted, price):
+    """The algorithm box for one row: yields (what happens, number of masks after the pass) for every pass."""
+    places = mask[b].nonzero().flatten().tolist()
+    total = len(places)
+    fill = min(math.ceil(total / pace_wanted), max(1, budget // 2))
+    pace = math.ceil(total / fill)
+    masks, steps, done, promised, delivered, before = total, fill, 0, 0.0, 0.0, {}
+    left_over, finished = total, False
+    for t, (_, quality, _) in enumerate(trace):
+        left = budget - 1 - t
+        if finished:
+            yield "finished", 0
+        elif left_over:
+            done += 1
+            left_over = 0 if done >= steps or not left else masks - math.ceil(masks * done / steps)
+            yield "fill", left_over
+        else:
+            q = {i: quality[b, i].item() for i in places}
+            delivered += sum(q[i] - before[i] for i in before)
+            doubtful = sorted((i for i in places if q[i] < bar), key=lambda i: (q[i], i))
+            cost = price * (math.ceil(len(doubtful) / pace) + 1)
+            accepted = sum(bar - q[i] for i in doubtful) < cost
+            chosen = doubtful[: pace * max(left - 1, 0)]
+            gain, passes = sum(bar - q[i] for i in chosen), math.ceil(len(chosen) / pace)
+            kept = min(1, (PATIENCE + max(0, delivered)) / (PATIENCE + promised))
+            if accepted or not chosen or kept * gain < price * (passes + 1):
+                finished = True
+                yield ("accepted" if accepted else "given up"), 0
+            else:
+                promised, before = promised + gain, {i: q[i] for i in chosen}
+                masks, steps, done, left_over = len(chosen), passes, 0, len(chosen)
+                yield "repair", left_over
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "budget,bar,pace,price", [(2, 0.9, 4, 0.05), (9, 0.9, 4, 0.05), (40, 0.5, 3, 0.3), (60, 1.0, 1, 2.0)]
+)
+def test_every_row_does_what_the_algorithm_box_says(seed, budget, bar, pace, price):
+    scheduler = JudgeAndRepairScheduler(quality_threshold=bar, tokens_per_step=pace, price=price)
+    trace, mask = run(scheduler, budget, [9, 20, 1, 14], noisy(seed, low=0.3 * (seed % 3)), seed)
+    seen = set()
+    for b in range(4):
+        for (sample, _, step), (what, masks) in zip(
+            trace, reference(trace, mask, b, budget, bar, pace, price), strict=True
+        ):
+            seen.add(what)
+            assert int((step.prev_sample[b] == MASK).sum()) == masks
+            assert bool(step.finished[b]) == (what in ("accepted", "given up"))
+            assert bool(step.accepted[b]) == (what == "accepted")
+            if what == "finished":
+                assert torch.equal(step.prev_sample[b], sample[b])
+    assert "fill" in seen and seen & {"accepted", "given up"}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_row_that_is_given_up_ends_as_its_best_canvas_and_an_accepted_one_as_it_is(seed):
+    trace, mask = run(JudgeAndRepairScheduler(), 30, [12, 20], noisy(seed), seed)
+    for b in range(2):
+        looks = [
+            (float(q[b][mask[b]].sum()), sample[b], q[b]) for sample, q, _ in trace if not (sample[b] == MASK).any()
+        ]
+        for t, (sample, quality, step) in enumerate(trace):
+            if step.finished[b]:
+                before = [
+                    look
+                    for look in looks
+                    if any(look[1] is s[b] or torch.equal(look[1], s[b]) for s, _, _ in trace[: t + 1])
+                ]
+                best = max(before, key=lambda look: look[0])
+                want = sample[b] if step.accepted[b] else best[1]
+                assert torch.equal(step.prev_sample[b], want)
+                judged = quality[b] if step.accepted[b] else best[2]
+                torch.testing.assert_close(step.judged[b][mask[b]], judged[mask[b]], rtol=0, atol=0)
+                break
+        else:
+            raise AssertionError("the row never finished")
+
+
+def test_a_sure_canvas_costs_its_filling_and_one_look():
+    trace, _ = run(JudgeAndRepairScheduler(), 50, [20, 8], lambda t, sample: torch.full(sample.shape, 0.99))
+    finished = torch.stack([step.finished for *_, step in trace])
+    assert finished[:, 0].nonzero().flatten().tolist() == [5] and finished[:, 1].nonzero().flatten().tolist() == [2]
+    assert torch.stack([step.accepted for *_, step in trace]).sum().item() == 2
+
+
+def test_repairs_that_bring_nothing_end_before_the_budget_does():
+    """A judge that is never content, as where nothing can be known."""
+    trace, _ = run(JudgeAndRepairScheduler(), 1000, [20], lambda t, sample: torch.full(sample.shape, 0.5))
+    finished = [t for t, (*_, step) in enumerate(trace) if step.finished[0]]
+    assert len(finished) == 1 and finished[0] < 999
+    assert not trace[finished[0]][2].accepted[0]
+
+
+def test_the_penalty_keeps_from_drawing_the_rejected_token_and_leaves_probabilities_alone():
+    logits = torch.zeros(1, 4000, V)
+    positions = torch.ones(1, 4000, dtype=torch.bool)
+    token, amount = torch.full((1, 4000), 3), torch.full((1, 4000), math.log(4))
+    for sampling in [(1.0, None, None), (1.0, None, 11), (1.0, 0.999, None)]:
+        drawn, probs, _ = draw_at(
+            logits,
+            positions,
+            true_positions(positions, 4000),
+            sampling,
+            MASK,
+            torch.rand(1, 4000, generator=torch.Generator().manual_seed(0)),
+            penalty=(token, amount),
+        )
+        share = (drawn == 3).float().mean().item()
+        want = 0.25 / 10.25  # of 11 tokens one weighs a quarter
+        assert abs(share - want) < 5 * math.sqrt(want / 4000)
+        torch.testing.assert_close(probs, torch.full_like(probs, 1 / 11))
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("quality_threshold", 0),
+        ("quality_threshold", 1.1),
+        ("tokens_per_step", 0),
+        ("price", 0),
+        ("repair_temperature", -1),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError) as error:
+        JudgeAndRepairScheduler(**{name: value})
+    assert f"`{name}` must be " in str(error.value) and f"got {value!r}" in str(error.value)
+
+
+def test_a_budget_below_one_fill_and_one_look_and_a_missing_quality_are_refused():
+    scheduler = JudgeAndRepairScheduler()
+    with pytest.raises(ValueError, match="`num_inference_steps` must be at least 2 for JudgeAndRepairScheduler"):
+        scheduler.set_timesteps(1)
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="`quality` must be the quality head's probabilities"):
+        scheduler.step(torch.zeros(1, 4, V), 0, torch.full((1, 4), MASK), mask_token_id=MASK)
