@@ -54,10 +54,11 @@ def check_cache(cache: str, refresh_interval: int | None, denoiser: MaskedDenois
             f"`cache` is {cache!r}, but {type(denoiser.model).__name__} keeps no keys and values. "
             f'Use cache="none"; families that have a cache: {", ".join(able)}.'
         )
-    if quality_head is not None and quality_head.config.architecture == "block":
+    if quality_head is not None and quality_head.attends:
         raise ValueError(
-            f'`cache` is {cache!r}, but this quality head (architecture "block") attends to every position, and a '
-            'cache spares just those forwards. Use cache="none", or a "linear" or "mlp" head.'
+            f"`cache` is {cache!r}, but this quality head attends to every position (architecture "
+            f"{quality_head.config.architecture!r}), and a cache spares just those forwards. "
+            'Use cache="none", or a "linear" or "mlp" head.'
         )
 
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "checkpointing": set(),
     "training_data": {"canvas", "sudoku"},
     "denoiser": {"families"},
-    "quality_head": set(),
+    "quality_head": {"schedulers"},
     "losses": {"denoiser", "quality_head", "schedulers"},
     "mdlm": set(),
     "stopping": {"canvas", "families"},
