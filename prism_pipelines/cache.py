@@ -162,6 +162,14 @@ class Seen:
     rows: Tensor | None
     columns: Tensor | None
 
+    def take(self, values: Tensor) -> Tensor:
+        """Of `values` (B, L, ...) those at the positions of `fresh`, (A, W, ...); at columns of none any will do."""
+        values = values if self.rows is None else values[self.rows]
+        if self.columns is None:
+            return values
+        every = torch.arange(len(values), device=values.device)[:, None]
+        return values[every, self.columns.clamp(max=values.shape[1] - 1)]
+
     def spread(self, values: Tensor, before: Tensor | None) -> Tensor:
         """`values` (A, W), one for each of `fresh`, put into `before` (B, L) or zeros; a new tensor."""
         if self.rows is None and self.columns is None:

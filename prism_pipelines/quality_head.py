@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 from .schedulers.arguments import is_number, require
-from .schedulers.context import check_inputs, num_features
+from .schedulers.context import RunContext, check_inputs, context_features, num_features
 
 ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
 
@@ -177,6 +177,13 @@ class QualityHead(ModelMixin, ConfigMixin):
         """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` over the temperature of the config."""
         logits = self(hidden, attention_mask, features, first_hidden)
         return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()
+
+    def inputs(self, context: RunContext | None, sample: Tensor, mask_token_id: int) -> dict[str, Tensor | None]:
+        """What `forward` and `quality` take besides the hidden states, of a canvas `sample`, int64 (B, L)."""
+        if context is None or not self.reads_context:
+            return {}
+        features = context_features(context, sample, mask_token_id, self.reads_context)
+        return {"features": features, "first_hidden": context.first_hidden}
 
     def _check_widths(self, hidden: Tensor, features: Tensor | None, first_hidden: Tensor | None) -> None:
         size, count = self.config.hidden_size, num_features(self.reads_context)
