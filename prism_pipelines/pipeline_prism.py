@@ -24,11 +24,13 @@ from .sampling.canvas import (
     canvas_of,
     canvas_of_infill,
     changed_sample,
+    given_positions,
     repeat_rows,
 )
 from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
+from .sampling.recorder import context_of_text
 from .sampling.stopping import (
     decode,
     end_tokens,
@@ -301,7 +303,12 @@ class PrismPipeline(DiffusionPipeline):
             looks_again = return_quality or (select is not None and not judged)
             if looks_again:
                 hidden = denoiser.hidden(filled.sample, canvas.attention_mask)
-                quality = self.quality_head(hidden, canvas.attention_mask).sigmoid().masked_fill(~canvas.generated, 1.0)
+                known = {}
+                if filled.recorder is not None:
+                    context = filled.recorder.observe(filled.sample, hidden)
+                    known = self.quality_head.inputs(context, filled.sample, self.mask_token_id)
+                quality = self.quality_head.quality(hidden, canvas.attention_mask, **known)
+                quality = quality.masked_fill(~canvas.generated, 1.0)
         self.maybe_free_model_hooks()
         confidence = None if quality is None else row_confidence(quality, canvas.generated)
         nfe_per_row, accepted, keep = filled.nfe_per_row + looks_again, filled.accepted, slice(None)
@@ -334,19 +341,27 @@ class PrismPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def score(
-        self, texts=None, *, input_ids=None, attention_mask=None
+        self, texts=None, *, input_ids=None, attention_mask=None, given=None
     ) -> tuple[Tensor, Tensor, list[list[str]] | None]:
         """P(token is right) of every token of some text, by one forward and no generation.
+
+        A head that reads what the run knows (`head.reads_context`) takes a text as one that nobody watched being
+        written: when and how surely its tokens were drawn is unknown. `given` tells it more.
 
         Args:
             texts: a text or a list of texts.
             input_ids: int64 (B, L) in place of `texts`.
             attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
+            given: which part of each text was there from the start and is not in question: the beginning of each text,
+                a string or a list of strings; or bool (B, L). A token that is only partly in the beginning is not
+                given. It is read by heads with context alone. One that reads "prompt" or "first_hidden" then costs a
+                second forward pass, on the given part with all else masked. None for nothing known.
         Returns:
             quality, float32 (B, L) in [0, 1], 0 at masks and padding; the ids (B, L); the tokens as strings, or None
             without a tokenizer.
         Raises:
-            ValueError: no quality head, or not exactly one of `texts` and `input_ids`.
+            ValueError: no quality head, not exactly one of `texts` and `input_ids`, or `given` does not fit them.
+            TypeError: `given` is neither strings nor bool.
         """
         if self.quality_head is None:
             raise ValueError("`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo).")
@@ -357,15 +372,21 @@ class PrismPipeline(DiffusionPipeline):
         canvas = canvas_of_infill(source, self.tokenizer, self.mask_token_id, attention_mask, needs_mask=False)
         canvas = canvas.to(self._execution_device)
         self._check_canvas(canvas, None)
-        hidden = self.denoiser.hidden(canvas.sample, canvas.attention_mask)
-        hidden_from = canvas.sample == self.mask_token_id
-        if canvas.attention_mask is not None:
-            hidden_from = hidden_from | (canvas.attention_mask == 0)
-        quality = self.quality_head(hidden, canvas.attention_mask).sigmoid().masked_fill(hidden_from, 0.0)
+        sample, mask = canvas.sample, canvas.attention_mask
+        hidden = self.denoiser.hidden(sample, mask)
+        known = {}
+        if self.quality_head.reads_context:
+            given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
+            context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
+            known = self.quality_head.inputs(context, sample, self.mask_token_id)
+        hidden_from = sample == self.mask_token_id
+        if mask is not None:
+            hidden_from = hidden_from | (mask == 0)
+        quality = self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0)
         tokens = None
         if self.tokenizer is not None:
-            tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in canvas.sample.tolist()]
-        return quality, canvas.sample, tokens
+            tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
+        return quality, sample, tokens
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
         quality_threshold: b, in (0, 1].
         tokens_per_step: tokens that a forward pass fills, at least 1; more where T is small.
         price: tokens that a further forward pass must be expected to set right, above 0.
-        top_p, top_k: of sampling, see `functional.sample_tokens`.
+        top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.

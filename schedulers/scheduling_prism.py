@@ -66,7 +66,7 @@ class PrismScheduler(SchedulerMixin, SchedulerConfig):
         loop_steps: forward passes added to refine the sample at one level; 0 for no loop. NFE = T + loop_steps.
         loop_num_remask: random tokens remasked in each step of the loop and filled in the next.
         loop_at: in (0, 1]; the loop begins once this fraction of the T steps is done.
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
         use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
             least one; needs order "confidence".

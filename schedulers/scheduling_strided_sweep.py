@@ -32,7 +32,7 @@ class StridedSweepScheduler(SchedulerMixin, SchedulerConfig):
         stride: s, at least 2.
         fill_share: share of the steps in which the canvas is filled, in (0, 1].
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
-        temperature, top_p, top_k: of sampling, see `functional.sample_tokens`. Tokens are judged at temperature 1.
+        temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`. Tokens are judged at temperature 1.
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from prism_pipelines.models.quality_head import ARCHITECTURES, QualityHead
+from prism_pipelines.schedulers.context import INPUTS, context_features, num_features
 
 SPEC = {"mask_token_id": 3, "lora_targets": ["query"]}
 
@@ -49,9 +52,9 @@ def test_each_architecture_is_its_formula(architecture):
     for parameter in module.parameters():  # norms start at the identity, where a wrong formula could hide
         nn.init.normal_(parameter, std=0.5)
     x, attention_mask = hidden_states(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    expected = block_by_hand(module.block, x, attention_mask) if architecture == "block" else x
+    expected = block_by_hand(module.block, x, attention_mask) if module.attends else x
     expected = normalised(expected, module.norm)
-    if architecture == "mlp":
+    if architecture.endswith("mlp"):
         expected = gelu(expected @ module.inner.weight.T + module.inner.bias)
     expected = expected @ module.out.weight[0] + module.out.bias
     torch.testing.assert_close(module(x, attention_mask), expected, rtol=1e-4, atol=1e-5)
@@ -162,3 +165,102 @@ def test_wrong_arguments_are_named():
         QualityHead(8, "block", num_attention_heads=3)
     with pytest.raises(TypeError, match=r"`mdm_spec` must be a dict"):
         QualityHead(8, mdm_spec=("not", "a dict"))
+
+
+# --- what a run knows ---------------------------------------------------------------------------------------------
+
+
+def random_context_head(architecture, reads=("given", "prompt", "first_hidden", "draw", "own")):
+    module = head(architecture, context=reads)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def random_features(module, batch=2, length=5):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, length, num_features(module.reads_context), generator=generator)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_new_head_with_context_is_the_head_without(architecture):
+    plain, with_context = head(architecture), head(architecture, context=tuple(INPUTS))
+    with_context.load_state_dict(plain.state_dict(), strict=False)
+    x = hidden_states()
+    judged = with_context(x, None, random_features(with_context), x.flip(1))
+    torch.testing.assert_close(judged, plain(x), rtol=0, atol=0)
+
+
+def test_a_head_that_reads_no_context_has_the_parameters_of_before():
+    for architecture in ARCHITECTURES:
+        assert not any("context" in name or "first" in name for name in head(architecture).state_dict())
+
+
+@pytest.mark.parametrize("architecture", ["linear", "mlp"])
+def test_context_enters_before_the_head_and_skips_to_its_output(architecture):
+    module, x = random_context_head(architecture), hidden_states()
+    features, first = random_features(module), hidden_states(2, 5).flip(0)
+    centred = first - first.mean(-1, keepdim=True)
+    first_normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    u = x + features @ module.context_in.weight.T + first_normed @ module.first_in.weight.T
+    expected = normalised(u, module.norm)
+    if architecture == "mlp":
+        expected = gelu(expected @ module.inner.weight.T + module.inner.bias)
+    expected = expected @ module.out.weight[0] + module.out.bias + features @ module.context_skip.weight[0]
+    torch.testing.assert_close(module(x, None, features, first), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_context_is_the_same_as_context_of_which_nothing_is_known(architecture):
+    module, x = random_context_head(architecture), hidden_states()
+    features = context_features(None, torch.zeros(2, 5, dtype=torch.long), 3, module.reads_context)
+    torch.testing.assert_close(module(x), module(x, None, features, torch.zeros_like(x)), rtol=0, atol=0)
+
+
+def test_quality_is_the_sigmoid_at_the_temperature_of_the_config():
+    x = hidden_states()
+    for temperature in (None, 0.5, 3.0):
+        module = head("mlp", temperature=temperature)
+        torch.testing.assert_close(module.quality(x), 1 / (1 + (-module(x) / (temperature or 1.0)).exp()))
+
+
+def test_context_and_temperature_are_saved_and_loaded(tmp_path):
+    saved = random_context_head("block_mlp")
+    saved.register_to_config(temperature=1.5)
+    saved.save_pretrained(tmp_path)
+    loaded, x = QualityHead.from_pretrained(tmp_path), hidden_states()
+    assert loaded.reads_context == saved.reads_context and loaded.config.temperature == 1.5
+    judged = loaded.quality(x, None, random_features(saved), x.flip(1))
+    assert torch.equal(judged, saved.quality(x, None, random_features(saved), x.flip(1)))
+
+
+def test_a_head_saved_before_there_was_context_loads(tmp_path):
+    saved = head("block")
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["context"], config["temperature"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = QualityHead.from_pretrained(tmp_path)
+    assert loaded.reads_context == () and loaded.config.temperature is None
+    assert torch.equal(loaded(hidden_states()), saved(hidden_states()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"context": ("given", "prompts")}, "`context` may hold .*; got prompts"),
+        ({"context": ("draw", "draw")}, "names an input twice"),
+        ({"temperature": 0.0}, "`temperature` must be None or a number above 0, got 0.0"),
+    ],
+)
+def test_wrong_context_and_temperature_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        QualityHead(8, **given)
+    with pytest.raises(TypeError, match="`context` must be a list of names"):
+        QualityHead(8, context="given")
+
+
+def test_features_of_another_width_are_named():
+    module, x = head("linear", context=("draw",)), hidden_states()
+    with pytest.raises(ValueError, match=r"`features` must have 2 channels for context=\('draw',\), got 3"):
+        module(x, None, torch.zeros(2, 5, 3))

@@ -82,6 +82,7 @@ def describe(pipe, args: argparse.Namespace) -> dict[str, str]:
         "source": spec.source or "passed by the caller",
         "tested": "against an independent reference" if spec.tested else "NO: compare with the authors' own code",
         "quality head": f"{head.config.architecture}, hidden size {head.config.hidden_size}" if head else "none",
+        "context": context_read(pipe),
         "remasking": remasking(pipe),
     }
     return facts
@@ -95,6 +96,13 @@ def mask_origin(pipe, spec, given: int | None) -> str:
         if getattr(owner, "mask_token_id", None) == spec.mask_token_id:
             return f"from the {name}"
     return f"from the row of its family, {spec.source}" if spec.source else "saved with the pipeline"
+
+
+def context_read(pipe) -> str:
+    """What head and scheduler read of the run besides hidden states and logits."""
+    parts = {"head": pipe.quality_head, "scheduler": pipe.scheduler}
+    reads = {name: ", ".join(getattr(part, "reads_context", ())) for name, part in parts.items()}
+    return "; ".join(f"{name}: {inputs}" for name, inputs in reads.items() if inputs) or "none is read"
 
 
 def remasking(pipe) -> str:

@@ -62,7 +62,8 @@ def enable_prism(
     Raises:
         TypeError: `pipe` has no model with an output head, `quality_head` is neither a head nor a place, or
             `scheduler` does not run there.
-        ValueError: the head was made for another model, or the model has an adapter called "prism" already.
+        ValueError: the head was made for another model or reads a run context, or the model has an adapter called
+            "prism" already.
         OSError: no head there.
     Warns:
         UserWarning: the scheduler recommended with the head does not run there; a `PrismScheduler` takes its place.
@@ -131,7 +132,16 @@ def _runs_in_blocks(scheduler) -> bool:
 
 
 def _check_head(head: QualityHead, model, output_head) -> None:
-    """Raise a ValueError if the head was made for another model, by its config or else its output head."""
+    """Raise a ValueError if the head was made for another model, by its config or else its output head.
+
+    Or if it reads what the run knows: diffusers' loop tells nobody when a token was written, nor what it saw first.
+    """
+    if head.reads_context:
+        raise ValueError(
+            f"This quality head reads what the run knows (context={', '.join(head.reads_context)}), and diffusers' "
+            "loop records none of it. PrismPipeline.from_pipe(pipe, quality_head=...) runs it on the same model; or "
+            "pass a head without context."
+        )
     if hasattr(model, "config"):
         heads.check_head(head, model)
     width = getattr(output_head, "in_features", head.config.hidden_size)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import MDMSpec, reads_only_masks
+from .schedulers.token_sampling import chunk_rows
 
 # Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
 # causal; tests/test_speed.py holds each to the result with a mask of zeros.
@@ -229,6 +230,34 @@ class MaskedDenoiser(nn.Module):
         if logits.requires_grad:
             return logits.index_fill(-1, ids, -torch.inf)
         return logits.index_fill_(-1, ids, -torch.inf)  # fresh from the head: no need of a copy
+
+    def token_logits(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """The logits of one token each.
+
+        With a plain linear output head that is one dot product each; any other makes its logits, some rows at a time.
+
+        Args:
+            rows: what the output head reads, (N, H).
+            tokens: ids, int64 (N,).
+        Returns:
+            float32 (N,), -inf for tokens that are never predicted.
+        """
+        head = self._output_head()
+        if type(head) is not nn.Linear or head.weight.is_meta or not head.weight.is_floating_point():
+            parts = zip(*(values.split(chunk_rows(self.vocab_size)) for values in (rows, tokens)), strict=True)
+            return torch.cat([self.head(some).gather(-1, ids[:, None])[:, 0].float() for some, ids in parts])
+        where = tokens.to(head.weight.device)
+        logits = (rows.to(where.device).float() * head.weight[where].float()).sum(-1)
+        bias = [head.bias] if head.bias is not None else []
+        bias += [self.model.get_parameter(self.spec.output_bias)] if self.spec.output_bias else []
+        for values in bias:
+            logits = logits + values[where.to(values.device)].to(logits)
+        return logits.to(rows.device).masked_fill(self.forbidden.to(rows.device)[tokens], -torch.inf)
+
+    def aligned(self, hidden: Tensor) -> Tensor:
+        """`hidden` (B, L, H) moved so that position i holds what predicts token i, which `logits` does by itself."""
+        # The first token of a shifted model has nothing before it and keeps its own row.
+        return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.spec.logit_shift else hidden
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits that predict the tokens at `positions`.

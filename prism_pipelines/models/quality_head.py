@@ -6,9 +6,12 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
-ARCHITECTURES = ("linear", "mlp", "block")
+from .schedulers.arguments import is_number, require
+from .schedulers.context import RunContext, check_inputs, context_features, num_features
+
+ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
 
 
 class TransformerBlock(nn.Module):
@@ -52,20 +55,29 @@ class QualityHead(ModelMixin, ConfigMixin):
     Parameters are float32 and stay so, whatever dtype the head is cast to or loaded in: it is tiny, and it ranks tokens
     whose qualities differ by less than bfloat16 resolves. Moves between devices work as usual.
 
+    With `context` it also reads what the run knows about each token, see `RunContext`. The channels of
+    `context_features` enter by a linear map into the hidden states and by another, a skip, to the logit; the first
+    hidden states enter, normalised, by a linear map of their own. All three begin at zero, so a new head with context
+    is the same as one without.
+
     Args:
         hidden_size: H of the backbone's last hidden states.
-        architecture: "linear" (LayerNorm, Linear), "mlp" (LayerNorm, Linear, GELU, Linear) or "block" (one
-            bidirectional transformer block, LayerNorm, Linear).
+        architecture: "linear" (LayerNorm, Linear), "mlp" (LayerNorm, Linear, GELU, Linear), "block" (one bidirectional
+            transformer block, then "linear") or "block_mlp" (such a block, then "mlp").
         base_model: Hub id of the backbone it was trained on; kept in the config so that a shared head finds its base.
         base_revision: revision of that backbone, or None.
         mdm_spec: `MDMSpec.to_dict()` of that backbone, or None.
         num_attention_heads: of "block"; None for heads about 64 wide.
         base_fingerprint: `embedding_fingerprint` of that backbone: a model with another is refused; or None.
         weights_fingerprint: `weights_fingerprint` of that backbone: a model with another is warned of; or None.
+        context: which of `schedulers.context.INPUTS` it reads besides the hidden states; none for PRISM's head.
+        temperature: what the logits are divided by before the sigmoid, fitted on finished runs; None if it was not.
     Raises:
-        ValueError: unknown architecture; a size below 1; or attention heads whose number does not divide `hidden_size`.
+        ValueError: unknown architecture or input; a size below 1; attention heads whose number does not divide
+            `hidden_size`; or a temperature that is not above 0.
         TypeError: `mdm_spec` is not a dict; the config is JSON.
-    Source: PRISM (arXiv 2510.01384); "linear" is its head for Sudoku, "block" for text, "mlp" for LLaDA-8B.
+    Source: PRISM (arXiv 2510.01384); "linear" is its head for Sudoku, "block" for text, "mlp" for LLaDA-8B. The
+        context is ours.
     """
 
     @register_to_config
@@ -79,6 +91,8 @@ class QualityHead(ModelMixin, ConfigMixin):
         num_attention_heads: int | None = None,
         base_fingerprint: str | None = None,
         weights_fingerprint: str | None = None,
+        context: tuple[str, ...] | list[str] = (),
+        temperature: float | None = None,
     ):
         super().__init__()
         if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
@@ -89,44 +103,108 @@ class QualityHead(ModelMixin, ConfigMixin):
             raise ValueError(f"`architecture` must be one of {ARCHITECTURES}, got {architecture!r}.")
         if mdm_spec is not None and not isinstance(mdm_spec, dict):
             raise TypeError(f"`mdm_spec` must be a dict (MDMSpec.to_dict()), got {type(mdm_spec).__name__}.")
-        if architecture == "block":
+        valid = temperature is None or (is_number(temperature, 0) and temperature > 0)
+        require(valid, "temperature", temperature, "None or a number above 0")
+        reads = check_inputs(context)
+        if self.attends:
             widest = max(1, hidden_size // 64)
             heads = num_attention_heads or next(n for n in range(widest, 0, -1) if hidden_size % n == 0)
             if hidden_size % heads:
                 raise ValueError(f"`num_attention_heads` must divide hidden_size {hidden_size}, got {heads}.")
             self.block = TransformerBlock(hidden_size, heads)
         self.norm = nn.LayerNorm(hidden_size)
-        if architecture == "mlp":
+        if architecture.endswith("mlp"):
             self.inner = nn.Linear(hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, 1)
+        if count := num_features(reads):
+            self.context_in = nn.Linear(count, hidden_size, bias=False)
+            self.context_skip = nn.Linear(count, 1, bias=False)
+        if "first_hidden" in reads:
+            self.first_in = nn.Linear(hidden_size, hidden_size, bias=False)
+        for name in ("context_in", "context_skip", "first_in"):
+            if hasattr(self, name):
+                nn.init.zeros_(getattr(self, name).weight)
         super()._apply(Tensor.float)  # torch.set_default_dtype may have made them otherwise
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    @property
+    def attends(self) -> bool:
+        """Does it look at other positions than the one it judges?"""
+        return self.config.architecture.startswith("block")
+
+    @property
+    def reads_context(self) -> tuple[str, ...]:
+        """Names of the inputs from the run context, in the order of their channels."""
+        return tuple(self.config.context)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        first_hidden: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the quality of every token.
 
         Args:
             hidden: last hidden states (the input of the output head), (B, L, H), any floating dtype.
-            attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding. Only "block" looks at other
-                positions, so only it reads this.
+            attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding. Only "block" and "block_mlp"
+                look at other positions, so only they read this.
+            features: `context_features(context, sample, mask_token_id, head.reads_context)`, float (B, L, F); None for
+                a finished text of which nothing is known, which is the same as zeros.
+            first_hidden: `context.first_hidden`, (B, L, H), any floating dtype; None or zeros where it is not known.
         Returns:
-            float32 of shape (B, L), also under autocast; the sigmoid is the caller's. Values at padding mean nothing.
+            float32 of shape (B, L), also under autocast; `quality` gives probabilities. Values at padding mean nothing.
         Raises:
-            ValueError: the width of `hidden` is not `hidden_size`.
+            ValueError: the width of `hidden`, `features` or `first_hidden` is not what this head reads.
         """
-        if hidden.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"This quality head reads hidden states of size {self.config.hidden_size}"
-                f"{f' (of {self.config.base_model})' if self.config.base_model else ''}, got {hidden.shape[-1]}. "
-                "Load the head that was trained for this backbone."
-            )
+        self._check_widths(hidden, features, first_hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.float()
-            if self.config.architecture == "block":
+            hidden, skip = hidden.float(), 0.0
+            if features is not None and features.shape[-1]:
+                hidden = hidden + self.context_in(features.float())
+                skip = self.context_skip(features.float()).squeeze(-1)
+            if first_hidden is not None and "first_hidden" in self.reads_context:
+                # Without a weight and bias of its own the norm of an unknown state, zeros, is zeros again.
+                hidden = hidden + self.first_in(layer_norm(first_hidden.float(), first_hidden.shape[-1:]))
+            if self.attends:
                 hidden = self.block(hidden, attention_mask)
             hidden = self.norm(hidden)
-            if self.config.architecture == "mlp":
+            if self.config.architecture.endswith("mlp"):
                 hidden = gelu(self.inner(hidden))
-            return self.out(hidden).squeeze(-1)
+            return self.out(hidden).squeeze(-1) + skip
+
+    def quality(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        first_hidden: Tensor | None = None,
+    ) -> Tensor:
+        """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` over the temperature of the config."""
+        logits = self(hidden, attention_mask, features, first_hidden)
+        return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()
+
+    def inputs(self, context: RunContext | None, sample: Tensor, mask_token_id: int) -> dict[str, Tensor | None]:
+        """What `forward` and `quality` take besides the hidden states, of a canvas `sample`, int64 (B, L)."""
+        if context is None or not self.reads_context:
+            return {}
+        features = context_features(context, sample, mask_token_id, self.reads_context)
+        return {"features": features, "first_hidden": context.first_hidden}
+
+    def _check_widths(self, hidden: Tensor, features: Tensor | None, first_hidden: Tensor | None) -> None:
+        size, count = self.config.hidden_size, num_features(self.reads_context)
+        for states in (hidden, first_hidden):
+            if states is not None and states.shape[-1] != size:
+                raise ValueError(
+                    f"This quality head reads hidden states of size {size}"
+                    f"{f' (of {self.config.base_model})' if self.config.base_model else ''}, got {states.shape[-1]}. "
+                    "Load the head that was trained for this backbone."
+                )
+        if features is not None and features.shape[-1] != count:
+            raise ValueError(
+                f"`features` must have {count} channels for context={self.reads_context}, got {features.shape[-1]}. "
+                "Make them with context_features(context, sample, mask_token_id, head.reads_context)."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -243,6 +243,47 @@ def warn_of_unknown(name: str, texts: list[str], tokenizer) -> None:
         )
 
 
+def given_positions(given, texts, canvas: Canvas, tokenizer) -> Tensor:
+    """Which tokens of some texts were given, bool (B, L).
+
+    Args:
+        given: the beginning of each text, a string or a list of strings; or bool (B, L), as a tensor or nested lists.
+        texts: those that the canvas was made of, if `given` is strings.
+        canvas: of the texts, as `canvas_of_infill` makes it.
+        tokenizer: of the texts.
+    Raises:
+        ValueError: strings without texts, not one for each, one that its text does not begin with; or another shape.
+        TypeError: neither strings nor bool.
+    """
+    beginnings = [given] if isinstance(given, str) else given
+    if isinstance(beginnings, (list, tuple)) and beginnings and all(isinstance(one, str) for one in beginnings):
+        texts = [texts] if isinstance(texts, str) else texts
+        if texts is None or not all(isinstance(text, str) for text in texts):
+            raise ValueError("`given` is text, which goes with `texts`; with ids it is a bool tensor of their shape.")
+        if len(beginnings) != len(texts):
+            raise ValueError(f"`given` must hold one beginning for each of {len(texts)} texts, got {len(beginnings)}.")
+        for beginning, text in zip(beginnings, texts, strict=True):
+            if not text.startswith(beginning):
+                raise ValueError(f"`given` must be the beginning of its text, got {beginning!r:.60} for {text!r:.60}.")
+        positions = torch.zeros_like(canvas.sample, dtype=torch.bool)
+        rows = zip(prompt_ids(list(beginnings), tokenizer), canvas.sample.tolist(), strict=True)
+        for row, (some, ids) in enumerate(rows):  # the last token of a beginning may reach into what follows
+            same = next((i for i, (one, other) in enumerate(zip(some, ids, strict=False)) if one != other), len(some))
+            positions[row, :same] = True
+        return positions
+    try:
+        positions = torch.as_tensor(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TypeError(f"`given` must be the beginning of each text, or bool of shape (B, L): {error}") from None
+    if positions.dtype != torch.bool:
+        raise TypeError(f"`given` must be the beginning of each text, or bool of shape (B, L), got {positions.dtype}.")
+    positions = positions[None] if positions.ndim == 1 else positions
+    if positions.shape != canvas.sample.shape:
+        shapes = f"{tuple(positions.shape)} and {tuple(canvas.sample.shape)}"
+        raise ValueError(f"`given` must have the shape of the ids, got {shapes}.")
+    return positions.to(canvas.sample.device)
+
+
 def repeat_rows(canvas: Canvas, times: int) -> Canvas:
     """Each row `times` times, next to each other."""
     mask = None if canvas.attention_mask is None else canvas.attention_mask.repeat_interleave(times, 0)

@@ -54,10 +54,11 @@ def check_cache(cache: str, refresh_interval: int | None, denoiser: MaskedDenois
             f"`cache` is {cache!r}, but {type(denoiser.model).__name__} keeps no keys and values. "
             f'Use cache="none"; families that have a cache: {", ".join(able)}.'
         )
-    if quality_head is not None and quality_head.config.architecture == "block":
+    if quality_head is not None and quality_head.attends:
         raise ValueError(
-            f'`cache` is {cache!r}, but this quality head (architecture "block") attends to every position, and a '
-            'cache spares just those forwards. Use cache="none", or a "linear" or "mlp" head.'
+            f"`cache` is {cache!r}, but this quality head attends to every position (architecture "
+            f"{quality_head.config.architecture!r}), and a cache spares just those forwards. "
+            'Use cache="none", or a "linear" or "mlp" head.'
         )
 
 
@@ -160,6 +161,14 @@ class Seen:
     fresh: Tensor
     rows: Tensor | None
     columns: Tensor | None
+
+    def take(self, values: Tensor) -> Tensor:
+        """Of `values` (B, L, ...) those at the positions of `fresh`, (A, W, ...); at columns of none any will do."""
+        values = values if self.rows is None else values[self.rows]
+        if self.columns is None:
+            return values
+        every = torch.arange(len(values), device=values.device)[:, None]
+        return values[every, self.columns.clamp(max=values.shape[1] - 1)]
 
     def spread(self, values: Tensor, before: Tensor | None) -> Tensor:
         """`values` (A, W), one for each of `fresh`, put into `before` (B, L) or zeros; a new tensor."""

@@ -16,9 +16,11 @@ from ..models.checks import refuse_nan
 from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
+from ..schedulers.context import RunContext
 from ..schedulers.validation import loop_steps, own_fields
 from .canvas import Canvas, split_blocks
 from .kv_cache import CanvasForward, Seen
+from .recorder import RunRecorder, recorder_for
 from .stopping import finished_rows
 
 
@@ -78,6 +80,7 @@ class Filled:
         nfe, nfe_per_row: forward passes made, and those in which each row took part, int64 (B,).
         judged: quality of the tokens in rows that the scheduler finished, float32 (B, L); NaN elsewhere.
         accepted: rows of which it accepted every block, bool (B,); None if it accepts none.
+        recorder: what is known about the tokens; None if neither head nor scheduler reads it.
     """
 
     sample: Tensor
@@ -85,6 +88,7 @@ class Filled:
     nfe_per_row: Tensor
     judged: Tensor
     accepted: Tensor | None = None
+    recorder: RunRecorder | None = None
 
     def take_verdict(self, step, rows: Tensor) -> Tensor:
         """Note what a step says of `rows`, bool (B,), that are at work in a block; gives those that it finished."""
@@ -181,10 +185,15 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
     sample = run.canvas.sample
     if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
         warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
+    recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler)
     filled = Filled(
-        sample, 0, torch.zeros(len(sample), dtype=torch.long), torch.full(sample.shape, torch.nan, device=sample.device)
+        sample,
+        0,
+        torch.zeros(len(sample), dtype=torch.long),
+        torch.full(sample.shape, torch.nan, device=sample.device),
+        recorder=recorder,
     )
-    look = Look(run)
+    look = Look(run, recorder)
     finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     for block_mask, num_steps in blocks:  # (B, L), int
         fill_block(run, look, filled, block_mask & ~finished[:, None], num_steps, after_step)
@@ -205,17 +214,22 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
         return
     run.scheduler.set_timesteps(num_steps, device=block_mask.device)
     look.begin(filled.sample, block_mask)
+    reads_context = bool(getattr(run.scheduler, "reads_context", ()))
     for t in run.scheduler.timesteps:  # one denoising per timestep, for every scheduler
-        logits, quality = look(filled.sample, taking_part)
+        work = block_mask & active[:, None]
+        logits, quality, context = look(filled.sample, taking_part, work)
         step = run.scheduler.step(
             logits,
             t,
             filled.sample,
             quality=quality,
-            generation_mask=block_mask & active[:, None],
+            generation_mask=work,
             mask_token_id=run.mask_token_id,
             **run.sampling,
+            **({"context": context} if reads_context else {}),
         )
+        if filled.recorder is not None:
+            filled.recorder.after_step(step)
         filled.nfe += run.forwards_per_step
         filled.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
         tensors = {
@@ -252,10 +266,10 @@ def rows_at_work(run: Run, block_mask: Tensor, sample: Tensor, step) -> Tensor:
 
 
 class Look:
-    """Logits and quality of a canvas, by one forward of the model, or two with guidance."""
+    """Logits, quality and context of a canvas, by one forward of the model, or two with guidance."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, recorder: RunRecorder | None = None):
+        self.run, self.recorder = run, recorder
         settings = (run.denoiser, run.canvas.attention_mask, run.cache, run.cache_refresh_interval)
         self._given = CanvasForward(*settings)
         self._free = CanvasForward(*settings) if run.cfg_scale else None
@@ -264,6 +278,8 @@ class Look:
     def begin(self, sample: Tensor, block_mask: Tensor) -> None:
         """A new block (B, L) is at work."""
         self._given.begin(sample, block_mask)
+        if self.recorder is not None:
+            self.recorder.begin(block_mask)
         if self._free is not None:
             self._free.begin(sample, block_mask)
 
@@ -273,22 +289,34 @@ class Look:
         if self._free is not None:
             self._free.forget()
 
-    def __call__(self, sample: Tensor, taking_part: list[bool]):
-        """Logits of (B, L) ids, to be indexed, and quality (B, L) or None; both old where rows do not take part."""
+    def __call__(self, sample: Tensor, taking_part: list[bool], work: Tensor):
+        """What one forward says of a canvas.
+
+        Args:
+            sample: int64 (B, L).
+            taking_part: rows that are at work.
+            work: positions that are, bool (B, L).
+        Returns:
+            logits of (B, L) ids, to be indexed; quality (B, L) or None; both old where rows do not take part; and the
+            `RunContext`, None if nothing is recorded.
+        """
         run = self.run
         seen = self._given(sample, taking_part)
         logits = LazyLogits(run.denoiser, seen.canvas)
         if self._free is not None:
             free = self._free(torch.where(run.canvas.generated, sample, run.mask_token_id), taking_part)
             logits = GuidedLogits(logits, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
+        context = None if self.recorder is None else self.recorder.observe(sample, seen.canvas, work)
         if run.quality_head is not None:
-            self._quality = seen.spread(self._head(seen), self._quality)
-        return logits, self._quality
+            self._quality = seen.spread(self._judge(seen, sample, context), self._quality)
+        return logits, self._quality, context
 
-    def _head(self, seen: Seen) -> Tensor:
+    def _judge(self, seen: Seen, sample: Tensor, context: RunContext | None) -> Tensor:
         mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
         mask = mask if mask is None or seen.rows is None else mask[seen.rows]
-        return self.run.quality_head(seen.fresh, mask).sigmoid()
+        inputs = self.run.quality_head.inputs(context, sample, self.run.mask_token_id)
+        known = {name: None if value is None else seen.take(value) for name, value in inputs.items()}
+        return self.run.quality_head.quality(seen.fresh, mask, **known)
 
 
 @contextmanager

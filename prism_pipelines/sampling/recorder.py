@@ -1,0 +1,229 @@
+"""Keeps what a run knows about its tokens, a `RunContext`, up to date: pass by pass and step by step.
+
+It makes no forward pass of its own. The log-probabilities given the first canvas need the output head once at each
+generated position; after that each newly written token costs one dot product. Only "own" runs the output head in every
+pass, at the visible tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..models.denoiser import MaskedDenoiser
+from ..schedulers.context import RunContext, check_inputs
+from ..schedulers.token_sampling import chunk_rows, probabilities, true_positions
+
+
+def recorder_for(denoiser: MaskedDenoiser, generated: Tensor, *readers) -> RunRecorder | None:
+    """A recorder of what heads and schedulers read by their `reads_context`; None where nobody reads anything."""
+    reads = {name for reader in readers for name in getattr(reader, "reads_context", ())}
+    return RunRecorder(denoiser, generated, sorted(reads)) if reads else None
+
+
+def context_of_text(
+    denoiser: MaskedDenoiser,
+    reader,
+    sample: Tensor,
+    attention_mask: Tensor | None,
+    hidden: Tensor,
+    given: Tensor | None = None,
+) -> RunContext:
+    """What is known about a text that nobody watched being written.
+
+    Args:
+        denoiser: of the model.
+        reader: the head or scheduler that will read it.
+        sample: the text, int64 (B, L); may hold masks.
+        attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
+        hidden: of a forward pass on it, (B, L, H).
+        given: the part that is not in question, bool (B, L). If the reader wants what the first forward pass of a run
+            would have said, it is made here, with all but this part masked. None for nothing known.
+    """
+    generated = torch.ones_like(sample, dtype=torch.bool) if given is None else ~given
+    generated = generated if attention_mask is None else generated & attention_mask.bool()
+    recorder = RunRecorder(denoiser, generated, reader.reads_context)
+    if given is not None and recorder.reads_first:
+        blank = sample.masked_fill(generated, denoiser.spec.mask_token_id)
+        recorder.begin(generated)
+        recorder.observe(blank, denoiser.hidden(blank, attention_mask))
+    return recorder.observe(sample, hidden)
+
+
+class RunRecorder:
+    """Records a run: `begin` a block, then for each of its steps `observe` the forward pass and take `after_step`.
+
+    It knows no pipeline: a training loop that advances a pool of rows by a scheduler may use it too, see `restart`.
+    Tokens that change between two calls, by a callback or by whoever fills the rest of a finished row, are found by
+    comparing the canvas with the one that the step gave. Nobody knows how they were drawn.
+
+    Memory: one canvas of hidden states (B, L, H) where "prompt" or "first_hidden" is read, and about ten of (B, L).
+
+    Args:
+        denoiser: of the model.
+        generated: positions that the run may write, bool (B, L).
+        reads: which of `schedulers.context.INPUTS` are read; others are left unknown.
+    Raises:
+        ValueError: an unknown input.
+    """
+
+    def __init__(self, denoiser: MaskedDenoiser, generated: Tensor, reads: Iterable[str]):
+        self.denoiser, self.generated, self.reads = denoiser, generated, frozenset(check_inputs(list(reads)))
+        self.reads_first = not self.reads.isdisjoint(("prompt", "first_hidden"))
+        self._sample: Tensor | None = None  # the canvas that all of this is about
+        self._due: Tensor | None = None  # positions whose first forward pass comes next
+        self._first_hidden: Tensor | None = None
+        unknown = torch.full(generated.shape, torch.nan, device=generated.device)
+        never, none = torch.full_like(generated, -1, dtype=torch.long), torch.zeros_like(generated, dtype=torch.long)
+        self._now, self._written_at, self._num_remasked = never[:, 0], never, none
+        self._draw = self._prompt = self._log_sum = self._first_max = self._first_entropy = unknown
+        self._own = self._own_sum = self._own_min = unknown
+        self._own_count = none
+
+    def restart(self, rows: Tensor, generated: Tensor) -> None:
+        """Some rows of a pool are new texts.
+
+        Args:
+            rows: which, bool (B,).
+            generated: positions that may be written, bool (B, L); those of other rows are not read.
+        """
+        some = rows[:, None]
+        self.generated = torch.where(some, generated, self.generated)
+        self._now = self._now.masked_fill(rows, -1)
+        self._num_remasked = self._num_remasked.masked_fill(some, 0)
+        self._forget(some)
+        self._log_sum, self._first_max, self._first_entropy = (
+            values.masked_fill(some, torch.nan) for values in (self._log_sum, self._first_max, self._first_entropy)
+        )
+        if self._first_hidden is not None:
+            self._first_hidden = self._first_hidden.masked_fill(some[..., None], 0)
+
+    def begin(self, positions: Tensor) -> None:
+        """The next forward pass is the first for these positions, bool (B, L): a block, or the new rows of a pool."""
+        self._due = positions
+
+    @torch.no_grad()
+    def observe(self, sample: Tensor, hidden: Tensor, work: Tensor | None = None) -> RunContext:
+        """Take in a forward pass, and give the context that belongs to it.
+
+        Args:
+            sample: the canvas that the model saw, int64 (B, L).
+            hidden: what `MaskedDenoiser.hidden` gave, (B, L, H); with guidance that of the conditional pass.
+            work: positions that this pass is for, bool (B, L): a block, of the rows that take part. None for all.
+        """
+        work = self.generated if work is None else work
+        self._now = self._now + work.any(-1)
+        self._take_edits(sample)
+        reads_first = self._due is not None and self.reads_first
+        if reads_first or "own" in self.reads:
+            predicts = self.denoiser.aligned(hidden.detach())
+            if reads_first:
+                self._take_first(sample, predicts)
+            if "own" in self.reads:
+                self._take_own(sample, predicts, work)
+        self._due = None
+        return self._context()
+
+    @torch.no_grad()
+    def after_step(self, step) -> None:
+        """Take in what a scheduler's step did, a `PrismSchedulerOutput`."""
+        unmasked, remasked = step.unmasked, step.remasked
+        self._forget(unmasked | remasked)
+        self._num_remasked = self._num_remasked + remasked
+        self._written_at = torch.where(unmasked, self._now[:, None], self._written_at)
+        self._draw = self._draw.masked_scatter(unmasked, step.sampled_probs.float().log())
+        if "prompt" in self.reads and self._first_hidden is not None:
+            index = true_positions(unmasked, len(step.sampled_tokens))
+            self._prompt = self._prompt.index_put(index, self._given_first(index, step.sampled_tokens))
+        self._sample = step.prev_sample
+
+    def _context(self) -> RunContext:
+        own = {}
+        if "own" in self.reads:
+            mean = self._own_sum / self._own_count
+            own = {"own_logprob": self._own, "own_mean": mean, "own_min": self._own_min}
+        return RunContext(
+            generated=self.generated,
+            now=self._now,
+            written_at=self._written_at,
+            num_remasked=self._num_remasked,
+            draw_logprob=self._draw,
+            prompt_logprob=self._prompt,
+            first_max=self._first_max,
+            first_entropy=self._first_entropy,
+            first_hidden=self._first_hidden if "first_hidden" in self.reads else None,
+            **own,
+        )
+
+    def _forget(self, positions: Tensor) -> None:
+        """Nothing is known any more about the tokens at `positions`, bool (B, L) or (B, 1)."""
+        self._written_at = self._written_at.masked_fill(positions, -1)
+        self._draw, self._prompt = (v.masked_fill(positions, torch.nan) for v in (self._draw, self._prompt))
+        if "own" in self.reads:
+            self._own, self._own_sum, self._own_min = (
+                v.masked_fill(positions, torch.nan) for v in (self._own, self._own_sum, self._own_min)
+            )
+            self._own_count = self._own_count.masked_fill(positions, 0)
+
+    def _take_edits(self, sample: Tensor) -> None:
+        """Tokens that nobody saw being written; what the first forward pass said of them is still true."""
+        before, self._sample = self._sample, sample
+        if before is None or before is sample:  # as it is in a loop: no look back from the device
+            return
+        changed = self.generated & (sample != before)
+        self._forget(changed)
+        if "prompt" in self.reads and self._first_hidden is not None:
+            index = (changed & (sample != self.denoiser.spec.mask_token_id)).nonzero(as_tuple=True)
+            self._prompt = self._prompt.index_put(index, self._given_first(index, sample[index]))
+
+    def _take_first(self, sample: Tensor, predicts: Tensor) -> None:
+        """The first forward pass at the masks that are due; a token that it saw has no prediction without it."""
+        due = self._due & self.generated & (sample == self.denoiser.spec.mask_token_id)
+        before = torch.zeros_like(predicts) if self._first_hidden is None else self._first_hidden
+        self._first_hidden = torch.where(due[..., None], predicts, before)
+        if "prompt" not in self.reads:
+            return
+        index = due.nonzero(as_tuple=True)
+        found = [torch.stack(log_statistics(logits)) for logits in _logits_at(self.denoiser, predicts, index)]
+        if found:
+            log_sum, largest, entropy = torch.cat(found, dim=1)
+            self._log_sum = self._log_sum.index_put(index, log_sum)
+            self._first_max = self._first_max.index_put(index, largest)
+            self._first_entropy = self._first_entropy.index_put(index, entropy)
+
+    def _given_first(self, index: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        """log p(token | first canvas) at some positions, float32 (N,); NaN where there was no first pass."""
+        logits = self.denoiser.token_logits(self._first_hidden[index], tokens.long())
+        return (logits - self._log_sum[index]).clamp(max=0)  # the model's dtype rounds one and not the other
+
+    def _take_own(self, sample: Tensor, predicts: Tensor, work: Tensor) -> None:
+        visible = work & self.generated & (sample != self.denoiser.spec.mask_token_id)
+        index = visible.nonzero(as_tuple=True)
+        tokens, done, found = sample[index].long(), 0, []
+        for logits in _logits_at(self.denoiser, predicts, index):
+            chosen = logits.gather(-1, tokens[done : done + len(logits), None])[:, 0].float()
+            found.append((chosen - log_statistics(logits)[0]).clamp(max=0))
+            done += len(logits)
+        if not found:
+            return
+        now = torch.cat(found)
+        self._own = self._own.index_put(index, now)
+        self._own_sum = self._own_sum.index_put(index, self._own_sum[index].nan_to_num(0.0, neginf=-torch.inf) + now)
+        self._own_min = self._own_min.index_put(index, torch.fmin(self._own_min[index], now))
+        self._own_count = self._own_count + visible
+
+
+def _logits_at(denoiser: MaskedDenoiser, predicts: Tensor, index: tuple[Tensor, ...]):
+    """Logits (n, V) at some positions of aligned hidden states (B, L, H), a bounded number at a time."""
+    for part in zip(*(which.split(chunk_rows(denoiser.vocab_size)) for which in index), strict=True):
+        if len(part[0]):
+            yield denoiser.head(predicts[part])
+
+
+def log_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, largest log-probability, and entropy in nats of each row of logits (N, V), float32 (N,) each."""
+    p = probabilities(logits)
+    largest = p.amax(-1).log()
+    return logits.amax(-1).float() - largest, largest, torch.special.entr(p).sum(-1)
