@@ -26,7 +26,18 @@ ROOMS = {
     ),
     "cli": (
         "the command `prism`",
-        {"schedulers", "sudoku", "models", "sampling", "hub", "evaluation", "pipeline", "generation", "integrations"},
+        {
+            "schedulers",
+            "sudoku",
+            "models",
+            "sampling",
+            "hub",
+            "evaluation",
+            "pipeline",
+            "training",
+            "generation",
+            "integrations",
+        },
     ),
 }
 # Walls that must stand however the table grows: (room, room that it never reads, where such code belongs instead).

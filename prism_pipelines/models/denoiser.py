@@ -16,8 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..schedulers.token_sampling import chunk_rows
 from .families import MDMSpec, reads_only_masks
-from .schedulers.token_sampling import chunk_rows
 
 # Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
 # causal; tests/test_speed.py holds each to the result with a mask of zeros.

@@ -8,8 +8,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
-from .schedulers.arguments import is_number, require
-from .schedulers.context import RunContext, check_inputs, context_features, num_features
+from ..schedulers.context import RunContext, check_inputs, context_features, num_features
+from ..schedulers.validation import is_number, require
 
 ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
 
