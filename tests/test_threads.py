@@ -167,7 +167,7 @@ def test_a_thread_that_calls_the_model_itself_gets_its_logits():
 def test_what_is_saved_during_a_call_is_not_marked_as_bidirectional(tmp_path):
     pipe = twin("llada")
     head = pipe.model.get_output_embeddings()
-    from prism_pipelines.denoiser import HeadInput, not_causal
+    from prism_pipelines.models.denoiser import HeadInput, not_causal
 
     inside, saved = threading.Event(), threading.Event()
 

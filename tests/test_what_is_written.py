@@ -21,7 +21,7 @@ from transformers import (
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, resolve_spec
 from prism_pipelines.sampling.canvas import whole_ids
-from prism_pipelines.stopping import (
+from prism_pipelines.sampling.stopping import (
     end_tokens,
     infilled_text,
     no_content,
