@@ -15,9 +15,9 @@ from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead
 from prism_pipelines.cli.main import main
 from prism_pipelines.hub.publish import usage
 from prism_pipelines.sampling.encoding import text_frame
+from prism_pipelines.sampling.rows import RowEncoder, encode_rows, examples_line
 from prism_pipelines.training.arguments import RunArguments, check_run, parse_arguments
 from prism_pipelines.training.callbacks import HeadProgress
-from prism_pipelines.training.data import RowEncoder, encode_rows, examples_line
 from prism_pipelines.training.run import given_ids
 from prism_pipelines.training.setup import load_examples
 

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from prism_pipelines.training.data import RowEncoder, encode_rows, pad_batch, read_rows, split_examples
+from prism_pipelines.sampling.rows import RowEncoder, encode_rows, pad_batch
+from prism_pipelines.training.data import read_rows, split_examples
 
 WORDS = ["<pad>", "<mask>", "<eos>", "<unk>", *"abcdefgh"]
 EOS, MASK = 2, 1

@@ -330,7 +330,7 @@ def text_sequences(texts: list[str], pipe, length: int, count: int, packing: boo
     import torch
 
     from ..models.families import reads_only_masks
-    from ..training.data import RowEncoder, encode_rows, examples_line, pad_batch
+    from ..sampling.rows import RowEncoder, encode_rows, examples_line, pad_batch
 
     if pipe.tokenizer is None:
         raise ValueError("The model has no tokenizer, so text cannot be read; pass --data sudoku or another model.")

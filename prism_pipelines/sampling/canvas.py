@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .encoding import NO_FRAME, Frame, prompt_ids
+from .encoding import NO_FRAME, Frame, prompt_ids, whole_ids
 
 DEFAULT_STEPS = 64
 
@@ -140,20 +140,6 @@ def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None,
     texts = [source] if isinstance(source, str) else source
     written = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
     return Canvas(ids, generated, mask, whole=True, texts=tuple(texts) if written else None)
-
-
-def whole_ids(text: str, tokenizer) -> list[int]:
-    """Ids of a whole text, framed as the tokenizer frames one ([CLS] ... [SEP]), once also where the text says so."""
-    ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) == len(bare) or not bare:
-        return ids
-    front = next((n for n in range(len(ids) - len(bare) + 1) if ids[n : n + len(bare)] == bare), None)
-    if front is None:
-        return ids
-    back = len(ids) - len(bare) - front
-    start = ids[:front] if bare[:front] != ids[:front] else []
-    end = ids[len(ids) - back :] if back and bare[len(bare) - back :] != ids[len(ids) - back :] else []
-    return [*start, *bare, *end]
 
 
 def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[Tensor, Tensor | None]:

@@ -73,6 +73,20 @@ def kept_ids(text: str, tokenizer) -> slice:
     return slice(first, end)
 
 
+def whole_ids(text: str, tokenizer) -> list[int]:
+    """Ids of a whole text, framed as the tokenizer frames one ([CLS] ... [SEP]), once also where the text says so."""
+    ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) == len(bare) or not bare:
+        return ids
+    front = next((n for n in range(len(ids) - len(bare) + 1) if ids[n : n + len(bare)] == bare), None)
+    if front is None:
+        return ids
+    back = len(ids) - len(bare) - front
+    start = ids[:front] if bare[:front] != ids[:front] else []
+    end = ids[len(ids) - back :] if back and bare[len(bare) - back :] != ids[len(ids) - back :] else []
+    return [*start, *bare, *end]
+
+
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 

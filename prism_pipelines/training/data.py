@@ -7,28 +7,18 @@ and never masked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from ..sampling.encoding import (
-    NO_FRAME,
-    TRAIN_ON,
-    Frame,
-    answer_spans,
-    has_chat_template,
-    prompt_ids,
-    span_ids,
-)
+from ..sampling.rows import RowEncoder, encode_rows
 from ..sudoku import CELLS, SYMMETRY_NUMBERS, complete_grids, dig_puzzles, symmetry_images, uniform_of
 
 HELD_OUT_SEED = 999_983  # base grids for evaluation come from this seed, training uses the run's own
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-TOO_LONG = ("error", "drop")
 EVAL_SHARE = 0.1  # held-out examples are at most this share of a data set without a split of its own
 
 
@@ -75,186 +65,6 @@ class SudokuGrids(Dataset):
 
 
 # --- data sets of text ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RowEncoder:
-    """Turns a row of a data set into ids, and says what kind of rows these are.
-
-    A row is one of, by its columns:
-        {"messages": [{"role", "content"}, ...]}    a chat; the last message, the assistant's, is the answer
-        {"prompt": str, "completion": str}          the completion is the answer
-        {"text": str}                               trained everywhere
-
-    What is given of a row is what the pipeline writes after when it generates: a prompt and its completion are a chat
-    of two turns where the tokenizer has a chat template; an answer is tokenized apart from its prompt and closed by the
-    end token of a language model; the special tokens around an encoder's text are given, and never trained.
-
-    Args:
-        tokenizer: transformers tokenizer.
-        mask_token_id: must not occur in the data.
-        max_length: most tokens of a row, and the length of a packed one.
-        vocab_size: ids at and above it are unknown to the model.
-        too_long: "error", or "drop" to leave out rows that are longer.
-        suppressed: ids that the model is never to predict, such as padding. In a `text` they are given; an answer must
-            not hold them.
-        reads_only_masks: whether the model can read a row of masks alone; if not, an example without any given token
-            keeps its first one, and an answer needs a prompt.
-        frame: special tokens around every text of an encoder, see `encoding.text_frame`.
-        packing: lay `text` rows end to end and cut them into `max_length`; None for language models only.
-        use_chat_template: False writes prompt and completion as plain text.
-        template_kwargs: for the chat template.
-        train_on: "last_turn", or "all_turns" to learn every message of the assistant.
-    Raises:
-        ValueError: unknown `too_long` or `train_on`, `max_length` below 1, or from `answer` and `text` a row that
-            cannot be used.
-    """
-
-    tokenizer: object
-    mask_token_id: int
-    max_length: int
-    vocab_size: int
-    too_long: str = "error"
-    suppressed: tuple[int, ...] = ()
-    reads_only_masks: bool = True
-    frame: Frame = NO_FRAME
-    packing: bool | None = None
-    use_chat_template: bool = True
-    template_kwargs: dict | None = None
-    train_on: str = "last_turn"
-
-    def __post_init__(self):
-        for name, known in (("too_long", TOO_LONG), ("train_on", TRAIN_ON)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
-        if self.max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {self.max_length}.")
-        if self.template_kwargs and not (self.use_chat_template and has_chat_template(self.tokenizer)):
-            raise ValueError("`chat_template_kwargs` is given, and no chat template is used: leave it out.")
-
-    @property
-    def packs(self) -> bool:
-        """Are `text` rows laid end to end?"""
-        return not self.frame.closing if self.packing is None else self.packing
-
-    def answer(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
-        """The example of a row with an answer, or None if it is too long and such rows are dropped."""
-        chat = self._chat(row, number)
-        if chat is None:
-            ids, learned = self._plain(row["prompt"], row["completion"])
-        else:
-            try:
-                ids, learned = span_ids(
-                    answer_spans(chat, self.tokenizer, self.template_kwargs, self.train_on), self.tokenizer
-                )
-            except ValueError as error:
-                raise ValueError(f"Row {number} of the data set: {error}") from None
-        if not any(learned):
-            raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
-        if learned[0] and not self.reads_only_masks:
-            raise ValueError(
-                f"Row {number} of the data set has an empty prompt, and this model (ESM, token_dropout) cannot read a "
-                "row of masks alone. Give it a prompt, or pass the texts as `text`."
-            )
-        trained = {token for token, learn in zip(ids, learned, strict=True) if learn}
-        if found := sorted(set(self.suppressed) & trained):
-            raise ValueError(
-                f"Row {number} of the data set holds {self.tokenizer.decode(found)!r} (id {found[0]}) where it is to "
-                "be learned, and the model never writes that token. Remove it from the data."
-            )
-        self._check(ids, number)
-        return self._fitting(ids, learned, number)
-
-    def text(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
-        """The example of a row of plain text, one sequence with its special tokens; None if empty or dropped."""
-        content = self._content(row, number)
-        if not content:
-            return None
-        if self.frame.closing:
-            before, after, ends = list(self.frame.opening), list(self.frame.closing), []
-        else:
-            (before,), after, ends = prompt_ids([""], self.tokenizer), [], self._end()
-        learned = [token not in self.suppressed for token in [*content, *ends]]
-        return self._fitting(
-            [*before, *content, *ends, *after], [False] * len(before) + learned + [False] * len(after), number
-        )
-
-    def packed_text(self, row: dict, number: int) -> list[int]:
-        """Ids of a row of plain text, closed by the end token, to be packed; empty for an empty text."""
-        content = self._content(row, number)
-        return [*content, *(self._end() or self.frame.closing)] if content else []
-
-    def block(self, ids: list[int]) -> dict[str, torch.Tensor]:
-        """An example in which every token may be masked, or every token but the first."""
-        learned = torch.tensor([token not in self.suppressed for token in ids])
-        learned[0] &= self.reads_only_masks
-        return {"input_ids": torch.tensor(ids), "trainable_mask": learned}
-
-    def _fitting(self, ids: list[int], learned: list[bool], number: int) -> dict[str, torch.Tensor] | None:
-        if len(ids) <= self.max_length:
-            if all(learned) and not self.reads_only_masks:
-                learned = [False, *learned[1:]]
-            return {"input_ids": torch.tensor(ids), "trainable_mask": torch.tensor(learned)}
-        if self.too_long == "drop":
-            return None
-        raise ValueError(
-            f"Row {number} of the data set has {len(ids)} tokens, and --max_length is {self.max_length}. Raise it up "
-            "to what the model takes, shorten the row, or pass --too_long drop; --packing true cuts rows of text."
-        )
-
-    def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-        """Prompt and completion without a template."""
-        (given,), answer = prompt_ids([prompt], self.tokenizer), self._bare(completion)
-        if not answer:
-            return given, [False] * len(given)
-        after = list(
-            self.frame.closing
-        )  # an encoder's closing token is given: it writes as many tokens as are asked for
-        if not after and (end := self.tokenizer.eos_token_id) is not None and answer[-1] != end:
-            answer = [*answer, end]
-        return [*given, *answer, *after], [False] * len(given) + [True] * len(answer) + [False] * len(after)
-
-    def _chat(self, row: dict, number: int) -> list[dict] | None:
-        """The chat of a row, or None for a prompt and a completion that are plain text."""
-        if "messages" in row:
-            if not has_chat_template(self.tokenizer):
-                raise ValueError(
-                    "The data set holds `messages`, and the tokenizer has no chat template to write them by."
-                )
-            if not self.use_chat_template:
-                raise ValueError("`messages` need the chat template: leave out --no_chat_template.")
-            return row["messages"]
-        for name, value in (("prompt", row["prompt"]), ("answer", row["completion"])):
-            if not isinstance(value, str):
-                raise ValueError(f"Row {number} of the data set: its {name} is no text but {value!r}.")
-        if not (self.use_chat_template and has_chat_template(self.tokenizer)):
-            return None
-        if not row["completion"]:
-            raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
-        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-
-    def _content(self, row: dict, number: int) -> list[int]:
-        if not isinstance(row["text"], str):
-            raise ValueError(f"Row {number} of the data set: its text is no text but {row['text']!r}.")
-        ids = self._bare(row["text"]) if row["text"].strip() else []
-        self._check(ids, number)
-        return ids
-
-    def _bare(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _end(self) -> list[int]:
-        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
-        return next(([end] for end in ends if end is not None), [])
-
-    def _check(self, ids: list[int], number: int) -> None:
-        if self.mask_token_id in ids:
-            raise ValueError(
-                f"Row {number} of the data set holds the mask token (id {self.mask_token_id}) as text: no answer is "
-                "known there. Remove it from the data."
-            )
-        if ids and max(ids) >= self.vocab_size:
-            raise ValueError(f"Row {number} gives id {max(ids)}; the model knows ids up to {self.vocab_size - 1}.")
 
 
 def read_rows(
@@ -305,77 +115,6 @@ def read_rows(
         return datasets.load_dataset(kinds.pop(), data_files=names, split="train", streaming=streaming)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise ValueError(f"`{flag}` {dataset!r} cannot be read: {error.__cause__ or error}") from None
-
-
-def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str, torch.Tensor]]:
-    """Examples of rows: one for each answer and each text; or blocks of `max_length` tokens of packed text.
-
-    What is left after the last whole block is an example of its own if it is all there is, and else dropped.
-
-    Raises:
-        ValueError: columns of no known kind, or what `RowEncoder` raises.
-    """
-    buffer, blocks = [], 0
-    for number, row in enumerate(rows):
-        kind = row_kind(row)
-        if kind == "text" and encoder.packs:
-            buffer += encoder.packed_text(row, number)
-            while len(buffer) >= encoder.max_length:
-                yield encoder.block(buffer[: encoder.max_length])
-                del buffer[: encoder.max_length]
-                blocks += 1
-        else:
-            example = encoder.text(row, number) if kind == "text" else encoder.answer(row, number)
-            if example is not None and example["trainable_mask"].any():
-                yield example
-    if buffer and not blocks:
-        yield encoder.block(buffer)
-
-
-def row_kind(row: dict) -> str:
-    """Which kind of row it is, by its columns: "chat", "prompt" or "text".
-
-    Raises:
-        ValueError: none of these.
-    """
-    kinds = {"chat": {"messages"}, "prompt": {"prompt", "completion"}, "text": {"text"}}
-    for kind, columns in kinds.items():
-        if row.keys() >= columns:
-            return kind
-    raise ValueError(
-        f"The data set has the columns {sorted(row)}. Rename them: text, or prompt and completion, or messages."
-    )
-
-
-def examples_line(rows, encoder: RowEncoder, examples) -> str:
-    """One line that says how rows became examples, with the first example, its given tokens in brackets.
-
-    Args:
-        rows: as they were read.
-        encoder: made the examples of them.
-        examples: at least one; those of a stream are not counted.
-    """
-    kind, streamed = row_kind(next(iter(rows))), isinstance(examples, IterableDataset)
-    first = next(iter(examples))
-    plain = encoder.use_chat_template and has_chat_template(encoder.tokenizer)
-    way = {
-        "text": f"packed end to end into {encoder.max_length} tokens" if encoder.packs else "one sequence a row",
-        "chat": f"by the chat template, trained on {encoder.train_on.replace('_', ' ')}",
-        "prompt": "by the chat template" if plain else "as plain text",
-    }[kind]
-    if kind == "text" and encoder.frame.closing and not encoder.packs:
-        around = [encoder.tokenizer.decode(list(ids)) for ids in encoder.frame]
-        way += f" between {around[0]} and {around[1]}"
-    count = "rows" if streamed else f"{len(examples)} examples"
-    parts = []
-    for learned, run in itertools.groupby(
-        zip(first["input_ids"].tolist(), first["trainable_mask"].tolist(), strict=True), key=lambda pair: pair[1]
-    ):
-        text = encoder.tokenizer.decode([token for token, _ in run])
-        parts.append(text if learned else f"⟦{text}⟧")
-    shown = "".join(parts)
-    shown = f"{shown[:150]} ... {shown[-100:]}" if len(shown) > 260 else shown
-    return f"{count} of {kind} rows, {way}. The first, with what is given in ⟦⟧: {shown!r}"
 
 
 class StreamedExamples(IterableDataset):
@@ -433,24 +172,3 @@ def split_examples(rows, encoder: RowEncoder, num_eval: int, streaming: bool = F
         return examples, held_out
     count = min(num_eval, max(1, int(len(examples) * EVAL_SHARE)))
     return examples[count:], examples[:count]
-
-
-def pad_batch(examples: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch of examples, padded on the right to the longest.
-
-    Args:
-        examples: at least one.
-        pad_token_id: any id; `attention_mask` hides it.
-    Returns:
-        `input_ids` int64 and `trainable_mask` bool, (B, L); and `attention_mask`, int64 (B, L), if anything is padded.
-    """
-    ids = [example["input_ids"] for example in examples]
-    masks = [example["trainable_mask"] for example in examples]
-    batch = {
-        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-        "trainable_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
-    }
-    if len({len(row) for row in ids}) > 1:
-        ones = [torch.ones_like(row) for row in ids]
-        batch["attention_mask"] = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)
-    return batch

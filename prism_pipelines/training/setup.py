@@ -18,10 +18,11 @@ from ..models.denoiser import MaskedDenoiser
 from ..models.families import reads_only_masks, resolve_spec
 from ..models.quality_head import QualityHead
 from ..sampling.encoding import text_frame
+from ..sampling.rows import RowEncoder, examples_line, pad_batch
 from ..sampling.stopping import end_tokens, never_written
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from .checkpointing import MANIFEST
-from .data import HELD_OUT_SEED, RowEncoder, SudokuGrids, examples_line, pad_batch, read_rows, split_examples
+from .data import HELD_OUT_SEED, SudokuGrids, read_rows, split_examples
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 
 logger = logging.getLogger(__name__)
