@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..models.families import MDMSpec
-from .canvas import Canvas, has_chat_template, whole_ids
+from .canvas import Canvas, whole_ids
+from .encoding import has_chat_template
 
 
 def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]:
