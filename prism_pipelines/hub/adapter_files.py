@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import check_finite, fetch_file, inside, read_json
+from ..models.checks import non_finite
+from .files import fetch_file, inside, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the names of the base model
@@ -69,7 +70,8 @@ def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> Ad
     names = {name: native_names(name, spec) for name in shapes}
     check_fit(path, raw, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
     weights = load_file(file)
-    check_finite(weights, f"The adapter of {path!r}")
+    if bad := non_finite(weights.items()):
+        raise ValueError(f"A weight of the adapter of {path!r} holds NaN or inf: {bad}. Load another adapter.")
     fitted = {}
     for old, news in names.items():
         parts = split_rows(weights[old], news, model) if len(news) > 1 else [weights[old]]

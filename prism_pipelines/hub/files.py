@@ -91,14 +91,6 @@ def read_json(path: str, name: str, where: dict) -> dict | None:
     return content
 
 
-def check_finite(weights: dict, owner: str) -> None:
-    """Raise a ValueError if a tensor holds NaN or inf, with its name."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            kind = "NaN" if value.isnan().any() else "inf"
-            raise ValueError(f"{owner} holds {kind} in {name}. Its training failed or the file is damaged.")
-
-
 def out_of_reach(path: str, name: str, where: dict) -> bool:
     """Is a file of the Hub unknown to the cache while nothing may be fetched?"""
     if Path(path).is_dir() or not (where.get("local_files_only") or is_offline_mode()):
