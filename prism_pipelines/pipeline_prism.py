@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -311,24 +311,17 @@ class PrismPipeline(DiffusionPipeline):
                 quality = quality.masked_fill(~canvas.generated, 1.0)
         self.maybe_free_model_hooks()
         confidence = None if quality is None else row_confidence(quality, canvas.generated)
+        texts = None
+        if output_type == "text" and self.tokenizer is not None:
+            texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, (*ends, *closing), stops)
         nfe_per_row, accepted, keep = filled.nfe_per_row + looks_again, filled.accepted, slice(None)
         if select is not None:
             best = confidence.view(-1, num_samples).argmax(-1)
             keep = best + torch.arange(len(best), device=best.device) * num_samples
             nfe_per_row = nfe_per_row.view(-1, num_samples).sum(-1)
-            mask = canvas.attention_mask
-            canvas = replace(
-                canvas,
-                sample=canvas.sample[keep],
-                generated=canvas.generated[keep],
-                attention_mask=None if mask is None else mask[keep],
-            )
-        filled.sample = filled.sample[keep]
-        texts = None
-        if output_type == "text" and self.tokenizer is not None:
-            texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, (*ends, *closing), stops)
+            texts = None if texts is None else [texts[row] for row in keep.tolist()]
         output = PrismPipelineOutput(
-            sequences=filled.sample,
+            sequences=filled.sample[keep],
             texts=texts,
             quality=quality[keep] if return_quality else None,
             nfe=filled.nfe + looks_again,
