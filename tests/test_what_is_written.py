@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, resolve_spec
-from prism_pipelines.sampling.canvas import whole_ids
+from prism_pipelines.sampling.encoding import whole_ids
 from prism_pipelines.sampling.stopping import (
     end_tokens,
     infilled_text,
