@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel
 from transformers import BertConfig, BertForMaskedLM
 
 from prism_pipelines import PrismPipeline, PrismScheduler, QualityHead, TokenCriticScheduler
-from prism_pipelines.hub.publish import model_card, push_head_repo, save_head_repo
+from prism_pipelines.hub.model_card import model_card
+from prism_pipelines.hub.publish import push_head_repo, save_head_repo
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 BASE, HEAD = "them/tiny-bert", "me/tiny-bert-prism"

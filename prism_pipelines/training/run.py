@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from ..hub.files import is_hub_id
-from ..hub.publish import pipeline_card, push_head_repo, push_pipeline, save_head_repo, write_card
+from ..hub.model_card import pipeline_card
+from ..hub.publish import push_head_repo, push_pipeline, save_head_repo, write_card
 from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log

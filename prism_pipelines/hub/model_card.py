@@ -1,0 +1,151 @@
+"""The model cards of a head's repository and of a whole pipeline's: what it is, how it is used, what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import yaml
+
+from ..models import checks
+from ..schedulers import TokenCriticScheduler
+from ..schedulers.validation import own_fields
+from .files import is_hub_id, read_json
+
+CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
+MEANINGS = {
+    "PRISM": "It gives, in the same forward pass as the predictions, the probability that each visible token is right; "
+    "at inference the least likely are masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
+    "Token-Critic": "It gives the probability that each token is of the data and not written by the model, which says "
+    "nothing about whether it is right; at inference the whole text is filled, judged, and masked again where the "
+    "model's hand is most likely ([Token-Critic](https://arxiv.org/abs/2209.04439)).",
+}
+
+
+def method(pipe) -> str:
+    """The method that a head was trained for, of `MEANINGS`: the scheduler that is recommended with it says which."""
+    return "Token-Critic" if isinstance(pipe.scheduler, TokenCriticScheduler) else "PRISM"
+
+
+def model_card(
+    pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict, repo_id: str | None = None
+) -> str:
+    """README.md of a head's repository; what is not known is left out."""
+    kind = pipe.quality_head.config.architecture
+    name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
+    at = f" at revision `{base_revision}`" if base_revision else ""
+    adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
+    use = usage(pipe, repo_id, facts)
+    if rank:
+        use += "\n\n" + adapter_usage(pipe, base_model, base_revision, repo_id)
+    parts = [
+        header("peft" if rank else "diffusers", base_model, ["lora"] if rank else [], facts),
+        f"# {method(pipe)} quality head for {Path(name).name}",
+        f"A {kind} head on the last hidden states of `{name}`{at}, with {adapter}. {MEANINGS[method(pipe)]}",
+        "## Use",
+        use,
+        "## Recommended settings",
+        settings(pipe.scheduler),
+        *training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:
+    """README.md of a whole pipeline's repository; what is not known is left out."""
+    head = pipe.quality_head
+    judged = "" if head is None else f" with a {method(pipe)} quality head ({head.config.architecture})"
+    parts = [
+        header("diffusers", base_model, [], facts),
+        f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
+        f"A masked diffusion language model, {type(pipe.model).__name__}{judged}, as a pipeline of `prism_pipelines`.",
+        "## Use",
+        usage(pipe, repo_id, facts),
+        "## Recommended settings",
+        settings(pipe.scheduler),
+        *training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def header(library: str, base_model: str | None, tags: list[str], facts: dict) -> str:
+    """The YAML block of a card, between its lines of dashes."""
+    values = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*CARD_TAGS, *tags]}
+    if is_hub_id(base_model):
+        values["base_model"] = base_model
+    if "license" in facts:
+        values["license"] = facts["license"]
+    return "---\n" + yaml.safe_dump(values, sort_keys=False) + "---"
+
+
+def training(facts: dict) -> list[str]:
+    """The parts of a card about training and what was measured."""
+    about = {
+        "Data": facts.get("dataset"),
+        "Steps": facts.get("steps"),
+        "Hardware": facts.get("hardware"),
+        "Versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()),
+    }
+    rows, parts = [f"- {key}: {value}" for key, value in about.items() if value], []
+    if "command" in facts:
+        rows.append(f"\n```bash\n{facts['command']}\n```")
+    if rows:
+        parts += ["## Training", "\n".join(rows)]
+    table = [f"| {key} | {value:.4g} |" for key, value in facts.get("metrics", {}).items() if value is not None]
+    if table:
+        parts += ["## Held-out metrics", "\n".join(["| measure | value |", "| --- | --- |", *table])]
+    if facts.get("figure"):
+        parts.append("![Reliability of the head: share right against the quality it claims](calibration.png)")
+    return parts
+
+
+def usage(pipe, repo_id: str | None, facts: dict) -> str:
+    """How a reader loads the repository and generates with it; runs as it stands, in the folder if it has no id."""
+    frame = sum(map(len, pipe.text_frame))
+    length = min(32, (checks.max_length(pipe.model.config) or 32 + frame) - frame)
+    what, shown = "num_samples=1, ", "out.texts[0]"
+    if pipe.tokenizer is None:
+        shown = "out.sequences[0]"
+    elif getattr(pipe.tokenizer, "chat_template", None):
+        what = '"Write a haiku.", ' + "".join(f"{name}={value!r}, " for name, value in facts.get("call", {}).items())
+    written = ', output_type="seq"' if pipe.tokenizer is None else ""
+    lines = [
+        "```python",
+        "from prism_pipelines import PrismPipeline",
+        "",
+        f'pipe = PrismPipeline.from_pretrained("{repo_id or "."}")',
+        f"out = pipe({what}gen_length={length}, num_inference_steps={length}{written})",
+        f"print({shown})",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def adapter_usage(pipe, base_model: str, base_revision: str | None, repo_id: str | None) -> str:
+    """How the adapter is loaded without this package."""
+    kind = type(pipe.model).__name__
+    base = f'"{base_model if is_hub_id(base_model) else Path(base_model).name}"'  # a card tells no folders
+    with contextlib.suppress(OSError):  # out of reach: no reason not to save a head
+        if read_json(base_model, "model_index.json", {"revision": base_revision}) is not None:
+            base += ', subfolder="model"'  # of a saved pipeline
+    if pipe.config.mdm_spec.get("key_mapping"):
+        return f"The adapter alone is an ordinary PEFT adapter for {kind}, under whose names the base model is loaded."
+    lines = [
+        "The adapter alone, without this package:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained({base}), "{repo_id or "."}")',
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def settings(scheduler) -> str:
+    """The scheduler's settings that differ from the defaults of its class."""
+    plain = own_fields(type(scheduler)())
+    changed = {key: value for key, value in own_fields(scheduler).items() if value != plain[key]}
+    words = ", ".join(f"{key}={value!r}" for key, value in sorted(changed.items()))
+    return f"`{type(scheduler).__name__}({words})`, loaded with the head."
