@@ -56,7 +56,7 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.
-    Source: ours; measured in docs/judging.md.
+    Source: ours; see docs/judging.md.
     """
 
     order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.

@@ -28,7 +28,7 @@ class PromptConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         All as `PrismScheduler`, so `from_config` turns one into the other.
     Raises:
         ValueError: a field out of its range, or fields that exclude each other.
-    Source: ours; measured in docs/judging.md.
+    Source: ours; see docs/judging.md.
     """
 
     order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.

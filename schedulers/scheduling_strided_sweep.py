@@ -36,7 +36,7 @@ class StridedSweepScheduler(SchedulerMixin, SchedulerConfig):
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.
-    Source: ours; measured in docs/judging.md. Of the family of predictor-correctors for masked diffusion: Gibbs steps
+    Source: ours; see docs/judging.md. Of the family of predictor-correctors for masked diffusion: Gibbs steps
         on a part of the tokens.
     """
 
