@@ -4,10 +4,11 @@ import itertools
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 
-from prism_pipelines.evaluation import calibration, evaluate_calibration
+from prism_pipelines.evaluation import calibration, evaluate_calibration, fit_temperature, risk_coverage
 
 # A skewed distribution over three bits; id 2 is the mask.
 COUNTS = dict(zip(itertools.product([0, 1], repeat=3), [5, 1, 1, 2, 1, 3, 2, 1], strict=True))
@@ -181,3 +182,40 @@ def test_wrong_input_is_named(sequences, settings, names):
 
 def test_the_name_calibration_stays_the_function():
     assert calibration([0.9, 0.1], [True, False])["auroc"] == 1.0
+
+
+@pytest.mark.parametrize("true", [0.3, 1.0, 4.0])
+def test_the_fitted_temperature_is_the_one_that_the_answers_were_drawn_at(true):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(1, 3, 40_000)
+    right = rng.random(40_000) < 1 / (1 + np.exp(-logits / true))
+    quality = 1 / (1 + np.exp(-logits))
+    found = fit_temperature(quality, right)
+    assert abs(np.log(found / true)) < 0.06
+
+    def loss(t):
+        p = 1 / (1 + np.exp(-np.log(quality / (1 - quality)) / t))
+        return -np.where(right, np.log(p), np.log1p(-p)).mean()
+
+    assert loss(found) <= min(loss(found * 1.02), loss(found / 1.02))
+
+
+@pytest.mark.parametrize(
+    "quality,right,message",
+    [
+        ([0.5, 0.6], [True], "one shape"),
+        ([0.5, 1.6], [True, False], r"in \[0, 1\]"),
+        ([0.5, 0.6], [True, True], "right and wrong tokens, got 2 right of 2"),
+    ],
+)
+def test_a_temperature_that_cannot_be_fitted_is_refused_by_name(quality, right, message):
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(quality, right)
+
+
+def test_risk_and_coverage_by_hand():
+    found = risk_coverage([0.9, 0.2, 0.8, 0.5], [True, False, False, True])
+    assert found["coverage"] == [0.25, 0.5, 0.75, 1.0]
+    assert found["risk"] == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4]) and found["area"] == pytest.approx(4 / 12)
+    with pytest.raises(ValueError, match="one shape"):
+        risk_coverage([], [])

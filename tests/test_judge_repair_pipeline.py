@@ -4,7 +4,15 @@ import pytest
 import torch
 from test_pipeline import twin  # a tiny random model
 
-from prism_pipelines import JudgeAndRepairScheduler, MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines import (
+    DrawConfidenceScheduler,
+    JudgeAndRepairScheduler,
+    MDLMScheduler,
+    PrismPipeline,
+    PrismScheduler,
+    PromptConfidenceScheduler,
+    QualityHead,
+)
 from prism_pipelines.sudoku import HARD_PUZZLE, MASK_ID, sudoku_tokenizer
 
 FEW = {"quality_threshold": 0.5, "tokens_per_step": 8}
@@ -94,3 +102,14 @@ def test_a_callback_that_masks_tokens_leaves_no_mask_at_the_end():
 
     out = pipe(infill="." * 81, num_inference_steps=33, callback_on_step_end=punch, output_type="seq")
     assert out.nfe <= 33 and not (out.sequences[:, 5:] == MASK_ID).any()
+
+
+@pytest.mark.parametrize("kind", [PromptConfidenceScheduler, DrawConfidenceScheduler])
+@pytest.mark.parametrize("block_length", [None, 30])
+def test_the_pipeline_gives_rules_that_read_a_context_theirs_at_no_forward(kind, block_length):
+    pipe, made = pipeline(scheduler=kind(num_remask=2)), []
+    hook = pipe.model.base_model.register_forward_hook(lambda *_: made.append(1))
+    out = pipe(infill=HARD_PUZZLE, num_inference_steps=12, block_length=block_length, return_trace=True)
+    hook.remove()
+    assert out.nfe == len(made) == 12 and "." not in out.texts[0]
+    assert sum(int(step.remasked.sum()) for step in out.trace) > 5

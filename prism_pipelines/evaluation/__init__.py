@@ -3,7 +3,13 @@
 `calibration` here is the function that scores probabilities; the module of that name is reached by its own names.
 """
 
-from .calibration import calibration_table, evaluate_calibration, write_calibration
+from .calibration import (
+    calibration_table,
+    evaluate_calibration,
+    fit_temperature,
+    risk_coverage,
+    write_calibration,
+)
 from .compare import (
     comparison_table,
     fingerprint,
@@ -59,6 +65,7 @@ __all__ = [
     "evaluate_sudoku",
     "evaluate_text",
     "fingerprint",
+    "fit_temperature",
     "folder_contents",
     "generative_perplexity",
     "head_calibration",
@@ -75,6 +82,7 @@ __all__ = [
     "pipeline_texts",
     "read_comparison",
     "read_texts",
+    "risk_coverage",
     "row_generators",
     "run_comparison",
     "self_bleu",

@@ -248,3 +248,61 @@ def _as_mask(name: str, mask, ids) -> torch.Tensor:
 
 def _bracket(interval) -> str:
     return "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def fit_temperature(quality, right) -> float:
+    """The temperature that calibrates a quality head: what its logits are divided by before the sigmoid.
+
+    It minimises the cross-entropy of sigmoid(logit(quality) / T) and `right`, which has one minimum in 1 / T. Fit it on
+    the canvases that are to be judged, finished ones of runs with the scheduler in use on data that the head was not
+    trained on, and store it: `head.register_to_config(temperature=T)`, then save. A head without one counts as not
+    calibrated: `out.confidence` is None, and `select="confidence"` is refused.
+
+    Args:
+        quality: what the head said at temperature 1 (None in its config), probabilities (N,); one for each token.
+        right: was the token right? bool (N,).
+    Returns:
+        T, above 0. Below 1 the head was not sure enough, above 1 too sure.
+    Raises:
+        ValueError: other shapes, a quality outside [0, 1], or tokens that are all right or all wrong.
+    Source: temperature scaling, Guo et al. (arXiv 1706.04599).
+    """
+    quality, right = np.asarray(quality, dtype=np.float64), np.asarray(right, dtype=bool)
+    if quality.ndim != 1 or quality.shape != right.shape:
+        raise ValueError(f"`quality` and `right` must have one shape (N,), got {quality.shape} and {right.shape}.")
+    if not ((quality >= 0) & (quality <= 1)).all():
+        raise ValueError("`quality` must lie in [0, 1]; apply the sigmoid first.")
+    if right.all() or not right.any():
+        raise ValueError(f"`right` must hold right and wrong tokens, got {int(right.sum())} right of {len(right)}.")
+    p = quality.clip(1e-6, 1 - 1e-6)
+    signed = np.where(right, 1, -1) * np.log(p / (1 - p))
+
+    def slope(scale: float) -> float:  # of the mean cross-entropy, which is convex in scale = 1 / T
+        return float((-signed / (1 + np.exp(np.clip(scale * signed, -700, 700)))).mean())
+
+    low, high = np.log(0.02), np.log(50.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
+    return float(np.exp(-(low + high) / 2))
+
+
+def risk_coverage(confidence, right) -> dict:
+    """How many answers are wrong among the surest ones: what is gained by leaving the others to somebody else.
+
+    Args:
+        confidence: of each answer, anything that rises with it, (N,).
+        right: was it right? bool (N,).
+    Returns:
+        {"coverage", "risk"}: lists of N numbers, the share of answers kept and the share of wrong ones among these,
+        from the surest alone to all; ties in the order given. "area": the mean risk.
+    Raises:
+        ValueError: no answers, or other shapes.
+    Source: El-Yaniv and Wiener, JMLR 11 (2010).
+    """
+    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
+    if confidence.ndim != 1 or confidence.shape != right.shape or not confidence.size:
+        raise ValueError(f"Both must have one shape (N,), N >= 1, got {confidence.shape} and {right.shape}.")
+    order, n = np.argsort(-confidence, kind="stable"), np.arange(1, len(right) + 1)
+    risk = (~right[order]).cumsum() / n
+    return {"coverage": (n / len(right)).tolist(), "risk": risk.tolist(), "area": float(risk.mean())}
