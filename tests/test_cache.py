@@ -79,15 +79,16 @@ def test_logits_and_quality_with_a_cache_are_those_without(family, monkeypatch):
     pipe, ids, runs, steps = random_head(load(checkpoint(family))), some_ids(3, LENGTH), [], 20
     for cache in ("none", "prefix"):
         pipe.scheduler, seen = PrismScheduler(num_remask=1, temperature=0.0), []
-        step = pipe.scheduler.step
+        step = PrismScheduler.step
 
-        def watched(logits, t, sample, step=step, seen=seen, **more):
+        def watched(self, logits, t, sample, step=step, seen=seen, **more):
             where = more["generation_mask"]
             seen.append((logits[where][:, :MASK], more["quality"][where]))
-            return step(logits, t, sample, **more)
+            return step(self, logits, t, sample, **more)
 
-        monkeypatch.setattr(pipe.scheduler, "step", watched)
+        monkeypatch.setattr(PrismScheduler, "step", watched)  # a call has a copy of its scheduler
         pipe(infill=ids, num_inference_steps=steps, cache=cache, generator=seeds(3))
+        monkeypatch.undo()
         runs.append(seen)
     assert len(runs[0]) == len(runs[1]) == steps
     for plain, cached in zip(*runs, strict=True):
@@ -195,14 +196,14 @@ def test_between_refreshes_keys_and_values_are_those_of_the_last_full_forward(fa
     """Against transformers' own DynamicCache, filled by the full forward and cut off before the block."""
     pipe, prompt, gen = load(checkpoint(family), scheduler=greedy()), some_ids(2, 6).clamp(max=MASK - 1), 8
     steps, canvases = [], []
-    step = pipe.scheduler.step
+    step = MDLMScheduler.step
 
-    def watched(logits, t, sample, **more):
+    def watched(self, logits, t, sample, **more):
         steps.append(logits[more["generation_mask"]][:, :MASK])
         canvases.append(sample)
-        return step(logits, t, sample, **more)
+        return step(self, logits, t, sample, **more)
 
-    monkeypatch.setattr(pipe.scheduler, "step", watched)
+    monkeypatch.setattr(MDLMScheduler, "step", watched)
     for cache in MODES:
         steps.clear(), canvases.clear()
         pipe(
@@ -272,11 +273,11 @@ def blocks_in(row, own):
 def test_a_step_writes_what_is_surer_than_the_threshold_and_at_least_one_token(threshold, monkeypatch):
     config = {"order": "confidence", "temperature": 0.0}
     pipe = load(checkpoint("llada"), scheduler=MDLMScheduler(**config, use_threshold=True, threshold=threshold))
-    step, counts = pipe.scheduler.step, []
+    step, counts = MDLMScheduler.step, []
 
-    def watched(logits, t, sample, **more):
+    def watched(self, logits, t, sample, **more):
         masked = more["generation_mask"] & (sample == MASK)
-        out = step(logits, t, sample, **more)
+        out = step(self, logits, t, sample, **more)
         for row in range(len(sample)):
             if masked[row].any():
                 only = torch.zeros_like(masked)
@@ -285,7 +286,7 @@ def test_a_step_writes_what_is_surer_than_the_threshold_and_at_least_one_token(t
                 counts.append((int(out.unmasked[row].sum()), max(1, int((best > threshold).sum()))))
         return out
 
-    monkeypatch.setattr(pipe.scheduler, "step", watched)
+    monkeypatch.setattr(MDLMScheduler, "step", watched)
     out = pipe(gen_length=16, num_samples=2, num_inference_steps=16)
     assert all(written == expected for written, expected in counts) and not (out.sequences == MASK).any()
     assert {1e-9: out.nfe == 1, 1.0: out.nfe == 16}.get(threshold, True)

@@ -546,7 +546,7 @@ def test_a_scheduler_that_does_not_run_there_is_refused_and_one_recommended_repl
 def test_a_recommendation_that_is_no_scheduler_is_refused(name, tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(ValueError, match="known here: MDLMScheduler"):
+    with pytest.raises(ValueError, match=r"known here: .*MDLMScheduler"):
         load_scheduler(str(tmp_path), {})
 
 

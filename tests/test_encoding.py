@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead
 from prism_pipelines.cli.main import main
-from prism_pipelines.hub.publish import usage
+from prism_pipelines.hub.model_card import usage
 from prism_pipelines.sampling.encoding import text_frame
 from prism_pipelines.sampling.rows import RowEncoder, encode_rows, examples_line
 from prism_pipelines.training.arguments import RunArguments, check_run, parse_arguments

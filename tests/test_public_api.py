@@ -53,7 +53,8 @@ def test_the_wheel_holds_every_module_and_the_bundled_pipeline():
     names = {".".join(p.relative_to(root).parts) for p in folders}
     assert {name.replace("schedulers", "prism_pipelines.schedulers") for name in names} == set(setup["packages"])
     base = root / "prism_pipelines"
-    data = {p for pattern in setup["package-data"]["prism_pipelines"] for p in base.glob(pattern) if p.is_file()}
+    patterns = [(root / name.replace(".", "/"), one) for name, many in setup["package-data"].items() for one in many]
+    data = {p for folder, pattern in patterns for p in folder.glob(pattern) if p.is_file()}
     others = {p for p in base.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert others == data and base / "bundled/sudoku/model/model.safetensors" in data
     assert base / "bundled/text/model/model.safetensors" in data

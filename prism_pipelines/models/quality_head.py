@@ -181,7 +181,8 @@ class QualityHead(ModelMixin, ConfigMixin):
         first_hidden: Tensor | None = None,
     ) -> Tensor:
         """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` over the temperature of the config."""
-        logits = self(hidden, attention_mask, features, first_hidden)
+        known = () if features is None and first_hidden is None else (features, first_hidden)
+        logits = self(hidden, attention_mask, *known)
         return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()
 
     def inputs(self, context: RunContext | None, sample: Tensor, mask_token_id: int) -> dict[str, Tensor | None]:
