@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models.checks import non_finite
-from .files import fetch_file, inside, read_json
+from .files import fetch_file, inside, read_json, tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the names of the base model
@@ -57,11 +56,7 @@ def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> Ad
         raise OSError(f"The adapter of {path!r} has no {inside(subfolder, WEIGHTS)}.")
     raw = read_json(path, inside(subfolder, CONFIG), where)
     check_kind(raw, path)
-    try:
-        with safe_open(file, "pt") as header:
-            shapes = {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
+    shapes = tensor_shapes(file)
     if other := sorted(name for name in shapes if ".lora_" not in name):
         raise ValueError(
             f"The adapter of {path!r} holds {other[:3]}, which are no LoRA: "

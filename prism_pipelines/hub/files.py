@@ -18,6 +18,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 PATIENCE = 5.0  # seconds that the Hub has to answer
 _down: set[str] = set()  # addresses of Hubs that did not, when they were last asked
@@ -117,6 +118,19 @@ def inside(subfolder: str | None, name: str) -> str:
 def is_hub_id(name: str | None) -> bool:
     """Does a name look like owner/name on the Hub, and not like a path?"""
     return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def tensor_shapes(file: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file by its name. Only the header is read, so nothing is allocated.
+
+    Raises:
+        ValueError: the file is no whole safetensors file.
+    """
+    try:
+        with safe_open(file, "pt") as header:
+            return {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
 
 
 def module_digest(module) -> str:

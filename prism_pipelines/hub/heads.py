@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .. import schedulers
 from ..models.checks import non_finite
 from ..models.quality_head import QualityHead
 from .adapters import adapter_names
-from .files import absence, fetch_file, is_hub_id, read_json
+from .files import absence, fetch_file, is_hub_id, read_json, tensor_shapes
 from .fingerprints import embedding_fingerprint, lasting_fingerprint
 
 SCHEDULERS = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
@@ -54,11 +53,7 @@ def load_head(path: str, where: dict) -> QualityHead:
     if file is None:
         raise OSError(f"The quality head of {path!r} has no {name}; heads are read from safetensors only.")
     owner = f"The quality head of {path!r}"
-    try:
-        with safe_open(file, "pt") as header:
-            found = {key: tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
+    found = tensor_shapes(file)
     with torch.device("meta"):  # sizes without memory: those of a config are anybody's
         expected = {key: tuple(value.shape) for key, value in make_head(config, owner).state_dict().items()}
     if found != expected:

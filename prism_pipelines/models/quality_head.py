@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 from ..schedulers.context import RunContext, check_inputs, context_features, num_features
-from ..schedulers.validation import is_number, require
+from ..schedulers.validation import is_int, is_number, require
 
 ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
 
@@ -95,10 +95,9 @@ class QualityHead(ModelMixin, ConfigMixin):
         temperature: float | None = None,
     ):
         super().__init__()
-        if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
-            raise ValueError(f"`hidden_size` must be an integer of at least 1, got {hidden_size!r}.")
-        if num_attention_heads is not None and (not isinstance(num_attention_heads, int) or num_attention_heads < 1):
-            raise ValueError(f"`num_attention_heads` must be None or at least 1, got {num_attention_heads!r}.")
+        require(is_int(hidden_size, 1), "hidden_size", hidden_size, "an integer of at least 1")
+        heads = num_attention_heads
+        require(heads is None or is_int(heads, 1), "num_attention_heads", heads, "None or at least 1")
         if architecture not in ARCHITECTURES:
             raise ValueError(f"`architecture` must be one of {ARCHITECTURES}, got {architecture!r}.")
         if mdm_spec is not None and not isinstance(mdm_spec, dict):
@@ -108,7 +107,7 @@ class QualityHead(ModelMixin, ConfigMixin):
         reads = check_inputs(context)
         if self.attends:
             widest = max(1, hidden_size // 64)
-            heads = num_attention_heads or next(n for n in range(widest, 0, -1) if hidden_size % n == 0)
+            heads = heads or next(n for n in range(widest, 0, -1) if hidden_size % n == 0)
             if hidden_size % heads:
                 raise ValueError(f"`num_attention_heads` must divide hidden_size {hidden_size}, got {heads}.")
             self.block = TransformerBlock(hidden_size, heads)

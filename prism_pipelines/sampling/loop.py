@@ -244,14 +244,13 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
             look.forget()
         if getattr(step, "finished", None) is not None:
             active = active & ~filled.take_verdict(step, active)
-            taking_part = active.tolist()
-            if not any(taking_part):
-                break
         elif run.adaptive:
             active = rows_at_work(run, block_mask, filled.sample, step)
-            taking_part = active.tolist()
-            if not any(taking_part):
-                break
+        else:
+            continue  # all rows go on; asking which would wait for the device
+        taking_part = active.tolist()
+        if not any(taking_part):
+            break
 
 
 def rows_at_work(run: Run, block_mask: Tensor, sample: Tensor, step) -> Tensor:
