@@ -41,16 +41,16 @@ train-text-quick: $(VENV)/.installed    ## the same stages, each cut short: a mu
 	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh --quick
 
 bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes
-	$(BIN)/python benchmarks/sudoku_cost.py
-	$(BIN)/python benchmarks/sudoku.py --quick
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py --generated 32 --turns 2
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py --shapes vocabulary --repeats 1
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --quick
-	$(BIN)/python benchmarks/text.py --quick
+	$(BIN)/python -m benchmarks.sudoku_cost
+	$(BIN)/python -m benchmarks.sudoku --quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling --generated 32 --turns 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cache --shapes vocabulary --repeats 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --quick
+	$(BIN)/python -m benchmarks.text --quick
 
 results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed figures
-	$(BIN)/python benchmarks/results.py
-	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python -m benchmarks.results
+	$(BIN)/python -m benchmarks.performance
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,7 @@ held-out text, and the held-out loss of the backbone.
 A run that is there is resumed or not repeated, a finished cell is not measured again. `--sampling-only` leaves the
 part about fine-tunes in the table as it is.
 The last line of stdout is one JSON object.
-Usage: python benchmarks/ablations.py --base runs/text-mdm [--data runs/text-data] [--steps 100] [--sampling-only]
+Usage: python -m benchmarks.ablations --base runs/text-mdm [--data runs/text-data] [--steps 100] [--sampling-only]
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import ROOT, fingerprint, origin  # beside this file
-from text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 
+from benchmarks.shared import ROOT, fingerprint, origin
+from benchmarks.text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
 from prism_pipelines.evaluation import fingerprint as weights_of

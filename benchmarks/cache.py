@@ -9,8 +9,8 @@ on all; the ratio is of tokens a second in the fastest turns, scaled to the refe
 time is that of the process's one thread, which other jobs of the machine lengthen less than they do the wall clock's.
 Throughput counts generated tokens, not the prompt's. What a threshold does to quality no random model can tell.
 
-    taskset -c 0 python benchmarks/cache.py --output docs/figures/cache.json   # CPU, 1 thread, minutes
-    python benchmarks/cache.py --shapes llada-8b --device cuda                 # a GPU of at least 24 GB
+    taskset -c 0 python -m benchmarks.cache --output docs/figures/cache.json   # CPU, 1 thread, minutes
+    python -m benchmarks.cache --shapes llada-8b --device cuda                 # a GPU of at least 24 GB
 
 The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --output writes it.
 """
@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from shared import origin  # beside this file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shared import origin
 from prism_pipelines import FAMILIES, MDLMScheduler, MDMSpec, PrismPipeline
 
 SEED = 0

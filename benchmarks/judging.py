@@ -5,7 +5,7 @@ temperature is fitted first, on finished runs of other puzzles, and `JudgeAndRep
 Reported by arm: solved within each number of forwards, with Wilson intervals; mean forwards; of judge and repair how
 many grids it accepted and how many of these are right, and the area under risk and coverage of `out.confidence`.
 The last line of stdout is one JSON object; --table writes it to a file.
-Usage: python benchmarks/judging.py [--quick] [--model FOLDER] [--quality-head FOLDER] [--dtype bf16] [--table FILE]
+Usage: python -m benchmarks.judging [--quick] [--model FOLDER] [--quality-head FOLDER] [--dtype bf16] [--table FILE]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import origin  # beside this file
 
+from benchmarks.shared import origin
 from prism_pipelines import PrismPipeline, bundled, schedulers, sudoku
 from prism_pipelines.evaluation import fit_temperature, risk_coverage, row_generators, wilson_interval
 

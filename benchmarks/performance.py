@@ -1,6 +1,6 @@
 """Write the tables of docs/performance.md from docs/figures/sampling*.json: no number in them is typed by hand.
 
-Usage: python benchmarks/performance.py [--check]   (--check: exit 1 if the page is not what the tables give)
+Usage: python -m benchmarks.performance [--check]   (--check: exit 1 if the page is not what the tables give)
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.shared import ROOT
+
 PAGE = ROOT / "docs" / "performance.md"
 COLUMNS = {
     "ms_per_step": ("ms a step", "{:.1f}"),

@@ -1,6 +1,6 @@
 """Write docs/results.md and the figure of text from the committed tables in docs/figures: no number is typed by hand.
 
-Usage: python benchmarks/results.py [--check]   (--check: exit 1 if the file is not what the tables give)
+Usage: python -m benchmarks.results [--check]   (--check: exit 1 if the file is not what the tables give)
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 import shlex
 import sys
 
-from shared import ROOT  # beside this file
-from sudoku_heads import ARMS as HEADS
-from text import draw
-from text_results import (
+from benchmarks.shared import ROOT
+from benchmarks.sudoku_heads import ARMS as HEADS
+from benchmarks.text import draw
+from benchmarks.text_results import (
     PUBLISHED,
     ablation_section,
     card_section,
@@ -58,7 +58,7 @@ def sudoku_section(table: dict) -> str:
     lines = [
         "## Sudoku",
         "",
-        f"`python benchmarks/sudoku.py --seeds {len(settings['seeds'])} --num-puzzles {settings['num_puzzles']} "
+        f"`python -m benchmarks.sudoku --seeds {len(settings['seeds'])} --num-puzzles {settings['num_puzzles']} "
         f"--dtype {settings['dtype']}`, commit `{table['commit']}`, {table['device']}, "
         f"torch {table['versions']['torch']}. [What is held fixed](sudoku.md#how-the-benchmark-measures). Percent of "
         "puzzles solved, 95 % Wilson intervals.",
@@ -93,7 +93,7 @@ def many_puzzles_section(table: dict) -> str:
     lines = [
         f"### {settings['num_puzzles']:,} puzzles",
         "",
-        f"`python benchmarks/sudoku.py --forwards {' '.join(map(str, forwards))} --seeds {len(settings['seeds'])} "
+        f"`python -m benchmarks.sudoku --forwards {' '.join(map(str, forwards))} --seeds {len(settings['seeds'])} "
         f"--arms {shlex.join(arm['name'] for arm in table['arms'])} --table docs/figures/sudoku_1000.json`, commit "
         f"`{table['commit']}`, {table['device']}. Percent of "
         f"{settings['num_puzzles']:,} puzzles of each kind solved, and PRISM's failures divided by the rule's.",
@@ -154,7 +154,7 @@ def code_section(table: dict) -> str:
     lines = [
         "## Python functions",
         "",
-        f"`examples/code/train.sh`, then `python benchmarks/code_parse.py runs/code-prism --num-functions "
+        f"`examples/code/train.sh`, then `python -m benchmarks.code_parse runs/code-prism --num-functions "
         f"{settings['num_functions']} --seeds {len(table['seeds'])} --forwards {' '.join(map(str, forwards))}` (commit "
         f"`{table['commit']}`, {table['device']}, torch {table['versions']['torch']}): an experiment, not shipped. A "
         f"small model of short functions of the standard library (at most {settings['longest']} tokens), "

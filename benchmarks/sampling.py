@@ -12,9 +12,9 @@ Inside = the time in the model, its output head and the quality head, by hooks, 
 Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline takes one turn. It grows its canvas
 block by block, as its block-causal models allow: its forwards see fewer positions than the others'. It cannot remask.
 
-    taskset -c 0 python benchmarks/sampling.py                        # CPU: 1 thread, 36M parameters, 126k vocabulary
-    python benchmarks/sampling.py --shape llada-8b --device cuda      # a GPU of at least 24 GB
-    python benchmarks/sampling.py --profile "MDLM, sampling"          # where the time of one arm goes
+    taskset -c 0 python -m benchmarks.sampling                        # CPU: 1 thread, 36M parameters, 126k vocabulary
+    python -m benchmarks.sampling --shape llada-8b --device cuda      # a GPU of at least 24 GB
+    python -m benchmarks.sampling --profile "MDLM, sampling"          # where the time of one arm goes
 
 The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --output writes it.
 """
@@ -33,10 +33,10 @@ from pathlib import Path
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-from shared import origin  # beside this file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shared import origin
 from prism_pipelines import FAMILIES, MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
 
 MASK = 126336  # LLaDA's mask token; the model has random weights

@@ -15,7 +15,7 @@ forward the head scores the cells written so far; one is right if it equals the 
 Each cell (arm, forwards, clues, seed) is a file below `--cells` when done, and not run again for the same model and
 settings: stop at any time and start again. When all are there the table and the figure are written to docs/figures.
 `--quick` runs a part of them on fewer puzzles and exits 1 if an interval misses that of the committed table.
-The last line of stdout is one JSON object. Usage: python benchmarks/sudoku.py [--quick] [--device cuda] [--dtype bf16]
+The last line of stdout is one JSON object. Usage: python -m benchmarks.sudoku [--quick] [--device cuda] [--dtype bf16]
 More puzzles for fewer numbers of forwards and rules: --forwards 52 --arms MDLM PRISM ... --table FILE
 """
 
@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import ROOT, disagreements, fingerprint, origin  # beside this file
 
+from benchmarks.shared import ROOT, disagreements, fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.evaluation import (
     evaluate_sudoku,

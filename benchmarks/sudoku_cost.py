@@ -15,8 +15,8 @@ import sys
 import time
 
 import torch
-from shared import origin  # beside this file
 
+from benchmarks.shared import origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
 from prism_pipelines.evaluation import pipeline_solver
 from prism_pipelines.schedulers.validation import loop_steps

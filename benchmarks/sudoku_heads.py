@@ -6,7 +6,7 @@ without remasking. Gain: solved, minus what the reference solves; goals: LoRA at
 the gain of the full fine-tune, at each number of forwards.
 
     examples/sudoku/heads.sh runs/sudoku-puzzles       # trains the three, then runs this
-    python benchmarks/sudoku_heads.py runs/sudoku-puzzles --runs runs
+    python -m benchmarks.sudoku_heads runs/sudoku-puzzles --runs runs
 
 Each cell (arm, forwards, seed) is appended to `<runs>/sudoku-heads.jsonl` when done and not run again for the same
 weights: stop at any time and start again. Writes one JSON (--out). The last line of stdout is that JSON on one line.
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import ROOT, origin  # beside this file
 
+from benchmarks.shared import ROOT, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
 

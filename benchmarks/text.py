@@ -16,7 +16,7 @@ Student's t over seeds, paired for differences.
 A finished cell (arm, forwards, seed) is a file and is not run again: stop at any time and start again. When all are
 there the table and the figure are written to docs/figures. `--quick` runs a part on few texts and exits 1 if entropy
 or nll misses the committed interval. The last line of stdout is one JSON object.
-Usage: python benchmarks/text.py [--quick] [--data runs/text-data] [--critic FOLDER] [--base FOLDER] [--frozen FOLDER]
+Usage: python -m benchmarks.text [--quick] [--data runs/text-data] [--critic FOLDER] [--base FOLDER] [--frozen FOLDER]
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import sys
 from pathlib import Path
 
 import torch
-from shared import ROOT, disagreements, fingerprint, origin  # beside this file
 
+from benchmarks.shared import ROOT, disagreements, fingerprint, origin
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation import fingerprint as weights_of
 from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms

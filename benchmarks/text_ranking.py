@@ -8,7 +8,7 @@ wrote in 32 forwards without remasking; whole, or with 40 % masked.
 Measured per text, means with a bootstrap over texts (95 %): rank correlation over all visible tokens; of the 8 tokens
 with the lowest score, how many are among the 8 least likely; and their mean log probability, beside that of all tokens
 and of the 8 least likely. Remasking reads the lowest few alone, so the last two are what counts.
-The last line of stdout is one JSON object. Usage: python benchmarks/text_ranking.py [--num-texts 16]
+The last line of stdout is one JSON object. Usage: python -m benchmarks.text_ranking [--num-texts 16]
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import ROOT, fingerprint, origin  # beside this file
 
+from benchmarks.shared import ROOT, fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, bundled
 from prism_pipelines.evaluation import bootstrap_interval
 

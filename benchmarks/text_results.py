@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from text import OWN_WEIGHTS  # beside this file
-
+from benchmarks.text import OWN_WEIGHTS
 from prism_pipelines.evaluation.calibration import calibration_table
 
 MEASURES = {
@@ -107,7 +106,7 @@ def command(table: dict, name: str, whole: dict) -> str:
     flags += [f"--forwards {' '.join(map(str, sorted({row['forwards'] for row in table['rows']})))}"]
     flags += [f"--dtype {settings['dtype']}", f"--table docs/figures/{name}.json"]
     return (
-        f"`python benchmarks/text.py {' '.join(flags)}` (commit `{table['commit']}`, {table['device']}, torch "
+        f"`python -m benchmarks.text {' '.join(flags)}` (commit `{table['commit']}`, {table['device']}, torch "
         f"{table['versions']['torch']})"
     )
 
@@ -178,7 +177,7 @@ def ranking_section(table: dict) -> str:
     lines = [
         "### Which bytes come last",
         "",
-        f"`python benchmarks/text_ranking.py --num-texts {settings['num_texts']}` (commit `{table['commit']}`, "
+        f"`python -m benchmarks.text_ranking --num-texts {settings['num_texts']}` (commit `{table['commit']}`, "
         f"{table['device']}, torch {table['versions']['torch']}): scores against the backbone's own probability of a "
         f"byte with that byte masked, by rank correlation over all visible bytes, and by the {lowest} bytes put last, "
         f"which are what remasking reads: how many are among the {lowest} least likely, and their mean log probability "
@@ -266,7 +265,7 @@ def ablation_section(table: dict) -> str:
         "## Ablations on the text model",
         "",
         EARLIER,
-        f"`python benchmarks/ablations.py --num-samples {settings['num_samples']} --seeds {len(sampling['seeds'])} "
+        f"`python -m benchmarks.ablations --num-samples {settings['num_samples']} --seeds {len(sampling['seeds'])} "
         f"--forwards {forwards} --dtype {settings['dtype']}`, commit `{table['commit']}`, {table['device']}: texts of "
         f"{settings['length']} bytes, compared with other plays than the settings were chosen on. "
         f"{intervals(sampling['rows'])} Fewer texts than above, so distances are larger.",

@@ -8,7 +8,7 @@ head and "model" with all logits. The steps alternate, so that a slow spell of t
 Memory is the most bytes alive at once: weights, gradients and everything in between. On a CPU they are counted tensor
 by tensor (`PeakMemory`), on CUDA torch counts. Goals: prism <= 2.2 mdm steps, frozen <= 1.3 times two bare forwards,
 peak of prism <= 1.3 of mdm. "prism, one backward" keeps both graphs in memory, as a plain `objective(batch)` does.
-Usage: python benchmarks/training.py [--quick] [--device cuda] [--out docs/figures/training_cost.json]
+Usage: python -m benchmarks.training [--quick] [--device cuda] [--out docs/figures/training_cost.json]
 The last line of stdout is one JSON object: rows, device, versions, commit, seed.
 """
 
@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from shared import origin  # beside this file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shared import origin
 from prism_pipelines import MDMSpec, QualityHead
 from prism_pipelines.models.denoiser import MaskedDenoiser
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective

@@ -1,7 +1,7 @@
 """How much memory does a training step take? Computed from a model's shapes, and checked against a measurement.
 
-    python benchmarks/training_memory.py                 # LLaDA-8B and Dream-7B: LoRA of rank 256 and frozen, bf16
-    python benchmarks/training_memory.py --check         # a random model of 8 layers, computed and counted
+    python -m benchmarks.training_memory                 # LLaDA-8B and Dream-7B: LoRA of rank 256 and frozen, bf16
+    python -m benchmarks.training_memory --check         # a random model of 8 layers, computed and counted
 
 Counted are weights, gradients, AdamW's two moments, and what one step keeps for its backward pass and needs at its
 widest moment. Gradient checkpointing keeps the input of each layer and computes one layer at a time again. What is not
@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from training import PeakMemory, llama, prism, step
+from benchmarks.training import PeakMemory, llama, prism, step
 
 # config.json of the checkpoints; LLaDA under the names of its native class (docs/models.md).
 MODELS = {

@@ -1,16 +1,15 @@
 """Success rates, intervals, paired ratios and calibration against enumeration and counting pairs."""
 
-import importlib.util
 import itertools
 import json
 import math
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import sudoku as benchmark
 from prism_pipelines import PrismScheduler, bundled, sudoku
 from prism_pipelines.evaluation import (
     calibration,
@@ -246,17 +245,7 @@ def test_head_calibration_needs_a_partial_grid(puzzles):
 # --- the benchmark's own bookkeeping ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # it imports a neighbour
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "sudoku.py"
-    spec = importlib.util.spec_from_file_location("sudoku_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_cells_of_a_comparison_become_marks_by_arm_and_forwards(benchmark, tmp_path):
+def test_the_cells_of_a_comparison_become_marks_by_arm_and_forwards(tmp_path):
     (tmp_path / "cells").mkdir()
     marks = {("PRISM", 0): [1, 1, 0], ("PRISM", 1): [0, 1, 1], ("MDLM", 0): [0, 0, 1], ("MDLM", 1): [1, 0, 0]}
     for n, ((arm, seed), solved) in enumerate(marks.items()):
@@ -275,7 +264,7 @@ def test_the_cells_of_a_comparison_become_marks_by_arm_and_forwards(benchmark, t
     }
 
 
-def test_noise_for_qualities_is_that_of_the_seed(benchmark, puzzles):
+def test_noise_for_qualities_is_that_of_the_seed(puzzles):
     pipe, noise = benchmark.load(bundled("sudoku"), "cpu", "float32")
     assert noise.model is pipe.model
     task, runs = benchmark.task_of(puzzles[0][:4], 4), []
@@ -286,7 +275,7 @@ def test_noise_for_qualities_is_that_of_the_seed(benchmark, puzzles):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_the_table_pairs_every_arm_with_prism_on_the_same_puzzles(benchmark):
+def test_the_table_pairs_every_arm_with_prism_on_the_same_puzzles():
     solved = {
         ("PRISM", 8): np.array([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=bool),
         ("MDLM", 8): np.array([[0, 1, 1, 0], [1, 0, 1, 1]], dtype=bool),
@@ -299,7 +288,7 @@ def test_the_table_pairs_every_arm_with_prism_on_the_same_puzzles(benchmark):
     assert [(pair["arm"], pair["failures"], pair["failures_other"]) for pair in pairs] == [("MDLM", 1, 3)]
 
 
-def test_a_quick_run_is_told_where_it_leaves_the_committed_table(benchmark):
+def test_a_quick_run_is_told_where_it_leaves_the_committed_table():
     place = {"clues": "30", "forwards": 8, "arm": "prism"}
     table = [{**place, "low": 0.4, "high": 0.6}]
     assert benchmark.disagreements([{**place, "low": 0.55, "high": 0.9}], table, tuple(place)) == []
@@ -308,7 +297,7 @@ def test_a_quick_run_is_told_where_it_leaves_the_committed_table(benchmark):
     assert said.startswith("30 8 prism: 0.700-0.900 here") and "0.400-0.600 committed" in said
 
 
-def test_a_small_benchmark_uses_the_first_puzzles_of_a_large_one(benchmark):
+def test_a_small_benchmark_uses_the_first_puzzles_of_a_large_one():
     small, _ = benchmark.puzzles_of((30, 36), 5)
     large, _ = benchmark.puzzles_of((30, 36), 8)
     assert benchmark.spread(1000, 3) == [333, 333, 334] and benchmark.spread(5, 2) == [2, 3]

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub
 from family_twins import H, qwen, save_llada, save_mdlm
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -15,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
+from examples.local_hub import LocalHub
 from prism_pipelines import FAMILIES, PrismPipeline, PrismScheduler, QualityHead
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def dream_repository(folder):
 @pytest.fixture
 def authors_hub(monkeypatch, tmp_path):
     """Tiny models under the names, keys and file layouts of the real repositories."""
-    with FakeHub() as hub:
+    with LocalHub() as hub:
         hub.connect(monkeypatch, tmp_path / "cache")
         hub.commit("GSAI-ML/LLaDA-8B-Instruct", llada_repository(tmp_path / "llada"))
         hub.commit("Dream-org/Dream-v0-Instruct-7B", dream_repository(tmp_path / "dream"))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fake_hub import FakeHub
 from family_twins import H, load, save_llada
 from peft import LoraConfig, PeftModel
 from transformers import BertConfig, BertForMaskedLM
 
+from examples.local_hub import LocalHub
 from prism_pipelines import PrismPipeline, PrismScheduler, QualityHead, TokenCriticScheduler
 from prism_pipelines.hub.model_card import model_card
 from prism_pipelines.hub.publish import push_head_repo, save_head_repo
@@ -24,7 +24,7 @@ IDS = torch.randint(1, 10, (2, 12), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with FakeHub() as server:
+    with LocalHub() as server:
         server.connect(monkeypatch, tmp_path / "cache")
         yield server
 

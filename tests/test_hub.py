@@ -1,4 +1,4 @@
-"""The layouts of a repository, loaded from a Hub of our own (fake_hub.py)."""
+"""The layouts of a repository, loaded from a Hub of our own (examples/local_hub.py)."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import FakeHub
 from family_twins import CHECKPOINTS, MASK, H, aligned, load, save_llada, some_ids
 from huggingface_hub import HfApi, close_session, get_session, snapshot_download
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from examples.local_hub import LocalHub
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
 from prism_pipelines.hub.backbones import with_split_weights
 from prism_pipelines.sudoku import sudoku_tokenizer
@@ -24,7 +24,7 @@ BASE, HEAD, PIPE = "them/tiny-llada", "me/tiny-llada-prism", "me/tiny-pipeline"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with FakeHub() as server:
+    with LocalHub() as server:
         server.connect(monkeypatch, tmp_path / "cache")
         yield server
 

@@ -1,11 +1,8 @@
 """What makes sampling fast leaves its result as it was: chunks, lazy logits, no mask, compiled. Waits are counted."""
 
-import importlib.util
 import itertools
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from family_twins import CHECKPOINTS, MASK, checkpoint, load, some_ids
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import performance, sampling
 from prism_pipelines import MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
 from prism_pipelines.models.denoiser import UNMASKED, HeadInput, LazyLogits, not_causal
 from prism_pipelines.schedulers import token_sampling
@@ -346,16 +344,10 @@ def test_the_counter_counts():
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path, monkeypatch):
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "sampling.py"
-    monkeypatch.syspath_prepend(str(path.parent))  # it imports a neighbour
-    spec = importlib.util.spec_from_file_location("benchmark_of_sampling", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = benchmark  # its dataclasses look there
-    spec.loader.exec_module(benchmark)
+def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path):
     threads = torch.get_num_threads()
     try:
-        benchmark.main(
+        sampling.main(
             ["--shape", "smoke", "--batch", "2", "--arms", "greedy", "--turns", "1", "--output", str(tmp_path / "x")]
         )
     finally:
@@ -372,8 +364,4 @@ def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path, monkeypatch
 
 
 def test_the_page_on_performance_is_what_the_tables_give():
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "performance.py"
-    spec = importlib.util.spec_from_file_location("performance", path)
-    performance = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(performance)
     assert performance.main(["--check"]) == 0

@@ -1,35 +1,18 @@
 """The arms of benchmarks/text.py and benchmarks/ablations.py, and where finished work is kept."""
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import ablations, sudoku, text, text_results
 from prism_pipelines import bundled
 from prism_pipelines.evaluation import make_scheduler, text_plan
 from prism_pipelines.training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Loads a script of benchmarks/ as a module, which may import its neighbours."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    for name in ("text", "shared"):  # names that other tests may import something else by
-        sys.modules.pop(name, None)
 
 
 def data_folder(folder: Path, text: str = "a") -> Path:
@@ -40,17 +23,17 @@ def data_folder(folder: Path, text: str = "a") -> Path:
 
 
 @pytest.mark.parametrize("window", [{}, {"remask_start": 0.5}, {"remask_end": 0.5}])
-def test_every_sampling_ablation_is_an_arm_whatever_the_shipped_window(script, window):
+def test_every_sampling_ablation_is_an_arm_whatever_the_shipped_window(window):
     shipped = next(arm for arm in text_plan(bundled("text"))["arms"] if arm["name"] == "PRISM")
     shipped = {name: value for name, value in shipped.items() if not name.startswith("remask_")} | window
-    for name, fields in script("ablations").SAMPLING.items():
+    for name, fields in ablations.SAMPLING.items():
         config = make_scheduler({**shipped, **fields, "name": name}, 1.0).config
         ends = {"whole run": (0, 1), "first half": (0, 0.5), "second half": (0.5, 1)}.get(name)
         assert ends is None or (config.remask_start, config.remask_end) == ends
 
 
-def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(script, tmp_path):
-    ablations, data = script("ablations"), data_folder(tmp_path / "data")
+def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(tmp_path):
+    data = data_folder(tmp_path / "data")
     base = tmp_path / "base"
     base.mkdir()
     (base / "model.safetensors").write_bytes(b"one")
@@ -67,10 +50,10 @@ def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(scri
     assert len(set(seen)) == 5
 
 
-def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says(script):
+def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says():
     recipe = ["--args_file", str(ROOT / "examples/text/prism.args"), "--dataset", "x.jsonl", "--base_model", "x/y"]
     recipe += ["--output_dir", "z", "--bf16", "false"]
-    runs = {name: parse_arguments([*recipe, *flags])[0] for name, flags in script("ablations").TRAINING.items()}
+    runs = {name: parse_arguments([*recipe, *flags])[0] for name, flags in ablations.TRAINING.items()}
     assert [(run.num_revealed, run.lambda_mdm, run.head, run.full) for run in runs.values()] == [
         (16, 1, "block", True),
         (1, 1, "block", True),
@@ -84,8 +67,7 @@ def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says(
     assert [name for name, run in runs.items() if run.freeze_backbone] == ["head alone"]
 
 
-def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeypatch):
-    text = script("text")
+def test_the_frozen_head_runs_at_the_settings_of_prism(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "load", lambda folder, dtype, device: None)
     monkeypatch.setattr(text, "weights_of", lambda pipe: "0")
     shipped = text_plan(bundled("text"))["arms"]
@@ -95,25 +77,24 @@ def test_the_frozen_head_runs_at_the_settings_of_prism(script, tmp_path, monkeyp
     assert arm == {**prism, "name": "PRISM, head alone", "model": next(iter(models))}
 
 
-def test_a_table_of_more_forwards_may_lack_arms_and_must_not_have_others(script):
-    results, figures = script("text_results"), ROOT / "docs" / "figures"
+def test_a_table_of_more_forwards_may_lack_arms_and_must_not_have_others():
+    figures = ROOT / "docs" / "figures"
     first, second = (json.loads((figures / name).read_text()) for name in ("text.json", "text_64.json"))
     kept = ["MDLM", "PRISM"]
     part = second | {"arms": [arm for arm in second["arms"] if arm["name"] in kept]}
     part |= {name: [row for row in second[name] if row["arm"] in kept] for name in ("rows", "pairs")}
-    whole = results.merged({"text": first, "text_64": part})
-    assert whole["commands"][1].startswith("`python benchmarks/text.py --arms MDLM PRISM ")
-    lines = {line.split(" | ")[0][2:]: line for line in results.grid(whole["rows"], "ngram_js")}
+    whole = text_results.merged({"text": first, "text_64": part})
+    assert whole["commands"][1].startswith("`python -m benchmarks.text --arms MDLM PRISM ")
+    lines = {line.split(" | ")[0][2:]: line for line in text_results.grid(whole["rows"], "ngram_js")}
     assert lines["P2"].endswith("| - |") and not lines["PRISM"].endswith("| - |")
-    assert any(line.startswith("| P2 |") and line.endswith("| - |") for line in results.verdict(whole))
+    assert any(line.startswith("| P2 |") and line.endswith("| - |") for line in text_results.verdict(whole))
     with pytest.raises(ValueError, match="differ in arms"):
-        results.merged({"text": first, "other": part | {"arms": [{**part["arms"][0], "order": "confidence"}]}})
+        text_results.merged({"text": first, "other": part | {"arms": [{**part["arms"][0], "order": "confidence"}]}})
 
 
-def test_the_commands_that_the_page_prints_are_commands(script):
-    text, sudoku = script("text"), script("sudoku")
+def test_the_commands_that_the_page_prints_are_commands():
     page = (ROOT / "docs" / "results.md").read_text() + (ROOT / "docs" / "text.md").read_text()
-    found = re.findall(r"python benchmarks/(text|sudoku)\.py((?: [^`\n#]+)?)", page)
+    found = re.findall(r"python -m benchmarks\.(text|sudoku)((?: [^`\n#]+)?)", page)
     assert {name for name, _ in found} == {"text", "sudoku"} and len(found) > 5
     for name, flags in found:
         {"text": text, "sudoku": sudoku}[name].parse_args(shlex.split(flags))  # exits if it is none
@@ -125,8 +106,7 @@ def test_the_commands_that_the_page_prints_are_commands(script):
             assert arm in names or getattr(args, own[arm]) is not None
 
 
-def test_a_table_of_sudoku_does_not_take_the_place_of_another(script):
-    sudoku = script("sudoku")
+def test_a_table_of_sudoku_does_not_take_the_place_of_another():
     for flags in (["--forwards", "16"], ["--arms", "PRISM"], ["--quick", "--forwards", "8", "--table", "x.json"]):
         with pytest.raises(SystemExit):
             sudoku.parse_args(flags)

@@ -1,6 +1,5 @@
 """The documented commands: the quickstart from text to generation, the Sudoku heads side by side, the cost tables."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,22 +13,11 @@ import pytest
 import torch
 from test_training import run
 
+from benchmarks import sudoku_heads, training, training_memory
 from prism_pipelines import PrismPipeline
 from prism_pipelines.training.run import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def script(name):
-    """A script of benchmarks/ as a module, which may import its neighbours."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return module
 
 
 def test_the_quickstart_trains_pushes_and_generates(tmp_path):
@@ -155,49 +143,43 @@ def test_the_side_by_side_measures_each_arm_once(tmp_path, capsys):
     for way, flags in ways.items():
         folder = tmp_path / f"sudoku-heads-{way}"
         run(folder, "--objective=prism", f"--base_model={tmp_path / 'mdm'}", "--max_steps=1", *flags)
-    heads = script("sudoku_heads")
     out = tmp_path / "heads.json"
     words = [str(tmp_path / "mdm"), "--runs", str(tmp_path), "--puzzles", "2", "--clues", "60", "--out", str(out)]
-    assert heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
+    assert sudoku_heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
     result = json.loads(out.read_text())
     assert [row["arm"] for row in result["rows"]] == ["mdm", "full", "lora", "frozen"]
     assert all(row["of"] == 4 for row in result["rows"])
     cells = (tmp_path / "sudoku-heads.jsonl").read_text()
-    assert heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
+    assert sudoku_heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
     assert (tmp_path / "sudoku-heads.jsonl").read_text() == cells and len(cells.splitlines()) == 8
 
 
 def test_the_share_of_the_gain_is_its_formula():
-    heads = script("sudoku_heads")
     solved = {"mdm": 10, "full": 30, "lora": 28, "frozen": 20}
     cells = [{"arm": arm, "forwards": 16, "seed": 0, "solved": n} for arm, n in solved.items()]
-    shares = {row["arm"]: row["share_of_gain"] for row in heads.table(cells, 50)}
+    shares = {row["arm"]: row["share_of_gain"] for row in sudoku_heads.table(cells, 50)}
     assert shares == pytest.approx({"mdm": 0.0, "full": 1.0, "lora": 0.9, "frozen": 0.5})
 
 
 @pytest.mark.parametrize(("rank", "checkpointing"), [(16, False), (16, True), (None, False)])
 def test_the_memory_computed_from_shapes_is_what_a_model_takes(rank, checkpointing):
-    row = script("training_memory").check(rank, checkpointing)
+    row = training_memory.check(rank, checkpointing)
     assert row["counted"] / 1.25 < row["estimate"] < row["counted"] * 1.25
 
 
 def test_parameters_are_counted_as_a_model_has_them():
-    memory = script("training_memory")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 50}
-    model = memory.llama(sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}, "cpu")
+    model = training_memory.llama(sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}, "cpu")
     m = {"hidden": 64, "layers": 2, "inner": 96, "key_value": 32, "vocab": 50, "tied": False}
-    assert memory.parameters(m, 3)["base"] == sum(p.numel() for p in model.parameters())
-    objective = memory.prism(model, rank=3)
+    assert training_memory.parameters(m, 3)["base"] == sum(p.numel() for p in model.parameters())
+    objective = training_memory.prism(model, rank=3)
     found = {name: p.numel() for name, p in objective.named_parameters() if p.requires_grad and "lora" in name}
-    assert memory.parameters(m, 3)["adapter"] == sum(found.values())
+    assert training_memory.parameters(m, 3)["adapter"] == sum(found.values())
     head = sum(p.numel() for p in objective.quality_head.parameters())
-    assert memory.parameters(m, 3)["head"] == head
+    assert training_memory.parameters(m, 3)["head"] == head
 
 
 def test_peak_memory_counts_what_is_alive_together():
-    import torch
-
-    training = script("training")
     model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes
     with training.PeakMemory(model) as memory:
         a = torch.zeros(100)  # 400

@@ -23,4 +23,4 @@ run() {
 }
 run --args_file examples/code/pretrain.args --tokenizer "$RUNS/code-data/tokenizer" --output_dir "$RUNS/code-mdm" "${mdm[@]}"
 run --args_file examples/code/prism.args --base_model "$RUNS/code-mdm" --output_dir "$RUNS/code-prism" "${prism[@]}"
-"$BIN/python" benchmarks/code_parse.py "$RUNS/code-prism" --base "$RUNS/code-mdm" --data "$RUNS/code-data" "${measure[@]}"
+"$BIN/python" -m benchmarks.code_parse "$RUNS/code-prism" --base "$RUNS/code-mdm" --data "$RUNS/code-data" "${measure[@]}"

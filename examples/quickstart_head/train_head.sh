@@ -12,7 +12,7 @@ me=${ME:-me}
 if [ -z "${HF_ENDPOINT:-}" ]; then
   port=${PORT:-8750}
   rm -rf "$folder/hf_home"  # that Hub begins anew each time, and what was loaded from the last one is not its
-  "$python" tests/fake_hub.py "$port" &
+  "$python" examples/local_hub.py "$port" &
   trap "kill $!" EXIT
   export HF_ENDPOINT=http://127.0.0.1:$port HF_HOME=$folder/hf_home HF_TOKEN=hf_of_this_machine HF_HUB_DISABLE_XET=1
 fi

@@ -27,4 +27,4 @@ train full --muon_learning_rate 0.01 "$@"
 train lora --full false --optimizer adamw --rank 32 --learning_rate 6e-3 "$@"
 train frozen --full false --optimizer adamw --freeze_backbone --learning_rate 2e-3 "$@"
 # shellcheck disable=SC2086
-"$BIN/python" benchmarks/sudoku_heads.py "$base" --runs "$RUNS" ${MEASURE:-}
+"$BIN/python" -m benchmarks.sudoku_heads "$base" --runs "$RUNS" ${MEASURE:-}

@@ -1,10 +1,10 @@
 """A small Hub server on this machine: the endpoints that huggingface_hub needs to download from it and to upload to it.
 
-with FakeHub() as hub:
+with LocalHub() as hub:
     hub.commit("me/model", {"config.json": b"{}"})     # or hub.commit("me/model", folder)
     hub.connect(monkeypatch, cache)                    # this process asks this Hub; or pass HF_ENDPOINT=hub.url
 
-python tests/fake_hub.py 8750                          # serves on that port until it is stopped
+python examples/local_hub.py 8750                     # serves on that port until it is stopped
 """
 
 import base64
@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import close_session, constants, hf_api
 
 
-class FakeHub:
+class LocalHub:
     """Repositories in memory, served over HTTP.
 
     Attributes:
@@ -102,9 +102,9 @@ class FakeHub:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request; `hub` is the FakeHub it belongs to."""
+    """One request; `hub` is the LocalHub it belongs to."""
 
-    hub: FakeHub
+    hub: LocalHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -248,4 +248,4 @@ def _git_oid(content: bytes) -> str:
 
 
 if __name__ == "__main__":
-    FakeHub(int(sys.argv[1]))._server.serve_forever()
+    LocalHub(int(sys.argv[1]))._server.serve_forever()
