@@ -24,8 +24,8 @@ from prism_pipelines.generation.batch import (
     read_parts,
     read_prompts,
     run_file,
-    set_scheduler,
 )
+from prism_pipelines.schedulers.by_name import change_scheduler
 
 WORDS = [f"w{i}" for i in range(26)]
 PROMPTS = [" ".join(WORDS[(i * 7 + j) % 26] for j in range(1 + i * 5 % 11)) for i in range(24)]
@@ -83,7 +83,7 @@ def start(folder, out, rank=0, processes=1, port=29500):
     """A process such as `accelerate launch` starts."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = [sys.executable, "-m", "prism_pipelines.generation.batch", *flags(folder, out)]
+    words = [sys.executable, "-m", "prism_pipelines", "generate", *flags(folder, out)]
     return subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True)
 
 
@@ -429,14 +429,14 @@ def test_too_few_steps_for_the_blocks_of_a_prompt_are_told_before_anything_is_wr
 
 def test_another_rule_takes_over_only_what_means_the_same_there():
     pipe = pipeline(scheduler=PrismScheduler(order="confidence", temperature=0.5, eta=0.1, threshold=0.8))
-    set_scheduler(pipe, "TokenToMaskScheduler", None)
+    pipe.scheduler = change_scheduler(pipe.scheduler, "TokenToMaskScheduler")
     assert pipe.scheduler.config.threshold == TokenToMaskScheduler().config.threshold
     assert pipe.scheduler.config.temperature == 0.5
     pipe.scheduler = PrismScheduler(eta=0.1, order="confidence")
-    set_scheduler(pipe, None, '{"num_remask": 2}')
+    pipe.scheduler = change_scheduler(pipe.scheduler, fields='{"num_remask": 2}')
     assert (pipe.scheduler.config.num_remask, pipe.scheduler.config.eta) == (2, None)
     assert pipe.scheduler.config.order == "confidence"
-    set_scheduler(pipe, "SelfConfidenceScheduler", '{"eta": 0.3}')
+    pipe.scheduler = change_scheduler(pipe.scheduler, "self-confidence", {"eta": 0.3})
     assert (pipe.scheduler.config.num_remask, pipe.scheduler.config.eta) == (None, 0.3)
 
 

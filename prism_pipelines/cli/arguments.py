@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 
-# --scheduler of `prism sudoku` and `prism text`: name of the class.
-RULES = {"prism": "PrismScheduler", "mdlm": "MDLMScheduler", "self-confidence": "SelfConfidenceScheduler"}
 
+def scheduler_name(text: str) -> str:
+    """An argparse type: a name that `schedulers.by_name.scheduler_class` knows."""
+    from ..schedulers.by_name import scheduler_class
 
-def chosen_rule(pipe, name: str | None) -> type:
-    """The scheduler class that a name of `RULES` stands for; None for that of the pipeline."""
-    from .. import schedulers
-
-    return type(pipe.scheduler) if name is None else getattr(schedulers, RULES[name])
+    try:
+        return scheduler_class(text).__name__
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def number_type(kind, low, words: str):

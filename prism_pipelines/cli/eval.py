@@ -131,9 +131,9 @@ def _pipeline(args, default: str = "sudoku"):
     pipe.set_progress_bar_config(disable=True)
     name, fields = getattr(args, "scheduler", None), getattr(args, "scheduler_config", None)
     if name is not None or fields is not None:
-        from ..generation.batch import set_scheduler
+        from ..schedulers.by_name import change_scheduler
 
-        set_scheduler(pipe, name, fields)
+        pipe.scheduler = change_scheduler(pipe.scheduler, name, fields)
     return pipe.to(device)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import sudoku
-from .arguments import RULES, check_device, chosen_rule, number_type
+from .arguments import check_device, number_type, scheduler_name
 from .quiet import is_quiet
 
 BATCH_SIZE = 32
@@ -41,8 +41,9 @@ def add_parser(commands) -> None:
     run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
-        choices=list(RULES),
-        help="decoding rule (default: the model's own settings)",
+        metavar="NAME",
+        type=scheduler_name,
+        help="such as mdlm, self-confidence, judge-and-repair (default: the model's own settings)",
     )
     run.add_argument(
         "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest digit"
@@ -169,13 +170,16 @@ def set_scheduler(pipe, args) -> None:
     """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
 
     Raises:
-        ValueError: --num-remask with a rule that does not remask.
+        ValueError: an unknown scheduler, or --num-remask with one that has no such field.
     """
-    rule = chosen_rule(pipe, args.scheduler)
-    if args.num_remask is not None and "num_remask" not in rule().config:
-        raise ValueError("--num-remask has no meaning with a rule that never remasks (mdlm)")
+    from ..schedulers.by_name import change_scheduler
+
     wanted = {name: getattr(args, name) for name in ("temperature", "num_remask") if getattr(args, name) is not None}
-    pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
+    try:
+        pipe.scheduler = change_scheduler(pipe.scheduler, args.scheduler, wanted)
+    except ValueError as error:
+        flags = ", ".join("--" + name.replace("_", "-") for name in wanted)
+        raise ValueError(f"{flags}: {error}") from None
 
 
 def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[Outcome], list]:

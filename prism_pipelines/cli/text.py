@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .arguments import RULES, check_device, chosen_rule, number_type
+from .arguments import check_device, number_type, scheduler_name
 from .quiet import is_quiet
 
 COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
@@ -32,8 +32,9 @@ def add_parser(commands) -> None:
     run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
         "--scheduler",
-        choices=list(RULES),
-        help="decoding rule (default: the model's own settings)",
+        metavar="NAME",
+        type=scheduler_name,
+        help="such as mdlm, self-confidence, judge-and-repair (default: the model's own settings)",
     )
     run.add_argument(
         "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest token"
@@ -72,9 +73,10 @@ def load_pipeline(args):
 
 def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
     """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it."""
-    rule = chosen_rule(pipe, name)
+    from ..schedulers.by_name import change_scheduler
+
     wanted = {} if temperature is None else {"temperature": temperature}
-    pipe.scheduler = rule.from_config(pipe.scheduler.config, **wanted)
+    pipe.scheduler = change_scheduler(pipe.scheduler, name, wanted)
 
 
 def room(pipe, prompt: str | None, gen_length: int | None) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..schedulers.by_name import scheduler_class
 from ..schedulers.validation import own_fields
 from .statistics import pareto_front, tabulate
 from .sudoku import evaluate_sudoku, pipeline_solver
@@ -89,20 +90,19 @@ def make_scheduler(arm: dict, temperature: float):
     Raises:
         ValueError: an unknown scheduler or setting, or another temperature than the others.
     """
-    import prism_pipelines
-
     _check_names(arm)
     config = {key: value for key, value in arm.items() if key not in ("name", "scheduler", "outside", "model")}
-    names = sorted(name for name in prism_pipelines.__all__ if name.endswith("Scheduler"))
-    if arm["scheduler"] not in names:
-        raise ValueError(f"Arm {arm['name']!r}: no scheduler is called {arm['scheduler']!r}; known: {names}.")
+    try:
+        kind = scheduler_class(arm["scheduler"])
+    except ValueError as error:
+        raise ValueError(f"Arm {arm['name']!r}: {error}") from None
     if not arm.get("outside") and config.get("temperature", temperature) != temperature:
         raise ValueError(
             f"Arm {arm['name']!r} has temperature {config['temperature']}, the comparison {temperature}. Arms are "
             'compared at the same temperature; set "outside": true for one that stands beside the others.'
         )
     try:
-        return getattr(prism_pipelines, arm["scheduler"])(**{"temperature": temperature, **config})
+        return kind(**{"temperature": temperature, **config})
     except TypeError as error:
         raise ValueError(f"Arm {arm['name']!r}: {error}.") from error
 

@@ -5,7 +5,6 @@ What a run writes, and why a kill neither loses nor doubles a prompt, stands in 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,7 +16,6 @@ from .output_files import check_run, lock, merge, part_files, part_writer, read_
 
 WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a row
 LOG_SECONDS = 30
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -420,158 +418,3 @@ def _bar(title: str, total: int, shown: bool):
                 print(f"{title}: {done} of {total}, {rate}", file=sys.stderr, flush=True)
 
         yield report
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `prism generate` and of `accelerate launch -m prism_pipelines.generation.batch`."""
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id: a pipeline, a model, or a head")
-    parser.add_argument("--prompts", metavar="FILE", required=True, help=".jsonl or .txt, a prompt a line")
-    parser.add_argument("--out", metavar="FILE", required=True, help="the .jsonl to write; an unfinished one goes on")
-    parser.add_argument("--gen_length", type=int, default=128, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--block_length", type=int, help="blocks of this many tokens (default: the pipeline's)")
-    parser.add_argument("--steps", type=int, help="forward passes of a prompt (default: the pipeline's)")
-    parser.add_argument("--temperature", type=float, help="default: the scheduler's")
-    parser.add_argument("--top-p", "--top_p", type=float, help="nucleus, in (0, 1] (default: the scheduler's)")
-    parser.add_argument("--cfg-scale", "--cfg_scale", type=float, help="guidance: a second forward pass in each step")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end a text before this; may be given again")
-    parser.add_argument("--eos_early_stop", action="store_true", help="spend no blocks after the end token")
-    parser.add_argument("--threshold", type=float, help="also write every token surer than this, in (0, 1]")
-    parser.add_argument("--cache", choices=["none", "prefix", "block"], default="none", help="see docs/cache.md")
-    parser.add_argument("--cache_refresh_interval", type=int, help="steps between full forwards (default: a block's)")
-    parser.add_argument("--no_chat_template", action="store_true", help="continue prompts as plain text")
-    parser.add_argument(
-        "--chat_template_kwargs",
-        metavar="JSON",
-        type=json.loads,
-        help="for the chat template, such as '{\"enable_thinking\": false}'",
-    )
-    parser.add_argument(
-        "--continue-final-message",
-        "--continue_final_message",
-        action="store_true",
-        help="the last of the messages is the assistant's and begins the answer",
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts a forward (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_prompts", type=int, help="only that many, from the first")
-    parser.add_argument("--too_long", choices=["error", "skip"], default="error", help="default: %(default)s")
-    parser.add_argument("--scheduler", metavar="NAME", help="such as SelfConfidenceScheduler (default: the pipeline's)")
-    parser.add_argument("--scheduler_config", metavar="JSON", help="fields to set in it, such as '{\"num_remask\": 4}'")
-    parser.add_argument("--quality_head", metavar="HEAD", help="folder or Hub id of a head for MODEL")
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
-    parser.add_argument("--torch_dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the repository")
-
-
-def set_scheduler(pipe, name: str | None, fields: str | None) -> None:
-    """Give a pipeline the scheduler of that name, or its own, with some fields changed.
-
-    Args:
-        name: a class of `prism_pipelines.schedulers`; None to keep the pipeline's.
-        fields: JSON object of its fields, or None. The others stay as `from_config` of that class takes them over.
-    Raises:
-        ValueError: an unknown name or field, or no JSON object.
-    """
-    import inspect
-
-    from .. import schedulers
-
-    names = [known for known in schedulers.__all__ if known.endswith("Scheduler")]
-    if name is not None and name not in names:
-        raise ValueError(f"No scheduler is called {name!r}; known: {', '.join(names)}.")
-    kind = type(pipe.scheduler) if name is None else getattr(schedulers, name)
-    try:
-        changed = json.loads(fields or "{}")
-    except ValueError as error:
-        raise ValueError(f"The fields of a scheduler, {fields!r}, are not JSON: {error}.") from None
-    if not isinstance(changed, dict):
-        raise ValueError(f'The fields of a scheduler must be an object such as {{"num_remask": 4}}, got {fields!r}.')
-    known = set(inspect.signature(kind).parameters)
-    if unknown := sorted(set(changed) - known):
-        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changed)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Load and generate, in this process or as one of several. Returns the exit status."""
-    read_prompts(args.prompts)  # a bad file is reported before minutes of loading
-    import torch
-
-    from ..pipeline_prism import PrismPipeline
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = _join(device)
-    pipe = PrismPipeline.from_pretrained(
-        args.model,
-        quality_head=args.quality_head,
-        revision=args.revision,
-        torch_dtype=getattr(torch, args.torch_dtype),
-        trust_remote_code=args.trust_remote_code,
-    ).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if args.scheduler is not None or args.scheduler_config is not None:
-        set_scheduler(pipe, args.scheduler, args.scheduler_config)
-    told = generate_many(
-        pipe,
-        args.prompts,
-        args.out,
-        gen_length=args.gen_length,
-        block_length=args.block_length,
-        num_inference_steps=args.steps,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        cfg_scale=args.cfg_scale,
-        stop=args.stop,
-        eos_early_stop=args.eos_early_stop,
-        threshold=args.threshold,
-        cache=args.cache,
-        cache_refresh_interval=args.cache_refresh_interval,
-        use_chat_template=not args.no_chat_template,
-        chat_template_kwargs=args.chat_template_kwargs,
-        continue_final_message=args.continue_final_message,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        max_prompts=args.max_prompts,
-        too_long=args.too_long,
-        progress=os.environ.get("PRISM_QUIET") != "1",
-    )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    rate = f"{told['prompts_per_second']:.3g} prompts/s, {told['tokens_per_second']:,.0f} tokens/s"
-    print(f"generated {told['generated']} prompts in {told['seconds']:.1f} s ({rate})", file=sys.stderr)
-    if told["prompts"] is not None:
-        parts = [f"{told['prompts']} prompts"]
-        parts += [f"{told['skipped']} skipped as too long"] if told["skipped"] else []
-        parts += [f"{told['not_ended']} without an end token"] if told["not_ended"] else []
-        print(f"{args.out}: {', '.join(parts)}", file=sys.stderr)
-    return 0
-
-
-def _join(device: str):
-    """Join the process group that the launcher describes; this process's device."""
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise ImportError('Several processes need accelerate: pip install "prism-pipelines[train]".') from None
-    return PartialState(cpu=str(device) == "cpu").device
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m prism_pipelines.generation.batch`, for launchers. Returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="prism generate", description="See `prism generate --help`.")
-    add_flags(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"prism: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,14 +9,13 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from .. import schedulers
 from ..models.checks import non_finite
 from ..models.quality_head import QualityHead
+from ..schedulers import PrismScheduler
+from ..schedulers.by_name import SCHEDULERS
 from .adapters import adapter_names
 from .files import absence, fetch_file, is_hub_id, read_json, tensor_shapes
 from .fingerprints import embedding_fingerprint, lasting_fingerprint
-
-SCHEDULERS = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
 
 
 def head_config(path: str, where: dict) -> dict | None:
@@ -92,7 +91,7 @@ def load_scheduler(path: str, where: dict):
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise ValueError(f"{path!r} recommends the scheduler {name!r}; known here: {', '.join(SCHEDULERS)}.")
-    return getattr(schedulers, name).from_config(config)
+    return SCHEDULERS[name].from_config(config)
 
 
 def scheduler_for(quality_head, has, where: dict):
@@ -104,7 +103,7 @@ def scheduler_for(quality_head, has, where: dict):
         where: revision, cache_dir, token, local_files_only.
     """
     recommended = None if isinstance(quality_head, QualityHead) else load_scheduler(str(quality_head), where)
-    return recommended or (has if has.needs_quality else schedulers.PrismScheduler())
+    return recommended or (has if has.needs_quality else PrismScheduler())
 
 
 def check_scheduler(scheduler) -> None:

@@ -20,10 +20,11 @@ try:
 except ImportError as error:
     raise ImportError('The model class of lm-eval needs it: pip install "prism-pipelines[eval]".') from error
 
-from ..generation.batch import check_steps, plan_batches, set_scheduler
+from ..generation.batch import check_steps, plan_batches
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
 from ..sampling.encoding import prompt_ids
+from ..schedulers.by_name import change_scheduler
 
 # What a task may ask for beside `until`; the others cannot be honoured and are refused.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -42,7 +43,8 @@ class PrismLM(LM):
         steps: forward passes of a request; None for one per generated token.
         temperature: None for the task's: 0 unless it samples.
         eos_token_id: what ends a text, for a tokenizer that has no end token; most tasks need one.
-        scheduler, scheduler_config: class name and fields as a dict or JSON, see `generate_many.set_scheduler`.
+        scheduler, scheduler_config: class name and fields as a dict or JSON, see
+            `schedulers.by_name.change_scheduler`.
         batch_size: requests a forward.
         device: None for the GPU if there is one; so is lm-eval's default, "cuda:0".
         max_batch_size: lm-eval passes it along with `batch_size`; not used.
@@ -91,8 +93,7 @@ class PrismLM(LM):
         if self.pipe.tokenizer is None:
             raise ValueError(f"{pretrained!r} has no tokenizer, so it cannot read the prompts of lm-eval.")
         if scheduler is not None or scheduler_config is not None:
-            fields = json.dumps(scheduler_config) if isinstance(scheduler_config, dict) else scheduler_config
-            set_scheduler(self.pipe, scheduler, fields)
+            self.pipe.scheduler = change_scheduler(self.pipe.scheduler, scheduler, scheduler_config)
         self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
         self.temperature, self.batch_size, self.seed = temperature, int(batch_size), seed
         self.eos_token_id = eos_token_id

@@ -1,0 +1,51 @@
+"""Schedulers by name: for command lines, configs of comparisons, and heads on disk that recommend one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from importlib import import_module
+
+_package = import_module(__package__)
+SCHEDULERS = {name: getattr(_package, name) for name in _package.__all__ if name.endswith("Scheduler")}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").removesuffix("scheduler")
+
+
+def scheduler_class(name: str) -> type:
+    """The scheduler class of that name: "JudgeAndRepairScheduler", or "judge-and-repair" for short.
+
+    Raises:
+        ValueError: no scheduler has that name.
+    """
+    found = [kind for known, kind in SCHEDULERS.items() if _plain(known) == _plain(str(name))]
+    if not found:
+        raise ValueError(f"No scheduler is called {name!r}; known: {', '.join(SCHEDULERS)}.")
+    return found[0]
+
+
+def change_scheduler(scheduler, name: str | None = None, fields: dict | str | None = None):
+    """A new scheduler: of the class `name`, with the config of `scheduler` except for `fields`.
+
+    Args:
+        scheduler: the one there is. Its config carries over as `from_config` of the new class takes it.
+        name: as `scheduler_class`; None for the class of `scheduler`.
+        fields: {field: value}, or such an object as JSON; None for no change.
+    Raises:
+        ValueError: an unknown name or field, or no JSON object.
+    """
+    kind = type(scheduler) if name is None else scheduler_class(name)
+    changed = {} if fields is None else fields
+    if isinstance(changed, str):
+        try:
+            changed = json.loads(changed)
+        except ValueError as error:
+            raise ValueError(f"The fields of a scheduler, {fields!r}, are not JSON: {error}.") from None
+    if not isinstance(changed, dict):
+        raise ValueError(f'The fields of a scheduler must be an object such as {{"num_remask": 4}}, got {fields!r}.')
+    known = set(inspect.signature(kind).parameters)
+    if unknown := sorted(set(changed) - known):
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    return kind.from_config(scheduler.config, **changed)
