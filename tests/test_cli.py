@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMaskedLM
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, sudoku
+from prism_pipelines.cli import live_view
 from prism_pipelines.cli import sudoku as cli_sudoku
-from prism_pipelines.cli import sudoku_view
 from prism_pipelines.cli.main import main
 
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -339,24 +339,24 @@ def test_the_page_is_written_and_needs_nothing_else(capsys, knowing, tmp_path):
 
 
 def test_kinds_of_cells_follow_from_the_two_states():
-    given = [i < 2 for i in range(81)]
+    generated = [i >= 2 for i in range(81)]
     before = [5, 6, sudoku.MASK_ID, 1, 2, 3, sudoku.MASK_ID] + [4] * 74
     after = [5, 6, 7, 1, 2, sudoku.MASK_ID, sudoku.MASK_ID] + [4] * 74
     quality = [0.0, 0.0, 0.0, 0.9, 0.1, 0.05, 0.0] + [1.0] * 74  # low values at clues and masks mean nothing
     remasked = [i == 5 for i in range(81)]
-    kinds = sudoku_view.cell_kinds(given, before, after, quality, remasked)
-    assert kinds[:8] == ["given", "given", "written", "kept", "doubtful", "remasked", "blank", "kept"]
+    kinds = live_view.token_kinds(before, after, generated, sudoku.MASK_ID, quality, remasked)
+    assert kinds[:8] == ["given", "given", "written", "kept", "doubtful", "remasked", "mask", "kept"]
 
 
 def test_every_kind_has_its_own_mark_and_colour_and_stands_in_the_legend():
-    marks, styles, words = zip(*sudoku_view.KINDS.values(), strict=True)
-    assert len(set(marks)) == len(set(styles)) == len(sudoku_view.KINDS)
-    assert all(word in sudoku_view.legend(sudoku_view.KINDS).plain for word in words)
+    marks, styles, words = zip(*live_view.KINDS.values(), strict=True)
+    assert len(set(marks)) == len(set(styles)) == len(live_view.KINDS)
+    assert all(word in live_view.legend(live_view.KINDS).plain for word in words)
 
 
 def test_board_shows_each_digit_once_at_its_place():
-    kinds = ["given" if mark != "." else "blank" for mark in PUZZLE]
-    text = sudoku_view.board(sudoku.parse_puzzle(PUZZLE), kinds).plain
+    kinds = ["given" if mark != "." else "mask" for mark in PUZZLE]
+    text = live_view.board(sudoku.parse_puzzle(PUZZLE), kinds).plain
     assert len(text.splitlines()) == 11
     cells = [mark for line in text.splitlines() if "─" not in line for mark in line.replace("│", "").split()]
     assert "".join(cells).replace("_", ".") == PUZZLE
@@ -371,7 +371,7 @@ def test_the_live_view_ends_with_the_verdict_and_survives_a_terminal_without_col
         assert cli_sudoku._run_one(knowing, sudoku.parse_puzzle(PUZZLE)[None], args, console) == 0
         screen.flush()
         shown = raw.getvalue().decode(encoding)
-        assert "step 6/6" in shown and "51/51 written" in shown and "legend" in shown and "Solved" in shown
+        assert "step 6/6" in shown and "51/51 cells" in shown and "legend" in shown and "Solved" in shown
         assert ("×" in shown) == (encoding == "utf-8")
         assert ("\x1b[1;32m" in shown) == (color is not None)
 

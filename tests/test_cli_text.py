@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from prism_pipelines import PrismPipeline, bundled
-from prism_pipelines.cli import text_view
+from prism_pipelines.cli import live_view
 from prism_pipelines.cli.main import main
 from prism_pipelines.evaluation import pipeline_texts
 
@@ -79,7 +80,7 @@ def test_a_comparison_of_four_rules(tmp_path, capsys):
 
 def test_kinds_of_tokens():
     before, after = [5, M, 7, 8, M, 3], [5, 6, M, 8, M, 3]
-    kinds = text_view.token_kinds(
+    kinds = live_view.token_kinds(
         before, after, [False, *[True] * 5], M, [1, 0, 0.1, 0.2, 0, 0.9], [False, False, True, False, False, False]
     )
     assert kinds == ["given", "written", "remasked", "doubtful", "mask", "kept"]
@@ -87,9 +88,12 @@ def test_kinds_of_tokens():
 
 def test_the_live_view_counts_remasks_and_shows_every_token():
     console = Console(force_terminal=True, width=60, color_system=None)
-    decode = types.SimpleNamespace(decode=lambda ids: "abcdefghij"[ids[0]])
+
+    def draw(ids, kinds):
+        return live_view.page(["abcdefghij"[token] for token in ids], kinds)
+
     pipe = types.SimpleNamespace(mask_token_id=M, scheduler=types.SimpleNamespace(timesteps=[0, 1]))
-    view, seen = text_view.TextView(console, decode, delay=0), []
+    view, seen = live_view.LiveView(console, draw, delay=0), []
     view.live = types.SimpleNamespace(update=lambda group, refresh: seen.append(group.renderables))
     state = {"generation_mask": torch.ones(1, 3, dtype=torch.bool), "quality": None}
     view.step(
@@ -100,3 +104,16 @@ def test_the_live_view_counts_remasks_and_shows_every_token():
     )
     assert [str(parts[1]) for parts in seen] == ["bc_", "b×d"]
     assert "3/3" not in str(seen[1][0]) and "2/3 tokens   1 remasked now, 1 so far" in str(seen[1][0])
+
+
+def test_the_live_view_says_when_it_fills_judges_and_repairs():
+    view, seen = live_view.LiveView(Console(), lambda ids, kinds: Text(), delay=0), []
+    view.live = types.SimpleNamespace(update=lambda group, refresh: seen.append(str(group.renderables[0])))
+    pipe = types.SimpleNamespace(mask_token_id=M, scheduler=types.SimpleNamespace(timesteps=range(4)))
+    generated = torch.tensor([[False, True, True]])
+    for step, (canvas, remasked) in enumerate([([1, 2, 3], []), ([1, M, 3], [1]), ([1, 4, 3], []), ([1, 4, 3], [])]):
+        again = torch.tensor([[i in remasked for i in range(3)]])
+        state = {"sample": torch.tensor([canvas]), "generation_mask": generated, "quality": None, "remasked": again}
+        view.step(pipe, step, step, state)
+    assert [line.split()[-1] for line in seen] == ["filling", "judging", "repairing", "judging"]
+    assert "1/2 tokens" in seen[1] and "1 remasked now, 1 so far" in seen[1]

@@ -23,7 +23,7 @@ def add_parser(commands) -> None:
         help="continue every prompt of a file; resumable, on one or several GPUs",
         description="Continue every prompt of a file and write a JSON line for each, in input order. The same command "
         "again goes on after a kill.",
-        epilog="Exit status: 0 done, 2 bad input. On several machines: accelerate launch -m prism_pipelines generate ...",
+        epilog="Exit status: 0 done, 2 bad input. On several machines: accelerate launch -m prism_pipelines generate",
     )
     add_flags(parser)
     parser.add_argument("--num_processes", type=int, default=1, help="one for each GPU (default: %(default)s)")

@@ -245,11 +245,11 @@ def run_sudoku(args) -> int:
 
 def _run_one(pipe, puzzles, args, console) -> int:
     from ..sampling.trace import trace_to_html
-    from .sudoku_view import SudokuView, board, legend, printable
+    from .live_view import LiveView, board, legend, printable
 
     live = console.is_terminal and not (args.json or args.no_live)
     if live:
-        with SudokuView(console, puzzles[0], args.delay) as view:
+        with LiveView(console, board, "cells", args.delay) as view:
             (outcome,), traces = solve(pipe, puzzles, args, view.step, trace=bool(args.html))
     else:
         (outcome,), traces = solve(pipe, puzzles, args, trace=bool(args.html))
@@ -266,7 +266,7 @@ def _run_one(pipe, puzzles, args, console) -> int:
     else:
         clashing = {i for pair in sudoku.conflicts(outcome.grid) for i in pair}
         kinds = [
-            "given" if clue else "conflict" if i in clashing else "kept" if digit else "blank"
+            "given" if clue else "conflict" if i in clashing else "kept" if digit else "mask"
             for i, (clue, digit) in enumerate(zip(outcome.puzzle, outcome.grid, strict=True))
         ]
         console.print(printable(console, board(outcome.grid, kinds)), end="")

@@ -121,13 +121,17 @@ def _run_texts(pipe, args, console) -> int:
     import torch
 
     from ..sampling.trace import trace_to_html
-    from .text_view import TextView
+    from .live_view import LiveView, page
 
     set_scheduler(pipe, args.scheduler, args.temperature)
     rows = args.num_samples or 1
     remasked = torch.zeros(rows, dtype=torch.long)
     live = console.is_terminal and not (args.json or args.no_live)
-    view = TextView(console, pipe.tokenizer, args.delay) if live else None
+
+    def draw(ids, kinds):
+        return page([pipe.tokenizer.decode([token]) for token in ids], kinds)
+
+    view = LiveView(console, draw, delay=args.delay) if live else None
 
     def on_step(pipe, i, t, state):
         remasked.add_(state["remasked"].sum(-1).cpu())
@@ -151,8 +155,8 @@ def _run_texts(pipe, args, console) -> int:
     else:
         out = write()
     if args.html:
-        page = trace_to_html(out.trace, pipe.tokenizer, title="prism text")
-        Path(args.html).write_text(page, encoding="utf-8")
+        html = trace_to_html(out.trace, pipe.tokenizer, title="prism text")
+        Path(args.html).write_text(html, encoding="utf-8")
     facts = {"forwards": out.nfe, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
     if args.json:
         print(json.dumps({"prompt": args.prompt, "texts": out.texts, "remasked": remasked.tolist(), **facts}))
