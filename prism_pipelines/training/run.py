@@ -163,7 +163,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
         call["chat_template_kwargs"] = template_kwargs(run.chat_template_kwargs)
     return {
         "call": call,
-        "dataset": flags["dataset"],
+        "dataset": flags.get("dataset", "none: the model's own runs"),
         "command": shlex.join(["accelerate", "launch", "-m", "prism_pipelines.training", *words]),
         "hardware": f"{args.world_size} x {device}",
         "versions": {name: version(name) for name in ("prism-pipelines", "torch", "transformers", "peft")},
