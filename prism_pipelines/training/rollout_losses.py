@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers.utils import ModelOutput
 
 from ..models.denoiser import MaskedDenoiser
-from ..schedulers.context import forget
+from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
 from .losses import PRISMObjective, mean_where, share_of_all, split_positions
 from .rollouts import Rollout, RolloutPool, RolloutSettings
@@ -256,7 +256,7 @@ class RolloutObjective(PRISMObjective):
             ValueError: the model writes one token only, so there is nothing to learn.
         """
         sample, attention_mask = pool.batch()
-        visible = torch.cat([pool._padded(run.judged, sample.shape[1], False) for run in pool.runs])
+        visible = torch.cat([pool.padded(run.judged, sample.shape[1], False) for run in pool.runs])
         if visible.sum() > 1 and len(sample[visible].unique()) == 1:
             raise ValueError(
                 f"The model wrote nothing but the token {int(sample[visible][0])} in {int(visible.sum())} places, so a "
@@ -352,7 +352,7 @@ class RolloutObjective(PRISMObjective):
         if self.label == "posterior":
             with torch.no_grad():
                 sample = pool.batch()[0]
-                positions = torch.cat([pool._padded(chosen, sample.shape[1], False) for chosen in judged])
+                positions = torch.cat([pool.padded(chosen, sample.shape[1], False) for chosen in judged])
                 found = log_posterior(self.denoiser, sample, positions, attention_mask, self.chunk_size)
         logits = [out[chosen] for out, chosen in zip(self.look(pool), judged, strict=True)]
         if found is None:
@@ -370,18 +370,18 @@ class RolloutObjective(PRISMObjective):
             hidden = self.denoiser.hidden(sample, attention_mask)
         found = []
         for run, part in zip(pool.runs, pool.parts(hidden), strict=True):
-            logits = self.judge_run(run, part)
+            logits, _ = self.judge_run(run, part)
             pool.advance(run, part.detach(), logits.detach().sigmoid())
             found.append(logits)
         return found
 
-    def judge_run(self, run: Rollout, hidden: Tensor) -> Tensor:
-        """The head's logits (R, L) of one run, some of its rows without context while training."""
+    def judge_run(self, run: Rollout, hidden: Tensor) -> tuple[Tensor, RunContext]:
+        """The head's logits (R, L) of one run, some of its rows without context while training; and its context."""
         context = run.recorder.observe(run.sample, hidden, run.at_work)
         if self.training and self.quality_head.reads_context:
             context = forget(context, uniform((len(hidden),), None, hidden.device) < self.forget_share)
         known = self.quality_head.inputs(context, run.sample, self.denoiser.spec.mask_token_id)
-        return self.quality_head(hidden, run.canvas.attention_mask, **known)
+        return self.quality_head(hidden, run.canvas.attention_mask, **known), context
 
     def state(self) -> dict[str, Tensor]:
         """The runs under way, for a checkpoint; the weights are not in it."""

@@ -121,7 +121,6 @@ class RolloutPool:
         reads: inputs of the run context that are recorded.
         settings: how runs differ.
         num_runs: into which the rows of a batch are split. All rows of a run have one scheduler and one schedule.
-        reads_more: inputs that are recorded besides, to compare the head with them.
     """
 
     def __init__(self, denoiser: MaskedDenoiser, reads, settings: RolloutSettings, num_runs: int):
@@ -185,15 +184,16 @@ class RolloutPool:
     def batch(self) -> tuple[Tensor, Tensor | None]:
         """Rows of all runs, int64 (B, L), padded on the right; and their attention mask, None if nothing is padded."""
         width = max(run.sample.shape[1] for run in self.runs)
-        sample = torch.cat([self._padded(run.sample, width, self.mask_token_id) for run in self.runs])
+        sample = torch.cat([self.padded(run.sample, width, self.mask_token_id) for run in self.runs])
         masks = [run.canvas.attention_mask for run in self.runs]
         if all(mask is None for mask in masks) and all(run.sample.shape[1] == width for run in self.runs):
             return sample, None
         masks = [torch.ones_like(r.sample) if m is None else m.long() for m, r in zip(masks, self.runs, strict=True)]
-        return sample, torch.cat([self._padded(mask, width, 0) for mask in masks])
+        return sample, torch.cat([self.padded(mask, width, 0) for mask in masks])
 
     @staticmethod
-    def _padded(values: Tensor, width: int, value: int) -> Tensor:
+    def padded(values: Tensor, width: int, value: int) -> Tensor:
+        """`values` (R, L), filled up on the right to (R, width)."""
         return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=value)
 
     def parts(self, values: Tensor) -> list[Tensor]:
