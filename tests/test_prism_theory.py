@@ -182,7 +182,7 @@ class ExactDenoiser(nn.Module):
     def __init__(self, world):
         super().__init__()
         self.length = len(next(iter(world)))
-        self.vocab = 1 + max(map(max, world))
+        self.vocab = self.vocab_size = 1 + max(map(max, world))
         self.spec = MDMSpec(mask_token_id=self.vocab)
         rows = [
             [[posterior(world, s, i, v) if s[i] is None else 1.0 for v in range(self.vocab)] for i in range(len(s))]
@@ -196,6 +196,9 @@ class ExactDenoiser(nn.Module):
 
     def logits(self, hidden, positions):
         row, column = positions.nonzero(as_tuple=True)
+        return self.logits_at(hidden, row, column)
+
+    def logits_at(self, hidden, row, column):
         return self.log_posterior[hidden[row, column, 0], column]
 
 

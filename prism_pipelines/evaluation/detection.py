@@ -17,9 +17,9 @@ LOWEST = 8  # tokens that a step would remask
 FREE_SCORES = {"own": "own_logprob", "prompt": "prompt_logprob", "draw": "draw_logprob"}
 NAMES = {
     "head": "this head",
-    "own": "own p(y_i | y) now (free)",
-    "prompt": "p(y_i | first canvas) (free)",
-    "draw": "p when drawn (free)",
+    "own": "the model's probability of the token now (free)",
+    "prompt": "its probability on the first canvas (free)",
+    "draw": "its probability when it was drawn (free)",
 }
 
 
@@ -65,7 +65,7 @@ def mean_of(values) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def detection(rows: list[JudgedRow], lowest: int = LOWEST) -> dict[str, dict[str, float | None]]:
+def detection_measures(rows: list[JudgedRow], lowest: int = LOWEST) -> dict[str, dict[str, float | None]]:
     """What each score finds.
 
     Args:
@@ -128,7 +128,7 @@ def best_free(found: dict, measure: str) -> str | None:
 
 
 def detection_table(found: dict) -> str:
-    """What `detection` gave as a Markdown table."""
+    """What `detection_measures` gave as a Markdown table."""
     measures = list(next(iter(found.values())))
     titles = {"within": "AUROC within a row", "pooled": "AUROC, all tokens", "row": "AUROC, row has no error"}
     titles |= {"ece": "ECE", "overlap": f"of its {LOWEST} lowest, true ones", "rank": "rank correlation"}

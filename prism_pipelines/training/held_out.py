@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation.calibration import fit_temperature
-from ..evaluation.detection import FREE_SCORES, NAMES, JudgedRow, best_free, detection, detection_table
+from ..evaluation.detection import FREE_SCORES, NAMES, JudgedRow, best_free, detection_measures, detection_table
 from .rollout_losses import RolloutObjective, every, log_posterior
 from .rollouts import Rollout, RolloutPool
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 SEED = 999_983  # of the held-out runs, every time the same
 STATES = 4  # looks at each run while it is filled; full canvases are looked at besides
 ROWS = 96  # held-out rows of a measurement, at most
+USEFUL = (0.05, 20.0)  # temperatures between which a head counts as calibrated
 MEASURES = {"truth": "within", "posterior": "overlap"}  # what remasking needs: the order within a row
 ADVICE = {  # what to use in place of a head that is no better
     "own": "Use SelfConfidenceScheduler, or train for more steps.",
@@ -131,6 +132,9 @@ def fitted_temperature(rows: list[JudgedRow]) -> float | None:
     except ValueError as error:
         logger.warning("No temperature is fitted: %s", error)
         return None
+    if not USEFUL[0] < found < USEFUL[1]:
+        logger.warning("No temperature is kept: %.3g would be needed, so the head's quality says too little.", found)
+        return None
     return round(found, 4)
 
 
@@ -164,7 +168,7 @@ class HeadReport:
         self.measure, self.label = MEASURES[objective.label], objective.label
         self.temperature = fitted_temperature([row for part in fit for row in part])
         self.rows = at_temperature([row for part in measured for row in part], self.temperature)
-        self.found = detection(self.rows)
+        self.found = detection_measures(self.rows)
 
     @staticmethod
     def _counted(batches, on_batch):

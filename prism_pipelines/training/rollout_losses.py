@@ -24,6 +24,7 @@ LABELS = ("truth", "posterior")
 STATES = ("one_step", "rollout", "mixed")
 DISTILL_LOSSES = ("squared", "bce")
 WARM_UP = 16  # forward passes before the first step, so that no training begins on empty rows
+FEW = 16  # written tokens of which at least two are to differ
 PROBES = 128  # tokens on which a stride is compared with brute force
 ENOUGH = 0.99  # rank correlation of a stride that is wide enough
 
@@ -226,6 +227,7 @@ class RolloutObjective(PRISMObjective):
             for _ in range(WARM_UP):
                 pool.refill(**batch)
                 self.look(pool)
+        self.check_written(pool)
         if self.label == "posterior" and self.stride_checked is None:
             self.check_stride(pool)
         return pool
@@ -249,19 +251,23 @@ class RolloutObjective(PRISMObjective):
                 f"`--label_stride` is {self.stride}, and the rows have {ids.shape[1]} tokens. Pass at most that."
             )
 
-    def check_stride(self, pool: RolloutPool) -> None:
-        """Widens the stride until its labels rank tokens as brute force does, and says which it is.
+    def check_written(self, pool: RolloutPool) -> None:
+        """Checks that the model writes more than one token.
 
         Raises:
-            ValueError: the model writes one token only, so there is nothing to learn.
+            ValueError: it does not (such as end tokens alone), so there is nothing to learn.
         """
+        written = torch.cat([run.sample[run.judged] for run in pool.runs])
+        if len(written) >= FEW and len(written.unique()) == 1:
+            raise ValueError(
+                f"The model wrote nothing but the token {int(written[0])} in {len(written)} places, so a head has "
+                "nothing to learn. Pass a --dataset of prompts, or another --max_length."
+            )
+
+    def check_stride(self, pool: RolloutPool) -> None:
+        """Widens the stride until its labels rank tokens as brute force does, and says which it is."""
         sample, attention_mask = pool.batch()
         visible = torch.cat([pool.padded(run.judged, sample.shape[1], False) for run in pool.runs])
-        if visible.sum() > 1 and len(sample[visible].unique()) == 1:
-            raise ValueError(
-                f"The model wrote nothing but the token {int(sample[visible][0])} in {int(visible.sum())} places, so a "
-                "head has nothing to learn. Pass a --dataset of prompts, or other --max_length."
-            )
         length = sample.shape[1]
         while True:
             found = compare_stride(self.denoiser, sample, visible, self.stride, attention_mask)
