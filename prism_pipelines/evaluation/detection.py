@@ -21,6 +21,8 @@ NAMES = {
     "prompt": "its probability on the first canvas (free)",
     "draw": "its probability when it was drawn (free)",
 }
+TITLES = {"within": "AUROC within a row", "pooled": "AUROC, all tokens", "row": "AUROC, row has no error", "ece": "ECE"}
+TITLES |= {"overlap": f"of its {LOWEST} lowest, true ones", "rank": "rank correlation"}
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,7 @@ def best_free(found: dict, measure: str) -> str | None:
 def detection_table(found: dict) -> str:
     """What `detection_measures` gave as a Markdown table."""
     measures = list(next(iter(found.values())))
-    titles = {"within": "AUROC within a row", "pooled": "AUROC, all tokens", "row": "AUROC, row has no error"}
-    titles |= {"ece": "ECE", "overlap": f"of its {LOWEST} lowest, true ones", "rank": "rank correlation"}
-    lines = ["| score | " + " | ".join(titles[name] for name in measures) + " |"]
+    lines = ["| score | " + " | ".join(TITLES[name] for name in measures) + " |"]
     lines.append("| --- |" + " --- |" * len(measures))
     for name, values in found.items():
         cells = ["-" if values[m] is None else f"{values[m]:.3f}" for m in measures]

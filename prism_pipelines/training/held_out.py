@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 999_983  # of the held-out runs, every time the same
 STATES = 4  # looks at each run while it is filled; full canvases are looked at besides
-ROWS = 96  # held-out rows of a measurement, at most
+ROWS = {"truth": 96, "posterior": 24}  # held-out rows of a measurement; a posterior takes more passes to know
 USEFUL = (0.05, 20.0)  # temperatures between which a head counts as calibrated
 MEASURES = {"truth": "within", "posterior": "overlap"}  # what remasking needs: the order within a row
 ADVICE = {  # what to use in place of a head that is no better
@@ -157,13 +157,16 @@ class HeadReport:
 
     Args:
         objective: trained or not; its head's config is not changed.
-        batches: held-out ones, the first of `ROWS` rows.
+        batches: held-out ones, of which the first `ROWS` rows are taken.
         on_batch: as `judged_rows`.
     """
 
     def __init__(self, objective: RolloutObjective, batches: list[dict[str, Tensor]], on_batch=None):
         size = max(1, len(batches[0]["input_ids"]))
-        parts = [judged_rows(objective, [batch]) for batch in self._counted(batches[: max(2, ROWS // size)], on_batch)]
+        parts = [
+            judged_rows(objective, [batch])
+            for batch in self._counted(batches[: max(2, ROWS[objective.label] // size)], on_batch)
+        ]
         fit, measured = (parts[::2], parts[1::2]) if len(parts) > 1 else (parts, parts)
         self.measure, self.label = MEASURES[objective.label], objective.label
         self.temperature = fitted_temperature([row for part in fit for row in part])

@@ -7,6 +7,7 @@ posterior log p(y_i | all other tokens), and no data is needed.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
 from .losses import PRISMObjective, mean_where, share_of_all, split_positions
 from .rollouts import Rollout, RolloutPool, RolloutSettings
+
+logger = logging.getLogger(__name__)
 
 LABELS = ("truth", "posterior")
 STATES = ("one_step", "rollout", "mixed")
@@ -271,7 +274,7 @@ class RolloutObjective(PRISMObjective):
         length = sample.shape[1]
         while True:
             found = compare_stride(self.denoiser, sample, visible, self.stride, attention_mask)
-            print(f"Labels by stride {self.stride}: rank correlation {found:.4f} with brute force.", flush=True)
+            logger.warning("Labels by stride %d: rank correlation %.4f with brute force.", self.stride, found)
             if found > ENOUGH or self.stride >= length:
                 break
             self.stride = min(2 * self.stride, length)

@@ -209,7 +209,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         pipe.model.eval()
         facts = {"metrics": last_metrics(args.output_dir)}
         if isinstance(objective, RolloutObjective):
-            report = HeadReport(objective, trainer.held_out)
+            trainer.report = report = HeadReport(objective, trainer.held_out)
             facts = head_facts(pipe, run, report) | {"metrics": facts["metrics"] | report.metrics()}
         save(pipe, run, args, trainer.facts | facts)
     return pipe

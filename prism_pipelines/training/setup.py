@@ -39,6 +39,7 @@ CONTEXTS = {
     "truth": ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill"),
     "posterior": ("given", "draw", "age", "remasks", "fill", "own"),
 }
+DISTILLED_BAR = 0.02  # quality below which a head from --objective distill remasks, see docs/judging.md
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
@@ -314,6 +315,9 @@ def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
         scheduler = MDLMScheduler()
     elif isinstance(objective, CriticObjective):
         scheduler = TokenCriticScheduler(**drawn)
+    elif run.objective == "distill":
+        # Its quality resolves the low end: all below a bar go, at most a quarter of the tokens in a step.
+        scheduler = PrismScheduler(quality_threshold=DISTILLED_BAR, temperature=run.rollout_temperature)
     else:
         # The settings of method.md: a few cells of a Sudoku, the paper's share of a text.
         share = {"num_remask": 4} if run.dataset == "sudoku" else {"eta": 0.05}
