@@ -19,8 +19,8 @@ from .rollouts import Rollout, RolloutPool
 logger = logging.getLogger(__name__)
 
 SEED = 999_983  # of the held-out runs, every time the same
-STATES = 4  # looks at each run while it is filled; full canvases are looked at besides
-ROWS = {"truth": 96, "posterior": 24}  # held-out rows of a measurement; a posterior takes more passes to know
+STATES = 3  # looks at each run while it is filled; full canvases are looked at besides
+ROWS = {"truth": 192, "posterior": 24}  # held-out rows of a measurement; a posterior takes more passes to know
 USEFUL = (0.05, 20.0)  # temperatures between which a head counts as calibrated
 MEASURES = {"truth": "within", "posterior": "overlap"}  # what remasking needs: the order within a row
 ADVICE = {  # what to use in place of a head that is no better
@@ -153,8 +153,6 @@ def at_temperature(rows: list[JudgedRow], temperature: float | None) -> list[Jud
 class HeadReport:
     """What is known of a trained head: its temperature, and what it finds beside the free scores.
 
-    The temperature is fitted on every other held-out batch, and the others are what is reported.
-
     Args:
         objective: trained or not; its head's config is not changed.
         batches: held-out ones, of which the first `ROWS` rows are taken.
@@ -162,23 +160,12 @@ class HeadReport:
     """
 
     def __init__(self, objective: RolloutObjective, batches: list[dict[str, Tensor]], on_batch=None):
-        size = max(1, len(batches[0]["input_ids"]))
-        parts = [
-            judged_rows(objective, [batch])
-            for batch in self._counted(batches[: max(2, ROWS[objective.label] // size)], on_batch)
-        ]
-        fit, measured = (parts[::2], parts[1::2]) if len(parts) > 1 else (parts, parts)
+        few = batches[: -(-ROWS[objective.label] // len(batches[0]["input_ids"]))]
+        rows = judged_rows(objective, few, on_batch)
         self.measure, self.label = MEASURES[objective.label], objective.label
-        self.temperature = fitted_temperature([row for part in fit for row in part])
-        self.rows = at_temperature([row for part in measured for row in part], self.temperature)
+        self.temperature = fitted_temperature(rows)  # one number of thousands of tokens: as good on others
+        self.rows = at_temperature(rows, self.temperature)
         self.found = detection_measures(self.rows)
-
-    @staticmethod
-    def _counted(batches, on_batch):
-        for number, batch in enumerate(batches):
-            yield batch
-            if on_batch is not None:
-                on_batch(number + 1, len(batches))
 
     @property
     def best_free(self) -> str | None:
