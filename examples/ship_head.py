@@ -36,6 +36,11 @@ def ship(run: Path, name: str, into: Path) -> Path:
     load = f'PrismPipeline.from_pretrained(bundled("{name}"), quality_head=bundled("{name}-head"))'
     card = card.replace('PrismPipeline.from_pretrained(".")', load)
     card = card.replace("import PrismPipeline\n", "import PrismPipeline, bundled\n")
+    if name == "sudoku":
+        puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+        card = card.replace(
+            "num_samples=1, gen_length=32, num_inference_steps=32", f'infill="{puzzle}", num_inference_steps=128'
+        )
     if name in RECOMMENDED:
         before, title, after = card.partition("## Recommended settings\n\n")
         rest = after[after.index(", loaded") :]
