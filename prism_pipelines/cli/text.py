@@ -120,7 +120,6 @@ def run_text(args) -> int:
 def _run_texts(pipe, args, console) -> int:
     import torch
 
-    from ..sampling.trace import trace_to_html
     from .live_view import LiveView, page
 
     set_scheduler(pipe, args.scheduler, args.temperature)
@@ -155,8 +154,7 @@ def _run_texts(pipe, args, console) -> int:
     else:
         out = write()
     if args.html:
-        html = trace_to_html(out.trace, pipe.tokenizer, title="prism text")
-        Path(args.html).write_text(html, encoding="utf-8")
+        out.trace.to_html(args.html, title="prism text")
     facts = {"forwards": out.nfe, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
     if args.json:
         print(json.dumps({"prompt": args.prompt, "texts": out.texts, "remasked": remasked.tolist(), **facts}))

@@ -22,6 +22,7 @@ from .canvas import Canvas, split_blocks
 from .kv_cache import CanvasForward, Seen
 from .recorder import RunRecorder, recorder_for
 from .stopping import finished_rows
+from .trace import Trace, TraceStep
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Run:
         ends: end tokens that finish a row; none if they do not.
         stops: strings that finish a row.
         tokenizer: needed for `stops`.
+        trace: where every step is noted; None if nobody asked for it.
     """
 
     denoiser: MaskedDenoiser
@@ -54,6 +56,7 @@ class Run:
     ends: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
     tokenizer: object = None
+    trace: Trace | None = None
 
     @property
     def forwards_per_step(self) -> int:
@@ -232,6 +235,9 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
             filled.recorder.after_step(step)
         filled.nfe += run.forwards_per_step
         filled.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
+        if run.trace is not None:
+            forwards = filled.nfe_per_row.tolist()
+            run.trace.append(TraceStep.of(step, quality, filled.sample, work, forwards, run.mask_token_id))
         tensors = {
             "sample": step.prev_sample,
             "quality": quality,
