@@ -76,8 +76,8 @@ def pages(tmp_path_factory):
     run = {"infill": PUZZLE, "return_trace": True, "generator": torch.Generator().manual_seed(0)}
     out = pipe(**run, num_inference_steps=20, return_quality=True)
     out.trace.to_html(folder / "sudoku.html", columns=9)
-    # Few clues and few passes, so that there is something to repair.
-    pipe.scheduler = JudgeAndRepairScheduler(tokens_per_step=8)
+    # Few clues and in random order, so that there is something to repair.
+    pipe.scheduler = JudgeAndRepairScheduler(temperature=1.0, order="random")
     judged = pipe(**run | {"infill": HARD}, num_inference_steps=60)
     judged.trace.to_html(folder / "judged.html", columns=9)
     return {"folder": folder, "grid": out.texts[0], "judged": judged}

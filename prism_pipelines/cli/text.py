@@ -109,8 +109,6 @@ def run_text(args) -> int:
             raise ValueError(f"{flag} belongs to a comparison; pass --compare too")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("PROMPT is empty; leave it out to write from nothing")
-    if args.html and (args.num_samples or 1) != 1:
-        raise ValueError("--html shows the run of one text; it does not go with --num-samples")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
