@@ -48,9 +48,10 @@ bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --quick
 	$(BIN)/python -m benchmarks.text --quick
 
-results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed figures
+results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed tables, and the figures
 	$(BIN)/python -m benchmarks.results
 	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.figures
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
