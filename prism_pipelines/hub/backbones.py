@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter
 
 from ..models.checks import check_rope
 from ..models.convert_mdlm import load_mdlm
-from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, resolve_spec
+from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, refuse_family, resolve_spec
 from .adapter_files import CONFIG
 from .files import absence, fetch_file, inside, out_of_reach, reachable, read_json
 from .saved_model import load_adapters, note_origin, read_index
@@ -83,6 +83,8 @@ def load_plain(
         }
         return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
     refuse_pickles(path, subfolder, where)
+    if not mdm_spec:
+        refuse_family(raw.get("model_type"), path)
     refuse_variants(path, raw, None if mdm_spec else family_of(SimpleNamespace(**raw), path))
     if dtype != "auto":
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -240,7 +242,9 @@ def load_backbone(
         model.get_adapter_state_dict = functools.partial(adapter_weights, model)
     if spec.key_mapping:
         # transformers would rename the weights back when it saves them; ours are read again as the native class.
-        model._weight_conversions = None
+        ours = {*spec.key_mapping, *(spec.split_weights or ())}
+        kept = [rule for rule in model._weight_conversions if not ours.intersection(rule.source_patterns)]
+        model._weight_conversions = kept
     check_rope(model, path)
     return model
 
@@ -362,6 +366,11 @@ def refuse_pickles(path: str, subfolder: str, where: dict) -> None:
     )
 
 
+_LLADA2 = {
+    "norm_head": (False,),
+    "use_bias": (False,),
+    "expert_capacity": (None,),  # LLaDA2.2 chooses experts for a block of tokens at once, the native class for each
+}
 # What a config of a key-mapped family must say, if it says anything: its native class does nothing else.
 ONLY_AS = {
     "llada": {
@@ -381,8 +390,14 @@ ONLY_AS = {
         "shared_expert_intermediate_size": (None,),
         "moe_router_enable_expert_bias": (False, None),
     },
-    "llada2_moe": {"norm_head": (False,), "use_bias": (False,)},
-    "Dream": {"block_size": (None,)},  # Dream's block-diffusion successor shares its model_type
+    "illada": {
+        "layer_norm_eps": (None,),  # it would have other norms
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+    },
+    "llada2_moe": _LLADA2,
+    "llada2_moe:llada2.2": _LLADA2,
+    "Dream": {"block_size": (None,)},  # DreamReasoner shares its model_type: a copy under another name is one of these
     "mdlm": {"time_conditioning": (False, None)},
     "bd3lm": {"time_conditioning": (False, None), "causal": (False, None)},
 }

@@ -226,6 +226,7 @@ class MaskedDenoiser(nn.Module):
             logits = self._output_head()(rows).to(rows.device)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
+        logits = soft_cap(logits, self.spec.logit_cap)
         ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does
         if logits.requires_grad:
             return logits.index_fill(-1, ids, -torch.inf)
@@ -252,6 +253,7 @@ class MaskedDenoiser(nn.Module):
         bias += [self.model.get_parameter(self.spec.output_bias)] if self.spec.output_bias else []
         for values in bias:
             logits = logits + values[where.to(values.device)].to(logits)
+        logits = soft_cap(logits, self.spec.logit_cap)
         return logits.to(rows.device).masked_fill(self.forbidden.to(rows.device)[tokens], -torch.inf)
 
     def aligned(self, hidden: Tensor) -> Tensor:
@@ -274,6 +276,11 @@ class MaskedDenoiser(nn.Module):
         """As `logits`, at positions given as rows and columns, int64 (N,) each."""
         # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
         return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`; None leaves the logits as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @contextmanager
