@@ -39,6 +39,30 @@ class PrismPipelineOutput(BaseOutput):
     accepted: Tensor | None = None
 
 
+@dataclass
+class LikelihoodOutput(BaseOutput):
+    """What `PrismPipeline.log_likelihood` returns.
+
+    Args:
+        log_likelihood: of the tokens in question of each row, in nats, float64 (B,). -inf where one of them is a token
+            that the model never writes.
+        standard_error: of it, float64 (B,); 0 where nothing is random.
+        num_tokens: how many tokens are in question, int64 (B,).
+        perplexity: exp(-log_likelihood / num_tokens), float64 (B,): an upper bound for method "bound".
+        nfe: forward passes made.
+        nfe_per_row: those in which each row took part, list of B ints.
+        token_log_probs: log p(token | all others), float32 (B, L), NaN elsewhere; None for method "bound".
+    """
+
+    log_likelihood: Tensor
+    standard_error: Tensor
+    num_tokens: Tensor
+    perplexity: Tensor
+    nfe: int
+    nfe_per_row: list[int]
+    token_log_probs: Tensor | None = None
+
+
 def row_confidence(quality: Tensor, generated: Tensor) -> Tensor:
     """Log of the product of the qualities of the generated tokens of each row: log P(all are right), were each of these
     events independent of the others.

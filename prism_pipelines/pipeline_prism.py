@@ -18,7 +18,7 @@ from .models import checks
 from .models.denoiser import MaskedDenoiser
 from .models.families import MDMSpec, reads_only_masks, resolve_spec
 from .models.quality_head import QualityHead
-from .pipeline_output import PrismPipelineOutput, row_confidence
+from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, row_confidence
 from .sampling.canvas import (
     Canvas,
     canvas_of,
@@ -29,6 +29,7 @@ from .sampling.canvas import (
 )
 from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
+from .sampling.likelihood import METHODS, estimate, scored_canvas
 from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
 from .sampling.recorder import context_of_text
 from .sampling.stopping import (
@@ -380,6 +381,62 @@ class PrismPipeline(DiffusionPipeline):
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
         return quality, sample, tokens
+
+    def log_likelihood(
+        self,
+        texts=None,
+        *,
+        prompt=None,
+        input_ids=None,
+        attention_mask=None,
+        given=None,
+        method: str = "bound",
+        num_samples: int = 128,
+        batch_size: int = 16,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> LikelihoodOutput:
+        """How likely the model finds some texts, see `sampling/likelihood.py` for the estimators and their cost.
+
+        The likelihood is the model's own: no head, scheduler, temperature or suppressed token takes part, but tokens
+        that are never predicted (the mask, padding) have none. Special tokens around a text are given.
+
+        Args:
+            texts: a text or texts.
+            prompt: a text, or one for each of `texts`, which follow it and whose likelihood given it is asked for. It
+                is taken as it is, without a chat template.
+            input_ids: int64 (B, L) in place of `texts`.
+            attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
+            given: which tokens are not in question: the beginning of each text, or bool (B, L), as `score` takes it.
+            method: "bound", a Monte Carlo estimate of a lower bound; or "pseudo", the pseudo-log-likelihood, by which
+                encoders that never saw many masks at once are compared (BERT, ESM-2).
+            num_samples: forward passes of a row for the bound (of each block of a block-causal model).
+            batch_size: rows of one forward pass.
+            generator: as in a call.
+        Raises:
+            ValueError, TypeError: an argument that cannot be used, by name.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        canvas, scored = scored_canvas(
+            texts, prompt, input_ids, attention_mask, given, self.tokenizer, self.mask_token_id, self.text_frame
+        )
+        canvas, scored = canvas.to(self._execution_device), scored.to(self._execution_device)
+        self._check_canvas(canvas, generator)
+        with memory_errors(batch_size, canvas.sample.shape[1]):
+            found = estimate(self.denoiser, canvas, scored, method, num_samples, batch_size, generator)
+        num_tokens = scored.sum(-1).cpu()
+        return LikelihoodOutput(
+            log_likelihood=found.log_likelihood,
+            standard_error=found.standard_error,
+            num_tokens=num_tokens,
+            perplexity=(-found.log_likelihood / num_tokens).exp(),
+            nfe=found.nfe,
+            nfe_per_row=found.nfe_per_row.tolist(),
+            token_log_probs=found.token_log_probs,
+        )
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
