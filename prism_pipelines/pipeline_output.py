@@ -27,6 +27,9 @@ class PrismPipelineOutput(BaseOutput):
             calibrated; else None. For open text, where many tokens would do, it only ranks.
         accepted: rows in which `JudgeAndRepairScheduler` found nothing that is worth another repair, bool (B,); None
             for schedulers that do not judge.
+        probs: the model's own probability of each token when it was drawn, float32 (B, L): at temperature 1, before
+            top_p and top_k, after a `logits_processor`. 1 where nothing was generated; NaN for tokens that were not
+            drawn (of a callback, or the end tokens that fill a finished row). None unless `return_probs`.
     """
 
     sequences: Tensor
@@ -37,6 +40,7 @@ class PrismPipelineOutput(BaseOutput):
     trace: list[TraceStep] | None = None
     confidence: Tensor | None = None
     accepted: Tensor | None = None
+    probs: Tensor | None = None
 
 
 @dataclass

@@ -141,11 +141,13 @@ class PrismPipeline(DiffusionPipeline):
         eos_early_stop: bool = False,
         suppress_tokens: int | list[int] | None = None,
         allow_tokens: int | list[int] | None = None,
+        logits_processor=None,
         stop: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
         return_dict: bool = True,
         return_quality: bool = False,
+        return_probs: bool = False,
         return_trace: bool = False,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -186,6 +188,9 @@ class PrismPipeline(DiffusionPipeline):
             allow_tokens: ids that may be written although they are no content: special and reserved tokens, and those
                 that the family forbids (X of ESM). End tokens of language models may be written anyway, those of an
                 encoder if they are in `eos_token_id`.
+            logits_processor: called as `logits_processor(positions, logits)` with the logits (N, V) that a step reads,
+                and where they stand, `Positions(row, column, sample)`; gives the logits to use. For grammars and
+                alphabets, see docs/pipeline.md. What is never written stays so.
             stop: strings that finish a row likewise; `texts` end before the first one. Special tokens in them are
                 looked for too, and may be written.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows, if
@@ -193,6 +198,7 @@ class PrismPipeline(DiffusionPipeline):
             output_type: "text", or "seq" for ids only.
             return_dict: False for a plain tuple.
             return_quality: also give the quality of the result; one more forward, counted in `nfe`.
+            return_probs: also give the probability with which each token was drawn; no further forward.
             return_trace: also give a `TraceStep` for each step.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
                 {"sample": ids} to change the canvas. A block is final after its last timestep; `sample` may be without
@@ -241,6 +247,8 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
         if stops and not (ends or closing):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
+        if logits_processor is not None and not callable(logits_processor):
+            raise TypeError(f"`logits_processor` must be callable or None, got {type(logits_processor).__name__}.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
         if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
             prompt = chat_texts(messages, prompt, self.tokenizer, chat_template_kwargs, continue_final_message)
@@ -271,6 +279,8 @@ class PrismPipeline(DiffusionPipeline):
             ends=(*ends, *closing) if eos_early_stop else closing,
             stops=stops,
             tokenizer=self.tokenizer,
+            logits_processor=logits_processor,
+            records_draws=return_probs,
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         warn_of_idle_steps(run, blocks)
@@ -330,6 +340,7 @@ class PrismPipeline(DiffusionPipeline):
             trace=trace if return_trace else None,
             confidence=confidence[keep].exp() if confidence is not None and self._is_calibrated else None,
             accepted=None if accepted is None else accepted[keep],
+            probs=filled.recorder.draw_probabilities(filled.sample)[keep] if return_probs else None,
         )
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
