@@ -46,9 +46,25 @@ def model_card(
         use,
         "## Recommended settings",
         settings(pipe.scheduler),
+        *judging(pipe.quality_head, facts),
         *training(facts),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def judging(head, facts: dict) -> list[str]:
+    """The parts of a card about what a head learned, on which states, from what it judges, and what it finds."""
+    calibrated = head.config.get("temperature")
+    about = {
+        "It estimates": facts.get("target"),
+        "Learned on": facts.get("states"),
+        "It reads of the run": ", ".join(head.reads_context) if head.reads_context else None,
+        "Temperature, fitted on held-out runs": f"{calibrated:g}" if calibrated else None,
+    }
+    rows, parts = [f"- {key}: {value}" for key, value in about.items() if value], []
+    parts += ["## What it judges by", "\n".join(rows)] if rows else []
+    parts += ["## What it finds on held-out runs", facts["detection"]] if "detection" in facts else []
+    return parts
 
 
 def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:

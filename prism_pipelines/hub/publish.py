@@ -17,6 +17,7 @@ from .fingerprints import lasting_fingerprint, weights_fingerprint
 from .model_card import method, model_card, pipeline_card
 
 FACTS = {"call", "dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
+FACTS |= {"target", "states", "detection"}
 
 
 def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
@@ -32,7 +33,8 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         base_revision: of that; None for what the head's config says.
         facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
             "steps" (int), "versions" and "metrics" (dicts), "call" (dict, further arguments with which the pipeline
-            writes after what the training data gave), "figure" (path of a calibration figure, copied).
+            writes after what the training data gave), "figure" (path of a calibration figure, copied); "target",
+            "states" and "detection", what the head estimates, learned on, and finds (strings, Markdown).
         repo_id: where it will be on the Hub, for the card; None for a folder.
     Returns:
         The folder.

@@ -100,6 +100,15 @@ class RunRecorder:
         if self._first_hidden is not None:
             self._first_hidden = self._first_hidden.masked_fill(some[..., None], 0)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that is known, by name, for a checkpoint of a training run."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave; the recorder must be new and read the same inputs."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def begin(self, positions: Tensor) -> None:
         """The next forward pass is the first for these positions, bool (B, L): a block, or the new rows of a pool."""
         self._due = positions

@@ -24,7 +24,9 @@ from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
 from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
+from .held_out import HeadReport, RolloutProgress
 from .optimizer import muon_adamw
+from .rollout_losses import RolloutObjective
 from .setup import (
     RUN_FILE,
     beginning,
@@ -80,7 +82,11 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         raise ValueError(
             "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
         )
-    if args.eval_strategy != "no" and run.objective != "mdm":
+    if isinstance(objective, RolloutObjective):
+        trainer.held_out = eval_batches(held_out, collate, args)
+        if args.eval_strategy != "no":
+            trainer.add_callback(RolloutProgress(objective, trainer.held_out, trainer.log))
+    elif args.eval_strategy != "no" and run.objective != "mdm":
         trainer.add_callback(
             HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log, not args.disable_tqdm)
         )
@@ -163,7 +169,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
         call["chat_template_kwargs"] = template_kwargs(run.chat_template_kwargs)
     return {
         "call": call,
-        "dataset": flags["dataset"],
+        "dataset": flags.get("dataset", "none: the model's own runs"),
         "command": shlex.join(["accelerate", "launch", "-m", "prism_pipelines.training", *words]),
         "hardware": f"{args.world_size} x {device}",
         "versions": {name: version(name) for name in ("prism-pipelines", "torch", "transformers", "peft")},
@@ -196,23 +202,43 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     check_finite(trainer.model)
+    objective = trainer.model
     if trainer.is_fsdp_enabled:
-        pipe = rebuilt(run, trainable(trainer.model))
+        pipe, objective = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
         pipe.model.eval()
-        save(pipe, run, args, trainer.facts | {"metrics": last_metrics(args.output_dir)})
+        facts = {"metrics": last_metrics(args.output_dir)}
+        if isinstance(objective, RolloutObjective):
+            trainer.report = report = HeadReport(objective, trainer.held_out)
+            facts = head_facts(pipe, run, report) | {"metrics": facts["metrics"] | report.metrics()}
+        save(pipe, run, args, trainer.facts | facts)
     return pipe
 
 
-def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> PrismPipeline:
-    """The pipeline of a run from its base and its trained tensors, where the modules that were trained are sharded."""
+def head_facts(pipe: PrismPipeline, run: RunArguments, report: HeadReport) -> dict:
+    """Stores the temperature that was fitted, and gives what a card says of a head on rollouts."""
+    pipe.quality_head.register_to_config(temperature=report.temperature)
+    targets = {
+        "truth": "P(the token is the right one), learned from the data",
+        "posterior": "the model's own p(token | all other tokens), learned without data",
+    }
+    states = "rollout" if run.objective == "distill" else run.states
+    return {
+        "target": targets[report.label],
+        "states": {"rollout": "the model's own runs", "mixed": "the model's own runs, and one-step states"}[states],
+        "detection": f"{report.table()}\n\n{report.verdict()}",
+    }
+
+
+def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismPipeline, torch.nn.Module]:
+    """Pipeline and objective of a run from its base and its trained tensors, where the trained modules are sharded."""
     model, tokenizer, spec = load_base(run)
     objective = build_objective(run, model, tokenizer, spec)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[name])
-    return build_pipeline(objective.eval(), tokenizer, run)
+    return build_pipeline(objective.eval(), tokenizer, run), objective
 
 
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
@@ -235,7 +261,15 @@ def last_metrics(folder: str) -> dict[str, float]:
     """The last value of each held-out measure in the log."""
     found = {}
     for entry in read_log(folder):
-        measures = ("eval_loss", "eval_auroc", "eval_ece", "eval_posterior_drift", "solved_")
+        measures = (
+            "eval_loss",
+            "eval_auroc",
+            "eval_ece",
+            "eval_overlap",
+            "eval_rank",
+            "eval_posterior_drift",
+            "solved_",
+        )
         found |= {name: value for name, value in entry.items() if name.startswith(measures)}
     return found
 
