@@ -141,6 +141,9 @@ def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict
         base_where,
         **given,
     )
+    in_pipeline = inside("tokenizer", TOKENIZER_FILES[0])
+    if saved_pipeline and loaded["tokenizer"] is None and fetch_file(base, in_pipeline, base_where):
+        loaded["tokenizer"] = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", **base_where)
     load_adapters(loaded["model"], path, subfolder, where, index, as_spec(loaded["mdm_spec"]))
     return loaded
 
