@@ -1,4 +1,4 @@
-"""Write docs/results.md and the figure of text from the committed tables in docs/figures: no number is typed by hand.
+"""Write docs/results.md from the committed tables in docs/figures: no number is typed by hand.
 
 Usage: python -m benchmarks.results [--check]   (--check: exit 1 if the file is not what the tables give)
 """
@@ -12,7 +12,6 @@ import sys
 
 from benchmarks.shared import ROOT
 from benchmarks.sudoku_heads import ARMS as HEADS
-from benchmarks.text import draw
 from benchmarks.text_results import (
     PUBLISHED,
     ablation_section,
@@ -212,7 +211,6 @@ def main() -> int:
             return 1
         return 0
     RESULTS.write_text(page)
-    draw(text, folder / "text.png")
     print(RESULTS)
     return 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .sampling.trace import TraceStep
+from .sampling.trace import Trace
 
 
 @dataclass
@@ -21,7 +21,7 @@ class PrismPipelineOutput(BaseOutput):
             `return_quality`.
         nfe: forward passes made.
         nfe_per_row: the same for each row, list of B ints.
-        trace: list of `TraceStep`, or None unless `return_trace`.
+        trace: `Trace`, a list of `TraceStep` of all samples with `to_html`; None unless `return_trace`.
         confidence: P(all generated tokens of the row are right), the product of their qualities, float32 (B,). Known if
             the quality of the result is (`return_quality`, `select`, or `JudgeAndRepairScheduler`) and the head is
             calibrated; else None. For open text, where many tokens would do, it only ranks.
@@ -37,7 +37,7 @@ class PrismPipelineOutput(BaseOutput):
     quality: Tensor | None = None
     nfe: int = 0
     nfe_per_row: list[int] | None = None
-    trace: list[TraceStep] | None = None
+    trace: Trace | None = None
     confidence: Tensor | None = None
     accepted: Tensor | None = None
     probs: Tensor | None = None

@@ -43,7 +43,7 @@ from .sampling.stopping import (
     token_ids,
     written_ends,
 )
-from .sampling.trace import TraceStep
+from .sampling.trace import Trace
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.validation import is_number, loop_steps
 
@@ -199,7 +199,7 @@ class PrismPipeline(DiffusionPipeline):
             return_dict: False for a plain tuple.
             return_quality: also give the quality of the result; one more forward, counted in `nfe`.
             return_probs: also give the probability with which each token was drawn; no further forward.
-            return_trace: also give a `TraceStep` for each step.
+            return_trace: also give a `Trace`: every step, and `out.trace.to_html(path)`, a page that plays them.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
                 {"sample": ids} to change the canvas. A block is final after its last timestep; `sample` may be without
                 masks before. `quality` is 0, or of an earlier step, where this one did not compute it.
@@ -265,6 +265,11 @@ class PrismPipeline(DiffusionPipeline):
         canvas = canvas.to(self._execution_device)
         self._check_canvas(canvas, generator)
 
+        trace = None
+        if return_trace:
+            kind, prompted = type(scheduler).__name__, infill is None
+            places = (canvas.generated, self.mask_token_id, self.tokenizer, canvas.attention_mask)
+            trace = Trace(canvas.sample, *places, prompted=prompted, scheduler=kind)
         run = Run(
             denoiser,
             self.quality_head,
@@ -281,10 +286,11 @@ class PrismPipeline(DiffusionPipeline):
             tokenizer=self.tokenizer,
             logits_processor=logits_processor,
             records_draws=return_probs,
+            trace=trace,
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         warn_of_idle_steps(run, blocks)
-        trace, step_number, loop = [], 0, loop_steps(scheduler)
+        step_number, loop = 0, loop_steps(scheduler)
         shown_pipe = copy.copy(self)  # the callback finds the run's scheduler in it; others may run at the same time
         shown_pipe.__dict__["scheduler"] = scheduler
         with (
@@ -295,8 +301,6 @@ class PrismPipeline(DiffusionPipeline):
 
             def after_step(t, tensors) -> Tensor:
                 nonlocal step_number
-                if return_trace:
-                    trace.append(TraceStep.of(*(tensors[name] for name in TraceStep.__dataclass_fields__)))
                 sample = tensors["sample"]
                 if callback_on_step_end is not None:
                     shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
@@ -326,6 +330,9 @@ class PrismPipeline(DiffusionPipeline):
         if output_type == "text" and self.tokenizer is not None:
             texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, (*ends, *closing), stops)
         nfe_per_row, accepted, keep = filled.nfe_per_row + looks_again, filled.accepted, slice(None)
+        confidences = confidence.exp() if confidence is not None and self._is_calibrated else None
+        if trace is not None:
+            trace.finish(filled.sample, quality, confidences, accepted, nfe_per_row.tolist())
         if select is not None:
             best = confidence.view(-1, num_samples).argmax(-1)
             keep = best + torch.arange(len(best), device=best.device) * num_samples
@@ -337,8 +344,8 @@ class PrismPipeline(DiffusionPipeline):
             quality=quality[keep] if return_quality else None,
             nfe=filled.nfe + looks_again,
             nfe_per_row=nfe_per_row.tolist(),
-            trace=trace if return_trace else None,
-            confidence=confidence[keep].exp() if confidence is not None and self._is_calibrated else None,
+            trace=trace,
+            confidence=None if confidences is None else confidences[keep],
             accepted=None if accepted is None else accepted[keep],
             probs=filled.recorder.draw_probabilities(filled.sample)[keep] if return_probs else None,
         )

@@ -130,7 +130,9 @@ def test_text_with_a_judge_and_words_of_own_files(tmp_path, capsys):
 def test_calibration_writes_its_files(tmp_path, capsys):
     assert main(["eval", "calibration", "--num-sequences", "4", "--out", str(tmp_path), "--json"]) == 0
     assert set(told(capsys)["pooled"]) == {"head", "visible", "drawn"}
-    assert {path.name for path in tmp_path.iterdir()} == {"calibration.json", "calibration.md", "calibration.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"calibration.{kind}" for kind in ("json", "md", "png", "svg")
+    }
 
 
 def test_compare_is_resumed(tmp_path, capsys):

@@ -244,7 +244,6 @@ def run_sudoku(args) -> int:
 
 
 def _run_one(pipe, puzzles, args, console) -> int:
-    from ..sampling.trace import trace_to_html
     from .live_view import LiveView, board, legend, printable
 
     live = console.is_terminal and not (args.json or args.no_live)
@@ -255,8 +254,8 @@ def _run_one(pipe, puzzles, args, console) -> int:
         (outcome,), traces = solve(pipe, puzzles, args, trace=bool(args.html))
     record = outcome.record() | {"seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
     if args.html and traces:
-        page = trace_to_html(traces[0], sudoku.sudoku_tokenizer(), title=outcome.sentence(), columns=9)
-        Path(args.html).write_text(page, encoding="utf-8")
+        traces[0].tokenizer = sudoku.sudoku_tokenizer()
+        traces[0].to_html(args.html, title=outcome.sentence(), columns=9)
     elif args.html:
         print(f"prism: the model was not run, so {args.html} is not written", file=sys.stderr)
     if args.json:

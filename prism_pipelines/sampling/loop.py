@@ -22,6 +22,7 @@ from .canvas import Canvas, split_blocks
 from .kv_cache import CanvasForward, Seen
 from .recorder import RunRecorder, recorder_for
 from .stopping import finished_rows
+from .trace import Trace, TraceStep
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Run:
         tokenizer: needed for `stops`.
         logits_processor: of `ProcessedLogits`, or None.
         records_draws: keep how probable each token was when it was drawn, also if nobody else reads it.
+        trace: where every step is noted; None if nobody asked for it.
     """
 
     denoiser: MaskedDenoiser
@@ -58,6 +60,7 @@ class Run:
     tokenizer: object = None
     logits_processor: Callable | None = None
     records_draws: bool = False
+    trace: Trace | None = None
 
     @property
     def forwards_per_step(self) -> int:
@@ -237,6 +240,9 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
             filled.recorder.after_step(step)
         filled.nfe += run.forwards_per_step
         filled.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
+        if run.trace is not None:
+            forwards = filled.nfe_per_row.tolist()
+            run.trace.append(TraceStep.of(step, quality, filled.sample, work, forwards, run.mask_token_id))
         tensors = {
             "sample": step.prev_sample,
             "quality": quality,
