@@ -582,7 +582,7 @@ class PrismPipeline(DiffusionPipeline):
         if index is None and read_json(path, inside(subfolder, "config.json"), where) is None:
             lone_head = heads.head_config(path, where)
         if lone_head is not None:
-            if not lone_head.get("base_model"):
+            if not lone_head.get("base_model") or not isinstance(lone_head["base_model"], str):
                 raise ValueError(f"The head of {path!r} does not name its base model; load that, with quality_head=.")
             if quality_head is not None:
                 raise ValueError(f"{path!r} is itself a head; `quality_head` goes with a base model.")

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -20,6 +19,7 @@ from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, refuse_fami
 from .adapter_files import CONFIG
 from .files import absence, fetch_file, inside, out_of_reach, reachable, read_json
 from .saved_model import load_adapters, note_origin, read_index
+from .sizes import check_sizes, file_shapes, model_config, weight_files
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
 UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -219,23 +219,31 @@ def load_backbone(
             f"The weights of {path!r} are quantized under the names of its own code, which are not those of "
             f"{spec.native_class}. Load the unquantized checkpoint, and pass quantization_config= to quantize it here."
         )
-    config = native_config(native, raw, spec)
+    files = weight_files(path, subfolder, where)
+    shapes = file_shapes(files)
+    config = model_config(lambda: native_config(native, raw, spec), native, raw, shapes, path, spec.config_mapping)
     config.name_or_path = path
+    if spec.fold_time:
+        config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
+    check_sizes(native, config, raw, shapes, path)
     if spec.fold_time:
         if placement:
             names = ", ".join(f"`{name}`" for name in placement)
             raise ValueError(f"{names} is not supported for MDLM (170M parameters); use pipe.to().")
-        config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
-        index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
-        names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
-        files = [fetch_file(path, inside(subfolder, name), where) for name in names]
         try:
             return load_mdlm(files, config, torch.float32 if dtype == "auto" else dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"The weights of {path!r} do not fit the MDLM of its config.json: {error}") from error
     options |= {"config": config, "key_mapping": spec.key_mapping, "output_loading_info": True}
     reader = with_split_weights(native, spec.split_weights) if spec.split_weights else native
-    model, info = reader.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    try:
+        model, info = reader.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):  # cut in parts (`split_weights`) that do not add up
+            raise
+        raise ValueError(
+            f"The weights of {path!r} do not fit {spec.native_class}, with the sizes that its config.json says."
+        ) from error
     model.__class__ = native
     wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
     if wrong:
@@ -429,10 +437,5 @@ def refuse_variants(path: str, raw: dict, row: MDMSpec | None) -> None:
 
 def rows_of(key: str, path: str, subfolder: str, where: dict) -> int | None:
     """Rows of a weight of a safetensors checkpoint, read from its header; None if there is no such weight."""
-    index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
-    name = "model.safetensors" if index is None else index["weight_map"].get(key)
-    file = None if name is None else fetch_file(path, inside(subfolder, name), where)
-    if file is None:
-        return None
-    with safe_open(file, "pt") as weights:
-        return weights.get_slice(key).get_shape()[0] if key in weights.keys() else None  # noqa: SIM118
+    shape = file_shapes(weight_files(path, subfolder, where)).get(key)
+    return shape[0] if shape else None
