@@ -18,7 +18,7 @@ from .models import checks
 from .models.denoiser import MaskedDenoiser
 from .models.families import MDMSpec, reads_only_masks, resolve_spec
 from .models.quality_head import QualityHead
-from .pipeline_output import PrismPipelineOutput, row_confidence
+from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, row_confidence
 from .sampling.canvas import (
     Canvas,
     canvas_of,
@@ -29,6 +29,7 @@ from .sampling.canvas import (
 )
 from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
+from .sampling.likelihood import METHODS, estimate, scored_canvas
 from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
 from .sampling.recorder import context_of_text
 from .sampling.stopping import (
@@ -140,11 +141,13 @@ class PrismPipeline(DiffusionPipeline):
         eos_early_stop: bool = False,
         suppress_tokens: int | list[int] | None = None,
         allow_tokens: int | list[int] | None = None,
+        logits_processor=None,
         stop: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
         return_dict: bool = True,
         return_quality: bool = False,
+        return_probs: bool = False,
         return_trace: bool = False,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -185,6 +188,9 @@ class PrismPipeline(DiffusionPipeline):
             allow_tokens: ids that may be written although they are no content: special and reserved tokens, and those
                 that the family forbids (X of ESM). End tokens of language models may be written anyway, those of an
                 encoder if they are in `eos_token_id`.
+            logits_processor: called as `logits_processor(positions, logits)` with the logits (N, V) that a step reads,
+                and where they stand, `Positions(row, column, sample)`; gives the logits to use. For grammars and
+                alphabets, see docs/pipeline.md. What is never written stays so.
             stop: strings that finish a row likewise; `texts` end before the first one. Special tokens in them are
                 looked for too, and may be written.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows, if
@@ -192,6 +198,7 @@ class PrismPipeline(DiffusionPipeline):
             output_type: "text", or "seq" for ids only.
             return_dict: False for a plain tuple.
             return_quality: also give the quality of the result; one more forward, counted in `nfe`.
+            return_probs: also give the probability with which each token was drawn; no further forward.
             return_trace: also give a `Trace`: every step, and `out.trace.to_html(path)`, a page that plays them.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
                 {"sample": ids} to change the canvas. A block is final after its last timestep; `sample` may be without
@@ -240,6 +247,8 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
         if stops and not (ends or closing):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
+        if logits_processor is not None and not callable(logits_processor):
+            raise TypeError(f"`logits_processor` must be callable or None, got {type(logits_processor).__name__}.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
         if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
             prompt = chat_texts(messages, prompt, self.tokenizer, chat_template_kwargs, continue_final_message)
@@ -275,6 +284,8 @@ class PrismPipeline(DiffusionPipeline):
             ends=(*ends, *closing) if eos_early_stop else closing,
             stops=stops,
             tokenizer=self.tokenizer,
+            logits_processor=logits_processor,
+            records_draws=return_probs,
             trace=trace,
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
@@ -336,6 +347,7 @@ class PrismPipeline(DiffusionPipeline):
             trace=trace,
             confidence=None if confidences is None else confidences[keep],
             accepted=None if accepted is None else accepted[keep],
+            probs=filled.recorder.draw_probabilities(filled.sample)[keep] if return_probs else None,
         )
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
@@ -387,6 +399,62 @@ class PrismPipeline(DiffusionPipeline):
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
         return quality, sample, tokens
+
+    def log_likelihood(
+        self,
+        texts=None,
+        *,
+        prompt=None,
+        input_ids=None,
+        attention_mask=None,
+        given=None,
+        method: str = "bound",
+        num_samples: int = 128,
+        batch_size: int = 16,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> LikelihoodOutput:
+        """How likely the model finds some texts, see `sampling/likelihood.py` for the estimators and their cost.
+
+        The likelihood is the model's own: no head, scheduler, temperature or suppressed token takes part, but tokens
+        that are never predicted (the mask, padding) have none. Special tokens around a text are given.
+
+        Args:
+            texts: a text or texts.
+            prompt: a text, or one for each of `texts`, which follow it and whose likelihood given it is asked for. It
+                is taken as it is, without a chat template.
+            input_ids: int64 (B, L) in place of `texts`.
+            attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
+            given: which tokens are not in question: the beginning of each text, or bool (B, L), as `score` takes it.
+            method: "bound", a Monte Carlo estimate of a lower bound; or "pseudo", the pseudo-log-likelihood, by which
+                encoders that never saw many masks at once are compared (BERT, ESM-2).
+            num_samples: forward passes of a row for the bound (of each block of a block-causal model).
+            batch_size: rows of one forward pass.
+            generator: as in a call.
+        Raises:
+            ValueError, TypeError: an argument that cannot be used, by name.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        canvas, scored = scored_canvas(
+            texts, prompt, input_ids, attention_mask, given, self.tokenizer, self.mask_token_id, self.text_frame
+        )
+        canvas, scored = canvas.to(self._execution_device), scored.to(self._execution_device)
+        self._check_canvas(canvas, generator)
+        with memory_errors(batch_size, canvas.sample.shape[1]):
+            found = estimate(self.denoiser, canvas, scored, method, num_samples, batch_size, generator)
+        num_tokens = scored.sum(-1).cpu()
+        return LikelihoodOutput(
+            log_likelihood=found.log_likelihood,
+            standard_error=found.standard_error,
+            num_tokens=num_tokens,
+            perplexity=(-found.log_likelihood / num_tokens).exp(),
+            nfe=found.nfe,
+            nfe_per_row=found.nfe_per_row.tolist(),
+            token_log_probs=found.token_log_probs,
+        )
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
@@ -514,7 +582,7 @@ class PrismPipeline(DiffusionPipeline):
         if index is None and read_json(path, inside(subfolder, "config.json"), where) is None:
             lone_head = heads.head_config(path, where)
         if lone_head is not None:
-            if not lone_head.get("base_model"):
+            if not lone_head.get("base_model") or not isinstance(lone_head["base_model"], str):
                 raise ValueError(f"The head of {path!r} does not name its base model; load that, with quality_head=.")
             if quality_head is not None:
                 raise ValueError(f"{path!r} is itself a head; `quality_head` goes with a base model.")

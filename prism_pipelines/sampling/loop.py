@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.checks import refuse_nan
-from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
+from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, ProcessedLogits, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
 from ..schedulers.context import RunContext
@@ -40,6 +40,8 @@ class Run:
         ends: end tokens that finish a row; none if they do not.
         stops: strings that finish a row.
         tokenizer: needed for `stops`.
+        logits_processor: of `ProcessedLogits`, or None.
+        records_draws: keep how probable each token was when it was drawn, also if nobody else reads it.
         trace: where every step is noted; None if nobody asked for it.
     """
 
@@ -56,6 +58,8 @@ class Run:
     ends: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
     tokenizer: object = None
+    logits_processor: Callable | None = None
+    records_draws: bool = False
     trace: Trace | None = None
 
     @property
@@ -188,7 +192,8 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
     sample = run.canvas.sample
     if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
         warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
-    recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler)
+    always = ("draw",) if run.records_draws else ()
+    recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler, always=always)
     filled = Filled(
         sample,
         0,
@@ -311,6 +316,8 @@ class Look:
         if self._free is not None:
             free = self._free(torch.where(run.canvas.generated, sample, run.mask_token_id), taking_part)
             logits = GuidedLogits(logits, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
+        if run.logits_processor is not None:
+            logits = ProcessedLogits(logits, run.logits_processor, sample)
         context = None if self.recorder is None else self.recorder.observe(sample, seen.canvas, work)
         if run.quality_head is not None:
             self._quality = seen.spread(self._judge(seen, sample, context), self._quality)
