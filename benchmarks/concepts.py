@@ -123,7 +123,7 @@ def real_run() -> dict:
     import torch
 
     import prism_pipelines
-    from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline
+    from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline, sudoku
 
     pipe = PrismPipeline.from_pretrained(prism_pipelines.bundled("sudoku"))
     pipe.scheduler = JudgeAndRepairScheduler(order="random", temperature=1.0)
@@ -143,8 +143,9 @@ def real_run() -> dict:
             }
         )
         before = step.sample[0]
+    solved = bool(sudoku.is_solved(out.sequences.numpy(), sudoku.parse_puzzle(PUZZLE)[None])[0])
     scheduler = {"order": "random", "temperature": 1.0, "seed": 0}
-    return {"puzzle": PUZZLE, "total": int(generated.sum()), "scheduler": scheduler, "nfe": out.nfe, "steps": steps}
+    return {"puzzle": PUZZLE, "total": int(generated.sum()), "scheduler": scheduler, "nfe": out.nfe, "solved": solved, "steps": steps}
 
 
 def repair_picture(run: dict, path) -> None:

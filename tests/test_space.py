@@ -55,8 +55,9 @@ def wait_for(tab: Browser, expression: str, seconds: float = 90):
 def type_into(tab: Browser, label: str, text: str) -> None:
     """Put a text into the visible field of a label, as a user would."""
     tab.js(
-        f"(() => {{ const field = [...document.querySelectorAll('label')].find(l => l.offsetParent && "
-        f"l.textContent.trim().startsWith({label!r})).querySelector('textarea, input'); field.focus(); field.select(); }})()"
+        f"(() => {{ const of = l => l.offsetParent && l.textContent.trim().startsWith({label!r});"
+        f"const field = [...document.querySelectorAll('label')].find(of).querySelector('textarea, input');"
+        f"field.focus(); field.select(); }})()"
     )
     tab.call("Input.insertText", text=text)
 

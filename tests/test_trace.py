@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -168,3 +169,50 @@ def test_wrong_arguments_are_named():
     for columns in (0, True, 2.5):
         with pytest.raises(ValueError, match="`columns` must be"):
             trace().to_html(columns=columns)
+
+
+# --- the picture that moves -------------------------------------------------------------------------------------------
+
+
+def shown_at(picture: str, frame: int, frames: int) -> dict:
+    """{(x, y): text} of what is seen in a frame, from the animations of opacity; 6 frames' time holds the result."""
+    when, seen = frame / (frames - 1 + 6), {}
+    for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text"):
+        opacity, animation = text.get("opacity"), text.find("{http://www.w3.org/2000/svg}animate")
+        if animation is not None:
+            times = [float(t) for t in animation.get("keyTimes").split(";")]
+            opacity = [v for v, t in zip(animation.get("values").split(";"), times, strict=True) if t <= when + 1e-3][
+                -1
+            ]
+        if opacity == "1":
+            assert (text.get("x"), text.get("y")) not in seen
+            seen[text.get("x"), text.get("y")] = text.text
+    return seen
+
+
+def test_the_picture_plays_every_canvas():
+    picture = trace().to_svg(columns=4)
+    assert "script" not in picture
+    canvases = [["1", "", "", ""], ["1", "2", "", ""], ["1", "", "3", ""], *[["1", "4", "3", "5"]] * 2]
+    for n, words in enumerate(canvases):
+        seen = shown_at(picture, n, len(canvases))
+        assert [text for (_, y), text in seen.items() if y != "20"] == [word for word in words if word]
+    assert "pass 2: 1 of 3, 1 taken back" in shown_at(picture, 2, 5).values()
+
+
+def test_markup_in_tokens_stays_text_in_the_picture():
+    class Hostile:
+        mask_token_id = M
+
+        def decode(self, ids):
+            return "</text><script>alert(1)</script>&\x00"
+
+    picture = trace(tokenizer=Hostile()).to_svg()
+    assert "<script" not in picture
+    assert "</text><script>alert(1)</script>&␀" in [text.text for text in ElementTree.fromstring(picture).iter()]
+
+
+@pytest.mark.parametrize("wrong", [{"row": 1}, {"columns": 0}, {"seconds": 0}, {"seconds": True}])
+def test_wrong_arguments_of_the_picture_are_named(wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+        trace().to_svg(**wrong)

@@ -132,3 +132,26 @@ class Trace(list):
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
+
+    def to_svg(self, path: str | Path | None = None, *, row: int = 0, columns: int = 40, seconds: float = 0.4) -> str:
+        """A picture that plays one row of the run again and again, for a README or slides: SVG without a script.
+
+        Tokens that were just written are white, those that were taken back pale orange and empty; the others have the
+        colour of their quality, orange for 0 and blue for 1, or of the probability of drawing them without a head.
+
+        Args:
+            path: file to write, UTF-8; None writes none.
+            row: of the batch.
+            columns: cells in a line; 9 with 81 tokens draws the boxes of a Sudoku.
+            seconds: each step is shown.
+        Returns:
+            the picture.
+        Raises:
+            ValueError: a trace without steps, or an argument out of its range.
+        """
+        from .trace_svg import trace_svg
+
+        picture = trace_svg(self, row=row, columns=columns, seconds=seconds)
+        if path is not None:
+            Path(path).write_text(picture, encoding="utf-8")
+        return picture
