@@ -44,6 +44,7 @@ class Browser:
         read_end, self._write = os.pipe()
         self._read, write_end = os.pipe()
         command = [self.executable, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        command += ["--disable-features=IsolateSandboxedIframes"]  # frames answer like the page itself
         command += ["--remote-debugging-pipe", "--no-first-run", "--hide-scrollbars", "about:blank"]
         command += [f"--user-data-dir={self._folder.name}", "--disable-background-networking"]
 
@@ -132,6 +133,15 @@ class Browser:
         if "exceptionDetails" in out:
             raise RuntimeError(out["exceptionDetails"]["exception"].get("description"))
         return out["result"].get("value")
+
+    def in_frames(self, expression: str) -> list:
+        """The JSON value of an expression in each frame of the page, but the page itself."""
+        tree, found = self.call("Page.getFrameTree")["frameTree"], []
+        for child in tree.get("childFrames", ()):
+            world = self.call("Page.createIsolatedWorld", frameId=child["frame"]["id"])["executionContextId"]
+            out = self.call("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)
+            found.append(out["result"].get("value"))
+        return found
 
     def key(self, key: str, shift: bool = False) -> None:
         """Press a key, as `KeyboardEvent.key` names it."""
