@@ -145,7 +145,10 @@ def real_run() -> dict:
         before = step.sample[0]
     solved = bool(sudoku.is_solved(out.sequences.numpy(), sudoku.parse_puzzle(PUZZLE)[None])[0])
     scheduler = {"order": "random", "temperature": 1.0, "seed": 0}
-    return {"puzzle": PUZZLE, "total": int(generated.sum()), "scheduler": scheduler, "nfe": out.nfe, "solved": solved, "steps": steps}
+    return {"puzzle": PUZZLE, "total": int(generated.sum()), "scheduler": scheduler, "nfe": out.nfe} | {
+        "solved": solved,
+        "steps": steps,
+    }
 
 
 def repair_picture(run: dict, path) -> None:

@@ -87,7 +87,7 @@ def _frames(trace: Trace, row: int) -> list[tuple[list[str], list[str], str]]:
 
     generated, known = trace.generated[row], torch.full_like(trace.start[row], torch.nan, dtype=torch.float32)
     frames = [(words(trace.start[row]), [FRESH if g else GIVEN for g in generated.tolist()], "start")]
-    for n, step in enumerate(trace):
+    for step in trace:
         remasked, unmasked = step.remasked[row], step.unmasked[row]
         seen = step.drawn[row] if step.quality is None else step.quality[row]
         known = torch.where(unmasked, seen, known) if step.quality is None else seen
