@@ -15,7 +15,7 @@ from .token_sampling import reveal
 from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
 
 # How sure the judge must be of a token before its being drawn again is no longer held against it.
-SURE = 0.99
+SURE = 0.999
 # Qualities are read no further than this from 0 and 1: a judge is never surer.
 EDGE = 1e-4
 # Repairs of a row after which what they have brought counts as much as the belief that they keep their promises.
@@ -40,7 +40,7 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
         5. GIVE UP if too few passes are left, or if (4 + k) / (4 + n) of the gain that the doubtful promise is below
                    the price. The row is finished, with its best canvas.
         6. REPAIR  mask the doubtful tokens; fill them as in 1, in at most R = ceil(their number / (M / F)) passes at
-                   `repair_temperature`, with logit(0.99) - logit(q_i) taken off the logit of the token that was
+                   `repair_temperature`, with logit(0.999) - logit(q_i) taken off the logit of the token that was
                    rejected at each position. Go to 2.
 
     The bar is high, for recall: a wrong token is surrounded by others that were bent to it, and those must go too;
