@@ -154,6 +154,8 @@ def _run_texts(pipe, args, console) -> int:
     if args.html:
         out.trace.to_html(args.html, title="prism text")
     facts = {"forwards": out.nfe, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
+    if out.accepted is not None:
+        facts |= {"forwards_per_text": out.nfe_per_row, "accepted": out.accepted.tolist()}
     if args.json:
         print(json.dumps({"prompt": args.prompt, "texts": out.texts, "remasked": remasked.tolist(), **facts}))
         return 0
@@ -162,8 +164,16 @@ def _run_texts(pipe, args, console) -> int:
             print(f"--- {i + 1} of {rows}")
         print((args.prompt or "") + text)
     if console.is_terminal:
-        print(f"\n{out.nfe} forwards, {int(remasked.sum())} tokens remasked, seed {args.seed}.")
+        print(f"\n{out.nfe} forwards, {int(remasked.sum())} tokens remasked, seed {args.seed}.{_verdict(out)}")
     return 0
+
+
+def _verdict(out) -> str:
+    """How many texts a rule that judges accepted, and in how many forwards; "" for other rules."""
+    if out.accepted is None:
+        return ""
+    mean = sum(out.nfe_per_row) / len(out.nfe_per_row)
+    return f" {int(out.accepted.sum())} of {len(out.texts)} accepted by the quality head, {mean:.0f} forwards each."
 
 
 def _run_compare(pipe, args, console) -> int:
