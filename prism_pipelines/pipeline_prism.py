@@ -30,7 +30,16 @@ from .sampling.canvas import (
 from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.likelihood import METHODS, estimate, scored_canvas
-from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
+from .sampling.loop import (
+    Run,
+    blocks_of,
+    fill_canvas,
+    memory_errors,
+    nan_errors,
+    no_nan,
+    scheduler_of,
+    warn_of_idle_steps,
+)
 from .sampling.recorder import context_of_text
 from .sampling.stopping import (
     decode,
@@ -295,7 +304,7 @@ class PrismPipeline(DiffusionPipeline):
         shown_pipe.__dict__["scheduler"] = scheduler
         with (
             memory_errors(*canvas.sample.shape),
-            nan_errors(denoiser, canvas),
+            nan_errors(denoiser, canvas, self.quality_head),
             self.progress_bar(total=sum(num_steps + loop for _, num_steps in blocks)) as bar,
         ):
 
@@ -323,7 +332,7 @@ class PrismPipeline(DiffusionPipeline):
                     context = filled.recorder.observe(filled.sample, hidden)
                     known = self.quality_head.inputs(context, filled.sample, self.mask_token_id)
                 quality = self.quality_head.quality(hidden, canvas.attention_mask, **known)
-                quality = quality.masked_fill(~canvas.generated, 1.0)
+                quality = no_nan(quality.masked_fill(~canvas.generated, 1.0))
         self.maybe_free_model_hooks()
         confidence = None if quality is None else row_confidence(quality, canvas.generated)
         texts = None
@@ -394,7 +403,8 @@ class PrismPipeline(DiffusionPipeline):
         hidden_from = sample == self.mask_token_id
         if mask is not None:
             hidden_from = hidden_from | (mask == 0)
-        quality = self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0)
+        with nan_errors(self.denoiser, canvas, self.quality_head):
+            quality = no_nan(self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0))
         tokens = None
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
@@ -468,6 +478,9 @@ class PrismPipeline(DiffusionPipeline):
         for name, value in counts.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        limit = checks.max_length(self.model.config)
+        if gen_length is not None and limit is not None and gen_length > limit:
+            raise ValueError(f"`gen_length` is {gen_length}, and the model takes {limit} tokens at most.")
         if output_type not in ("text", "seq"):
             raise ValueError(f'`output_type` must be "text" or "seq", got {output_type!r}.')
         heads.check_scheduler(self.scheduler)
@@ -657,6 +670,7 @@ class PrismPipeline(DiffusionPipeline):
         head = pipeline.quality_head if ours and quality_head is None else None
         chosen = scheduler or (pipeline.scheduler if ours else None)
         pipe = cls(model, getattr(pipeline, "tokenizer", None), head, chosen, spec)
+        pipe.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         checks.check_attention(pipe.denoiser, type(model).__name__)
         if ours and quality_head is None:  # under their names, which are those of their adapters
             pipe.__dict__["_named_heads"], pipe.__dict__["_tuned"] = dict(pipeline._heads), set(pipeline._with_adapter)

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..models.checks import refuse_nan
+from ..models.checks import non_finite, refuse_nan
 from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, ProcessedLogits, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
@@ -23,6 +23,8 @@ from .kv_cache import CanvasForward, Seen
 from .recorder import RunRecorder, recorder_for
 from .stopping import finished_rows
 from .trace import Trace, TraceStep
+
+NAN_QUALITY = "`quality_head` gives NaN"
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,7 @@ class Look:
         context = None if self.recorder is None else self.recorder.observe(sample, seen.canvas, work)
         if run.quality_head is not None:
             self._quality = seen.spread(self._judge(seen, sample, context), self._quality)
+            no_nan(self._quality.masked_fill(~work, 0.0))
         return logits, self._quality, context
 
     def _judge(self, seen: Seen, sample: Tensor, context: RunContext | None) -> Tensor:
@@ -331,18 +334,28 @@ class Look:
         return self.run.quality_head.quality(seen.fresh, mask, **known)
 
 
+def no_nan(quality: Tensor) -> Tensor:
+    """The qualities themselves; an error for `nan_errors` if one is NaN, for which nothing waits for the device."""
+    torch._assert_async(~quality.isnan().any(), NAN_QUALITY)
+    return quality
+
+
 @contextmanager
-def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas):
-    """Turns what sampling says of logits that are no numbers into an error that names the tensor they come from.
+def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: torch.nn.Module | None = None):
+    """Turns what a run says of logits or qualities that are no numbers into an error that names where they come from.
 
     Raises:
-        ValueError: as `checks.refuse_nan`.
+        ValueError: as `checks.refuse_nan`, or the quality of a token is NaN.
     """
     try:
         yield
     except RuntimeError as error:
-        if "The logits hold a NaN" in str(error):
+        if "The logits hold a NaN" in str(error) or NAN_QUALITY in str(error):
             refuse_nan(denoiser, canvas.sample, canvas.attention_mask)
+        if NAN_QUALITY in str(error):
+            bad = non_finite(quality_head.state_dict().items())
+            why = f": {bad}" if bad else ", and its weights are finite: numbers overflow"
+            raise ValueError(f"{NAN_QUALITY}{why}. Load another head.") from error
         raise
 
 
