@@ -632,7 +632,7 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=mdm", "--num_base_grids=0"], "`--num_base_grids` must be at least 1, got 0"),
         (["--objective=mdm", "--num_eval_examples=-1"], "`--num_eval_examples` must be at least 0, got -1"),
         (["--objective=mdm", "--puzzle_share=2"], "`--puzzle_share` must be in [0, 1], got 2.0"),
-        (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout goes with --objective prism"),
+        (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout is of an adapter, which needs a pretrained model"),
         (["--objective=mdm", "--save_only_model"], "`--save_only_model` is not supported"),
         (["--objective=mdm", "--load_best_model_at_end", "--eval_strategy=steps"], "is not supported"),
         (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader_num_workers=2"], "is at most 1"),

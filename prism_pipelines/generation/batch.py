@@ -241,9 +241,9 @@ def generate_many(
         out: path of the output, a .jsonl file. A row of it is the input row with "text", "nfe" (forward passes) and
             "ended": false if no end token or stop string was written in `gen_length` tokens, null if the model has no
             end token.
-        gen_length, block_length, num_inference_steps, temperature, top_p, cfg_scale, stop, eos_early_stop, threshold,
-            cache, cache_refresh_interval, use_chat_template, chat_template_kwargs, continue_final_message: of the
-            pipeline.
+        gen_length, block_length, num_inference_steps, temperature, top_p, cfg_scale, stop: of the pipeline.
+        eos_early_stop, threshold, cache, cache_refresh_interval: of the pipeline.
+        use_chat_template, chat_template_kwargs, continue_final_message: of the pipeline.
         batch_size: prompts a forward.
         seed: of all rows, not negative.
         max_prompts: only that many, from the first.

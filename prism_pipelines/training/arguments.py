@@ -107,7 +107,10 @@ class RunArguments:
     label_stride: int = _flag(16, "distill: every so many-th token is masked for the label; widened where needed.")
     label_floor: float = _flag(-12.0, "distill: log-probabilities below count as this.")
 
-    rank: int | None = _flag(None, "prism, critic: rank of the LoRA adapter, 16 by default.")
+    rank: int | None = _flag(
+        None,
+        "Rank of the LoRA adapter, 16 by default; with mdm, to tune the model by an adapter in place of all weights.",
+    )
     lora_alpha: int | None = _flag(None, "Scale of the adapter; its rank by default.")
     lora_dropout: float = _flag(0.0, "Dropout before the adapter.")
     lora_targets: str | None = _flag(None, "Modules that get an adapter, by commas; those of the family by default.")
@@ -115,6 +118,7 @@ class RunArguments:
     full: bool = _flag(False, "prism, critic: train all weights, no adapter.")
     optimizer: str = _flag("adamw", "adamw (see --optim), or muon for the matrices of a --full or new model.")
     muon_learning_rate: float = _flag(0.02, "Learning rate of Muon.")
+    adapter: bool = field(default=False, init=False)  # is a LoRA adapter trained?
     num_pools: int = field(default=1, init=False)  # batches of a step, which gradient accumulation says
     share: bool = field(default=False, init=False)  # --push_to_hub: ours, and not each checkpoint as the Trainer would
 
@@ -228,8 +232,13 @@ def check_run(run: RunArguments) -> None:
     tuned = [f"--{name}" for name in ("freeze_backbone", "full") if getattr(run, name)]
     adapter = [f"--{name}" for name in ("rank", "lora_alpha", "lora_targets") if getattr(run, name) is not None]
     adapter += ["--lora_dropout"] if run.lora_dropout else []
-    if run.objective == "mdm" and (tuned or adapter):
-        raise ValueError(f"{(tuned + adapter)[0]} goes with --objective prism or critic; mdm trains all weights.")
+    if run.objective == "mdm" and tuned:
+        raise ValueError(
+            f"{tuned[0]} goes with --objective prism or critic; mdm trains all weights, or an adapter with --rank."
+        )
+    if run.objective == "mdm" and adapter and run.base_model is None:
+        raise ValueError(f"{adapter[0]} is of an adapter, which needs a pretrained model: pass --base_model.")
+    run.adapter = bool(adapter) if run.objective == "mdm" else not tuned
     check_unused(run)
     if run.dataset is None and run.objective != "distill":
         raise ValueError(f"`--objective {run.objective}` learns from data: pass --dataset. Only distill needs none.")
@@ -239,7 +248,7 @@ def check_run(run: RunArguments) -> None:
                 f"{(tuned + adapter)[-1]} does not go with --objective distill: an adapter would change the posterior "
                 "that the head is taught. The backbone is frozen."
             )
-        run.freeze_backbone, tuned = True, ["--freeze_backbone"]
+        run.freeze_backbone, run.adapter, tuned = True, False, ["--freeze_backbone"]
     if run.objective != "mdm" and run.base_model is None:
         raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
     new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
@@ -247,11 +256,12 @@ def check_run(run: RunArguments) -> None:
         raise ValueError(f"`--{new[0]}` is of a new model; `--base_model` brings its own.")
     if len(tuned) + bool(adapter) > 1:
         raise ValueError(f"Pass one of --freeze_backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
-    if run.optimizer == "muon" and run.objective != "mdm" and not run.full:
+    all_weights = run.full or (run.objective == "mdm" and not run.adapter)
+    if run.optimizer == "muon" and not all_weights:
         raise ValueError("`--optimizer muon` is for all weights: pass --full, or leave it out.")
-    if (run.load_in_4bit or run.load_in_8bit) and (run.full or run.objective == "mdm"):
+    if (run.load_in_4bit or run.load_in_8bit) and all_weights:
         raise ValueError("Weights in 4 or 8 bits cannot be trained; use LoRA or --freeze_backbone.")
-    if run.dtype != "float32" and (run.full or run.objective == "mdm"):
+    if run.dtype != "float32" and all_weights:
         raise ValueError("`--dtype` must be float32 where all weights are trained; --bf16 computes in bfloat16.")
     check_ranges(run)
     if run.dataset != "sudoku" and (run.puzzle_share or run.sample_puzzles):

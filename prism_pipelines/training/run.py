@@ -19,7 +19,14 @@ from transformers import set_seed
 
 from ..hub.files import is_hub_id
 from ..hub.model_card import pipeline_card
-from ..hub.publish import push_head_repo, push_pipeline, save_head_repo, write_card
+from ..hub.publish import (
+    push_adapter_repo,
+    push_head_repo,
+    push_pipeline,
+    save_adapter_repo,
+    save_head_repo,
+    write_card,
+)
 from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
@@ -28,6 +35,7 @@ from .held_out import HeadReport, RolloutProgress
 from .optimizer import muon_adamw
 from .rollout_losses import RolloutObjective
 from .setup import (
+    ADAPTER,
     RUN_FILE,
     beginning,
     build_objective,
@@ -53,10 +61,12 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
     if run.base_model and Path(run.base_model).exists():
         run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
-    if run.share and not (run.objective == "mdm" or run.full or is_hub_id(run.base_model)):
+    whole = run.full or (run.objective == "mdm" and not run.adapter)
+    if run.share and not (whole or is_hub_id(run.base_model)):
         raise ValueError(
-            f"`--push_to_hub` of a head needs a base model that others can load, and `--base_model` {run.base_model!r} "
-            "is no id on the Hub. Push that one first (docs/sharing.md), and train on its id."
+            "`--push_to_hub` of a head or an adapter needs a base model that others can load, and "
+            f"`--base_model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
+            "on its id."
         )
     set_seed(args.seed)
     run.revision = pinned(run)
@@ -151,7 +161,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     shown += ("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
     shown += ("bf16", "fp16", "gradient_checkpointing", "dataloader_drop_last")
     own = {entry.name: entry.default for entry in fields(run) if entry.init and entry.name != "preset"}
-    if run.objective == "mdm" or run.full or run.freeze_backbone:
+    if not run.adapter:
         own = {name: value for name, value in own.items() if name not in ("rank", "lora_alpha")}  # filled in, not used
     flags = {name: value for name, value in asdict(run).items() if name in own and value != own[name]}
     flags |= {name: getattr(args, name) for name in shown if getattr(args, name) not in (plain[name], None, {})}
@@ -180,7 +190,8 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
 def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
     """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` goes on.
 
-    All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB.
+    All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB. Adapter
+    alone: a plain PEFT adapter.
     """
     args = trainer.args
     checkpoint = args.resume_from_checkpoint
@@ -246,6 +257,14 @@ def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
     folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
     if (folder / "calibration.png").is_file():
         facts["figure"] = str(folder / "calibration.png")
+    if run.objective == "mdm" and run.adapter:
+        save_adapter_repo(pipe, ADAPTER, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+        if run.share:
+            push_adapter_repo(
+                pipe, ADAPTER, args.hub_model_id, base_model=run.base_model, base_revision=run.revision, facts=facts,
+                **hub_flags,
+            )  # fmt: skip
+        return
     if run.objective == "mdm" or run.full:
         pipe.save_pretrained(folder)
         write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)

@@ -247,6 +247,8 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
         "mask_rate_max": run.mask_rate_max,
     }
     if run.objective == "mdm":
+        if run.adapter:
+            add_lora(run, model, spec)
         return MDMObjective(denoiser, **shared)
     head = QualityHead(
         model.config.hidden_size,
@@ -259,7 +261,7 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     begin_at_free_scores(head)
     if run.head_from:
         begin_from(head, run.head_from)
-    if not (run.freeze_backbone or run.full):
+    if run.adapter:
         add_lora(run, model, spec)
     shared |= {
         "draws_per_state": run.draws_per_state,
