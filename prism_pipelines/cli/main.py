@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from . import convert, generate, info, sudoku, text, train
+from . import convert, generate, info, sudoku, text, train, tune
 from . import eval as evaluate
 from .quiet import hide_loading_bars, silence
 
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_parser(commands)
     train.add_parser(commands)
     evaluate.add_parser(commands)
+    tune.add_parser(commands)
     return parser
 
 
