@@ -90,4 +90,5 @@ def test_bad_input_is_named(flags, said, capsys):
 def test_numbers_and_shares_of_remasking_exclude_each_other():
     arm, present = arms_of(PrismScheduler(eta=0.1), '{"num_remask": [2, 4]}')
     assert arm["eta"] is None and present["eta"] == 0.1
-    assert arms_of(MDLMScheduler(), None)[0]["order"] == FIELDS["MDLMScheduler"]["order"]
+    arm, _ = arms_of(MDLMScheduler.from_config(PrismScheduler(num_remask=3).config), None)
+    assert arm["order"] == FIELDS["MDLMScheduler"]["order"] and "num_remask" not in arm  # which it does not have

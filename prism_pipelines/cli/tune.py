@@ -126,6 +126,8 @@ def arms_of(scheduler, fields: str | None) -> tuple[dict, dict]:
     Raises:
         ValueError: no JSON object of lists, an unknown field, or a scheduler that `FIELDS` does not know.
     """
+    from ..schedulers.validation import own_fields
+
     kind = type(scheduler).__name__
     if fields is None and kind not in FIELDS:
         raise ValueError(f"What to try with {kind} is not known: pass --fields, such as '{{\"eta\": [0.1, 0.2]}}'.")
@@ -135,7 +137,7 @@ def arms_of(scheduler, fields: str | None) -> tuple[dict, dict]:
         raise ValueError(f"--fields {fields!r} is not JSON: {error}.") from None
     if not isinstance(tried, dict) or not tried or not all(isinstance(values, list) for values in tried.values()):
         raise ValueError(f'--fields must be an object of lists such as {{"num_remask": [2, 4, 8]}}, got {fields!r}.')
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    config = own_fields(scheduler)
     if unknown := sorted(set(tried) - set(config)):
         raise ValueError(f"--fields: {kind} has no field {unknown[0]!r}; it has {', '.join(sorted(config))}.")
     kept = {name: value for name, value in config.items() if name not in ("temperature", "top_p", "top_k")}
