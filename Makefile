@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test lint format train-sudoku train-sudoku-quick train-text train-text-quick notebook docs bench results clean
+.PHONY: demo test lint format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ train-text: $(VENV)/.installed          ## a text model like the shipped one fro
 
 train-text-quick: $(VENV)/.installed    ## the same stages, each cut short: a much weaker model
 	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh --quick
+
+train-heads: $(VENV)/.installed         ## the heads that know the run, for both bundled models; resumable
+	BIN=$(BIN) RUNS=$(RUNS) examples/bundled_heads.sh
 
 notebook: $(VENV)/.installed    ## run examples/quickstart.ipynb from top to bottom
 	$(BIN)/python -c "import nbclient, ipykernel" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[notebook]"

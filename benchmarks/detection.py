@@ -30,7 +30,7 @@ import torch
 from benchmarks.shared import origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.evaluation import detection_measures, detection_table
-from prism_pipelines.evaluation.detection import FREE_SCORES, JudgedRow
+from prism_pipelines.evaluation.detection import FREE_SCORES, NAMES, JudgedRow
 from prism_pipelines.sampling.canvas import Canvas
 from prism_pipelines.sampling.encoding import text_frame
 from prism_pipelines.sampling.rows import pad_batch, written_by_the_model
@@ -47,6 +47,7 @@ LOOKS = {"sudoku": (0.25, 0.5, 0.75, 0.9, 1.0), "text": (0.4, 0.7, 1.0)}  # shar
 FILLS = ((0.0, 0.5), (0.5, 0.999), (0.999, 1.0))
 AGES = {"age 1": (1, 1), "age 2-8": (2, 8), "older": (9, 10**9)}
 STRIDE = 16
+ONE_STEP, KNOWS = "bundled head (one-step)", "bundled head (knows the run)"
 SEED = 41_000
 
 
@@ -124,15 +125,36 @@ def measures(rows: list[JudgedRow]) -> dict:
     return {name: value for name, value in found.items() if value}
 
 
-def heads_of(pipe, named: list[str]) -> dict[str, QualityHead]:
-    """The pipeline's own head as "shipped", and those of --heads."""
-    heads = {} if pipe.quality_head is None else {"shipped": pipe.quality_head}
-    for words in named:
+def heads_of(pipe, task: str, named: list[str]) -> dict[str, QualityHead]:
+    """Of a bundled model the head in its pipeline and the one that knows the run; and those of --heads."""
+    heads = {} if pipe.quality_head is None else {ONE_STEP: pipe.quality_head}
+    ours = Path(bundled(task)).parent / f"{task}-head"
+    for words in [*([f"{KNOWS}={ours}"] if ours.is_dir() else []), *named]:
         name, _, folder = words.partition("=")
         place = Path(folder) / "quality_head"
         heads[name] = QualityHead.from_pretrained(place if place.is_dir() else folder)
     size = pipe.model.config.hidden_size
     return {name: head.eval() for name, head in heads.items() if head.config.hidden_size == size}
+
+
+def docs_tables(result: dict) -> str:
+    """The tables of docs/judging.md, from the JSON."""
+    lines = []
+    for title, found in result["tasks"].items():
+        if title.startswith("sudoku"):
+            lines += [f"| Sudoku, {title[8:]} | within a grid | all cells | grid has no error | ECE |"]
+            cells = {s: [v[name] for name in ("within", "pooled", "row", "ece")] for s, v in found["all"].items()}
+        else:
+            fills = [name for name in found if name.startswith("f")]
+            lines += [f"| Text, {title[6:]} | at fill .4 | .7 | 1 | ECE |"]
+            cells = {s: [*(found[name][s]["overlap"] for name in fills), v["ece"]] for s, v in found["all"].items()}
+        lines.append("| --- | ---: | ---: | ---: | ---: |")
+        digits = [3] * 4 if title.startswith("sudoku") else [1, 1, 1, 3]
+        for score, values in cells.items():
+            shown = ["-" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+            lines.append(f"| {NAMES.get(score, score)} | {' | '.join(shown)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def parse_args(argv=None):
@@ -159,7 +181,7 @@ def main(argv=None) -> int:
         began = time.perf_counter()
         source = args.model if args.model and task == "text" else bundled(task)
         pipe = PrismPipeline.from_pretrained(source).to(getattr(torch, args.dtype))
-        heads, rows = heads_of(pipe, args.heads), []
+        heads, rows = heads_of(pipe, task, args.heads), []
         for kind, batch in canvases(task, pipe, count if task == "sudoku" else max(8, count // 5), args.length):
             for settings, steps in RUNS[task]:
                 torch.manual_seed(SEED)
@@ -169,11 +191,15 @@ def main(argv=None) -> int:
         for kind in dict.fromkeys(row.kind for row in rows):
             found = measures([row for row in rows if row.kind == kind])
             result["tasks"][f"{task}, {kind}" + (" clues" if task == "sudoku" else "")] = found
-            print(f"\n{task}, {kind}\n\n{detection_table(found['all'])}\n", flush=True)
+            print(f"\n{task}, {kind}\n\n{detection_table(found['all'])}\n", file=sys.stderr, flush=True)
         print(f"{task}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     result |= origin()
     if args.table:
+        before = json.loads(args.table.read_text()) if args.table.exists() else {}
+        if before.get("settings") == result["settings"]:  # the other task, measured by itself
+            result["tasks"] = before["tasks"] | result["tasks"]
         args.table.write_text(json.dumps(result, indent=1) + "\n")
+    print(docs_tables(result))
     print(json.dumps(result))
     return 0
 

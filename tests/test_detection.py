@@ -1,10 +1,15 @@
 """Measures of what a score finds on a half-written canvas, against counting by hand."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cli import tiny_pipeline
 
+from benchmarks.detection import RANDOM, canvases, docs_tables, judged_rows, measures
+from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation.detection import (
     JudgedRow,
     auroc,
@@ -15,6 +20,8 @@ from prism_pipelines.evaluation.detection import (
     rank_correlation,
     soft_ece,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order():
@@ -74,3 +81,33 @@ def test_labels_that_are_probabilities_are_measured_by_the_lowest_tokens():
 
 def test_without_rows_nothing_is_found():
     assert detection_measures([]) == {}
+
+
+def test_the_tables_of_the_docs_are_those_of_the_committed_figures():
+    result = json.loads((ROOT / "docs" / "figures" / "detection.json").read_text())
+    assert docs_tables(result).strip() in (ROOT / "docs" / "judging.md").read_text()
+
+
+def test_a_state_of_the_benchmark_is_judged_by_every_score():
+    """On a tiny model: fills rise, ages fit, labels are the truth, and the free scores are probabilities."""
+    pipe = tiny_pipeline()
+    (kind, batch), *_ = canvases("sudoku", pipe, 3, 81)
+    rows = list(judged_rows(pipe, {"one": pipe.quality_head}, "sudoku", kind, batch, RANDOM, 10))
+    assert {row.fill for row in rows} > {1.0} and all(0 < row.fill <= 1 for row in rows)
+    for row in rows:
+        assert set(row.scores) == {"own", "prompt", "draw", "one"} and row.right.dtype == bool
+        assert all(((v >= 0) & (v <= 1)).all() and len(v) == len(row.right) for v in row.scores.values())
+        assert row.age.min() >= 1 and row.age.max() <= 10
+    assert {"all", "full", "age 1"} <= set(measures(rows))
+
+
+@pytest.mark.parametrize("name", ["sudoku", "text"])
+def test_the_shipped_heads_that_know_the_run_are_calibrated_and_named_by_their_weights(name):
+    pipe = PrismPipeline.from_pretrained(bundled(name), quality_head=bundled(f"{name}-head"))
+    config = pipe.quality_head.config
+    assert config.base_model is None and config.base_fingerprint and 0.3 < config.temperature < 3
+    assert "given" in pipe.quality_head.reads_context
+    with pytest.raises(ValueError):
+        PrismPipeline.from_pretrained(
+            bundled("text" if name == "sudoku" else "sudoku"), quality_head=bundled(f"{name}-head")
+        )

@@ -13,6 +13,7 @@ from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, QualityHead
 from prism_pipelines.sampling.canvas import Canvas
 from prism_pipelines.schedulers.context import INPUTS
 from prism_pipelines.training.arguments import RunArguments, check_run
+from prism_pipelines.training.held_out import MEASURES, HeadReport
 from prism_pipelines.training.rollout_losses import RolloutObjective, every
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
 from prism_pipelines.training.setup import begin_at_free_scores, build_objective
@@ -289,3 +290,26 @@ def test_prompts_alone_are_answered_by_the_model(tmp_path, pretrained):
     assert (tmp_path / "out" / "quality_head").is_dir()
     with pytest.raises(ValueError, match="has a prompt of 3 tokens, and --max_length is 3: no token is left"):
         run(tmp_path / "short", *flags, "--max_steps=2", "--max_length=3", "--label_stride=2")
+
+
+def report(label, **found):
+    made = object.__new__(HeadReport)
+    made.label, made.measure, made.found = label, MEASURES[label], found
+    return made
+
+
+def test_a_verdict_says_what_a_head_is_good_for():
+    free = {"within": 0.9, "pooled": 0.8, "row": 0.8, "ece": 0.1}
+    good = report("truth", head={"within": 0.91, "pooled": 0.9, "row": 0.9, "ece": 0.0}, prompt=free)
+    assert good.is_ahead and "is ahead of the best free score, its probability on the first canvas" in good.verdict()
+    judge = report("truth", head={"within": 0.89, "pooled": 0.9, "row": 0.9, "ece": 0.0}, prompt=free)
+    assert not judge.is_ahead and judge.verdict().startswith("**To judge, not to rank**")
+    assert "Use PromptConfidenceScheduler to remask by rank." in judge.verdict()
+    bad = report("truth", head={"within": 0.89, "pooled": 0.7, "row": 0.9, "ece": 0.0}, prompt=free)
+    assert bad.verdict().startswith("**This head is not recommended**")
+    tied = report(
+        "posterior", head={"overlap": 4.0, "rank": 1.0, "ece": 0.0}, own={"overlap": 4.0, "rank": 0.5, "ece": 0.1}
+    )
+    assert not tied.is_ahead and "Use SelfConfidenceScheduler, or train for more steps." in tied.verdict()
+    assert "Nothing can be said" in report("truth", head=dict.fromkeys(free)).verdict()
+    assert report("truth").metrics() == {} and not report("truth").is_ahead

@@ -19,14 +19,14 @@ from .rollouts import Rollout, RolloutPool
 logger = logging.getLogger(__name__)
 
 SEED = 999_983  # of the held-out runs, every time the same
-STATES = 4  # looks at each run while it is filled; full canvases are looked at besides
-ROWS = {"truth": 96, "posterior": 24}  # held-out rows of a measurement; a posterior takes more passes to know
+STATES = 3  # looks at each run while it is filled; full canvases are looked at besides
+ROWS = {"truth": 192, "posterior": 24}  # held-out rows of a measurement; a posterior takes more passes to know
 USEFUL = (0.05, 20.0)  # temperatures between which a head counts as calibrated
 MEASURES = {"truth": "within", "posterior": "overlap"}  # what remasking needs: the order within a row
 ADVICE = {  # what to use in place of a head that is no better
-    "own": "Use SelfConfidenceScheduler, or train for more steps.",
-    "prompt": "Use PromptConfidenceScheduler, or train for more steps.",
-    "draw": "Use DrawConfidenceScheduler, or train for more steps.",
+    "own": "Use SelfConfidenceScheduler.",
+    "prompt": "Use PromptConfidenceScheduler.",
+    "draw": "Use DrawConfidenceScheduler.",
 }
 
 
@@ -153,8 +153,6 @@ def at_temperature(rows: list[JudgedRow], temperature: float | None) -> list[Jud
 class HeadReport:
     """What is known of a trained head: its temperature, and what it finds beside the free scores.
 
-    The temperature is fitted on every other held-out batch, and the others are what is reported.
-
     Args:
         objective: trained or not; its head's config is not changed.
         batches: held-out ones, of which the first `ROWS` rows are taken.
@@ -162,23 +160,12 @@ class HeadReport:
     """
 
     def __init__(self, objective: RolloutObjective, batches: list[dict[str, Tensor]], on_batch=None):
-        size = max(1, len(batches[0]["input_ids"]))
-        parts = [
-            judged_rows(objective, [batch])
-            for batch in self._counted(batches[: max(2, ROWS[objective.label] // size)], on_batch)
-        ]
-        fit, measured = (parts[::2], parts[1::2]) if len(parts) > 1 else (parts, parts)
+        few = batches[: -(-ROWS[objective.label] // len(batches[0]["input_ids"]))]
+        rows = judged_rows(objective, few, on_batch)
         self.measure, self.label = MEASURES[objective.label], objective.label
-        self.temperature = fitted_temperature([row for part in fit for row in part])
-        self.rows = at_temperature([row for part in measured for row in part], self.temperature)
+        self.temperature = fitted_temperature(rows)  # one number of thousands of tokens: as good on others
+        self.rows = at_temperature(rows, self.temperature)
         self.found = detection_measures(self.rows)
-
-    @staticmethod
-    def _counted(batches, on_batch):
-        for number, batch in enumerate(batches):
-            yield batch
-            if on_batch is not None:
-                on_batch(number + 1, len(batches))
 
     @property
     def best_free(self) -> str | None:
@@ -188,8 +175,13 @@ class HeadReport:
     @property
     def is_ahead(self) -> bool:
         """Does the head order the tokens of a row better than every free score?"""
-        own = self.found["head"][self.measure] if self.found else None
-        return own is not None and (self.best_free is None or own > self.found[self.best_free][self.measure])
+        return self.found != {} and self.beats_free(self.measure)
+
+    def beats_free(self, measure: str) -> bool:
+        """Has the head a higher number than every free score?"""
+        own = self.found["head"][measure]
+        free = [self.found[name][measure] for name in FREE_SCORES if name in self.found]
+        return own is not None and all(value is None or own > value for value in free)
 
     def metrics(self) -> dict[str, float]:
         """The numbers for a log and a card, by name."""
@@ -203,7 +195,7 @@ class HeadReport:
         return {name: value for name, value in entry.items() if value is not None}
 
     def verdict(self) -> str:
-        """Is the head worth its place? One or two sentences."""
+        """Is the head worth its place? A few sentences."""
         names = {"within": "AUROC within a row", "overlap": "tokens among the lowest"}
         if not self.found or self.found["head"][self.measure] is None:
             return "Nothing can be said of this head: no held-out row had right and wrong tokens to be told apart."
@@ -213,10 +205,18 @@ class HeadReport:
         score = self.found[free][self.measure]
         if self.is_ahead:
             return f"The head is ahead of the best free score, {NAMES[free]}: {own:.3f} against {score:.3f}."
-        return (
-            f"**This head is not recommended**: {NAMES[free]} orders the tokens of a row as well or better "
-            f"({score:.3f} against {own:.3f}). {ADVICE[free]}"
-        )
+        behind = f"{NAMES[free]} orders the tokens of a row as well or better ({score:.3f} against {own:.3f})"
+        if self.is_judge:
+            return (
+                "**To judge, not to rank**: the head says best which tokens and which rows are right, so take it with "
+                f"a bar on its quality (JudgeAndRepairScheduler). But {behind}. {ADVICE[free][:-1]} to remask by rank."
+            )
+        return f"**This head is not recommended**: {behind}. {ADVICE[free][:-1]}, or train for more steps."
+
+    @property
+    def is_judge(self) -> bool:
+        """Does it say better than every free score which tokens are right over all rows, and which rows are?"""
+        return self.label == "truth" and self.beats_free("pooled") and self.beats_free("row")
 
     def table(self) -> str:
         """Markdown."""

@@ -168,6 +168,7 @@ class ObjectiveTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             if isinstance(self.model, RolloutObjective):
+                (partial / name).mkdir(parents=True, exist_ok=True)  # a process that saves nothing else may be first
                 save_file(self.model.state(), partial / name / f"rollouts-{self.args.process_index}.safetensors")
             self.args.output_dir = str(run_dir)
             self.accelerator.wait_for_everyone()
