@@ -145,6 +145,11 @@ def puzzle_of(text: str) -> dict:
     return {"infill": sudoku.format_grid(puzzle).replace("\n", "").replace(" ", "").replace("0", ".")}
 
 
+def sudoku_pipeline(_: str) -> PrismPipeline:
+    """The bundled model with the head that knows the run."""
+    return pipeline(prism_pipelines.bundled("sudoku"), prism_pipelines.bundled("sudoku-head"))
+
+
 def text_of(prompt: str, length: float) -> dict:
     """What the pipeline is given for a text."""
     given = {"gen_length": int(length)}
@@ -196,8 +201,8 @@ def demo() -> gr.Blocks:
             puzzles = bank()
             puzzle = gr.Textbox(puzzles[2][0], label="Puzzle: 81 digits row by row, . or 0 for a blank", lines=2)
             gr.Examples(puzzles, puzzle, label="From the bank: 45, 36, 30 and 25 clues")
-            settings, button, shown = controls("no remasking", "PRISM", 52, 1.0, 8)
-            load = side_by_side(lambda text: pipeline(prism_pipelines.bundled("sudoku")), puzzle_of, columns=9)
+            settings, button, shown = controls("no remasking, surest first", "judge and repair", 52, 0.0, 4)
+            load = side_by_side(sudoku_pipeline, puzzle_of, columns=9)
             button.click(load, [puzzle, *settings], shown, api_name="sudoku")
         with gr.Tab("Text"):
             prompt = gr.Textbox("ROMEO.\n", label="Text to continue; empty to write from nothing", lines=2)
