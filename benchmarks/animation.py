@@ -25,9 +25,8 @@ def main() -> None:
         wrong += int((before != out.sequences[0])[step.remasked[0]].sum())
         before = step.sample[0]
     solved = bool(sudoku.is_solved(out.sequences.numpy(), puzzle[None])[0])
-    print(
-        f"solved: {solved}; {out.nfe} forward passes; P(all right) {float(out.confidence[0]):.2f}; wrong digits taken back: {wrong}"
-    )
+    print(f"solved: {solved}; {out.nfe} forward passes; P(all right) {float(out.confidence[0]):.2f}")
+    print(f"wrong digits taken back: {wrong}")
     out.trace.to_svg(ROOT / "docs" / "figures" / "animation.svg", columns=9)
 
 

@@ -99,14 +99,15 @@ def run(pipe: PrismPipeline, rule: str, given: dict, steps: int, heat: float, ta
                 num_inference_steps=int(steps),
                 generator=torch.Generator().manual_seed(int(seed)),
                 return_trace=True,
-                return_quality=pipe.quality_head is not None,
+                return_quality=pipe.quality_head is not None and rule != "judge and repair",  # which judges anyway
             )
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
             raise gr.Error(str(error), duration=None) from error
     taken_back = sum(int(step.remasked.sum()) for step in out.trace)
-    said = [f"**{rule}**: {out.nfe} forward passes", f"{taken_back} taken back"]
-    if out.quality is not None:
-        seen = out.quality[out.trace.generated.to(out.quality.device)]
+    judged = " with one to judge the result" if out.quality is not None else ""
+    said = [f"**{rule}**: {out.nfe} forward passes{judged}", f"{taken_back} taken back"]
+    if out.trace.quality is not None:
+        seen = out.trace.quality[out.trace.generated]
         said.append(f"quality of the result: mean {seen.mean():.2f}, lowest {seen.min():.2f}")
     if out.confidence is not None:
         said.append(f"P(all right) {out.confidence[0]:.2f}")
