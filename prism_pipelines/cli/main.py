@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from . import convert, generate, info, sudoku, text, train, train_head
+from . import convert, generate, info, sudoku, text, train, train_head, tune
 from . import eval as evaluate
 from .quiet import hide_loading_bars, silence
 
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_parser(commands)
     train_head.add_parser(commands)
     evaluate.add_parser(commands)
+    tune.add_parser(commands)
     return parser
 
 
