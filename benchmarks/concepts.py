@@ -22,7 +22,7 @@ SENTENCES = {
 }  # fmt: skip
 # A topic is told by a prompt that is right this often; each of the tokens that follow is of the topic this often.
 PROMPT_RIGHT, TOKEN_RIGHT, LENGTH = 0.9, 0.85, 5
-PUZZLE = "4.....8.5.3..........7......2.....6.....8.4......1.......6.3.7.5..2.....1.4......"
+CLUES, CHOSEN = 25, 11  # a run with several repairs
 
 
 def quality(world: dict, y: tuple, i: int) -> float:
@@ -119,15 +119,15 @@ def run_picture(path) -> None:
 
 
 def real_run() -> dict:
-    """One run of judge and repair on a puzzle of 17 clues, by the bundled model."""
+    """One run of judge and repair on a puzzle of 25 clues, by the bundled model and the head that knows the run."""
     import torch
 
-    import prism_pipelines
-    from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline, sudoku
+    from prism_pipelines import PrismPipeline, bundled, sudoku
 
-    pipe = PrismPipeline.from_pretrained(prism_pipelines.bundled("sudoku"))
-    pipe.scheduler = JudgeAndRepairScheduler(order="random", temperature=1.0)
-    run = {"infill": PUZZLE, "num_inference_steps": 60, "generator": torch.Generator().manual_seed(0)}
+    pipe = PrismPipeline.from_pretrained(bundled("sudoku"), quality_head=bundled("sudoku-head"))
+    puzzle = sudoku.make_puzzles(24, CLUES, seed=7)[0][CHOSEN]
+    run = {"infill": torch.as_tensor(sudoku.to_ids(puzzle))[None], "num_inference_steps": 60}
+    run["generator"] = torch.Generator().manual_seed(CHOSEN)
     out = pipe(**run, return_trace=True)
     steps, generated = [], out.trace.generated[0]
     before = out.trace.start[0]
@@ -143,12 +143,9 @@ def real_run() -> dict:
             }
         )
         before = step.sample[0]
-    solved = bool(sudoku.is_solved(out.sequences.numpy(), sudoku.parse_puzzle(PUZZLE)[None])[0])
-    scheduler = {"order": "random", "temperature": 1.0, "seed": 0}
-    return {"puzzle": PUZZLE, "total": int(generated.sum()), "scheduler": scheduler, "nfe": out.nfe} | {
-        "solved": solved,
-        "steps": steps,
-    }
+    solved = bool(sudoku.is_solved(out.sequences.numpy(), puzzle[None])[0])
+    facts = {"puzzle": sudoku.format_grid(puzzle), "seed": CHOSEN, "total": int(generated.sum()), "nfe": out.nfe}
+    return facts | {"solved": solved, "confidence": round(float(out.confidence[0]), 4), "steps": steps}
 
 
 def repair_picture(run: dict, path) -> None:

@@ -70,8 +70,8 @@ def test_a_sudoku_is_solved_by_two_rules_side_by_side(address):
         tab.js(RUNNING + ".click()")
         wait_for(tab, "document.querySelectorAll('iframe').length === 2")
         said = tab.js("document.body.innerText")
-        assert "no remasking: 52 forward passes" in said or "no remasking: 53 forward passes" in said
-        assert "PRISM: 53 forward passes" in said and "solved" in said
+        assert "no remasking, surest first: 53 forward passes" in said and "judge and repair: " in said
+        assert "P(all right)" in said and "accepted" in said and "solved" in said
         assert "quality of the result: mean" in said
         assert tab.in_frames("document.querySelector('#at').textContent") == ["result", "result"]
         assert all(n == 81 for n in tab.in_frames("document.querySelectorAll('#tokens .t').length"))

@@ -99,14 +99,15 @@ def run(pipe: PrismPipeline, rule: str, given: dict, steps: int, heat: float, ta
                 num_inference_steps=int(steps),
                 generator=torch.Generator().manual_seed(int(seed)),
                 return_trace=True,
-                return_quality=pipe.quality_head is not None,
+                return_quality=pipe.quality_head is not None and rule != "judge and repair",  # which judges anyway
             )
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
             raise gr.Error(str(error), duration=None) from error
     taken_back = sum(int(step.remasked.sum()) for step in out.trace)
-    said = [f"**{rule}**: {out.nfe} forward passes", f"{taken_back} taken back"]
-    if out.quality is not None:
-        seen = out.quality[out.trace.generated.to(out.quality.device)]
+    judged = " with one to judge the result" if out.quality is not None else ""
+    said = [f"**{rule}**: {out.nfe} forward passes{judged}", f"{taken_back} taken back"]
+    if out.trace.quality is not None:
+        seen = out.trace.quality[out.trace.generated]
         said.append(f"quality of the result: mean {seen.mean():.2f}, lowest {seen.min():.2f}")
     if out.confidence is not None:
         said.append(f"P(all right) {out.confidence[0]:.2f}")
@@ -143,6 +144,11 @@ def puzzle_of(text: str) -> dict:
     if sudoku.count_solutions(puzzle, max_visits=200_000) == 0:
         raise gr.Error("This puzzle has no solution: two clues clash, or leave some cell without a digit.")
     return {"infill": sudoku.format_grid(puzzle).replace("\n", "").replace(" ", "").replace("0", ".")}
+
+
+def sudoku_pipeline(_: str) -> PrismPipeline:
+    """The bundled model with the head that knows the run."""
+    return pipeline(prism_pipelines.bundled("sudoku"), prism_pipelines.bundled("sudoku-head"))
 
 
 def text_of(prompt: str, length: float) -> dict:
@@ -196,8 +202,8 @@ def demo() -> gr.Blocks:
             puzzles = bank()
             puzzle = gr.Textbox(puzzles[2][0], label="Puzzle: 81 digits row by row, . or 0 for a blank", lines=2)
             gr.Examples(puzzles, puzzle, label="From the bank: 45, 36, 30 and 25 clues")
-            settings, button, shown = controls("no remasking", "PRISM", 52, 1.0, 8)
-            load = side_by_side(lambda text: pipeline(prism_pipelines.bundled("sudoku")), puzzle_of, columns=9)
+            settings, button, shown = controls("no remasking, surest first", "judge and repair", 52, 0.0, 4)
+            load = side_by_side(sudoku_pipeline, puzzle_of, columns=9)
             button.click(load, [puzzle, *settings], shown, api_name="sudoku")
         with gr.Tab("Text"):
             prompt = gr.Textbox("ROMEO.\n", label="Text to continue; empty to write from nothing", lines=2)
