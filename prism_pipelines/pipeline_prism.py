@@ -40,7 +40,7 @@ from .sampling.loop import (
     scheduler_of,
     warn_of_idle_steps,
 )
-from .sampling.recorder import context_of_text
+from .sampling.recorder import context_of_text, own_log_probs
 from .sampling.stopping import (
     decode,
     end_tokens,
@@ -55,6 +55,8 @@ from .sampling.stopping import (
 from .sampling.trace import Trace
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.validation import is_number, loop_steps
+
+SCORES = ("head", "own", "leave_one_out")  # what `score` judges by
 
 
 class PrismPipeline(DiffusionPipeline):
@@ -362,9 +364,9 @@ class PrismPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def score(
-        self, texts=None, *, input_ids=None, attention_mask=None, given=None
+        self, texts=None, *, input_ids=None, attention_mask=None, given=None, by: str = "head"
     ) -> tuple[Tensor, Tensor, list[list[str]] | None]:
-        """P(token is right) of every token of some text, by one forward and no generation.
+        """P(token is right) of every token of some text, without generation.
 
         A head that reads what the run knows (`head.reads_context`) takes a text as one that nobody watched being
         written: when and how surely its tokens were drawn is unknown. `given` tells it more.
@@ -377,15 +379,25 @@ class PrismPipeline(DiffusionPipeline):
                 a string or a list of strings; or bool (B, L). A token that is only partly in the beginning is not
                 given. It is read by heads with context alone. One that reads "prompt" or "first_hidden" then costs a
                 second forward pass, on the given part with all else masked. None for nothing known.
+            by: "head", the quality head. "own", the model's own probability of each token in the pass that sees it: one
+                forward and no head, a good judge only for models whose training corrupts visible tokens (BERT, ESM).
+                "leave_one_out", the probability of each token given all others: one forward for each token.
         Returns:
             quality, float32 (B, L) in [0, 1], 0 at masks and padding; the ids (B, L); the tokens as strings, or None
             without a tokenizer.
         Raises:
-            ValueError: no quality head, not exactly one of `texts` and `input_ids`, or `given` does not fit them.
+            ValueError: no quality head, not exactly one of `texts` and `input_ids`, or `given` does not fit.
             TypeError: `given` is neither strings nor bool.
         """
-        if self.quality_head is None:
-            raise ValueError("`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo).")
+        if by not in SCORES:
+            raise ValueError(f"`by` must be one of {', '.join(map(repr, SCORES))}, got {by!r}.")
+        if self.quality_head is None and by == "head":
+            raise ValueError(
+                "`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo), or pass "
+                'by="own" or by="leave_one_out".'
+            )
+        if given is not None and by != "head":
+            raise ValueError(f'`given` is read by heads with context; by="{by}" has no use for it.')
         self._check_adapter()
         if (texts is None) == (input_ids is None):
             raise ValueError("Pass either `texts` or `input_ids` to `score`.")
@@ -394,17 +406,23 @@ class PrismPipeline(DiffusionPipeline):
         canvas = canvas.to(self._execution_device)
         self._check_canvas(canvas, None)
         sample, mask = canvas.sample, canvas.attention_mask
-        hidden = self.denoiser.hidden(sample, mask)
-        known = {}
-        if self.quality_head.reads_context:
-            given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
-            context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
-            known = self.quality_head.inputs(context, sample, self.mask_token_id)
         hidden_from = sample == self.mask_token_id
         if mask is not None:
             hidden_from = hidden_from | (mask == 0)
         with nan_errors(self.denoiser, canvas, self.quality_head):
-            quality = no_nan(self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0))
+            if by == "head":
+                hidden, known = self.denoiser.hidden(sample, mask), {}
+                if self.quality_head.reads_context:
+                    given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
+                    context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
+                    known = self.quality_head.inputs(context, sample, self.mask_token_id)
+                quality = no_nan(self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0))
+            elif by == "own":
+                quality = own_log_probs(self.denoiser, sample, mask, self.denoiser.hidden(sample, mask)).exp()
+            else:
+                found = estimate(self.denoiser, canvas, ~hidden_from, "pseudo")
+                quality = found.token_log_probs.exp().to(sample.device)
+        quality = quality.masked_fill(hidden_from, 0.0)
         tokens = None
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]

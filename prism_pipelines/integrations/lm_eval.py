@@ -20,7 +20,8 @@ try:
 except ImportError as error:
     raise ImportError('The model class of lm-eval needs it: pip install "prism-pipelines[eval]".') from error
 
-from ..generation.batch import check_steps, plan_batches
+from ..generation.batch import check_steps
+from ..generation.running import plan_batches
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
 from ..sampling.encoding import prompt_ids

@@ -52,6 +52,16 @@ def context_of_text(
     return recorder.observe(sample, hidden)
 
 
+def own_log_probs(denoiser: MaskedDenoiser, sample: Tensor, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """log p(y_i | y) of every visible token of a text by the pass that saw it, float32 (B, L); NaN elsewhere.
+
+    Args:
+        denoiser, sample, attention_mask, hidden: as `context_of_text`.
+    """
+    visible = torch.ones_like(sample, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    return RunRecorder(denoiser, visible, ["own"]).observe(sample, hidden).own_logprob
+
+
 class RunRecorder:
     """Records a run: `begin` a block, then for each of its steps `observe` the forward pass and take `after_step`.
 
