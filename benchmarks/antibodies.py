@@ -45,6 +45,17 @@ def regions(sequence: str) -> dict[str, range] | None:
     return None if found is None else {name: range(*found.span(name)) for name in ("H1", "H2", "H3")}
 
 
+def heavy_chains(file) -> list[str]:
+    """The whole heavy chains of a FASTA file; what else is in it is named."""
+    found = []
+    for row in read_fasta(file):
+        if row["text"] is None or regions(row["text"]) is None:
+            print(f"{file}, line {row['line']}: no whole heavy chain, left out", file=sys.stderr)
+        else:
+            found.append(row["text"])
+    return found
+
+
 def framework(sequence: str) -> list[int]:
     """Positions outside the CDRs."""
     inside = {i for place in regions(sequence).values() for i in place}
@@ -94,13 +105,10 @@ def recovered(pipe, sequence: str, share: float, rounds: int, seed: int) -> tupl
 def verify(pipe, file: str, share: float, rounds: int, seed: int) -> dict:
     """Recovery of framework residues, by chain and in all."""
     rows = []
-    for row in read_fasta(file):
-        if regions(row["text"]) is None:
-            print(f"{row['id']}: no heavy chain, left out", file=sys.stderr)
-            continue
-        right, masked = recovered(pipe, row["text"], share, rounds, seed)
-        rows.append({"id": row["id"], "right": right, "masked": masked})
-        print(f"{row['id']:28} {right / masked:.3f} of {masked}", file=sys.stderr)
+    for text in heavy_chains(file):
+        right, masked = recovered(pipe, text, share, rounds, seed)
+        rows.append({"loop": loop(text), "right": right, "masked": masked})
+        print(f"{loop(text):28} {right / masked:.3f} of {masked}", file=sys.stderr)
     right, masked = (sum(row[name] for row in rows) for name in ("right", "masked"))
     return {"share": share, "rounds": rounds, "seed": seed, "recovered": right / masked, "masked": masked, "rows": rows}
 
