@@ -30,7 +30,9 @@ def model(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     twin.save_pretrained(folder / "model")
     character_tokenizer(VOCAB, config.to_dict()).save_pretrained(folder / "model")
-    PrismPipeline.from_pretrained(folder / "model", quality_head=QualityHead(32, "mlp")).save_pretrained(folder / "head")
+    PrismPipeline.from_pretrained(folder / "model", quality_head=QualityHead(32, "mlp")).save_pretrained(
+        folder / "head"
+    )
     return folder
 
 
@@ -96,7 +98,9 @@ def test_detection_ranks_the_planted_residue_among_the_others():
     assert found["worst"] == [True, False, False]
     assert found["auroc"] == pytest.approx([1, (1 + 0.5) / 3, (2 + 0.5) / 3])
     chains = antibodies.heavy_chains(PUBLISHED)[:2]
-    for (mutant, place), chain in zip(proteins.planted(chains, 2, 0), [c for c in chains for _ in range(2)], strict=True):
+    for (mutant, place), chain in zip(
+        proteins.planted(chains, 2, 0), [c for c in chains for _ in range(2)], strict=True
+    ):
         assert [i for i, (a, b) in enumerate(zip(mutant, chain, strict=True)) if a != b] == [place]
 
 
@@ -123,9 +127,10 @@ def test_the_example_is_made_of_commands_that_exist():
 
     text = (ROOT / "examples" / "antibody" / "run.sh").read_text().replace("\\\n", " ")
     commands = [shlex.split(line.split("||")[0]) for line in text.splitlines() if line.strip().startswith("prism ")]
-    assert [words[1] for words in commands] == ["convert", "train-head", "infill", "score"]
+    assert [words[1] for words in commands] == ["convert", "infill", "score"]
     for words in commands:
         build_parser().parse_args(words[1:] if words[-1] != "\\" else words[1:-1])
     lines = [line.strip().removesuffix("> /dev/null") for line in text.splitlines() if "benchmarks.proteins" in line]
     assert proteins.parse_args(shlex.split(lines[0])[3:]).quick
-    assert {path.name for path in (ROOT / "examples" / "antibody").iterdir()} == {"run.sh", "therapeutic.fasta"}
+    names = {path.name for path in (ROOT / "examples" / "antibody").iterdir()}
+    assert names == {"run.sh", "distill.args", "therapeutic.fasta"}
