@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import concepts, sudoku, text
+from benchmarks import concepts, proteins, sudoku, text
 from benchmarks.results import TEXT
 from benchmarks.shared import ROOT
 from benchmarks.text_results import merged
@@ -25,6 +25,7 @@ def main() -> None:
     sudoku.draw_success(table("sudoku"), FIGURES / "sudoku.png")
     sudoku.draw_calibration(table("sudoku_1000"), FIGURES / "sudoku_1000_calibration.png")
     text.draw(merged({name: table(name) for name in TEXT}), FIGURES / "text.png")
+    proteins.draw(table("proteins"), FIGURES / "proteins.png")
     concepts.draw()
 
 

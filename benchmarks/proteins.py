@@ -29,6 +29,7 @@ from benchmarks.antibodies import heavy_chains, regions
 from benchmarks.shared import fingerprint, origin
 from prism_pipelines import PrismPipeline, schedulers
 from prism_pipelines.evaluation import bootstrap_interval, distinct_n
+from prism_pipelines.evaluation.figure_style import GREY, new_figure, save_figure, styled
 from prism_pipelines.evaluation.statistics import tabulate
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -255,6 +256,36 @@ def markdown(result: dict) -> str:
             f"| {row['by']} | {row['n']} | {row['auroc']:.3f}{interval} | {row['worst']:.2f} | {row['forwards']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def draw(result: dict, path) -> None:
+    """Recovery with its interval and diversity of every arm at T = 1 in 16 passes, a panel for each kind of mask."""
+    rows = [row for row in result["rows"] if (row["forwards"], row["temperature"]) == (16, 1.0)]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    titles = {"H3": "CDR-H3 masked", "nothing": "all but the first residue masked"}
+    with styled():
+        figure, axes = new_figure(len(kinds))
+        for axis, kind in zip(axes, kinds, strict=True):
+            some = [row for row in rows if row["kind"] == kind][::-1]
+            for height, row in enumerate(some):
+                value, low, high = row["recovery"]
+                axis.plot([low, high], [height, height], color=GREY, linewidth=2, zorder=1)
+                axis.plot(
+                    value,
+                    height,
+                    "o",
+                    color="#0072B2",
+                    zorder=2,
+                    label="residues that come back" if not height else None,
+                )
+                label = "different 3-mers" if not height else None
+                axis.plot(row["distinct"], height, "x", color="#D55E00", zorder=2, label=label)
+            real = some[0]["distinct_real"]
+            axis.axvline(real, color="#D55E00", linestyle=":", linewidth=1, label="3-mers of the real sequences")
+            axis.set_yticks(range(len(some)), [row["arm"] for row in some])
+            axis.set_title(titles.get(kind, f"{kind} % masked"))
+        axes[0].legend(fontsize=7, loc="lower left")
+        save_figure(figure, path)
 
 
 def parse_args(argv=None):

@@ -133,4 +133,4 @@ def test_the_example_is_made_of_commands_that_exist():
     lines = [line.strip().removesuffix("> /dev/null") for line in text.splitlines() if "benchmarks.proteins" in line]
     assert proteins.parse_args(shlex.split(lines[0])[3:]).quick
     names = {path.name for path in (ROOT / "examples" / "antibody").iterdir()}
-    assert names == {"run.sh", "distill.args", "therapeutic.fasta"}
+    assert names == {"run.sh", "rollouts.args", "therapeutic.fasta"}

@@ -31,12 +31,12 @@ fi
 [ -f "$folder/data/test.fasta" ] ||
   "$python" -m benchmarks.antibodies sample "$folder/model" "$folder/data" --dtype bf16 --batch-size 16 > /dev/null
 
-# 4. A small quality head with context, in minutes: its labels are the model's own p(residue | all others), on runs that
-#    begin from a part of the train chains. More HEAD_STEPS make a better one.
+# 4. A small quality head with context, in minutes: is a residue that a run has written that of the chain it began from?
+#    More chains and more HEAD_STEPS make a better one.
 [ -f "$folder/head/quality_head/config.json" ] || {
   grep -v '>' "$folder/data/train.fasta" > "$folder/data/train.txt"
-  "$python" -m prism_pipelines.training --args_file examples/antibody/distill.args --base_model "$folder/model" \
-    --dataset "$folder/data/train.txt" --output_dir "$folder/head" --max_steps "${HEAD_STEPS:-60}"
+  "$python" -m prism_pipelines.training --args_file examples/antibody/rollouts.args --base_model "$folder/model" \
+    --dataset "$folder/data/train.txt" --output_dir "$folder/head" --max_steps "${HEAD_STEPS:-130}"
 }
 
 # 5. What people do with it: fill every loop, and colour the doubtful residues of known antibodies.
@@ -47,5 +47,5 @@ prism score "$folder/model" examples/antibody/therapeutic.fasta --out "$folder/s
 
 # 6. The table.
 "$python" -m benchmarks.proteins "$folder/model" examples/antibody/therapeutic.fasta "$folder/data/test.fasta" --quick \
-  --dtype bf16 --quality-head distilled="$folder/head" --work "$folder/cells.jsonl" --table "$folder/proteins.json" > /dev/null
+  --dtype bf16 --quality-head rollouts="$folder/head" --work "$folder/cells.jsonl" --table "$folder/proteins.json" > /dev/null
 cat "$folder/proteins.md"
