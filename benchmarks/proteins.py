@@ -284,7 +284,8 @@ def draw(result: dict, path) -> None:
             axis.axvline(real, color="#D55E00", linestyle=":", linewidth=1, label="3-mers of the real sequences")
             axis.set_yticks(range(len(some)), [row["arm"] for row in some])
             axis.set_title(titles.get(kind, f"{kind} % masked"))
-        axes[0].legend(fontsize=7, loc="lower left")
+        marks, names = axes[0].get_legend_handles_labels()
+        figure.legend(marks, names, fontsize=8, loc="outside lower center", ncols=3)
         save_figure(figure, path)
 
 

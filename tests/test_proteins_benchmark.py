@@ -134,3 +134,13 @@ def test_the_example_is_made_of_commands_that_exist():
     assert proteins.parse_args(shlex.split(lines[0])[3:]).quick
     names = {path.name for path in (ROOT / "examples" / "antibody").iterdir()}
     assert names == {"run.sh", "rollouts.args", "therapeutic.fasta"}
+
+
+def test_the_docs_have_the_table_of_the_committed_numbers():
+    result = json.loads((ROOT / "docs" / "figures" / "proteins.json").read_text())
+    assert proteins.markdown(result) in (ROOT / "docs" / "proteins.md").read_text()
+    verified = json.loads((ROOT / "docs" / "figures" / "proteins_verified.json").read_text())
+    assert (
+        f"**{100 * verified['recovered']:.1f} %** of {verified['masked']:,}"
+        in (ROOT / "docs" / "proteins.md").read_text()
+    )
