@@ -294,7 +294,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder that `prism convert` wrote")
     parser.add_argument("test", nargs="+", help="FASTA of heavy chains")
-    parser.add_argument("--quick", action="store_true", help="few sequences and settings, one seed, in minutes")
+    parser.add_argument("--quick", action="store_true", help="few sequences and settings, in minutes")
     parser.add_argument("--quality-head", action="append", default=[], metavar="NAME=FOLDER", help="may be given again")
     parser.add_argument("--num-sequences", type=int, help="of each file")
     parser.add_argument("--kinds", nargs="+", choices=KINDS)
@@ -310,7 +310,7 @@ def parse_args(argv=None):
     parser.add_argument("--work", type=Path, help="JSON lines of finished cells")
     parser.add_argument("--table", type=Path, help="write the JSON there, and the tables beside it as .md")
     args = parser.parse_args(argv)
-    quick = {"num_sequences": 6, "kinds": ["90", "H3"], "forwards": [16], "temperatures": [1.0], "seeds": [0]}
+    quick = {"num_sequences": 6, "kinds": ["90", "H3"], "forwards": [16], "temperatures": [1.0], "seeds": [0, 1]}
     quick |= {"stride": 4, "copies": 2, "left_out": 6}
     whole = {"num_sequences": 48, "kinds": list(KINDS), "forwards": [8, 16, 32], "temperatures": [0.0, 1.0]}
     whole |= {"seeds": [0, 1], "stride": 16, "copies": 4, "left_out": 48}
