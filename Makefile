@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test lint format train-sudoku train-sudoku-quick train-text train-text-quick bench results clean
+.PHONY: demo test lint format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +40,17 @@ train-text: $(VENV)/.installed          ## a text model like the shipped one fro
 train-text-quick: $(VENV)/.installed    ## the same stages, each cut short: a much weaker model
 	BIN=$(BIN) RUNS=$(RUNS) examples/text/train.sh --quick
 
+train-heads: $(VENV)/.installed         ## the heads that know the run, for both bundled models; resumable
+	BIN=$(BIN) RUNS=$(RUNS) examples/bundled_heads.sh
+
+notebook: $(VENV)/.installed    ## run examples/quickstart.ipynb from top to bottom
+	$(BIN)/python -c "import nbclient, ipykernel" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[notebook]"
+	$(BIN)/python -m pytest tests/test_notebook.py
+
+docs: $(VENV)/.installed        ## the site, in site/; a warning is an error
+	$(BIN)/python -c "import mkdocstrings, material" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes
 	$(BIN)/python -m benchmarks.sudoku_cost
 	$(BIN)/python -m benchmarks.sudoku --quick
@@ -48,9 +59,10 @@ bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --quick
 	$(BIN)/python -m benchmarks.text --quick
 
-results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed figures
+results: $(VENV)/.installed     ## docs/results.md and the tables of docs/performance.md from the committed tables, and the figures
 	$(BIN)/python -m benchmarks.results
 	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.figures
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,18 @@
 """Does it pay to judge whole canvases and repair them, at equal forward passes?
 
-Held fixed: the Sudoku model, its quality head, puzzles, one generator a puzzle. Varied: the decoding rule. The head's
-temperature is fitted first, on finished runs of other puzzles, and `JudgeAndRepairScheduler` has its default settings.
-Reported by arm: solved within each number of forwards, with Wilson intervals; mean forwards; of judge and repair how
-many grids it accepted and how many of these are right, and the area under risk and coverage of `out.confidence`.
-The last line of stdout is one JSON object; --table writes it to a file.
-Usage: python -m benchmarks.judging [--quick] [--model FOLDER] [--quality-head FOLDER] [--dtype bf16] [--table FILE]
+Held fixed: the Sudoku model, puzzles, one generator a puzzle. Varied: the decoding rule. Fixed rules run once for each
+budget; rules that stop by themselves run once, and are read at each budget. Every forward pass counts, also those that
+judge. "PRISM one-step" alone has the head that is given as --one-step-head. The four arms of judge and repair that are
+told something else in place of the head's verdict show what the verdict is worth: random cells (as many and as sure,
+elsewhere), an exact checker (right grids are accepted, wrong ones never), an oracle (it knows every wrong cell).
+Restarts draw the whole grid again and judge it by the same head and bar; best-of-3 keeps the surest of the first three.
+
+Reported by arm and kind of puzzle: solved within each number of forwards with Wilson intervals, mean and median
+forwards, accepted grids and how many of these are right, the area under risk and coverage of `out.confidence`, P(right
+after being redrawn | remasked), right cells that were broken, and puzzles that only this arm or only judge and repair
+solved. A finished arm is kept in --table and not run again. The last line of stdout is one JSON object.
+Usage: python -m benchmarks.judging [--quick] [--quality-head FOLDER] [--one-step-head FOLDER] [--dtype bf16] [--table
+FILE]
 """
 
 from __future__ import annotations
@@ -19,119 +26,238 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import origin
-from prism_pipelines import PrismPipeline, bundled, schedulers, sudoku
-from prism_pipelines.evaluation import fit_temperature, risk_coverage, row_generators, wilson_interval
+from benchmarks.shared import fingerprint, origin
+from prism_pipelines import PrismPipeline, QualityHead, bundled, schedulers, sudoku
+from prism_pipelines.evaluation import risk_coverage, row_generators, wilson_interval
 
 CLUES = {"24-26": (24, 25, 26), "30": (30,)}
-SEEDS = {"judge": 31_000, "calibrate": 32_000}
-WITHIN = (17, 26, 34, 52, 128)
+SEED = 31_000  # of the puzzles
+BUDGETS, QUICK_BUDGETS = (17, 34, 52), (17,)
+WITHIN = (17, 34, 52, 128, 1000)
+MOST = 128  # forwards of rules that stop by themselves
+TRY = 16  # forwards that fill a grid in restarts and best-of-n
 RANDOM = {"order": "random", "temperature": 1.0}
-ARMS = {  # name: scheduler, settings, most forwards
-    "confidence order": ("MDLMScheduler", {"order": "confidence", "temperature": 0.0}, 52),
-    "self-confidence": ("SelfConfidenceScheduler", {**RANDOM, "num_remask": 8}, 52),
-    "prompt": ("PromptConfidenceScheduler", {**RANDOM, "num_remask": 8}, 52),
-    "draw": ("DrawConfidenceScheduler", {**RANDOM, "num_remask": 8}, 52),
-    "sweep": ("StridedSweepScheduler", {"order": "confidence", "temperature": 1.0}, 52),
-    "PRISM, step by step": ("PrismScheduler", {**RANDOM, "num_remask": 8}, 52),
-    "judge and repair": ("JudgeAndRepairScheduler", {}, 128),
+REMASKING = {**RANDOM, "num_remask": 8}
+FIXED = {  # name: scheduler and its settings
+    "confidence order": ("MDLMScheduler", {"order": "confidence", "temperature": 0.0}),
+    "self-confidence": ("SelfConfidenceScheduler", REMASKING),
+    "prompt": ("PromptConfidenceScheduler", REMASKING),
+    "draw": ("DrawConfidenceScheduler", REMASKING),
+    "sweep": ("StridedSweepScheduler", {"order": "confidence", "temperature": 1.0}),
+    "ReMDM": ("ReMDMScheduler", {**RANDOM, "strategy": "cap", "eta": 0.04}),
+    "token to mask": ("TokenToMaskScheduler", RANDOM),
+    "PRISM one-step": ("PrismScheduler", REMASKING),
+    "PRISM's rule, this head": ("PrismScheduler", REMASKING),
 }
+OURS = "judge and repair"
+TOLD = ("random cells", "exact checker", "oracle ranking")
+STOPPING = (OURS, *TOLD, "restarts", "best-of-3")
+ARMS = (*FIXED, *STOPPING)
 
 
-def puzzles_of(clues: tuple[int, ...], total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+class ToldScheduler(schedulers.JudgeAndRepairScheduler):
+    """Judge and repair that is told something else about full grids than what the head says."""
+
+    def told(self, kind: str, solutions: torch.Tensor, generator: torch.Generator) -> ToldScheduler:
+        """What it is told, one of `TOLD`, and of which grids."""
+        self.kind, self.solutions, self.chance = kind, solutions, generator
+        return self
+
+    def step(self, model_output, timestep, sample, *, quality=None, generation_mask=None, **rest):
+        """As the parent's."""
+        right = sample == self.solutions
+        if self.kind == "oracle ranking":
+            quality = right.float()
+        elif self.kind == "exact checker":
+            lowest = quality.masked_fill(~generation_mask, 2).argmin(-1, keepdim=True)
+            quality = quality.float().scatter(-1, lowest, 0.0).masked_fill(right.all(-1, keepdim=True), 1.0)
+        else:  # the same qualities, on other cells of the same grid
+            place = torch.rand(quality.shape, generator=self.chance).masked_fill(~generation_mask, 2).argsort(-1)
+            order = torch.where(generation_mask, 0, 1).argsort(-1, stable=True)
+            quality = quality.clone().scatter(-1, order, quality.gather(-1, place))
+        return super().step(model_output, timestep, sample, quality=quality, generation_mask=generation_mask, **rest)
+
+
+class Redraws:
+    """Counts what became of cells that were masked again; `watch` is a callback of the pipeline."""
+
+    def __init__(self, puzzles: np.ndarray, solutions: np.ndarray):
+        self.sample = torch.from_numpy(sudoku.to_ids(puzzles))
+        self.solutions = torch.from_numpy(solutions)
+        self.was_right = torch.zeros(self.sample.shape, dtype=torch.bool)
+        self.out = self.was_right.clone()  # remasked and not yet drawn again
+        self.counts = np.zeros(4, dtype=int)  # wrong to wrong, wrong to right, right to wrong, right to right
+
+    def watch(self, pipe, step: int, timestep, state: dict) -> dict:
+        """Follow one step."""
+        drawn, remasked = state["unmasked"] & self.out, state["remasked"]
+        now = state["sample"] == self.solutions
+        self.counts += np.bincount((2 * self.was_right.int() + now.int())[drawn].numpy(), minlength=4)
+        self.was_right = torch.where(remasked, self.sample == self.solutions, self.was_right)
+        self.out = (self.out & ~drawn) | remasked
+        self.sample = state["sample"].clone()
+        return {}
+
+
+def puzzles_of(clues: tuple[int, ...], total: int) -> tuple[np.ndarray, np.ndarray]:
     """About `total` unique puzzles and their solutions, int64 (N, 81), equal shares of each number of clues."""
-    made = [sudoku.make_puzzles(total // len(clues), number, seed) for number in clues]
+    made = [sudoku.make_puzzles(max(1, total // len(clues)), number, SEED) for number in clues]
     return tuple(np.concatenate(part) for part in zip(*made, strict=True))
 
 
-def run_arm(pipe, arm: str, puzzles: np.ndarray, solutions: np.ndarray, batch_size: int, seed: int) -> dict:
-    """Arrays over the puzzles: right, nfe, and where the pipeline says so accepted and confidence."""
-    kind, settings, most = ARMS[arm]
-    pipe.scheduler = getattr(schedulers, kind)(**settings)
-    found = {"right": [], "nfe": [], "accepted": [], "confidence": []}
-    for start in range(0, len(puzzles), batch_size):
-        rows = slice(start, start + batch_size)
-        out = pipe(
-            infill=torch.from_numpy(sudoku.to_ids(puzzles[rows])),
-            num_inference_steps=most,
-            generator=row_generators(puzzles[rows], seed),
-            output_type="seq",
-        )
-        found["right"] += (out.sequences.cpu().numpy() == solutions[rows]).all(-1).tolist()
-        found["nfe"] += out.nfe_per_row
-        found["accepted"] += [] if out.accepted is None else out.accepted.tolist()
-        found["confidence"] += [] if out.confidence is None else out.confidence.tolist()
-    return {name: np.array(values) for name, values in found.items()}
+def call(pipe, puzzles: np.ndarray, steps: int, seed: int, **more):
+    """One call of the pipeline on all puzzles, each with its own generator."""
+    ids = torch.from_numpy(sudoku.to_ids(puzzles))
+    generator = row_generators(puzzles, seed)
+    return pipe(infill=ids, num_inference_steps=steps, generator=generator, output_type="seq", **more)
 
 
-def calibrate(pipe, total: int, batch_size: int) -> float:
-    """Fit and set the temperature of the pipeline's head, on grids that confidence order finished in few forwards."""
-    pipe.quality_head.register_to_config(temperature=None)
-    pipe.scheduler = schedulers.MDLMScheduler(order="confidence", temperature=0.0)
-    puzzles, solutions = puzzles_of((24, 26, 30), total, SEEDS["calibrate"])
-    quality, right = [], []
-    for start in range(0, len(puzzles), batch_size):
-        rows = slice(start, start + batch_size)
-        ids = torch.from_numpy(sudoku.to_ids(puzzles[rows]))
-        out = pipe(infill=ids, num_inference_steps=14, return_quality=True, output_type="seq")
-        blank = puzzles[rows] == 0
-        quality.append(out.quality.cpu().numpy()[blank])
-        right.append((out.sequences.cpu().numpy() == solutions[rows])[blank])
-    temperature = fit_temperature(np.concatenate(quality), np.concatenate(right))
-    pipe.quality_head.register_to_config(temperature=temperature)
-    return temperature
+def run_arm(pipe, heads: dict, arm: str, budget: int, puzzles: np.ndarray, solutions: np.ndarray, seed: int) -> dict:
+    """Lists over the puzzles: right and nfe, and where the arm says so accepted and confidence; counts of redraws."""
+    pipe.quality_head = heads["one-step" if arm == "PRISM one-step" else "context"]
+    if arm in ("restarts", "best-of-3"):
+        return run_restarts(pipe, puzzles, solutions, seed, stops=arm == "restarts", tries=budget // (TRY + 1))
+    if arm in FIXED:
+        kind, settings = FIXED[arm]
+        pipe.scheduler = getattr(schedulers, kind)(**settings)
+    elif arm == OURS:
+        pipe.scheduler = schedulers.JudgeAndRepairScheduler()
+    else:
+        chance = torch.Generator().manual_seed(seed)
+        pipe.scheduler = ToldScheduler().told(arm, torch.from_numpy(solutions), chance)
+    redraws = Redraws(puzzles, solutions)
+    out = call(pipe, puzzles, budget, seed, callback_on_step_end=redraws.watch)
+    found = {"right": (out.sequences.numpy() == solutions).all(-1).tolist(), "nfe": out.nfe_per_row}
+    for name in ("accepted", "confidence"):
+        value = getattr(out, name)
+        found |= {} if value is None else {name: value.tolist()}
+    return found | {"redraws": redraws.counts.tolist()}
 
 
-def row_of(arm: str, clues: str, found: dict) -> dict:
-    """One row of the table."""
-    right, nfe, n = found["right"], found["nfe"], len(found["right"])
-    row = {"arm": arm, "clues": clues, "n": n, "mean_forwards": float(nfe.mean()), "median": float(np.median(nfe))}
+def run_restarts(pipe, puzzles, solutions, seed: int, stops: bool, tries: int) -> dict:
+    """Whole grids drawn again and judged by the head, the first at temperature 0.
+
+    Args:
+        stops: a grid leaves when judge and repair would accept it; else all `tries` are made, and the surest kept.
+    """
+    rule = schedulers.JudgeAndRepairScheduler().config
+    n = len(puzzles)
+    right, accepted = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    nfe, best = np.zeros(n, dtype=int), np.full(n, -1.0)
+    for attempt in range(tries):
+        open_rows = np.nonzero(~accepted if stops else np.ones(n, dtype=bool))[0]
+        if not len(open_rows):
+            break
+        pipe.scheduler = schedulers.MDLMScheduler(order="confidence", temperature=float(attempt > 0))
+        out = call(pipe, puzzles[open_rows], TRY, seed + attempt, return_quality=True)
+        confidence = out.confidence.numpy()
+        better = confidence > best[open_rows]
+        rows = open_rows[better]
+        right[rows] = (out.sequences.numpy() == solutions[open_rows]).all(-1)[better]
+        best[rows] = confidence[better]
+        nfe[open_rows] += out.nfe_per_row
+        gain = (rule["quality_threshold"] - out.quality.float()).clamp(min=0).sum(-1).numpy()
+        accepted[open_rows] |= gain < rule["price"] * 2
+    found = {"right": right.tolist(), "nfe": nfe.tolist(), "confidence": best.tolist()}
+    return found | ({"accepted": accepted.tolist()} if stops else {})
+
+
+def row_of(arm: str, clues: str, budget: int, found: dict) -> dict:
+    """One row of the table, with what every puzzle did as a string of 0 and 1."""
+    right, nfe, n = np.array(found["right"]), np.array(found["nfe"]), len(found["right"])
+    row = {"arm": arm, "clues": clues, "budget": budget, "n": n}
+    row |= {"mean_forwards": float(nfe.mean()), "median": float(np.median(nfe))}
     for most in WITHIN:
-        solved = int((right & (nfe <= most)).sum())
-        row[f"within_{most}"] = [solved, *wilson_interval(solved, n)]
-    if len(found["accepted"]):
-        row |= {"accepted": int(found["accepted"].sum()), "accepted_right": int((found["accepted"] & right).sum())}
-    if len(found["confidence"]):
+        if (arm in STOPPING and most <= budget) or most == budget:
+            solved = int((right & (nfe <= most)).sum())
+            row[f"within_{most}"] = [solved, *wilson_interval(solved, n)]
+    if "accepted" in found:
+        accepted = np.array(found["accepted"])
+        row |= {"accepted": int(accepted.sum()), "accepted_right": int((accepted & right).sum())}
+    if "confidence" in found:
         row["risk_area"] = risk_coverage(found["confidence"], right)["area"]
-    return row
+    if sum(found.get("redraws", [])):
+        row["redraws"] = dict(zip(("ww", "wr", "rw", "rr"), found["redraws"], strict=True))
+    return row | {"solved": "".join(map(str, right.astype(int))), "nfe": nfe.tolist()}
+
+
+def pairs(rows: list[dict]) -> list[dict]:
+    """Puzzles that only judge and repair solved, and those that only the other arm did, in that arm's budget."""
+    found = []
+    for row in rows:
+        ours = [one for one in rows if one["arm"] == OURS and one["clues"] == row["clues"]]
+        if row["arm"] == OURS or not ours:
+            continue
+        a = [s == "1" and f <= row["budget"] for s, f in zip(ours[0]["solved"], ours[0]["nfe"], strict=True)]
+        b = [s == "1" for s in row["solved"]]
+        counts = [
+            sum(x and not y for x, y in zip(a, b, strict=True)),
+            sum(y and not x for x, y in zip(a, b, strict=True)),
+        ]
+        found.append({"arm": row["arm"], "clues": row["clues"], "budget": row["budget"], "only_ours": counts[0]})
+        found[-1]["only_other"] = counts[1]
+    return found
 
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="60 puzzles a kind, in minutes")
+    parser.add_argument("--quick", action="store_true", help="30 puzzles a kind, fixed rules in 17 forwards: minutes")
     parser.add_argument("--num-puzzles", type=int, default=300, help="of each kind (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
-    parser.add_argument("--model", default=None, help="saved pipeline folder (default: the bundled one)")
-    parser.add_argument("--quality-head", default=None, help="folder of another head")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="NAME")
+    parser.add_argument("--clues", nargs="+", choices=list(CLUES), default=list(CLUES))
+    parser.add_argument("--budgets", nargs="+", type=int, default=None, help="of fixed rules (default: 17 34 52)")
+    parser.add_argument("--most", type=int, default=MOST, help="of rules that stop (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
+    parser.add_argument("--quality-head", default=None, help="folder of another head than the model's own")
+    parser.add_argument("--one-step-head", default=None, help="folder of PRISM's head (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
-    parser.add_argument("--table", type=Path, help="write the JSON there")
+    parser.add_argument("--table", type=Path, help="write the JSON there, and go on from what it holds")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
-    """Calibrate, run every arm on both kinds of puzzles, print the table. Returns the exit status."""
+    """Run every arm on every kind of puzzles, print the table. Returns the exit status."""
     args = parse_args(argv)
-    pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"), quality_head=args.quality_head)
-    pipe.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    total = 30 if args.quick else args.num_puzzles
+    budgets = args.budgets or (QUICK_BUDGETS if args.quick else BUDGETS)
+    model = Path(args.model or bundled("sudoku"))
+    pipe = PrismPipeline.from_pretrained(model, quality_head=args.quality_head)
+    one_step = pipe.quality_head if args.one_step_head is None else QualityHead.from_pretrained(args.one_step_head)
+    if args.quality_head and args.one_step_head is None:
+        one_step = PrismPipeline.from_pretrained(model).quality_head
+    heads = {"context": pipe.quality_head, "one-step": one_step}
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    pipe.to(dtype)
+    for head in heads.values():
+        head.to(dtype).eval()
     pipe.set_progress_bar_config(disable=True)
-    total, rows = 60 if args.quick else args.num_puzzles, []
-    temperature = calibrate(pipe, total, args.batch_size)
-    print(f"temperature {temperature:.3f}", file=sys.stderr, flush=True)
-    for clues, numbers in CLUES.items():
-        puzzles, solutions = puzzles_of(numbers, total, SEEDS["judge"])
-        for arm in args.arms:
+    settings = {"num_puzzles": total, "puzzle_seed": SEED, "seed": args.seed, "dtype": args.dtype}
+    settings["rule"] = {k: v for k, v in schedulers.JudgeAndRepairScheduler().config.items() if k[0] != "_"}
+    settings["weights"] = fingerprint(Path(args.quality_head or model), {})
+    rows = []
+    if args.table and args.table.exists():
+        kept = json.loads(args.table.read_text())
+        if kept["settings"] != settings:
+            raise SystemExit(f"error: {args.table} was made with other settings: {kept['settings']}.")
+        rows = kept["rows"]
+    for clues in args.clues:
+        puzzles, solutions = puzzles_of(CLUES[clues], total)
+        jobs = [(arm, args.most) for arm in STOPPING if arm != "best-of-3"] + [("best-of-3", 3 * (TRY + 1))]
+        jobs += [(arm, budget) for budget in budgets for arm in FIXED]
+        for arm, budget in [job for job in jobs if job[0] in args.arms]:
+            if any((row["arm"], row["clues"], row["budget"]) == (arm, clues, budget) for row in rows):
+                continue
             began = time.perf_counter()
-            row = row_of(arm, clues, run_arm(pipe, arm, puzzles, solutions, args.batch_size, args.seed))
+            row = row_of(arm, clues, budget, run_arm(pipe, heads, arm, budget, puzzles, solutions, args.seed))
             rows.append(row | {"seconds": round(time.perf_counter() - began)})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    settings = {"num_puzzles": total, "seeds": SEEDS, "seed": args.seed, "dtype": args.dtype}
-    result = {"settings": settings, "temperature": temperature, **origin(), "rows": rows}
-    if args.table:
-        args.table.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+            shown = {name: value for name, value in rows[-1].items() if name not in ("solved", "nfe")}
+            print(json.dumps(shown), file=sys.stderr, flush=True)
+            result = {"settings": settings, **origin(), "pairs": pairs(rows), "rows": rows}
+            if args.table:
+                args.table.write_text(json.dumps(result) + "\n")
+    print(json.dumps({"settings": settings, **origin(), "pairs": pairs(rows), "rows": rows}))
     return 0
 
 

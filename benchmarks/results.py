@@ -1,4 +1,4 @@
-"""Write docs/results.md and the figure of text from the committed tables in docs/figures: no number is typed by hand.
+"""Write docs/results.md and the README's table from the tables in docs/figures: no number is typed by hand.
 
 Usage: python -m benchmarks.results [--check]   (--check: exit 1 if the file is not what the tables give)
 """
@@ -12,7 +12,6 @@ import sys
 
 from benchmarks.shared import ROOT
 from benchmarks.sudoku_heads import ARMS as HEADS
-from benchmarks.text import draw
 from benchmarks.text_results import (
     PUBLISHED,
     ablation_section,
@@ -25,7 +24,7 @@ from benchmarks.text_results import (
 )
 
 TEXT = ("text", "text_64", "text_128", "text_256")  # tables of other numbers of forwards; the later may lack arms
-RESULTS = ROOT / "docs" / "results.md"
+RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 HEAD = """# Results
 
 What was measured here; anyone can measure it again. This page is written by `make results` from the tables in
@@ -112,6 +111,29 @@ def many_puzzles_section(table: dict) -> str:
                 cells += [share(rows[clues, steps, name]), ratio(pair) if compared else "-"]
             lines.append(f"| {steps} | {name}{' (outside)' if name in outside else ''} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *calibration_lines(table["calibration"])])
+
+
+def readme_table(table: dict) -> str:
+    """The rows of `many_puzzles_section` that the README shows."""
+    sets = list(dict.fromkeys(row["clues"] for row in table["rows"]))
+    rows = {(row["clues"], row["arm"]): row for row in table["rows"]}
+    heads = {
+        "MDLM": "random order, temperature 1: no remasking (MDLM)",
+        "random cells": "... random cells remasked",
+        "self-confidence": "... self-confidence",
+        "PRISM": "... PRISM",
+        "MDLM, confidence order": "surest first, temperature 0: no remasking",
+        "PRISM as shipped": "... PRISM",
+    }
+    lines = ["| | " + " | ".join(f"{clues} clues (%)" for clues in sets) + " |", "| --- " * (1 + len(sets)) + "|"]
+    lines += [f"| {words} | " + " | ".join(share(rows[c, arm]) for c in sets) + " |" for arm, words in heads.items()]
+    return "\n".join(lines)
+
+
+def readme(table: dict) -> str:
+    """README.md with its table from the committed figures."""
+    text, start, end = README.read_text(), "<!-- table: sudoku_1000 -->\n", "\n<!-- end of table -->"
+    return text[: text.index(start) + len(start)] + readme_table(table) + text[text.index(end) :]
 
 
 def calibration_lines(calibration: dict) -> list[str]:
@@ -206,14 +228,12 @@ def main() -> int:
     parts.append(ranking_section(tables["text_ranking"]))
     parts += [ablation_section(tables["ablations"]), code_section(tables["code"])]
     page = "\n".join([*parts, PUBLISHED, MISSING])
-    if args.check:
-        if RESULTS.read_text() != page:
-            print(f"{RESULTS} is not what the tables give: run `make results`", file=sys.stderr)
+    for path, text in ((RESULTS, page), (README, readme(tables["sudoku_1000"]))):
+        if not args.check:
+            path.write_text(text)
+        elif path.read_text() != text:
+            print(f"{path} is not what the tables give: run `make results`", file=sys.stderr)
             return 1
-        return 0
-    RESULTS.write_text(page)
-    draw(text, folder / "text.png")
-    print(RESULTS)
     return 0
 
 

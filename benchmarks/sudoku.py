@@ -161,17 +161,28 @@ def measure_calibration(pipe, total: int, batch_size: int) -> dict:
 
 def draw(result: dict, table: Path) -> None:
     """The figures beside `table`: success against forwards, where there are enough for a curve, and reliability."""
-    from prism_pipelines.evaluation.plots import reliability_figure, success_figure
+    if len({row["forwards"] for row in result["rows"]}) > 2:
+        draw_success(result, table.with_suffix(".png"))
+    draw_calibration(result, table.with_name(f"{table.stem}_calibration.png"))
+
+
+def draw_success(result: dict, path: Path) -> None:
+    """Share solved against forwards."""
+    from prism_pipelines.evaluation.plots import success_figure
 
     panels = {}
     for row in result["rows"]:
         point = (row["forwards"], row["solved"] / row["n"], row["low"], row["high"])
         panels.setdefault(f"{row['clues']} clues", {}).setdefault(row["arm"], []).append(point)
-    if len(result["settings"]["forwards"]) > 2:
-        success_figure(panels, table.with_suffix(".png"))
+    success_figure(panels, path)
+
+
+def draw_calibration(result: dict, path: Path) -> None:
+    """Reliability of the head."""
+    from prism_pipelines.evaluation.plots import reliability_figure
+
     titles = {"revealed": f"{NUM_REVEALED} cells just revealed", "filled": "all states of the run"}
-    curves = {title: result["calibration"][name]["reliability"] for name, title in titles.items()}
-    reliability_figure(curves, table.with_name(f"{table.stem}_calibration.png"))
+    reliability_figure({title: result["calibration"][name]["reliability"] for name, title in titles.items()}, path)
 
 
 def parse_args(argv=None):

@@ -56,13 +56,15 @@ def __dir__():
 
 
 def bundled(name: str) -> str:
-    """The folder of a pipeline that ships with the package; give it to `PrismPipeline.from_pretrained`.
+    """The folder of a pipeline, or of a head for one ("sudoku-head"), that ships with the package.
+
+    Give it to `PrismPipeline.from_pretrained`; a head as its `quality_head`, with the pipeline that it is for.
 
     Raises:
-        ValueError: no pipeline of that name ships.
+        ValueError: nothing of that name ships.
     """
     folder = Path(__file__).parent / "bundled"
-    names = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("quality_head/*.json")))
     if name not in names:
         raise ValueError(f"No bundled pipeline is called {name!r}; there are: {', '.join(names) or 'none'}.")
     return str(folder / name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .sampling.trace import TraceStep
+from .sampling.trace import Trace
 
 
 @dataclass
@@ -21,12 +21,15 @@ class PrismPipelineOutput(BaseOutput):
             `return_quality`.
         nfe: forward passes made.
         nfe_per_row: the same for each row, list of B ints.
-        trace: list of `TraceStep`, or None unless `return_trace`.
+        trace: `Trace`, a list of `TraceStep` of all samples with `to_html`; None unless `return_trace`.
         confidence: P(all generated tokens of the row are right), the product of their qualities, float32 (B,). Known if
             the quality of the result is (`return_quality`, `select`, or `JudgeAndRepairScheduler`) and the head is
             calibrated; else None. For open text, where many tokens would do, it only ranks.
         accepted: rows in which `JudgeAndRepairScheduler` found nothing that is worth another repair, bool (B,); None
             for schedulers that do not judge.
+        probs: the model's own probability of each token when it was drawn, float32 (B, L): at temperature 1, before
+            top_p and top_k, after a `logits_processor`. 1 where nothing was generated; NaN for tokens that were not
+            drawn (of a callback, or the end tokens that fill a finished row). None unless `return_probs`.
     """
 
     sequences: Tensor
@@ -34,9 +37,34 @@ class PrismPipelineOutput(BaseOutput):
     quality: Tensor | None = None
     nfe: int = 0
     nfe_per_row: list[int] | None = None
-    trace: list[TraceStep] | None = None
+    trace: Trace | None = None
     confidence: Tensor | None = None
     accepted: Tensor | None = None
+    probs: Tensor | None = None
+
+
+@dataclass
+class LikelihoodOutput(BaseOutput):
+    """What `PrismPipeline.log_likelihood` returns.
+
+    Args:
+        log_likelihood: of the tokens in question of each row, in nats, float64 (B,). -inf where one of them is a token
+            that the model never writes.
+        standard_error: of it, float64 (B,); 0 where nothing is random.
+        num_tokens: how many tokens are in question, int64 (B,).
+        perplexity: exp(-log_likelihood / num_tokens), float64 (B,): an upper bound for method "bound".
+        nfe: forward passes made.
+        nfe_per_row: those in which each row took part, list of B ints.
+        token_log_probs: log p(token | all others), float32 (B, L), NaN elsewhere; None for method "bound".
+    """
+
+    log_likelihood: Tensor
+    standard_error: Tensor
+    num_tokens: Tensor
+    perplexity: Tensor
+    nfe: int
+    nfe_per_row: list[int]
+    token_log_probs: Tensor | None = None
 
 
 def row_confidence(quality: Tensor, generated: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .models import checks
 from .models.denoiser import MaskedDenoiser
 from .models.families import MDMSpec, reads_only_masks, resolve_spec
 from .models.quality_head import QualityHead
-from .pipeline_output import PrismPipelineOutput, row_confidence
+from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, row_confidence
 from .sampling.canvas import (
     Canvas,
     canvas_of,
@@ -29,8 +29,18 @@ from .sampling.canvas import (
 )
 from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
-from .sampling.loop import Run, blocks_of, fill_canvas, memory_errors, nan_errors, scheduler_of, warn_of_idle_steps
-from .sampling.recorder import context_of_text
+from .sampling.likelihood import METHODS, estimate, scored_canvas
+from .sampling.loop import (
+    Run,
+    blocks_of,
+    fill_canvas,
+    memory_errors,
+    nan_errors,
+    no_nan,
+    scheduler_of,
+    warn_of_idle_steps,
+)
+from .sampling.recorder import context_of_text, own_log_probs
 from .sampling.stopping import (
     decode,
     end_tokens,
@@ -42,9 +52,11 @@ from .sampling.stopping import (
     token_ids,
     written_ends,
 )
-from .sampling.trace import TraceStep
+from .sampling.trace import Trace
 from .schedulers import MDLMScheduler, PrismScheduler
 from .schedulers.validation import is_number, loop_steps
+
+SCORES = ("head", "own", "leave_one_out")  # what `score` judges by
 
 
 class PrismPipeline(DiffusionPipeline):
@@ -140,11 +152,13 @@ class PrismPipeline(DiffusionPipeline):
         eos_early_stop: bool = False,
         suppress_tokens: int | list[int] | None = None,
         allow_tokens: int | list[int] | None = None,
+        logits_processor=None,
         stop: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
         return_dict: bool = True,
         return_quality: bool = False,
+        return_probs: bool = False,
         return_trace: bool = False,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -185,6 +199,9 @@ class PrismPipeline(DiffusionPipeline):
             allow_tokens: ids that may be written although they are no content: special and reserved tokens, and those
                 that the family forbids (X of ESM). End tokens of language models may be written anyway, those of an
                 encoder if they are in `eos_token_id`.
+            logits_processor: called as `logits_processor(positions, logits)` with the logits (N, V) that a step reads,
+                and where they stand, `Positions(row, column, sample)`; gives the logits to use. For grammars and
+                alphabets, see docs/pipeline.md. What is never written stays so.
             stop: strings that finish a row likewise; `texts` end before the first one. Special tokens in them are
                 looked for too, and may be written.
             generator: one, or a list of one per row: then a row's result does not depend on the other rows, if
@@ -192,7 +209,8 @@ class PrismPipeline(DiffusionPipeline):
             output_type: "text", or "seq" for ids only.
             return_dict: False for a plain tuple.
             return_quality: also give the quality of the result; one more forward, counted in `nfe`.
-            return_trace: also give a `TraceStep` for each step.
+            return_probs: also give the probability with which each token was drawn; no further forward.
+            return_trace: also give a `Trace`: every step, and `out.trace.to_html(path)`, a page that plays them.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
                 {"sample": ids} to change the canvas. A block is final after its last timestep; `sample` may be without
                 masks before. `quality` is 0, or of an earlier step, where this one did not compute it.
@@ -240,6 +258,8 @@ class PrismPipeline(DiffusionPipeline):
             raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
         if stops and not (ends or closing):
             raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
+        if logits_processor is not None and not callable(logits_processor):
+            raise TypeError(f"`logits_processor` must be callable or None, got {type(logits_processor).__name__}.")
         wanted = self._callback_inputs(callback_on_step_end_tensor_inputs)
         if messages is not None or (prompt is not None and use_chat_template and has_chat_template(self.tokenizer)):
             prompt = chat_texts(messages, prompt, self.tokenizer, chat_template_kwargs, continue_final_message)
@@ -256,6 +276,11 @@ class PrismPipeline(DiffusionPipeline):
         canvas = canvas.to(self._execution_device)
         self._check_canvas(canvas, generator)
 
+        trace = None
+        if return_trace:
+            kind, prompted = type(scheduler).__name__, infill is None
+            places = (canvas.generated, self.mask_token_id, self.tokenizer, canvas.attention_mask)
+            trace = Trace(canvas.sample, *places, prompted=prompted, scheduler=kind)
         run = Run(
             denoiser,
             self.quality_head,
@@ -270,22 +295,23 @@ class PrismPipeline(DiffusionPipeline):
             ends=(*ends, *closing) if eos_early_stop else closing,
             stops=stops,
             tokenizer=self.tokenizer,
+            logits_processor=logits_processor,
+            records_draws=return_probs,
+            trace=trace,
         )
         blocks = blocks_of(denoiser.spec, canvas, block_length, num_inference_steps)
         warn_of_idle_steps(run, blocks)
-        trace, step_number, loop = [], 0, loop_steps(scheduler)
+        step_number, loop = 0, loop_steps(scheduler)
         shown_pipe = copy.copy(self)  # the callback finds the run's scheduler in it; others may run at the same time
         shown_pipe.__dict__["scheduler"] = scheduler
         with (
             memory_errors(*canvas.sample.shape),
-            nan_errors(denoiser, canvas),
+            nan_errors(denoiser, canvas, self.quality_head),
             self.progress_bar(total=sum(num_steps + loop for _, num_steps in blocks)) as bar,
         ):
 
             def after_step(t, tensors) -> Tensor:
                 nonlocal step_number
-                if return_trace:
-                    trace.append(TraceStep.of(*(tensors[name] for name in TraceStep.__dataclass_fields__)))
                 sample = tensors["sample"]
                 if callback_on_step_end is not None:
                     shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
@@ -308,13 +334,16 @@ class PrismPipeline(DiffusionPipeline):
                     context = filled.recorder.observe(filled.sample, hidden)
                     known = self.quality_head.inputs(context, filled.sample, self.mask_token_id)
                 quality = self.quality_head.quality(hidden, canvas.attention_mask, **known)
-                quality = quality.masked_fill(~canvas.generated, 1.0)
+                quality = no_nan(quality.masked_fill(~canvas.generated, 1.0))
         self.maybe_free_model_hooks()
         confidence = None if quality is None else row_confidence(quality, canvas.generated)
         texts = None
         if output_type == "text" and self.tokenizer is not None:
             texts = decode(filled.sample, canvas, self.tokenizer, self.mask_token_id, (*ends, *closing), stops)
         nfe_per_row, accepted, keep = filled.nfe_per_row + looks_again, filled.accepted, slice(None)
+        confidences = confidence.exp() if confidence is not None and self._is_calibrated else None
+        if trace is not None:
+            trace.finish(filled.sample, quality, confidences, accepted, nfe_per_row.tolist())
         if select is not None:
             best = confidence.view(-1, num_samples).argmax(-1)
             keep = best + torch.arange(len(best), device=best.device) * num_samples
@@ -326,17 +355,18 @@ class PrismPipeline(DiffusionPipeline):
             quality=quality[keep] if return_quality else None,
             nfe=filled.nfe + looks_again,
             nfe_per_row=nfe_per_row.tolist(),
-            trace=trace if return_trace else None,
-            confidence=confidence[keep].exp() if confidence is not None and self._is_calibrated else None,
+            trace=trace,
+            confidence=None if confidences is None else confidences[keep],
             accepted=None if accepted is None else accepted[keep],
+            probs=filled.recorder.draw_probabilities(filled.sample)[keep] if return_probs else None,
         )
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
     @torch.no_grad()
     def score(
-        self, texts=None, *, input_ids=None, attention_mask=None, given=None
+        self, texts=None, *, input_ids=None, attention_mask=None, given=None, by: str = "head"
     ) -> tuple[Tensor, Tensor, list[list[str]] | None]:
-        """P(token is right) of every token of some text, by one forward and no generation.
+        """P(token is right) of every token of some text, without generation.
 
         A head that reads what the run knows (`head.reads_context`) takes a text as one that nobody watched being
         written: when and how surely its tokens were drawn is unknown. `given` tells it more.
@@ -349,15 +379,25 @@ class PrismPipeline(DiffusionPipeline):
                 a string or a list of strings; or bool (B, L). A token that is only partly in the beginning is not
                 given. It is read by heads with context alone. One that reads "prompt" or "first_hidden" then costs a
                 second forward pass, on the given part with all else masked. None for nothing known.
+            by: "head", the quality head. "own", the model's own probability of each token in the pass that sees it: one
+                forward and no head, a good judge only for models whose training corrupts visible tokens (BERT, ESM).
+                "leave_one_out", the probability of each token given all others: one forward for each token.
         Returns:
             quality, float32 (B, L) in [0, 1], 0 at masks and padding; the ids (B, L); the tokens as strings, or None
             without a tokenizer.
         Raises:
-            ValueError: no quality head, not exactly one of `texts` and `input_ids`, or `given` does not fit them.
+            ValueError: no quality head, not exactly one of `texts` and `input_ids`, or `given` does not fit.
             TypeError: `given` is neither strings nor bool.
         """
-        if self.quality_head is None:
-            raise ValueError("`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo).")
+        if by not in SCORES:
+            raise ValueError(f"`by` must be one of {', '.join(map(repr, SCORES))}, got {by!r}.")
+        if self.quality_head is None and by == "head":
+            raise ValueError(
+                "`score` needs a quality head. Load one with pipe.load_quality_head(folder_or_repo), or pass "
+                'by="own" or by="leave_one_out".'
+            )
+        if given is not None and by != "head":
+            raise ValueError(f'`given` is read by heads with context; by="{by}" has no use for it.')
         self._check_adapter()
         if (texts is None) == (input_ids is None):
             raise ValueError("Pass either `texts` or `input_ids` to `score`.")
@@ -366,20 +406,83 @@ class PrismPipeline(DiffusionPipeline):
         canvas = canvas.to(self._execution_device)
         self._check_canvas(canvas, None)
         sample, mask = canvas.sample, canvas.attention_mask
-        hidden = self.denoiser.hidden(sample, mask)
-        known = {}
-        if self.quality_head.reads_context:
-            given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
-            context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
-            known = self.quality_head.inputs(context, sample, self.mask_token_id)
         hidden_from = sample == self.mask_token_id
         if mask is not None:
             hidden_from = hidden_from | (mask == 0)
-        quality = self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0)
+        with nan_errors(self.denoiser, canvas, self.quality_head):
+            if by == "head":
+                hidden, known = self.denoiser.hidden(sample, mask), {}
+                if self.quality_head.reads_context:
+                    given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
+                    context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
+                    known = self.quality_head.inputs(context, sample, self.mask_token_id)
+                quality = no_nan(self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0))
+            elif by == "own":
+                quality = own_log_probs(self.denoiser, sample, mask, self.denoiser.hidden(sample, mask)).exp()
+            else:
+                found = estimate(self.denoiser, canvas, ~hidden_from, "pseudo")
+                quality = found.token_log_probs.exp().to(sample.device)
+        quality = quality.masked_fill(hidden_from, 0.0)
         tokens = None
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
         return quality, sample, tokens
+
+    def log_likelihood(
+        self,
+        texts=None,
+        *,
+        prompt=None,
+        input_ids=None,
+        attention_mask=None,
+        given=None,
+        method: str = "bound",
+        num_samples: int = 128,
+        batch_size: int = 16,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> LikelihoodOutput:
+        """How likely the model finds some texts, see `sampling/likelihood.py` for the estimators and their cost.
+
+        The likelihood is the model's own: no head, scheduler, temperature or suppressed token takes part, but tokens
+        that are never predicted (the mask, padding) have none. Special tokens around a text are given.
+
+        Args:
+            texts: a text or texts.
+            prompt: a text, or one for each of `texts`, which follow it and whose likelihood given it is asked for. It
+                is taken as it is, without a chat template.
+            input_ids: int64 (B, L) in place of `texts`.
+            attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
+            given: which tokens are not in question: the beginning of each text, or bool (B, L), as `score` takes it.
+            method: "bound", a Monte Carlo estimate of a lower bound; or "pseudo", the pseudo-log-likelihood, by which
+                encoders that never saw many masks at once are compared (BERT, ESM-2).
+            num_samples: forward passes of a row for the bound (of each block of a block-causal model).
+            batch_size: rows of one forward pass.
+            generator: as in a call.
+        Raises:
+            ValueError, TypeError: an argument that cannot be used, by name.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        canvas, scored = scored_canvas(
+            texts, prompt, input_ids, attention_mask, given, self.tokenizer, self.mask_token_id, self.text_frame
+        )
+        canvas, scored = canvas.to(self._execution_device), scored.to(self._execution_device)
+        self._check_canvas(canvas, generator)
+        with memory_errors(batch_size, canvas.sample.shape[1]):
+            found = estimate(self.denoiser, canvas, scored, method, num_samples, batch_size, generator)
+        num_tokens = scored.sum(-1).cpu()
+        return LikelihoodOutput(
+            log_likelihood=found.log_likelihood,
+            standard_error=found.standard_error,
+            num_tokens=num_tokens,
+            perplexity=(-found.log_likelihood / num_tokens).exp(),
+            nfe=found.nfe,
+            nfe_per_row=found.nfe_per_row.tolist(),
+            token_log_probs=found.token_log_probs,
+        )
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
@@ -393,6 +496,9 @@ class PrismPipeline(DiffusionPipeline):
         for name, value in counts.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        limit = checks.max_length(self.model.config)
+        if gen_length is not None and limit is not None and gen_length > limit:
+            raise ValueError(f"`gen_length` is {gen_length}, and the model takes {limit} tokens at most.")
         if output_type not in ("text", "seq"):
             raise ValueError(f'`output_type` must be "text" or "seq", got {output_type!r}.')
         heads.check_scheduler(self.scheduler)
@@ -507,7 +613,7 @@ class PrismPipeline(DiffusionPipeline):
         if index is None and read_json(path, inside(subfolder, "config.json"), where) is None:
             lone_head = heads.head_config(path, where)
         if lone_head is not None:
-            if not lone_head.get("base_model"):
+            if not lone_head.get("base_model") or not isinstance(lone_head["base_model"], str):
                 raise ValueError(f"The head of {path!r} does not name its base model; load that, with quality_head=.")
             if quality_head is not None:
                 raise ValueError(f"{path!r} is itself a head; `quality_head` goes with a base model.")
@@ -582,6 +688,7 @@ class PrismPipeline(DiffusionPipeline):
         head = pipeline.quality_head if ours and quality_head is None else None
         chosen = scheduler or (pipeline.scheduler if ours else None)
         pipe = cls(model, getattr(pipeline, "tokenizer", None), head, chosen, spec)
+        pipe.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         checks.check_attention(pipe.denoiser, type(model).__name__)
         if ours and quality_head is None:  # under their names, which are those of their adapters
             pipe.__dict__["_named_heads"], pipe.__dict__["_tuned"] = dict(pipeline._heads), set(pipeline._with_adapter)

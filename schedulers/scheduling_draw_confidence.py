@@ -23,7 +23,7 @@ class DrawConfidenceScheduler(SchedulerMixin, SchedulerConfig):
     It needs no trained head and no further forward pass.
 
     Args:
-        All as `PrismScheduler`, so `from_config` turns one into the other.
+        all fields: as `PrismScheduler`, so `from_config` turns one into the other.
     Raises:
         ValueError: a field out of its range, or fields that exclude each other.
     Source: the confidence of ReMDM (arXiv 2503.00307), "conf", with the counts of PRISM (arXiv 2510.01384).

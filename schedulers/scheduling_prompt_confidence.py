@@ -25,7 +25,7 @@ class PromptConfidenceScheduler(SchedulerMixin, SchedulerConfig):
     It needs no trained head and no further forward pass: the pipeline keeps the hidden states of the first one.
 
     Args:
-        All as `PrismScheduler`, so `from_config` turns one into the other.
+        all fields: as `PrismScheduler`, so `from_config` turns one into the other.
     Raises:
         ValueError: a field out of its range, or fields that exclude each other.
     Source: ours; see docs/judging.md.

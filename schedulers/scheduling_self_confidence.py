@@ -33,7 +33,7 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         history: score a token by the mean of its probability over this many forward passes, the present one and those
             before it in which it already stood there; None for all of them, 1 for the present one alone. A token that
             is remasked starts anew.
-        Others as `PrismScheduler`, so `from_config` turns one into the other.
+        other fields: as `PrismScheduler`, so `from_config` turns one into the other.
     Raises:
         ValueError: a field out of its range, or both `num_remask` and `eta`.
     Source: the training-free baseline of PRISM (arXiv 2510.01384); the history is that of FreeCorrection

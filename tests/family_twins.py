@@ -103,7 +103,29 @@ def save_qwen(folder, model_type, tied, biases, qk_norm, **more):
     return write(folder, config, random_weights(shapes))
 
 
+def save_illada(folder):
+    """iLLaDA: Llama's names, tied embeddings, and a config that has no word for the mask."""
+    save_qwen(folder, "illada", tied=True, biases=False, qk_norm=False)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mask_token_id"]
+    config |= {"architectures": ["ILLaDAForCausalLM"], "layer_norm_eps": None, "mlp_bias": False, "resid_pdrop": 0.0}
+    return write(folder, config, load_file(folder / "model.safetensors"))
+
+
 EXPERTS, CHOSEN, EXPERT_INNER = 6, 2, 24
+
+
+def save_sdar_moe(folder):
+    """SDAR-MoE: Qwen3-MoE's names; the shares of the chosen experts sum to 1."""
+    more = {
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": EXPERT_INNER, "norm_topk_prob": True,
+        "num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "output_router_logits": False,
+    }  # fmt: skip
+    save_qwen(folder, "sdar_moe", tied=False, biases=False, qk_norm=True, **more)
+    shapes = {name: value.shape for name, value in load_file(folder / "model.safetensors").items() if "mlp" not in name}
+    for i in range(LAYERS):
+        shapes |= {f"model.layers.{i}.mlp.gate.weight": (EXPERTS, H)} | experts(f"model.layers.{i}.mlp.experts")
+    return write(folder, json.loads((folder / "config.json").read_text()), random_weights(shapes))
 
 
 def save_llada_moe(folder):
@@ -231,6 +253,17 @@ def save_esm(folder):
     return write(folder, config, weights)
 
 
+def save_dsm(folder, model_type):
+    """DSM: ESM-2's body, and an output head of its own whose bias is in the decoder."""
+    save_esm(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dplm_type"]
+    config |= {"model_type": model_type, "architectures": ["DSM"], "tie_word_embeddings": False, "num_at_layers": 1}
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.decoder.bias"] = weights.pop("lm_head.bias")
+    return write(folder, config, weights)
+
+
 def save_mdlm(folder, vocab=V, **more):
     """MDLM's DiT: an embedding of time modulates each norm and gates each branch (adaLN). BD3-LM's has blocks."""
     config = {
@@ -267,6 +300,15 @@ ENCODERS = {
     "bert": ("Bert", {}),
     "roberta": ("Roberta", {}),
     "roberta-prelayernorm": ("RobertaPreLayerNorm", {}),
+    "xlm-roberta": ("XLMRoberta", {}),
+    "xlm-roberta-xl": ("XLMRobertaXL", {}),
+    "camembert": ("Camembert", {}),
+    "roformer": ("RoFormer", {}),
+    "electra": ("Electra", {"embedding_size": H}),
+    "ernie": ("Ernie", {}),
+    "nomic_bert": ("NomicBert", {}),
+    "gte": ("Gte", {}),
+    "esmc": ("Esmc", {}),
     "modernbert": ("ModernBert", {"local_attention": 8, "cls_token_id": None, "sep_token_id": None}),
     "eurobert": ("EuroBert", {"head_dim": 8, "num_key_value_heads": 2}),
     "deberta-v2": (
@@ -295,8 +337,9 @@ def save_encoder(folder, family):
     model = getattr(transformers, f"{name}ForMaskedLM")(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for name, parameter in model.named_parameters():
+            if "embed_positions" not in name:  # RoFormer's rotary angles
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
         for name, parameter in model.named_parameters():
             if "position_embeddings" in name:
                 parameter.mul_(0.3)  # a token tells more than its position, as in a trained model
@@ -366,6 +409,11 @@ def gated_transformer(weights, words, ids, seen, theta, eps):
         k, v = (t.repeat_interleave(HEADS // t.shape[1], dim=1) for t in (k, v))
         x = x + linear(attend(q, k, v, seen).transpose(1, 2).flatten(-2), f"{layer}.{words['out']}")
         y = rms(x, weights[f"{layer}.{words['norm2']}.weight"], eps)
+        if f"{layer}.mlp.gate.weight" in weights:
+            share = linear(y, f"{layer}.mlp.gate").softmax(-1)
+            share = share * keep_highest(share, CHOSEN)
+            x = x + expert_mixture(y, weights, f"{layer}.mlp", share / share.sum(-1, keepdim=True))
+            continue
         inner = silu(linear(y, f"{layer}.{words['gate']}")) * linear(y, f"{layer}.{words['up']}")
         x = x + linear(inner, f"{layer}.{words['down']}")
     x = rms(x, weights[f"{words['norm']}.weight"], eps)
@@ -482,7 +530,9 @@ def esm_reference(weights, ids):
         x = x + linear(y, f"{layer}.output.dense")
     x = norm(x, "esm.encoder.emb_layer_norm_after")
     x = norm(gelu(linear(x, "lm_head.dense")), "lm_head.layer_norm")
-    return x @ weights["lm_head.decoder.weight"].T + weights["lm_head.bias"]
+    if "lm_head.bias" in weights:
+        return x @ weights["lm_head.decoder.weight"].T + weights["lm_head.bias"]
+    return 30 * torch.tanh(linear(x, "lm_head.decoder") / 30)  # DSM
 
 
 def mdlm_reference(weights, ids, seen):
@@ -524,14 +574,19 @@ def qwen(model_type, tied=False, biases=False, qk_norm=False, **more):
 CHECKPOINTS = {
     "llada": (save_llada, None, 0),
     "llada:moe": (save_llada_moe, None, 0),
+    "illada": (save_illada, None, 0),
     "llada2_moe": (save_llada2, 32, 0),
+    "llada2_moe:llada2.2": (save_llada2, 32, 0),
     "Dream": (qwen("Dream", biases=True), None, 1),
+    "Dream:reasoner": (qwen("Dream", qk_norm=True, block_size=32, mask_token_id=MASK), 32, 0),
     "a2d-qwen3": (qwen("a2d-qwen3", tied=True, qk_norm=True), None, 0),
     "a2d-qwen3:bd3lm": (qwen("a2d-qwen3", tied=True, qk_norm=True), 32, 0),
     "a2d-qwen2": (qwen("a2d-qwen2", tied=True, biases=True), None, 0),
     "a2d-qwen2:bd3lm": (qwen("a2d-qwen2", tied=True, biases=True), 32, 0),
     "a2d-llama": (qwen("a2d-llama"), None, 0),
     "sdar": (qwen("sdar", qk_norm=True), 4, 0),
+    "sdar_moe": (save_sdar_moe, 4, 0),
+    "llama:diffcoder": (qwen("llama", architectures=["StableDiffcoderForCausalLM"]), 4, 0),
     "Fast_dLLM_Qwen": (qwen("Fast_dLLM_Qwen", tied=True, biases=True, bd_size=8), 8, 1),
     "llama:diffullama": (save_diffullama, None, 1),
     "gpt2:diffugpt": (save_diffugpt, None, 1),
@@ -539,6 +594,8 @@ CHECKPOINTS = {
     "mdlm": (save_mdlm, None, 0),
     "bd3lm": (lambda folder: save_mdlm(folder, model_type="bd3lm", cross_attn=True, block_size=8), 8, 0),
     "esm": (save_esm, None, 0),
+    "dsm": (lambda folder: save_dsm(folder, "dsm"), None, 0),
+    "esm_diff": (lambda folder: save_dsm(folder, "esm_diff"), None, 0),
     **{family: (lambda folder, f=family: save_encoder(folder, f), None, 0) for family in ENCODERS},
 }
 SHIFTED = [family for family, (_, _, shift) in CHECKPOINTS.items() if shift]
@@ -554,14 +611,14 @@ def reference(family, folder, ids):
         with torch.no_grad():
             return model.eval()(input_ids=ids).logits
     weights = load_file(folder / "model.safetensors")
-    if family == "esm":
+    if family in ("esm", "dsm", "esm_diff"):
         return esm_reference(weights, ids)
     length = ids.shape[1]
     seen = seen_by_blocks(length, block or length)
     if family in ("mdlm", "bd3lm"):
         return mdlm_reference(weights, ids, seen)
-    if family in ("llada:moe", "llada2_moe"):
-        return moe_reference(weights, ids, seen, family == "llada2_moe")
+    if family in ("llada:moe", "llada2_moe", "llada2_moe:llada2.2"):
+        return moe_reference(weights, ids, seen, family != "llada:moe")
     if "diffugpt" in family:
         logits = gpt2_reference(weights, ids, seen)
     elif family == "llada":

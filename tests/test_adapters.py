@@ -357,6 +357,50 @@ def test_a_rank_that_is_not_that_of_the_weights_is_refused_before_memory_is_take
         PrismPipeline.from_pretrained(base, quality_head=head)
 
 
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("adapter_config.json", {"lora_alpha": float("nan")}, "lora_alpha nan.*NaN or inf"),
+        ("adapter_config.json", {"lora_alpha": 1e308}, r"lora_alpha 1e\+308.*NaN or inf"),
+        ("adapter_config.json", {"lora_alpha": "x"}, "lora_alpha 'x'"),
+        ("adapter_config.json", {"alpha_pattern": {"query": float("inf")}}, "lora_alpha inf"),
+        ("adapter_config.json", {"rank_pattern": [1]}, r"rank_pattern=\[1\], which must be a JSON object"),
+        ("adapter_config.json", {"lora_dropout": "x"}, r"wrong adapter_config\.json: PEFT says"),
+        ("adapter_config.json", {"target_modules": []}, r"wrong adapter_config\.json: PEFT says No `target_modules`"),
+        ("adapter_config.json", {"target_modules": ["evil"]}, r"PEFT says Target modules .*evil"),
+        ("scheduler/scheduler_config.json", {"_class_name": ["x"]}, r"recommends the scheduler \['x'\]"),
+        ("quality_head/config.json", {"base_model": 5}, "base_model must be a string, got 5|does not name its base"),
+        ("quality_head/config.json", {"weights_fingerprint": [1]}, r"weights_fingerprint must be a string, got \[1\]"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named_with_their_file_and_leave_nothing_behind(
+    repos, file, values, words, tmp_path
+):
+    base, head, _ = repos
+    config = tmp_path / "head" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    pipe = PrismPipeline.from_pretrained(base)
+    before = logits(pipe)
+    with pytest.raises(ValueError, match=words):
+        pipe.load_quality_head(head), pipe(gen_length=2, num_inference_steps=1)
+        PrismPipeline.from_pretrained(base, quality_head=head)  # which reads the recommended scheduler too
+    with pytest.raises(ValueError, match=words):
+        PrismPipeline.from_pretrained(head)
+    if file == "adapter_config.json":
+        assert torch.equal(logits(pipe), before) and adapter_names(pipe.model) == []
+
+
+@pytest.mark.parametrize("file", ["quality_head/diffusion_pytorch_model.safetensors", "adapter_model.safetensors"])
+def test_weights_that_are_whole_numbers_or_no_matrices_are_refused(repos, tmp_path, file):
+    base, head, _ = repos
+    weights = load_file(tmp_path / "head" / file)
+    name = sorted(weights)[0]
+    for value, words in ((weights[name].to(torch.int8), "torch.int8, not a float"), (torch.tensor(1.0), r"\(\)")):
+        save_file(weights | {name: value}, tmp_path / "head" / file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=words):
+            PrismPipeline.from_pretrained(base, quality_head=head)
+
+
 def test_a_count_in_a_schedulers_settings_that_no_tensor_holds_is_refused(repos, tmp_path):
     base, head, _ = repos
     config = tmp_path / "head" / "scheduler" / "scheduler_config.json"

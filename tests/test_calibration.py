@@ -160,7 +160,7 @@ def test_results_are_written_as_table_figure_and_json(tmp_path):
     table = (tmp_path / "calibration.md").read_text()
     assert f"{found['pooled']['head']['brier']:.4f}" in table and table.count("quality head") == 6
     assert (tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.json", "calibration.md", "calibration.png"]
+    assert {path.suffix for path in tmp_path.glob("calibration.*")} == {".json", ".md", ".png", ".svg"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from test_pipeline import twin
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline, PrismPipelineOutput, bundled
 from prism_pipelines.cli.main import main
 from prism_pipelines.evaluation import read_texts
 from prism_pipelines.evaluation.code.sandbox import isolation_problem
@@ -25,11 +25,31 @@ def test_sudoku(capsys):
     assert result["low"] <= result["solved"] <= result["high"]
 
 
+def test_risk_falls_with_coverage_only_as_the_confidence_says_and_needs_a_calibrated_head(monkeypatch, capsys):
+    flags = ["eval", "sudoku", "--num-puzzles", "10", "--clues", "44", "--json", "--risk-coverage"]
+    pipe = PrismPipeline.from_pretrained(bundled("sudoku"))
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr("prism_pipelines.cli.eval._pipeline", lambda args: pipe)
+    pipe.quality_head.register_to_config(temperature=None)
+    assert main(flags) == 2
+    assert "--risk-coverage needs a calibrated quality head" in capsys.readouterr().err
+    pipe.quality_head.register_to_config(temperature=1.0)
+    assert main([*flags, "--steps", "1"]) == 2
+    assert "--steps 1 leaves no forward" in capsys.readouterr().err
+    pipe.scheduler = JudgeAndRepairScheduler()
+    assert main([*flags, "--steps", "20"]) == 0
+    result = told(capsys)
+    assert result["mean_forwards"] <= 20 and result["accepted_right"] <= result["accepted"] <= 10
+    assert list(result["risk"]) == [f"{tenth}0 %" for tenth in range(1, 11)]
+    assert abs(result["risk"]["100 %"] - (1 - result["solved"])) < 1e-9
+
+
 def test_a_rule_and_its_fields_are_flags(monkeypatch, capsys):
     seen = []
 
-    def solver(pipe, steps, seed):
+    def solver(pipe, steps, seed, on_output, return_quality):
         seen.append(pipe.scheduler)
+        on_output(PrismPipelineOutput(None, nfe_per_row=[7]))
         return lambda puzzles: puzzles
 
     monkeypatch.setattr("prism_pipelines.evaluation.pipeline_solver", solver)
@@ -130,7 +150,9 @@ def test_text_with_a_judge_and_words_of_own_files(tmp_path, capsys):
 def test_calibration_writes_its_files(tmp_path, capsys):
     assert main(["eval", "calibration", "--num-sequences", "4", "--out", str(tmp_path), "--json"]) == 0
     assert set(told(capsys)["pooled"]) == {"head", "visible", "drawn"}
-    assert {path.name for path in tmp_path.iterdir()} == {"calibration.json", "calibration.md", "calibration.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"calibration.{kind}" for kind in ("json", "md", "png", "svg")
+    }
 
 
 def test_compare_is_resumed(tmp_path, capsys):

@@ -42,8 +42,9 @@ def test_a_prompt_is_kept_and_a_rule_that_never_remasks_remasks_nothing(capsys):
 
 def test_the_page_shows_the_run(tmp_path, capsys):
     page = tmp_path / "run.html"
-    assert main(["text", "--num-inference-steps", "3", "--gen-length", "8", "--html", str(page)]) == 0
-    assert page.read_text().count('"words"') == 3
+    flags = ["--num-inference-steps", "3", "--gen-length", "8", "--num-samples", "2"]
+    assert main(["text", *flags, "--html", str(page)]) == 0
+    assert page.read_text().count('"drawn"') == 2 * 3  # a record for each row and step
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,6 @@ def test_the_page_shows_the_run(tmp_path, capsys):
         (["--compare", "To be"], "PROMPT"),
         ([" "], "PROMPT"),
         (["--compare", "--scheduler", "mdlm"], "--scheduler"),
-        (["--num-samples", "2", "--html", "x.html"], "--num-samples"),
         (["--num-seeds", "2"], "--num-seeds"),
         (["--out", "runs/x"], "--out"),
         (["--html", "/no/such/folder/x.html"], "/no/such/folder"),

@@ -157,8 +157,13 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == []
 
     torch.save({name: value for name, value in weights.items() if "layer.1" not in name}, file)
-    refused(r"weights of BertForMaskedLM are not in .*layer\.1")
+    refused(r"config\.json says 2 layers, and the files hold 1")
+    torch.save({name: value for name, value in weights.items() if "layer.0" not in name}, file)
+    refused(r"weights of BertForMaskedLM are not in .*layer\.0")
     torch.save(weights | {"cls.predictions.transform.dense.bias": torch.zeros(3)}, file)
+    refused(r"transform\.dense\.bias is \(3,\), and its config\.json says \(32,\)")
+    wrapped = {f"module.{name}": value for name, value in weights.items()}
+    torch.save(wrapped | {"module.cls.predictions.transform.dense.bias": torch.zeros(3)}, file)
     refused(r"transform\.dense\.bias is \(3,\), and BertForMaskedLM has \(32,\)")
     torch.save(weights | {"cls.predictions.decoder.weight": torch.zeros(25, 32)}, file)
     refused("differ, and BertForMaskedLM ties them")
@@ -168,7 +173,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path):
     refused("cannot be read as weights")
     file.write_bytes(whole)
     (source / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    refused("not of the size that config.json gives")
+    refused(r"do not fit BertForMaskedLM.*its config\.json says")
     (source / "config.json").write_text(json.dumps(config))
     vocab.write_text("\n".join(VOCAB[:5]))
     refused("has 5 ids only, and the model has rows for 25")

@@ -5,13 +5,13 @@ test_family_laws.py.
 """
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from family_twins import (
+    BAD,
     CHECKPOINTS,
     EOS,
     HEADS,
@@ -68,13 +68,13 @@ def test_a_saved_pipeline_gives_the_same_logits_under_native_names(family, tmp_p
     again = PrismPipeline.from_pretrained(tmp_path / "saved")
     assert again.config.mdm_spec == pipe.config.mdm_spec
     assert torch.equal(aligned(again, ids), aligned(pipe, ids))
-    names = set(load_file(tmp_path / "saved" / "model" / "model.safetensors"))
-    native = set(dict(pipe.model.named_parameters()))
-    names = {name for name in names if not name.endswith("inv_freq")}  # transformers has a name of its own for ESM's
-    # Experts are saved one by one, as every mixture of experts of transformers is, and held in one tensor.
-    names = {re.sub(r"experts\.\d+\.(gate|up)_proj\.weight", "experts.gate_up_proj", name) for name in names}
-    names = {re.sub(r"experts\.\d+\.down_proj\.weight", "experts.down_proj", name) for name in names}
-    assert names <= native | {name for name, _ in pipe.model.named_buffers()} | {"embed_out.weight", "embed_out.bias"}
+    # transformers reads what was saved by itself, with nothing missing and nothing left over, but for the bias that
+    # MDLM's output head has and GPT-NeoX's lacks.
+    plain, info = type(pipe.model).from_pretrained(tmp_path / "saved" / "model", output_loading_info=True)
+    left = info["unexpected_keys"] - ({"lm_head.bias", "embed_out.bias"} if FAMILIES[family].fold_time else set())
+    assert not (left or info["missing_keys"] or info["mismatched_keys"])
+    ours = pipe.model.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in plain.state_dict().items())
     saved = json.loads((tmp_path / "saved" / "model" / "config.json").read_text())
     assert saved["model_type"] == type(pipe.model).config_class.model_type
 
@@ -86,6 +86,18 @@ def test_a_spec_of_the_users_own_loads_an_unknown_family(tmp_path):
     ids, weights = some_ids(), load_file(folder / "model.safetensors")
     everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
     assert_close(aligned(pipe, ids), gated_transformer(weights, QWEN_WORDS, ids, everything, 1e6, 1e-6))
+
+
+def test_a_soft_cap_on_logits_holds_for_one_token_as_for_all():
+    pipe, ids = load(checkpoint("esm_diff")), some_ids(1, 9)
+    with torch.no_grad():
+        pipe.model.lm_head.decoder.weight.mul_(20)  # far into the cap
+        hidden = pipe.denoiser.hidden(ids)[0]
+        every = pipe.denoiser.head(hidden)
+        tokens = torch.arange(8, 17)
+        one = pipe.denoiser.token_logits(hidden, tokens)
+    assert 29 < every[:, :MASK].abs().max() <= 30
+    torch.testing.assert_close(one, every.gather(1, tokens[:, None])[:, 0])
 
 
 # --- which row a checkpoint gets --------------------------------------------------------------------------------------
@@ -112,6 +124,36 @@ def test_an_architecture_tells_two_models_of_one_type_apart():
     dense = SimpleNamespace(model_type="llada", architectures=["LLaDAModelLM"])
     assert family_of(dense, "here") is FAMILIES["llada"]
     assert family_of(SimpleNamespace(model_type="llama"), "meta-llama/Llama-2-7b") is None
+
+
+def test_models_of_a_shared_type_are_told_apart_or_not_guessed(tmp_path):
+    """Two published families are of model_type llama with mask 5 and 811; a Dream may be shifted or not."""
+    coder = {"model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"], "vocab_size": 155136}
+    spec = resolve_spec(SimpleNamespace(**coder), name="run7")
+    assert (spec.mask_token_id, spec.block_length, spec.logit_shift) == (5, 4, 0)
+    with pytest.raises(ValueError, match="No mask token is known for 'run7'"):
+        resolve_spec(SimpleNamespace(model_type="llama", architectures=["LlamaForCausalLM"]), name="run7")
+    reasoner = SimpleNamespace(model_type="Dream", block_size=32, mask_token_id=151669, vocab_size=151936)
+    spec = resolve_spec(reasoner, name="Dream-org/DreamReasoner-8B")
+    assert (spec.native_class, spec.logit_shift, spec.block_length) == ("Qwen3ForCausalLM", 0, 32)
+    illada = resolve_spec(SimpleNamespace(model_type="illada", vocab_size=155136))
+    assert (illada.mask_token_id, illada.attention) == (5, "bidirectional")
+
+
+def test_ids_that_would_change_the_length_of_a_block_are_not_written(tmp_path):
+    flash = SimpleNamespace(model_type="llada2_moe", vocab_size=157184)
+    assert resolve_spec(flash, name="inclusionAI/LLaDA2.2-flash").no_content == (156930, 156931)
+    assert resolve_spec(flash, name="inclusionAI/LLaDA2.0-mini").no_content == ()
+    named = SimpleNamespace(model_type="llada2_moe", vocab_size=157184, delete_token_id=7, split_token_id=9)
+    assert resolve_spec(named, name="here").no_content == (7, 9)
+    pipe = load(with_config("llada2_moe", tmp_path, delete_token_id=BAD, split_token_id=9))
+    for token, allowed in ((BAD, None), (BAD, BAD), (9, None)):
+        pipe.model.lm_head.register_forward_hook(
+            lambda module, args, out, token=token: out.index_fill(-1, torch.tensor([token]), 1e4)
+        )
+        out = pipe(input_ids=torch.full((1, 2), 20), gen_length=6, num_inference_steps=2, allow_tokens=allowed)
+        assert (token in out.sequences) == (allowed == token)
+        pipe.model.lm_head._forward_hooks.clear()
 
 
 def test_the_config_knows_the_length_of_its_blocks():
@@ -266,6 +308,9 @@ def test_a_causal_model_by_mistake(tmp_path):
         ("llada:moe", {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
         ("llada:moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size 8"),
         ("llada2_moe", {"norm_head": True}, "norm_head True"),
+        ("llada2_moe:llada2.2", {"expert_capacity": 4}, "expert_capacity 4"),
+        ("illada", {"layer_norm_eps": 1e-5}, r"layer_norm_eps 1e-05"),
+        ("illada", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
         ("Dream", {"block_size": 32}, "block_size 32"),
     ],
 )
@@ -273,6 +318,25 @@ def test_a_relative_of_a_family_that_is_something_else(family, changed, says, tm
     folder = tmp_path / checkpoint(family).name  # the name tells some rows apart
     with pytest.raises(ValueError, match=says):
         load(with_config(family, folder, **changed))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("wedlm", "reads causally"),
+        ("diffusion_gemma", "random tokens"),
+        ("udlm", "random tokens"),
+        ("duo", "random tokens"),
+        ("nemotron_labs_diffusion", "finished text causally"),
+    ],
+)
+def test_a_model_that_is_refused_by_name_says_why(model_type, says, tmp_path):
+    folder = with_config("sdar", tmp_path, model_type=model_type)
+    with pytest.raises(ValueError, match=f"model_type '{model_type}'.*{says}"):
+        load(folder)
+    assert load(folder, mdm_spec=FAMILIES["sdar"]).spec.block_length == 4
+    with pytest.raises(ValueError, match=says):
+        resolve_spec(SimpleNamespace(model_type=model_type, mask_token_id=3, vocab_size=V))
 
 
 def test_who_passes_a_spec_knows_better_than_the_config(tmp_path):

@@ -17,14 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead, TokenToMaskScheduler
 from prism_pipelines.cli.generate import command
 from prism_pipelines.cli.main import main
-from prism_pipelines.generation.batch import (
-    generate_many,
-    plan_batches,
-    prompt_texts,
-    read_parts,
-    read_prompts,
-    run_file,
-)
+from prism_pipelines.generation.batch import generate_many, prompt_texts, read_prompts
+from prism_pipelines.generation.output_files import read_parts, run_file
+from prism_pipelines.generation.running import plan_batches
 from prism_pipelines.schedulers.by_name import change_scheduler
 
 WORDS = [f"w{i}" for i in range(26)]
@@ -372,7 +367,7 @@ def test_a_run_that_was_refused_before_its_first_batch_is_in_nobodys_way(folder,
 
 
 def test_a_log_gets_lines_with_the_rate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prism_pipelines.generation.batch.LOG_SECONDS", 0)
+    monkeypatch.setattr("prism_pipelines.generation.running.LOG_SECONDS", 0)
     generate_many(pipeline(), PROMPTS[:4], tmp_path / "o.jsonl", gen_length=4, num_inference_steps=2, batch_size=2)
     told = capsys.readouterr().err.strip().splitlines()
     assert [re.sub(r"[\d,]+ tokens/s", "R", line) for line in told] == ["prompts: 2 of 4, R", "prompts: 4 of 4, R"]

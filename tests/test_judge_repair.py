@@ -44,7 +44,7 @@ def reference(trace, mask, b, budget, bar, pace_wanted, price):
     total = len(places)
     fill = min(math.ceil(total / pace_wanted), max(1, budget // 2))
     pace = math.ceil(total / fill)
-    masks, steps, done, promised, delivered, before = total, fill, 0, 0.0, 0.0, {}
+    masks, steps, done, repairs, kept, promised, best = total, fill, 0, 0, 0.0, 0.0, -math.inf
     left_over, finished = total, False
     for t, (_, quality, _) in enumerate(trace):
         left = budget - 1 - t
@@ -53,21 +53,25 @@ def reference(trace, mask, b, budget, bar, pace_wanted, price):
         elif left_over:
             done += 1
             left_over = 0 if done >= steps or not left else masks - math.ceil(masks * done / steps)
+            finished = not left
             yield "fill", left_over
         else:
             q = {i: quality[b, i].item() for i in places}
-            delivered += sum(q[i] - before[i] for i in before)
-            doubtful = sorted((i for i in places if q[i] < bar), key=lambda i: (q[i], i))
-            cost = price * (math.ceil(len(doubtful) / pace) + 1)
-            accepted = sum(bar - q[i] for i in doubtful) < cost
+            if repairs:
+                kept += min(1, max(0, sum(q.values()) - best) / promised)
+            best = max(best, sum(q.values()))
+            low = [i for i in places if q[i] < bar]
+            accepted = sum(bar - q[i] for i in low) < price * (math.ceil(len(low) / pace) + 1)
+            high = 1 - (1 - bar) / (1 + repairs - kept)
+            doubtful = sorted((i for i in places if q[i] < high), key=lambda i: (q[i], i))
             chosen = doubtful[: pace * max(left - 1, 0)]
-            gain, passes = sum(bar - q[i] for i in chosen), math.ceil(len(chosen) / pace)
-            kept = min(1, (PATIENCE + max(0, delivered)) / (PATIENCE + promised))
-            if accepted or not chosen or kept * gain < price * (passes + 1):
+            gain, passes = sum(max(0, bar - q[i]) for i in chosen), math.ceil(len(chosen) / pace)
+            belief = (PATIENCE + kept) / (PATIENCE + repairs)
+            if accepted or not chosen or belief * gain < price * (passes + 1):
                 finished = True
                 yield ("accepted" if accepted else "given up"), 0
             else:
-                promised, before = promised + gain, {i: q[i] for i in chosen}
+                promised, repairs = gain, repairs + 1
                 masks, steps, done, left_over = len(chosen), passes, 0, len(chosen)
                 yield "repair", left_over
 
@@ -77,7 +81,8 @@ def reference(trace, mask, b, budget, bar, pace_wanted, price):
     "budget,bar,pace,price", [(2, 0.9, 4, 0.05), (9, 0.9, 4, 0.05), (40, 0.5, 3, 0.3), (60, 1.0, 1, 2.0)]
 )
 def test_every_row_does_what_the_algorithm_box_says(seed, budget, bar, pace, price):
-    scheduler = JudgeAndRepairScheduler(quality_threshold=bar, tokens_per_step=pace, price=price)
+    fields = {"quality_threshold": bar, "tokens_per_step": pace, "price": price}
+    scheduler = JudgeAndRepairScheduler(order="margin", **fields)  # in which no token is written ahead of the schedule
     trace, mask = run(scheduler, budget, [9, 20, 1, 14], noisy(seed, low=0.3 * (seed % 3)), seed)
     seen = set()
     for b in range(4):
@@ -86,7 +91,7 @@ def test_every_row_does_what_the_algorithm_box_says(seed, budget, bar, pace, pri
         ):
             seen.add(what)
             assert int((step.prev_sample[b] == MASK).sum()) == masks
-            assert bool(step.finished[b]) == (what in ("accepted", "given up"))
+            assert bool(step.finished[b]) == (what in ("accepted", "given up")) or what == "fill"
             assert bool(step.accepted[b]) == (what == "accepted")
             if what == "finished":
                 assert torch.equal(step.prev_sample[b], sample[b])
@@ -115,6 +120,60 @@ def test_a_row_that_is_given_up_ends_as_its_best_canvas_and_an_accepted_one_as_i
                 break
         else:
             raise AssertionError("the row never finished")
+
+
+def test_tokens_above_the_bar_are_written_at_once_and_the_schedule_at_least():
+    trace, mask = run(JudgeAndRepairScheduler(quality_threshold=0.3), 40, [20, 14], noisy(0, low=0.2), seed=3)
+    ahead = 0
+    for sample, _, step in trace[:5]:
+        masked = (sample == MASK) & mask
+        written = step.unmasked.sum(-1)
+        assert (written >= masked.any(-1).int()).all()
+        if not masked.any(-1).all():
+            break
+        probs = step.sampled_probs
+        ahead += int((written > 4).sum())
+        assert int((probs > 0.3).sum()) >= int((written - 4).clamp(min=0).sum())
+    assert ahead
+    sure = torch.full((1, 20, V), -9.0)
+    sure[..., 5] = 9.0
+    scheduler = JudgeAndRepairScheduler()
+    scheduler.set_timesteps(30)
+    step = scheduler.step(sure, 0, torch.full((1, 20), MASK), quality=torch.ones(1, 20), mask_token_id=MASK)
+    assert (step.prev_sample == 5).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_pool_gives_the_passes_of_finished_rows_to_open_ones_and_none_beyond(seed):
+    """Rows 0 to 2 are content with their first canvas, row 3 never is."""
+    budget, factor, rows = 16, 5, 4
+    bad = torch.arange(rows)[:, None] == 3
+    g = torch.Generator().manual_seed(seed)
+
+    def judge(t, sample):
+        return torch.where(bad, 0.8 * torch.rand(sample.shape, generator=g), 0.999)
+
+    used = {}
+    for pool in (1, factor):
+        scheduler = JudgeAndRepairScheduler(pool_factor=pool, price=1e-3)
+        scheduler.set_timesteps(budget)
+        assert len(scheduler.timesteps) == budget * pool
+        sample, mask = torch.full((rows, 20), MASK), torch.ones(rows, 20, dtype=torch.bool)
+        active, passes = torch.ones(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.long)
+        for t in scheduler.timesteps.tolist():
+            logits = torch.randn(rows, 20, V, generator=g)
+            work = mask & active[:, None]
+            step = scheduler.step(
+                logits, t, sample, quality=judge(t, sample), generation_mask=work, mask_token_id=MASK, generator=g
+            )
+            sample, passes = step.prev_sample, passes + active
+            active = active & ~step.finished
+            if not active.any():
+                break
+        assert not active.any() and not (sample == MASK).any()
+        assert passes.sum() <= budget * rows and passes.max() <= budget * pool
+        used[pool] = int(passes[3])
+    assert used[1] <= budget < used[factor]
 
 
 def test_a_sure_canvas_costs_its_filling_and_one_look():
@@ -159,6 +218,7 @@ def test_the_penalty_keeps_from_drawing_the_rejected_token_and_leaves_probabilit
         ("quality_threshold", 1.1),
         ("tokens_per_step", 0),
         ("price", 0),
+        ("pool_factor", 0),
         ("repair_temperature", -1),
     ],
 )

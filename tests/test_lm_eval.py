@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from tokenizers import processors
 
+from prism_pipelines import MDLMScheduler
 from prism_pipelines.integrations.lm_eval import PrismLM
 
 
@@ -29,6 +30,47 @@ def requests(asked, prompts=PROMPTS):
         Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(asked)), idx=i)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def likelihood_requests(pairs, kind="loglikelihood"):
+    return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+
+
+def test_likelihoods_are_the_pipelines_in_any_batch(folder):
+    pairs = [("w3 w4", " w5"), ("w3 w4 w9", " w6 w7 w8"), ("", "w2 w2"), ("w3", " w11 w12")]
+    one, four = (PrismLM(folder, batch_size=size, num_samples=16, device="cpu") for size in (1, 4))
+    found = one.loglikelihood(likelihood_requests(pairs), disable_tqdm=True)
+    assert [pytest.approx(value, abs=1e-4) for value, _ in found] == [
+        value for value, _ in four.loglikelihood(likelihood_requests(pairs), disable_tqdm=True)
+    ]
+    exact = one.pipe.log_likelihood("w5", prompt="w3 w4", method="pseudo")
+    assert found[0][0] == pytest.approx(float(exact.log_likelihood), abs=1e-5)
+    pseudo = PrismLM(folder, likelihood="pseudo", device="cpu").loglikelihood(likelihood_requests(pairs))
+    whole = one.pipe.log_likelihood(" w6 w7 w8", prompt="w3 w4 w9", method="pseudo")
+    assert pseudo[1][0] == pytest.approx(float(whole.log_likelihood), abs=1e-5)
+
+
+def test_an_answer_is_greedy_if_the_model_writes_it_itself(folder):
+    model = PrismLM(folder, num_samples=1, device="cpu")
+    model.pipe.scheduler = MDLMScheduler(order="confidence", temperature=0.0)
+    ids = model.pipe.tokenizer("w3 w4", return_tensors="pt").input_ids
+    written = model.pipe(input_ids=ids, gen_length=1, num_inference_steps=1).sequences[0, -1]
+    word = model.pipe.tokenizer.decode(int(written))
+    pairs = [("w3 w4", f" {word}"), ("w3 w4", " w7" if word != "w7" else " w8")]
+    assert [same for _, same in model.loglikelihood(likelihood_requests(pairs))] == [True, False]
+    model.check_greedy = False
+    assert not any(same for _, same in model.loglikelihood(likelihood_requests(pairs)))
+
+
+def test_a_rolling_text_is_cut_where_the_model_ends(folder):
+    model = PrismLM(folder, likelihood="pseudo", device="cpu")
+    short, long = " ".join(["w3", "w4"] * 10), " ".join(["w3", "w4"] * 40)
+    requests = likelihood_requests([(short,), (long,)], "loglikelihood_rolling")
+    found = model.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert found[0] == pytest.approx(float(model.pipe.log_likelihood(short, method="pseudo").log_likelihood), abs=1e-4)
+    parts = [" ".join(["w3", "w4"] * 32), " ".join(["w3", "w4"] * 8)]
+    expected = sum(float(model.pipe.log_likelihood(part, method="pseudo").log_likelihood) for part in parts)
+    assert found[1] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_batch_gives_the_answers_of_single_requests_in_their_order(folder):
@@ -104,9 +146,12 @@ def test_temperature_is_the_tasks_unless_given(folder):
 
 def test_refusals(folder):
     model = PrismLM(folder, gen_length=8, device="cpu")
-    for refused in (model.loglikelihood, model.loglikelihood_rolling):
-        with pytest.raises(NotImplementedError, match="Likelihood tasks are refused: a masked diffusion model gives"):
-            refused([])
+    with pytest.raises(ValueError, match=r"The canvas has 70 tokens, and the model takes 64 at most"):
+        model.loglikelihood(likelihood_requests([("w1 " * 60, "w2 " * 10)]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="`likelihood` must be one of"):
+        PrismLM(folder, likelihood="exact")
+    with pytest.raises(ValueError, match="`num_samples` must be an integer of at least 1, got 0"):
+        PrismLM(folder, num_samples=0)
     with pytest.raises(ValueError, match=r"A prompt has 60 tokens and 8 are to be generated; the model takes 64"):
         model.generate_until(requests({}, ["w1 " * 60]), disable_tqdm=True)
     with pytest.raises(ValueError, match="asks for 'num_beams'"):
@@ -129,24 +174,38 @@ def test_the_registry_and_the_argument_string_of_lm_eval_make_the_model(folder):
     assert model.apply_chat_template([{"role": "user", "content": "w3"}]) == "w3 w0"
 
 
-def test_a_task_runs_from_the_command_line(folder, tmp_path):
-    rows = [{"question": prompt, "answer": "w1"} for prompt in PROMPTS[:5]]
+def test_a_generation_and_a_likelihood_task_run_from_the_command_line(folder, tmp_path):
+    rows = [{"question": prompt, "answer": "w1", "choices": ["w5", "w6 w7"], "label": 1} for prompt in PROMPTS[:5]]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tiny.yaml").write_text(
         f"task: tiny\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
         "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
         "generation_kwargs:\n  until: ['w24']\n  do_sample: false\nmetric_list:\n  - metric: exact_match\n"
     )
-    words = [sys.executable, "-m", "prism_pipelines.integrations.lm_eval", "run", "--model", "prism", "--tasks", "tiny"]
-    words += ["--model_args", f"pretrained={folder},gen_length=6", "--include_path", str(tmp_path)]
+    (tmp_path / "choice.yaml").write_text(
+        f"task: choice\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: label\n"
+        "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    )
+    words = [sys.executable, "-m", "prism_pipelines.integrations.lm_eval", "run", "--model", "prism"]
+    words += ["--tasks", "tiny,choice", "--include_path", str(tmp_path)]
+    words += ["--model_args", f"pretrained={folder},gen_length=6,num_samples=8"]
     words += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(words, env=os.environ | offline, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
     assert found["n-samples"]["tiny"]["effective"] == 5
-    samples = [json.loads(line) for line in next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()]
-    model = PrismLM(folder, gen_length=6, device="cpu")
+    assert found["n-samples"]["choice"]["effective"] == 5 and 0 <= found["results"]["choice"]["acc,none"] <= 1
+    read = next((tmp_path / "out").rglob("samples_choice*.jsonl")).read_text().splitlines()
+    choice = {sample["doc_id"]: sample["resps"] for sample in map(json.loads, read)}
+    model = PrismLM(folder, gen_length=6, num_samples=8, batch_size=4, device="cpu")
+    pairs = [(prompt, f" {answer}") for prompt in PROMPTS[:5] for answer in ("w5", "w6 w7")]
+    values = [value for value, _ in model.loglikelihood(likelihood_requests(pairs), disable_tqdm=True)]
+    got = [float(choice[i][side][0][0]) for i in range(5) for side in (0, 1)]
+    assert got == [pytest.approx(value, abs=1e-4) for value in values]
+    read = next((tmp_path / "out").rglob("samples_tiny*.jsonl")).read_text().splitlines()
+    samples = [json.loads(line) for line in read]
     expected = model.generate_until(requests({"until": ["w24"]}, PROMPTS[:5]), disable_tqdm=True)
     by_id = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
     assert [by_id[i] for i in range(5)] == expected

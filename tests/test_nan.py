@@ -5,7 +5,7 @@ import torch
 from family_twins import MASK, checkpoint, load
 from safetensors.torch import load_file, save_file
 
-from prism_pipelines import PrismPipeline, QualityHead
+from prism_pipelines import MDLMScheduler, P2Scheduler, PrismPipeline, PrismScheduler, QualityHead
 
 FAMILIES = ["bert", "llada"]
 
@@ -65,3 +65,43 @@ def test_a_head_with_nan_is_refused_by_every_way_in(architecture, value, tmp_pat
         with pytest.raises(ValueError, match=message):
             way()
     assert pipe.quality_head is None
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar", "bert"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_weight_of_the_output_head_is_named_when_it_is_read(family, value):
+    pipe = load(checkpoint(family))
+    names = {id(parameter): name for name, parameter in pipe.model.named_parameters()}
+    weight = pipe.denoiser.output_parameters()[-1]
+    with torch.no_grad():
+        weight[20] = value
+    with pytest.raises(ValueError, match=rf"holds NaN or inf: .*{names[id(weight)].split('.')[-1]}"):
+        pipe(input_ids=[[9, 10]], gen_length=4, num_inference_steps=2)
+
+
+def test_an_overflow_in_the_output_head_is_named():
+    pipe = load(checkpoint("llada"))
+    with torch.no_grad():
+        pipe.model.get_output_embeddings().weight[20] = 3e38
+    with pytest.raises(ValueError, match=r"gives NaN or inf from the output head on, and its weights are finite"):
+        pipe(input_ids=[[9, 10]], gen_length=4, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("scheduler", [PrismScheduler(num_remask=2), P2Scheduler(), MDLMScheduler()])
+def test_a_quality_that_is_nan_stops_the_run_and_names_its_tensor(scheduler):
+    pipe = load(checkpoint("bert"))
+    pipe.quality_head, pipe.scheduler = QualityHead(32, "mlp"), scheduler
+    call = {"gen_length": 6, "num_inference_steps": 3, "output_type": "seq"}
+    with torch.no_grad():
+        pipe.quality_head.inner.weight.fill_(torch.nan)  # after the checks of loading
+    message = r"`quality_head` gives NaN: inner.weight \(NaN\)"
+    with pytest.raises(ValueError, match=message):
+        pipe(input_ids=[[9, 10]], return_quality=True, **call)
+    with pytest.raises(ValueError, match=message):
+        pipe.score(input_ids=[[9, 10]])
+    with torch.no_grad():
+        for parameter in pipe.quality_head.parameters():
+            parameter.fill_(1e38)
+    with pytest.raises(ValueError, match="gives NaN, and its weights are finite: numbers overflow"):
+        pipe.quality_head.inner.weight.data[:, ::2] *= -1
+        pipe.score(input_ids=[[9, 10]])

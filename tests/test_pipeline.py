@@ -321,8 +321,8 @@ def test_ids_in_and_ids_out_without_a_tokenizer():
     assert out.texts is None and out.sequences[0, [0, 2]].tolist() == [1, 3]
     assert isinstance(pipe.scheduler, MDLMScheduler)
     fields = pipe(gen_length=3, num_inference_steps=1, return_dict=False, output_type="seq")
-    sequences, texts, quality, nfe, nfe_per_row, trace, confidence, accepted = fields  # None too, each in its place
-    assert texts is quality is trace is confidence is accepted is None and nfe == 1 and nfe_per_row == [1]
+    sequences, texts, quality, nfe, nfe_per_row, trace, confidence, accepted, probs = fields  # None too, in its place
+    assert texts is quality is trace is confidence is accepted is probs is None and nfe == 1 and nfe_per_row == [1]
     assert sequences.shape == (1, 3)
 
 

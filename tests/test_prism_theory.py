@@ -26,6 +26,8 @@ from prism_pipelines.models.quality_head import QualityHead
 from prism_pipelines.schedulers import functional, token_sampling
 from prism_pipelines.training import losses
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective
+from prism_pipelines.training.rollout_losses import RolloutObjective, every, log_posterior
+from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
 
 # A mask is written as None in Python and as id V in tensors.
 COUNTS = dict(zip(itertools.product([0, 1], repeat=3), [5, 1, 1, 2, 1, 3, 2, 1], strict=True))
@@ -180,7 +182,7 @@ class ExactDenoiser(nn.Module):
     def __init__(self, world):
         super().__init__()
         self.length = len(next(iter(world)))
-        self.vocab = 1 + max(map(max, world))
+        self.vocab = self.vocab_size = 1 + max(map(max, world))
         self.spec = MDMSpec(mask_token_id=self.vocab)
         rows = [
             [[posterior(world, s, i, v) if s[i] is None else 1.0 for v in range(self.vocab)] for i in range(len(s))]
@@ -194,6 +196,9 @@ class ExactDenoiser(nn.Module):
 
     def logits(self, hidden, positions):
         row, column = positions.nonzero(as_tuple=True)
+        return self.logits_at(hidden, row, column)
+
+    def logits_at(self, hidden, row, column):
         return self.log_posterior[hidden[row, column, 0], column]
 
 
@@ -363,3 +368,125 @@ def test_the_unmasking_posterior_holds_with_the_mdm_loss_and_drifts_without(reco
     assert max(before, after[5.0]) < 0.08  # holds
     assert after[0.0] > 0.2  # the negative control
     assert max(quality.values()) < 0.06  # both heads learned; only one model is still a model
+
+
+# --- rollouts and distillation ----------------------------------------------------------------------------------------
+
+
+def runs(world, given):
+    """All runs of the sampler, one token a step in random order: yields (probability, x, y) for each canvas on the way.
+
+    Args:
+        given: positions of x that stand on the first canvas.
+    """
+    length, vocab = len(next(iter(world))), 1 + max(map(max, world))
+    for x, p in world.items():
+        first = tuple(x[i] if i in given else None for i in range(length))
+        masks = [i for i in range(length) if i not in given]
+        for order in itertools.permutations(masks):
+            for values in itertools.product(range(vocab), repeat=len(masks)):
+                p_y, y = p / math.factorial(len(masks)), first
+                for n, (i, value) in enumerate(zip(order, values, strict=True)):
+                    p_y, y = p_y * posterior(world, y, i, value), replaced(y, i, value)
+                    yield p_y / vocab ** (len(masks) - n - 1), x, y  # runs that differ later only share this canvas
+
+
+def best_on_rollouts(world, givens):
+    """{(y, given, i): minimiser of the enumerated loss of rollouts, for a head that knows what is given}."""
+    mass, right = defaultdict(float), defaultdict(float)
+    for given in givens:
+        for p, x, y in runs(world, given):
+            for i in range(len(y)):
+                if y[i] is not None and i not in given:
+                    mass[y, given, i] += p
+                    right[y, given, i] += p * (x[i] == y[i])
+    return {cell: right[cell] / mass[cell] for cell in mass if mass[cell] > 0}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_on_rollouts_of_an_ideal_model_the_minimiser_is_the_posterior_given_the_first_canvas_alone(world):
+    """What the model wrote says nothing of x beyond what was given; so log p(y_i | first canvas) is the best input."""
+    best = best_on_rollouts(world, [(0,), (1,), (0, 1)])
+    for (y, given, i), quality in best.items():
+        first = tuple(y[j] if j in given else None for j in range(len(y)))
+        assert quality == pytest.approx(posterior(world, first, i, y[i]), abs=1e-12)
+    off = [abs(quality - exact_quality(world, y, i)) for (y, _, i), quality in best.items()]
+    assert max(off) > 0.1  # so PRISM's g* is another number on the canvases that the sampler makes
+
+
+def test_the_pool_makes_the_canvases_of_the_enumerated_runs():
+    """Share of right tokens on a given canvas, over runs of the real pool, against the list; three standard errors."""
+    torch.manual_seed(0)
+    expected, given = best_on_rollouts(BITS, [(0,)]), (0,)
+    settings = RolloutSettings(2, 2, orders=(("random", 1.0),), etas=(0.0,), repairs=0)
+    pool = RolloutPool(ExactDenoiser(BITS), (), settings, 1)
+    listed, weights = list(BITS), torch.tensor(list(BITS.values()))
+    clean = torch.tensor(listed)[torch.multinomial(weights, 20_000, replacement=True)]
+    pool.refill(clean, torch.tensor([[False, True, True]]).expand(len(clean), -1))
+    counts = defaultdict(list)
+    run = pool.runs[0]
+    while not run.done:
+        for y, x in zip(run.sample.tolist(), clean.tolist(), strict=True):
+            y = tuple(None if v == 2 else v for v in y)
+            for i in (1, 2):
+                if y[i] is not None:
+                    counts[y, given, i].append(x[i] == y[i])
+        pool.advance(run, pool.denoiser.hidden(run.sample), torch.ones(run.sample.shape))
+    assert counts.keys() == expected.keys()
+    for cell, right in counts.items():
+        p = expected[cell]
+        assert abs(sum(right) / len(right) - p) < 3.5 * math.sqrt(p * (1 - p) / len(right)) + 1e-9
+
+
+def test_to_know_what_was_written_in_the_last_step_removes_the_bias_of_k_above_1():
+    """The minimiser for a head that sees R as well is p(x_i = y_i | y without R): no mixture is left."""
+    k, rate, mass, right = 2, 0.5, defaultdict(float), defaultdict(float)
+    for x, p in BITS.items():
+        for pattern in itertools.product([False, True], repeat=3):
+            masked = [i for i in range(3) if pattern[i]]
+            z = tuple(None if pattern[i] else x[i] for i in range(3))
+            for revealed in itertools.combinations(masked, min(k, len(masked))):
+                for values in itertools.product([0, 1], repeat=len(revealed)):
+                    p_y, y = p * rate ** len(masked) * (1 - rate) ** (3 - len(masked)), z
+                    for i, value in zip(revealed, values, strict=True):
+                        p_y, y = p_y * posterior(BITS, z, i, value), replaced(y, i, value)
+                    for i in revealed:
+                        mass[y, revealed, i] += p_y
+                        right[y, revealed, i] += p_y * (x[i] == y[i])
+    for (y, revealed, i), total in mass.items():
+        without = tuple(None if j in revealed else y[j] for j in range(3))
+        assert right[y, revealed, i] / total == pytest.approx(posterior(BITS, without, i, y[i]), abs=1e-12)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_the_label_of_distillation_is_the_leave_one_out_posterior_and_wider_strides_leave_more_out(world):
+    denoiser = ExactDenoiser(world)
+    length, vocab = denoiser.length, denoiser.vocab
+    off = 0.0
+    for y in itertools.product(range(vocab), repeat=length):
+        sample = torch.tensor([y])
+        for i in range(length):
+            one = torch.arange(length)[None] == i
+            assert log_posterior(denoiser, sample, one).exp().item() == pytest.approx(
+                exact_quality(world, y, i), abs=1e-5
+            )
+        pair = every(2, torch.tensor([0]), length)
+        hidden = tuple(None if pair[0, j] else y[j] for j in range(length))
+        for i, found in zip(
+            pair[0].nonzero().flatten().tolist(), log_posterior(denoiser, sample, pair).exp(), strict=True
+        ):
+            assert found.item() == pytest.approx(posterior(world, hidden, i, y[i]), abs=1e-5)
+            off = max(off, abs(found.item() - exact_quality(world, y, i)))
+    assert off > 0.05  # the price of a stride of 2 on so short a text
+
+
+def test_the_squared_error_of_log_probabilities_is_least_at_the_posterior():
+    objective = RolloutObjective(
+        ExactDenoiser(BITS), QualityHead(4), settings=RolloutSettings(), label="posterior", freeze_backbone=True
+    )
+    labels = torch.tensor([0.5, 0.01, 1e-4]).log()
+    logits = labels.exp().logit().requires_grad_()
+    objective.head_loss(logits, labels).sum().backward()
+    assert objective.head_loss(logits, labels).max() < 1e-8 and logits.grad.abs().max() < 1e-4
+    below = objective.head_loss(torch.tensor([-12.0]), torch.tensor([-40.0]))
+    assert below.item() < 1e-6  # below the floor all counts as the floor

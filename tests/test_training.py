@@ -617,7 +617,7 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--objective=critics"], "`--objective` must be one of mdm, prism, critic, got 'critics'"),
+        (["--objective=critics"], "`--objective` must be one of mdm, prism, critic, distill, got 'critics'"),
         (["--objective=mdm", "--dataset=no/such.txt"], "pass `--base_model`"),
         (["--objective=prism"], "pass --base_model"),
         (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be one of adamw, muon"),
@@ -632,12 +632,15 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=mdm", "--num_base_grids=0"], "`--num_base_grids` must be at least 1, got 0"),
         (["--objective=mdm", "--num_eval_examples=-1"], "`--num_eval_examples` must be at least 0, got -1"),
         (["--objective=mdm", "--puzzle_share=2"], "`--puzzle_share` must be in [0, 1], got 2.0"),
-        (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout goes with --objective prism"),
+        (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout is of an adapter, which needs a pretrained model"),
         (["--objective=mdm", "--save_only_model"], "`--save_only_model` is not supported"),
         (["--objective=mdm", "--load_best_model_at_end", "--eval_strategy=steps"], "is not supported"),
         (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader_num_workers=2"], "is at most 1"),
-        (["--objective=mdm", "--num_revealed=4"], "`--num_revealed` goes with --objective prism; mdm has no use"),
-        (["--objective=mdm", "--head=mlp"], "`--head` goes with --objective prism or critic; mdm has no use"),
+        (
+            ["--objective=mdm", "--num_revealed=4"],
+            "`--num_revealed` goes with --objective prism and --states one_step or mixed; mdm has no use",
+        ),
+        (["--objective=mdm", "--head=mlp"], "`--head` goes with --objective prism, critic or distill; mdm has no use"),
         (["--objective=critic", "--base_model=x/y", "--reveal_order=confidence"], "critic has no use for it"),
         (["--objective=mdm", "--args_file=no/such.args"], "`--args_file` 'no/such.args' is no file"),
         (["--objective=mdm", "--lr_scheduler_type=warmup_stable_decay"], "needs its length"),

@@ -37,6 +37,11 @@ def add_parser(commands) -> None:
     sudoku.add_argument("--steps", type=count, default=52, help="forward passes (default: %(default)s)")
     sudoku.add_argument("--num-puzzles", type=count, default=100)
     sudoku.add_argument("--clues", type=int, default=30, help="clues of each puzzle, 20 to 81 (default: %(default)s)")
+    sudoku.add_argument(
+        "--risk-coverage",
+        action="store_true",
+        help="share of wrong grids among the surest tenth, fifth, ... of them; needs a calibrated head",
+    )
 
     text = kinds.add_parser("text", help="distances to held-out text, diversity, perplexity under a judge, MAUVE")
     _common(text, run_text, "it writes the texts; or pass --texts")
@@ -174,15 +179,49 @@ def _print(result: dict, args: argparse.Namespace, text: str | None = None) -> i
 
 def run_sudoku(args: argparse.Namespace) -> int:
     """Share of generated puzzles that the model solves. Returns the exit status."""
-    from .. import evaluation, sudoku
+    import numpy as np
 
-    pipe = _pipeline(args)
+    from .. import evaluation, sudoku
+    from ..schedulers import JudgeAndRepairScheduler
+
+    pipe, outputs = _pipeline(args), []
+    if args.risk_coverage:
+        _check_calibrated(pipe)
+    # The forward that judges the result counts; judge and repair makes its own.
+    looks = args.risk_coverage and not isinstance(pipe.scheduler, JudgeAndRepairScheduler)
+    steps = _steps(args.steps, pipe) - looks
+    if steps < 1:
+        raise ValueError("--steps 1 leaves no forward to fill the grid, since --risk-coverage judges in one.")
     puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, seed=args.seed)
-    solve = evaluation.pipeline_solver(pipe, _steps(args.steps, pipe), args.seed)
+    solve = evaluation.pipeline_solver(pipe, steps, args.seed, outputs.append, looks)
     score = evaluation.evaluate_sudoku(solve, puzzles)
     low, high = score.interval
     result = {"solved": score.success, "low": low, "high": high, "puzzles": len(puzzles), "clues": args.clues}
-    return _print(result | {"forwards": args.steps, "seed": args.seed} | _rule(pipe), args)
+    nfe = [count for out in outputs for count in out.nfe_per_row]
+    result |= {"forwards": args.steps, "mean_forwards": float(np.mean(nfe)), "seed": args.seed}
+    if outputs[0].accepted is not None:
+        accepted = np.concatenate([out.accepted.cpu().numpy() for out in outputs])
+        result |= {"accepted": int(accepted.sum()), "accepted_right": int((accepted & score.solved).sum())}
+    if args.risk_coverage:
+        confidence = np.concatenate([out.confidence.cpu().numpy() for out in outputs])
+        result |= _risk_at_tenths(evaluation.risk_coverage(confidence, score.solved))
+    return _print(result | _rule(pipe), args)
+
+
+def _check_calibrated(pipe) -> None:
+    """Raise a ValueError where the pipeline can say nothing of how sure it is."""
+    if pipe.quality_head is None or pipe.quality_head.config.get("temperature") is None:
+        found = "no quality head" if pipe.quality_head is None else "a quality head without a fitted temperature"
+        raise ValueError(
+            f"--risk-coverage needs a calibrated quality head, and the model has {found}: see fit_temperature."
+        )
+
+
+def _risk_at_tenths(curve: dict) -> dict:
+    """Share of wrong answers among the surest tenth, two tenths, ... of them, and the area, of `risk_coverage`."""
+    count = len(curve["risk"])
+    risk = {f"{tenth}0 %": curve["risk"][math.ceil(tenth * count / 10) - 1] for tenth in range(1, 11)}
+    return {"risk": risk, "risk_area": curve["area"]}
 
 
 def run_text(args: argparse.Namespace) -> int:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
 
 from ..generation.batch import generate_many, read_prompts
+from .loading import add_model_flags, load_pipeline
 from .quiet import is_quiet
 
 COMMAND = ("-m", "prism_pipelines", "generate")  # what each of several processes runs
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(commands) -> None:
@@ -63,13 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_prompts", type=int, help="only that many, from the first")
     parser.add_argument("--too_long", choices=["error", "skip"], default="error", help="default: %(default)s")
-    parser.add_argument("--scheduler", metavar="NAME", help="such as SelfConfidenceScheduler (default: the pipeline's)")
-    parser.add_argument("--scheduler_config", metavar="JSON", help="fields to set in it, such as '{\"num_remask\": 4}'")
-    parser.add_argument("--quality_head", metavar="HEAD", help="folder or Hub id of a head for MODEL")
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
-    parser.add_argument("--torch_dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code of the repository")
+    add_model_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,22 +113,7 @@ def generate(args: argparse.Namespace) -> int:
     """Load and generate, in this process or as one of several. Returns the exit status."""
     import torch
 
-    from ..pipeline_prism import PrismPipeline
-    from ..schedulers.by_name import change_scheduler
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = _join(device)
-    pipe = PrismPipeline.from_pretrained(
-        args.model,
-        quality_head=args.quality_head,
-        revision=args.revision,
-        torch_dtype=getattr(torch, args.torch_dtype),
-        trust_remote_code=args.trust_remote_code,
-    ).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if args.scheduler is not None or args.scheduler_config is not None:
-        pipe.scheduler = change_scheduler(pipe.scheduler, args.scheduler, args.scheduler_config)
+    pipe = load_pipeline(args)
     told = generate_many(
         pipe,
         args.prompts,
@@ -170,12 +148,3 @@ def generate(args: argparse.Namespace) -> int:
         parts += [f"{told['not_ended']} without an end token"] if told["not_ended"] else []
         print(f"{args.out}: {', '.join(parts)}", file=sys.stderr)
     return 0
-
-
-def _join(device: str):
-    """Join the process group that the launcher describes; this process's device."""
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise ImportError('Several processes need accelerate: pip install "prism-pipelines[train]".') from None
-    return PartialState(cpu=str(device) == "cpu").device

@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from . import convert, generate, info, sudoku, text, train
+from . import convert, generate, infill, info, score, sudoku, text, train, train_head, tune
 from . import eval as evaluate
 from .quiet import hide_loading_bars, silence
 
@@ -41,10 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     sudoku.add_parser(commands)
     text.add_parser(commands)
     generate.add_parser(commands)
+    infill.add_parser(commands)
+    score.add_parser(commands)
     info.add_parser(commands)
     convert.add_parser(commands)
     train.add_parser(commands)
+    train_head.add_parser(commands)
     evaluate.add_parser(commands)
+    tune.add_parser(commands)
     return parser
 
 

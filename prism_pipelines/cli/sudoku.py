@@ -105,13 +105,15 @@ def read_puzzles(text: str | None) -> tuple[np.ndarray, bool]:
 @dataclass(frozen=True)
 class Outcome:
     """One puzzle's run: grids int64 (81,), `solutions` 0, 1, 2 (several) or None (search cut off), cells remasked and
-    forwards made."""
+    forwards made, and of rules that judge whether the grid was accepted and P(all cells are right), else None."""
 
     puzzle: np.ndarray
     grid: np.ndarray
     solutions: int | None
     remasked: int = 0
     forwards: int = 0
+    accepted: bool | None = None
+    confidence: float | None = None
 
     @property
     def solved(self) -> bool:
@@ -127,7 +129,17 @@ class Outcome:
             "solutions": {0: "none", 1: "one", 2: "several", None: "unknown"}[self.solutions],
             "forwards": self.forwards,
             "remasked": self.remasked,
+            "accepted": self.accepted,
+            "confidence": self.confidence,
         }
+
+    def verdict(self) -> str:
+        """How sure the quality head is of the grid, in a sentence; "" where no rule judged it."""
+        if self.accepted is None:
+            return ""
+        found = "accepted the grid" if self.accepted else "did not accept the grid: this is the best one found"
+        sure = "" if self.confidence is None else f" It is {100 * self.confidence:.1f} % sure that every cell is right."
+        return f"The quality head {found}.{sure}"
 
     def sentence(self) -> str:
         """What was found, for people."""
@@ -215,8 +227,16 @@ def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[
             return_trace=trace,
         )
         traces.append(out.trace)
-        for row, grid, number in zip(rows, out.sequences.cpu().numpy(), remasked, strict=True):
-            outcomes[row] = Outcome(puzzles[row], grid, outcomes[row].solutions, int(number), out.nfe)
+        for i, (row, grid) in enumerate(zip(rows, out.sequences.cpu().numpy(), strict=True)):
+            outcomes[row] = Outcome(
+                puzzles[row],
+                grid,
+                outcomes[row].solutions,
+                int(remasked[i]),
+                out.nfe_per_row[i],
+                None if out.accepted is None else bool(out.accepted[i]),
+                None if out.confidence is None else float(out.confidence[i]),
+            )
     return outcomes, traces
 
 
@@ -244,7 +264,6 @@ def run_sudoku(args) -> int:
 
 
 def _run_one(pipe, puzzles, args, console) -> int:
-    from ..sampling.trace import trace_to_html
     from .live_view import LiveView, board, legend, printable
 
     live = console.is_terminal and not (args.json or args.no_live)
@@ -255,8 +274,8 @@ def _run_one(pipe, puzzles, args, console) -> int:
         (outcome,), traces = solve(pipe, puzzles, args, trace=bool(args.html))
     record = outcome.record() | {"seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
     if args.html and traces:
-        page = trace_to_html(traces[0], sudoku.sudoku_tokenizer(), title=outcome.sentence(), columns=9)
-        Path(args.html).write_text(page, encoding="utf-8")
+        traces[0].tokenizer = sudoku.sudoku_tokenizer()
+        traces[0].to_html(args.html, title=outcome.sentence(), columns=9)
     elif args.html:
         print(f"prism: the model was not run, so {args.html} is not written", file=sys.stderr)
     if args.json:
@@ -272,7 +291,8 @@ def _run_one(pipe, puzzles, args, console) -> int:
         console.print(printable(console, board(outcome.grid, kinds)), end="")
         console.print(printable(console, legend(kinds)))
         console.print(outcome.sentence(), style="bold green" if outcome.solved else "bold red")
-        console.print(f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}.")
+        counts = f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}."
+        console.print(f"{counts} {outcome.verdict()}".rstrip())
     return 0 if outcome.solved else 1
 
 

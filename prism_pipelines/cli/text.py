@@ -109,8 +109,6 @@ def run_text(args) -> int:
             raise ValueError(f"{flag} belongs to a comparison; pass --compare too")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("PROMPT is empty; leave it out to write from nothing")
-    if args.html and (args.num_samples or 1) != 1:
-        raise ValueError("--html shows the run of one text; it does not go with --num-samples")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
@@ -120,7 +118,6 @@ def run_text(args) -> int:
 def _run_texts(pipe, args, console) -> int:
     import torch
 
-    from ..sampling.trace import trace_to_html
     from .live_view import LiveView, page
 
     set_scheduler(pipe, args.scheduler, args.temperature)
@@ -155,9 +152,10 @@ def _run_texts(pipe, args, console) -> int:
     else:
         out = write()
     if args.html:
-        html = trace_to_html(out.trace, pipe.tokenizer, title="prism text")
-        Path(args.html).write_text(html, encoding="utf-8")
+        out.trace.to_html(args.html, title="prism text")
     facts = {"forwards": out.nfe, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
+    if out.accepted is not None:
+        facts |= {"forwards_per_text": out.nfe_per_row, "accepted": out.accepted.tolist()}
     if args.json:
         print(json.dumps({"prompt": args.prompt, "texts": out.texts, "remasked": remasked.tolist(), **facts}))
         return 0
@@ -166,8 +164,16 @@ def _run_texts(pipe, args, console) -> int:
             print(f"--- {i + 1} of {rows}")
         print((args.prompt or "") + text)
     if console.is_terminal:
-        print(f"\n{out.nfe} forwards, {int(remasked.sum())} tokens remasked, seed {args.seed}.")
+        print(f"\n{out.nfe} forwards, {int(remasked.sum())} tokens remasked, seed {args.seed}.{_verdict(out)}")
     return 0
+
+
+def _verdict(out) -> str:
+    """How many texts a rule that judges accepted, and in how many forwards; "" for other rules."""
+    if out.accepted is None:
+        return ""
+    mean = sum(out.nfe_per_row) / len(out.nfe_per_row)
+    return f" {int(out.accepted.sum())} of {len(out.texts)} accepted by the quality head, {mean:.0f} forwards each."
 
 
 def _run_compare(pipe, args, console) -> int:

@@ -19,6 +19,7 @@ from .compare import (
     sudoku_task,
     write_comparison,
 )
+from .detection import JudgedRow, detection_measures, detection_table
 from .ngram_judge import ngram_judge
 from .statistics import bootstrap_interval, pareto_front, t_interval
 from .sudoku import (
@@ -53,12 +54,15 @@ from .text_compare import folder_contents, task_of_folder, text_plan
 from .tuning import tune_arms
 
 __all__ = [
+    "JudgedRow",
     "SudokuScore",
     "bootstrap_interval",
     "calibration",
     "calibration_table",
     "check_texts",
     "comparison_table",
+    "detection_measures",
+    "detection_table",
     "distinct_n",
     "diversity",
     "evaluate_calibration",

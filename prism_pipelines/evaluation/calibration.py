@@ -260,25 +260,27 @@ def fit_temperature(quality, right) -> float:
 
     Args:
         quality: what the head said at temperature 1 (None in its config), probabilities (N,); one for each token.
-        right: was the token right? bool (N,).
+        right: was the token right? bool (N,); or the probability of it, float in [0, 1] (N,), where that is what is
+            known.
     Returns:
         T, above 0. Below 1 the head was not sure enough, above 1 too sure.
     Raises:
         ValueError: other shapes, a quality outside [0, 1], or tokens that are all right or all wrong.
     Source: temperature scaling, Guo et al. (arXiv 1706.04599).
     """
-    quality, right = np.asarray(quality, dtype=np.float64), np.asarray(right, dtype=bool)
+    quality, right = np.asarray(quality, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if quality.ndim != 1 or quality.shape != right.shape:
         raise ValueError(f"`quality` and `right` must have one shape (N,), got {quality.shape} and {right.shape}.")
-    if not ((quality >= 0) & (quality <= 1)).all():
-        raise ValueError("`quality` must lie in [0, 1]; apply the sigmoid first.")
-    if right.all() or not right.any():
+    for name, values in (("quality", quality), ("right", right)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"`{name}` must lie in [0, 1]; apply the sigmoid first.")
+    if (right == 1).all() or not right.any():
         raise ValueError(f"`right` must hold right and wrong tokens, got {int(right.sum())} right of {len(right)}.")
     p = quality.clip(1e-6, 1 - 1e-6)
-    signed = np.where(right, 1, -1) * np.log(p / (1 - p))
+    logits = np.log(p / (1 - p))
 
     def slope(scale: float) -> float:  # of the mean cross-entropy, which is convex in scale = 1 / T
-        return float((-signed / (1 + np.exp(np.clip(scale * signed, -700, 700)))).mean())
+        return float((logits * (1 / (1 + np.exp(np.clip(-scale * logits, -700, 700))) - right)).mean())
 
     low, high = np.log(0.02), np.log(50.0)
     for _ in range(60):

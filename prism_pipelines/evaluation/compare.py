@@ -22,6 +22,7 @@ import torch
 from .. import __version__
 from ..schedulers.by_name import scheduler_class
 from ..schedulers.validation import own_fields
+from .figure_style import need_matplotlib
 from .statistics import pareto_front, tabulate
 from .sudoku import evaluate_sudoku, pipeline_solver
 
@@ -340,9 +341,7 @@ def check_comparison(
     Raises:
         ValueError, ImportError: as `run_comparison`.
     """
-    from .plots import _figure
-
-    _figure(1)  # a missing extra must not show after hours of work
+    need_matplotlib()  # a missing extra must not show after hours of work
     if not arms or not forwards or not seeds:
         raise ValueError(f"Nothing to compare: {len(arms)} arms, {len(forwards)} forwards, {len(seeds)} seeds.")
     for arm in arms:
@@ -491,7 +490,7 @@ def _progress(shown: bool, todo: list[tuple], total: int):
 
 
 def write_comparison(result: dict, out_dir) -> None:
-    """Write what `run_comparison` found to comparison.json, comparison.md and comparison.png in a folder."""
+    """Write what `run_comparison` found to comparison.json, .md, .png and .svg in a folder."""
     from .plots import pareto_figure
 
     folder, arms, outside = Path(out_dir), {}, _outside(result["arms"])
@@ -501,11 +500,10 @@ def write_comparison(result: dict, out_dir) -> None:
         if row["metric"] == result["quality"]:
             point = (row["forwards"], row["value"], row["low"], row["high"])
             arms.setdefault(_marked(row["arm"], outside), []).append(point)
-    partial = folder / "comparison.partial.png"
     better = "higher" if result["higher_is_better"] else "lower"
     marked = {_marked(name, outside) for name in outside}
-    pareto_figure(arms, result["front"], f"{result['quality']} ({better} is better)", partial, outside=marked)
-    os.replace(partial, folder / "comparison.png")
+    label = f"{result['quality']} ({better} is better)"
+    pareto_figure(arms, result["front"], label, folder / "comparison.png", outside=marked)
 
 
 def comparison_table(result: dict) -> str:

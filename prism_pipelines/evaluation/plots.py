@@ -1,99 +1,102 @@
-"""Figures of the benchmarks, as PNG files. Needs matplotlib, which the extra `eval` installs."""
+"""Figures of evaluations and benchmarks, as PNG and SVG. Needs matplotlib, which the extra `eval` installs.
+
+Every function writes `path` and the same figure with the other ending beside it, in the style of `figure_style.py`, and
+raises ImportError without matplotlib.
+"""
 
 from __future__ import annotations
 
-
-def _figure(columns: int):
-    """A figure with one row of `columns` axes; drawn without pyplot, so no display and no global state is touched."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "prism-pipelines[eval]"') from error
-    figure = Figure(figsize=(5.2 * columns, 4.2), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+from .figure_style import GREY, label_ends, looks, new_figure, save_figure, styled
 
 
-def _arms(axis, arms: dict, scale: float = 1.0) -> dict:
-    """One line an arm against the number of forwards, bars for the intervals.
+def _arms(axis, arms: dict, highlight: list[str] | None, number: str) -> dict:
+    """One line an arm against the number of forwards; few in colour, with bars for their intervals, the others grey.
 
-    Arms stand a little beside each other, or their bars would hide one another; PRISM is drawn in black.
+    Arms in colour stand a little beside each other, or their bars would hide one another.
 
     Args:
         arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
-        scale: of the values.
+        highlight: arms in colour, see `figure_style.looks`.
+        number: format of the values at the ends of the lines.
     Returns:
         {arm: {(forwards, value): where it was drawn along the horizontal axis}}.
     """
-    places = {}
-    for k, (arm, points) in enumerate(arms.items()):
-        forwards, value, low, high = zip(*sorted(points), strict=True)
-        beside = [steps * (1 + 0.012 * (k - (len(arms) - 1) / 2)) for steps in forwards]
+    places, ends, colours, texts = {}, {}, {}, {}
+    last = max(point[0] for points in arms.values() for point in points)
+    look = looks(list(arms), highlight)
+    coloured = [arm for arm in arms if look[arm]]
+    for arm, points in arms.items():
+        forwards, value, low, high = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        colour, mark, line = look[arm] or (GREY, ".", "-")
+        aside = 1 + 0.012 * (coloured.index(arm) - (len(coloured) - 1) / 2) if look[arm] else 1
+        beside = [steps * aside for steps in forwards]
         places[arm] = dict(zip(zip(forwards, value, strict=True), beside, strict=True))
+        # An interval without width may miss the value by a rounding.
+        below = [0 if a is None else max(0, v - a) for v, a in zip(value, low, strict=True)]
+        above = [0 if b is None else max(0, b - v) for v, b in zip(value, high, strict=True)]
         axis.errorbar(
-            beside,
-            [scale * v for v in value],
-            yerr=[
-                # An interval without width may miss the value by a rounding.
-                [0 if a is None else max(0, scale * (v - a)) for v, a in zip(value, low, strict=True)],
-                [0 if b is None else max(0, scale * (b - v)) for v, b in zip(value, high, strict=True)],
-            ],
-            marker="osD^vPX*<>"[k % 10],
-            color="black" if arm == "PRISM" else f"C{k % 10}",
-            linestyle="-" if k < 10 else "--",
-            linewidth=2 if arm == "PRISM" else 1.2,
-            elinewidth=1,
-            markersize=5,
-            capsize=2,
-            label=arm,
-        )
+            beside, value, yerr=[below, above] if look[arm] else None, marker=mark, color=colour, linestyle=line,
+            linewidth=1.8 if look[arm] else 0.9, elinewidth=0.9, markersize=5 if look[arm] else 3, capsize=2,
+            zorder=3 if look[arm] else 2, label=arm,
+        )  # fmt: skip
+        ends[arm], colours[arm] = (beside[-1], value[-1]), colour
+        early = f" at {forwards[-1]}" if forwards[-1] < last else ""
+        texts[arm] = f"{arm}  {value[-1]:{number}}{early}"
     ticks = sorted({point[0] for points in arms.values() for point in points})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("forward passes")
-    axis.grid(alpha=0.3)
+    axis.set_ylim(*axis.get_ylim())
+    axis.set_xlim(*axis.get_xlim())
+    label_ends(axis, ends, colours, texts)
     return places
 
 
-def _legend(figure, axis) -> None:
-    """The legend of one of the axes, beside them all: inside it would hide data."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-
-
-def success_figure(panels: dict, path) -> None:
+def success_figure(panels: dict, path, highlight: list[str] | None = None) -> None:
     """Success against number of forwards, one panel a puzzle set, one line an arm, bars for the intervals.
 
     Args:
         panels: {title: {arm: [(forwards, success, low, high), ...]}}; shares in [0, 1].
-        path: PNG file to write.
-    Raises:
-        ImportError: matplotlib is not installed.
+        path: PNG or SVG file to write; the other is written beside it.
+        highlight: arms in colour; None for judge and repair, PRISM, self-confidence, MDLM. Others are grey, without
+            their intervals.
     """
-    figure, axes = _figure(len(panels))
-    for axis, (title, arms) in zip(axes, panels.items(), strict=True):
-        _arms(axis, arms, scale=100)
-        axis.set(title=title, ylabel="solved (%)", ylim=(-3, 103))
-    _legend(figure, axes[-1])
-    figure.savefig(path, dpi=150)
+    with styled():
+        figure, axes = new_figure(len(panels))
+        for axis, (title, arms) in zip(axes, panels.items(), strict=True):
+            percent = {
+                arm: [(point[0], *(None if v is None else 100 * v for v in point[1:])) for point in points]
+                for arm, points in arms.items()
+            }
+            axis.set(title=title, ylabel="solved (%)", ylim=(-3, 103))
+            _arms(axis, percent, highlight, ".1f")
+        save_figure(figure, path)
+
+
+def _diagonal(axis, title: str, across: str) -> None:
+    """Axes from 0 to 1 with the line on which what is claimed is what happens."""
+    axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
+    axis.set(title=title, xlabel=across, ylabel="share right", xlim=(0, 1), ylim=(0, 1))
 
 
 def reliability_figure(curves: dict, path) -> None:
-    """Share of right tokens against claimed quality, one panel a set of states.
+    """Share of right tokens against claimed quality, one panel a set of states; larger marks hold more tokens.
 
     Args:
         curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration`.
-        path: PNG file to write.
-    Raises:
-        ImportError: matplotlib is not installed.
+        path: PNG or SVG file to write; the other is written beside it.
     """
-    figure, axes = _figure(len(curves))
-    for axis, (title, points) in zip(axes, curves.items(), strict=True):
-        claimed, found, _ = zip(*points, strict=True)
-        axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
-        axis.plot(claimed, found, marker="o")
-        axis.set(title=title, xlabel="quality claimed by the head", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with styled():
+        figure, axes = new_figure(len(curves), size=(4.2, 3.8))
+        colour = looks(["PRISM"])["PRISM"][0]
+        for axis, (title, points) in zip(axes, curves.items(), strict=True):
+            claimed, found, number = zip(*points, strict=True)
+            _diagonal(axis, title, "quality claimed by the head")
+            axis.plot(claimed, found, color=colour, clip_on=False)
+            area = [20 + 180 * n / max(number) for n in number]
+            axis.scatter(claimed, found, s=area, color=colour, edgecolor="white", zorder=3, clip_on=False)
+        save_figure(figure, path)
 
 
 def reliability_comparison_figure(panels: dict, path) -> None:
@@ -101,63 +104,68 @@ def reliability_comparison_figure(panels: dict, path) -> None:
 
     Args:
         panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration`.
-        path: PNG file to write.
-    Raises:
-        ImportError: matplotlib is not installed.
+        path: PNG or SVG file to write; the other is written beside it.
     """
-    figure, axes = _figure(len(panels))
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
-        for k, (label, points) in enumerate(curves.items()):
-            claimed, found, _ = zip(*points, strict=True)
-            axis.plot(claimed, found, marker="osD^"[k % 4], markersize=4, label=label)
-        axis.set(title=title, xlabel="claimed probability", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with styled():
+        figure, axes = new_figure(len(panels), columns=3, size=(4.2, 3.8))
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+            _diagonal(axis, title, "claimed probability")
+            # The head first, in PRISM's colour; the others in theirs.
+            look = looks(list(curves), list(curves)[:8])
+            for label, points in curves.items():
+                claimed, found, _ = zip(*points, strict=True)
+                colour, mark, line = look[label] or (GREY, ".", "-")
+                axis.plot(claimed, found, marker=mark, markersize=4, color=colour, linestyle=line, label=label)
+        axes[0].legend(fontsize=8)
+        save_figure(figure, path)
 
 
-def pareto_figure(arms: dict, front: list, metric: str, path, outside=()) -> None:
+def pareto_figure(arms: dict, front: list, metric: str, path, outside=(), highlight: list[str] | None = None) -> None:
     """Quality against number of forwards, one line an arm, bars for the intervals, rings on the Pareto front.
 
     Args:
         arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
         front: (forwards, value) of the points that no other point beats.
         metric: label of the vertical axis.
-        path: PNG file to write.
+        path: PNG or SVG file to write; the other is written beside it.
         outside: arms that are no part of the front.
-    Raises:
-        ImportError: matplotlib is not installed.
+        highlight: as `success_figure`.
     """
-    figure, (axis,) = _figure(1)
-    best = {tuple(point) for point in front}
-    rings = [
-        (along, point[1])
-        for arm, places in _arms(axis, arms).items()
-        for point, along in places.items()
-        if arm not in outside and point in best
-    ]
-    axis.scatter(*zip(*rings, strict=True), s=130, facecolors="none", edgecolors="black", label="Pareto front")
-    axis.set_ylabel(metric)
-    _legend(figure, axis)
-    figure.savefig(path, dpi=150)
+    with styled():
+        figure, (axis,) = new_figure(1, size=(7, 4.2))
+        axis.set_ylabel(metric)
+        best = {tuple(point) for point in front}
+        rings = [
+            (along, point[1])
+            for arm, places in _arms(axis, arms, highlight, "#.3g").items()
+            for point, along in places.items()
+            if arm not in outside and point in best
+        ]
+        axis.scatter(
+            *zip(*rings, strict=True), s=130, facecolors="none", edgecolors="black", zorder=4, label="Pareto front"
+        )
+        axis.set_title("Rings: no other arm is better in as few forward passes", fontsize=8, fontweight="normal")
+        save_figure(figure, path)
 
 
-def measures_figure(panels: dict, path, marks: dict | None = None) -> None:
+def measures_figure(panels: dict, path, marks: dict | None = None, highlight: list[str] | None = None) -> None:
     """Several measures against number of forwards, one panel a measure, one line an arm, bars for the intervals.
 
     Args:
         panels: {measure: {arm: [(forwards, value, low, high), ...]}}; low and high None where there is no interval.
-        path: PNG file to write.
+        path: PNG or SVG file to write; the other is written beside it.
         marks: {measure: value of held-out text}, a dotted line.
-    Raises:
-        ImportError: matplotlib is not installed.
+        highlight: as `success_figure`.
     """
-    figure, axes = _figure(len(panels))
-    for axis, (measure, arms) in zip(axes, panels.items(), strict=True):
-        _arms(axis, arms)
-        if marks and measure in marks:
-            axis.axhline(marks[measure], color="grey", linestyle=":", label="held-out text")
-        axis.set_title(measure)
-    _legend(figure, axes[-1])
-    figure.savefig(path, dpi=130)
+    with styled():
+        figure, axes = new_figure(len(panels))
+        for axis, (measure, arms) in zip(axes, panels.items(), strict=True):
+            axis.set_title(measure)
+            if marks and measure in marks:
+                axis.axhline(marks[measure], color=GREY, linestyle=":", linewidth=1.2)
+                axis.annotate(
+                    "held-out text", (0.01, marks[measure]), xycoords=("axes fraction", "data"), fontsize=7.5,
+                    color="#555555", va="bottom", backgroundcolor=(1, 1, 1, 0.6), zorder=1.5,
+                )  # fmt: skip
+            _arms(axis, arms, highlight, "#.3g")
+        save_figure(figure, path)

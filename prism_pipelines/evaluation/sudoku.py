@@ -80,13 +80,15 @@ def row_generators(puzzles, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
-def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0):
+def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=None, return_quality: bool = False):
     """A pipeline, with the scheduler it has now, as a solver for `evaluate_sudoku`.
 
     Args:
         pipe: a `PrismPipeline` whose ids are those of `sudoku_tokenizer`.
         num_inference_steps: forwards per run.
         seed: not negative; a puzzle's result depends on the puzzle and this seed alone.
+        on_output: called with the `PrismPipelineOutput` of each batch, for what is in it besides the grids; or None.
+        return_quality: of the pipeline's call, one more forward: then a calibrated head's confidence is in the output.
     Returns:
         callable from puzzles (n, 81) to grids (n, 81).
     """
@@ -97,7 +99,15 @@ def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0):
         with warnings.catch_warnings():
             # Rules are compared at equal forwards, also where one of them has nothing to do in some.
             warnings.filterwarnings("ignore", message=".* steps will write nothing")
-            out = pipe(infill=ids, num_inference_steps=num_inference_steps, generator=generators, output_type="seq")
+            out = pipe(
+                infill=ids,
+                num_inference_steps=num_inference_steps,
+                generator=generators,
+                output_type="seq",
+                return_quality=return_quality,
+            )
+        if on_output is not None:
+            on_output(out)
         return out.sequences.cpu().numpy()
 
     return solve

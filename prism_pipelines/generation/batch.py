@@ -1,21 +1,19 @@
 """Generation for thousands of prompts: a file in, a file out, in input order, resumable, on one process or several.
 
-What a run writes, and why a kill neither loses nor doubles a prompt, stands in `output_files.py`.
+How the work is shared out and taken up again stands in `running.py`, what a run writes in `output_files.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
-from .output_files import check_run, lock, merge, part_files, part_writer, read_parts, run_file, run_settings
+from .input_files import read_json_lines, read_lines
+from .output_files import run_settings
+from .running import plan_batches, run_batches
 
 WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a row
-LOG_SECONDS = 30
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -29,29 +27,11 @@ def read_prompts(path) -> list[dict]:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"A file of prompts must end in .jsonl or .txt, got {str(path)!r}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file of prompts {str(path)!r}.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from None
-    lines = text.split("\n")  # not splitlines(): JSON strings may hold U+2028
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = read_lines(path, (".jsonl", ".txt"), "prompts")
     if path.suffix == ".txt":
-        rows = [line.rstrip("\r") for line in lines]
-    else:
-        rows = []
-        numbers = [number for number, line in enumerate(lines, 1) if line.strip()]  # a blank line is no row
-        for number in numbers:
-            try:
-                rows.append(json.loads(lines[number - 1]))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from None
-        return check_rows(rows, lambda i: f"{path}, line {numbers[i]}")
-    return check_rows(rows, lambda i: f"{path}, line {i + 1}")
+        return check_rows(lines, lambda i: f"{path}, line {i + 1}")
+    numbered = read_json_lines(path, lines)
+    return check_rows([row for _, row in numbered], lambda i: f"{path}, line {numbered[i][0]}")
 
 
 def check_rows(rows, place=lambda i: f"row {i}") -> list[dict]:
@@ -141,28 +121,6 @@ def prompt_texts(
     return texts
 
 
-def plan_batches(lengths: list[int], batch_size: int, groups: list | None = None) -> list[list[int]]:
-    """Rows of like length together, the longest first, so that little is padding and a lack of memory shows at once.
-
-    Depends on its arguments alone, not on the number of processes.
-
-    Args:
-        lengths: tokens of each prompt.
-        batch_size: rows of a batch, at least 1; the last batch of a group may have less.
-        groups: rows of different groups never share a batch; None for one group.
-    Returns:
-        lists of row numbers; each row is in exactly one.
-    """
-    groups = [0] * len(lengths) if groups is None else groups
-    batches, last = [], {}
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if len(last.get(groups[i], ())) in (0, batch_size):
-            batches.append([])
-            last[groups[i]] = batches[-1]
-        last[groups[i]].append(i)
-    return batches
-
-
 def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | None) -> list[int]:
     """Which rows may share a batch without one changing what another gets.
 
@@ -241,9 +199,9 @@ def generate_many(
         out: path of the output, a .jsonl file. A row of it is the input row with "text", "nfe" (forward passes) and
             "ended": false if no end token or stop string was written in `gen_length` tokens, null if the model has no
             end token.
-        gen_length, block_length, num_inference_steps, temperature, top_p, cfg_scale, stop, eos_early_stop, threshold,
-            cache, cache_refresh_interval, use_chat_template, chat_template_kwargs, continue_final_message: of the
-            pipeline.
+        gen_length, block_length, num_inference_steps, temperature, top_p, cfg_scale, stop: of the pipeline.
+        eos_early_stop, threshold, cache, cache_refresh_interval: of the pipeline.
+        use_chat_template, chat_template_kwargs, continue_final_message: of the pipeline.
         batch_size: prompts a forward.
         seed: of all rows, not negative.
         max_prompts: only that many, from the first.
@@ -262,7 +220,7 @@ def generate_many(
 
     from ..sampling.encoding import prompt_ids
 
-    out, rank, num_processes = Path(out), *_place()
+    out = Path(out)
     for name, value, least in (("batch_size", batch_size, 1), ("max_prompts", max_prompts, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
@@ -295,51 +253,27 @@ def generate_many(
     generation["chat_template_kwargs"] = chat_template_kwargs
     generation["continue_final_message"] = continue_final_message
     settings = run_settings(pipe, rows, generation)
-    todo, complete = [], check_run(out, settings)
-    if not complete:
-        for path in part_files(out):
-            with path.open("rb") as file:
-                if not lock(file, exclusive=False):
-                    raise ValueError(f"Another process is writing {path}: is the run still going?")
-        done = read_parts(out)
-        for batch in plan_batches(lengths, batch_size, batch_groups(pipe, lengths, gen_length, block_length)):
-            batch = [i for i in batch if i not in done and i not in skipped]
-            todo += [batch] if batch else []
-    _wait()  # nobody writes before everybody has read, so that the shares fit together
-    if rank == 0 and not complete:
-        beside = run_file(out).with_suffix(".tmp")
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, run_file(out))
-    _wait()
+    batches = plan_batches(lengths, batch_size, batch_groups(pipe, lengths, gen_length, block_length))
 
-    start, generated, tokens = time.perf_counter(), 0, 0
-    share = todo[rank::num_processes]
-    title = "prompts" if num_processes == 1 else f"prompts of process 1 of {num_processes}"
-    with _bar(title, sum(map(len, share)), progress and rank == 0) as advance:
-        if share:
-            with part_writer(out.with_name(f"{out.name}.part-{rank:05d}.jsonl")) as write:
-                for batch in share:
-                    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in batch]
-                    try:
-                        results = _generate(pipe, [texts[i] for i in batch], generators, call)
-                    except torch.OutOfMemoryError as error:
-                        raise ValueError(
-                            f"Out of memory with {len(batch)} prompts of up to {lengths[batch[0]]} tokens. Lower "
-                            f"`batch_size` ({batch_size}) and start again: what is done is kept. "
-                            f"{error.__cause__ or error}"
-                        ) from None
-                    tokens += sum(count for _, count in results)
-                    write([{"row": i} | result for i, (result, _) in zip(batch, results, strict=True)])
-                    generated += len(batch)
-                    advance(len(batch), tokens)
-    seconds = time.perf_counter() - start
-    merged = merge(out, rows, skipped) or {"prompts": None, "skipped": None, "not_ended": None}
-    return merged | {
-        "generated": generated,
-        "seconds": seconds,
-        "prompts_per_second": generated / seconds,
-        "tokens_per_second": tokens / seconds,
-    }
+    def fill(batch: list[int]) -> list[tuple[dict, int]]:
+        generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in batch]
+        return _generate(pipe, [texts[i] for i in batch], generators, call)
+
+    def lines(done: dict[int, dict]) -> Iterator[str]:
+        for i, row in enumerate(rows):
+            blank = {"text": None, "nfe": 0, "ended": None, "error": skipped.get(i)}
+            yield json.dumps(row | (blank if i in skipped else done[i])) + "\n"
+
+    work = [[i for i in batch if i not in skipped] for batch in batches]
+    told = run_batches(out, settings, work, lengths, fill, lines, "prompts", progress)
+    counts = {"prompts": None, "skipped": None, "not_ended": None}
+    if told.pop("complete"):
+        results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        not_ended = sum(row["ended"] is False for row in results)
+        counts = {"prompts": len(results), "skipped": len(skipped), "not_ended": not_ended}
+    seconds, tokens = told["seconds"], told.pop("tokens")
+    rates = {"prompts_per_second": told["generated"] / seconds, "tokens_per_second": tokens / seconds}
+    return counts | told | rates
 
 
 def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
@@ -376,45 +310,3 @@ def _generate(pipe, texts: list[str], generators: list, call: dict) -> list[tupl
             raise ValueError("Masks are left in a generation, so its text would be cut off.")
         results.append(({"text": text, "nfe": nfe, "ended": ended if ends else None}, len(prefix)))
     return results
-
-
-def _place() -> tuple[int, int]:
-    """Number of this process, and how many there are."""
-    import torch.distributed as dist
-
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def _wait() -> None:
-    """Until every process is here."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-@contextmanager
-def _bar(title: str, total: int, shown: bool):
-    """A bar over prompts with the rate and the time left; yields what reports (prompts just done, tokens so far)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    lines = shown and not console.is_terminal  # a log gets a line now and then in place of a bar
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not shown or not console.is_terminal
-    ) as bar:
-        line, start = bar.add_task(title, total=total, rate=""), time.perf_counter()
-        done, told = 0, start
-
-        def report(count, tokens):
-            nonlocal done, told
-            now = time.perf_counter()
-            done, rate = done + count, f"{tokens / (now - start):,.0f} tokens/s"
-            bar.update(line, advance=count, rate=rate)
-            if lines and now - told >= LOG_SECONDS:
-                told = now
-                print(f"{title}: {done} of {total}, {rate}", file=sys.stderr, flush=True)
-
-        yield report

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _sha256(data: bytes) -> str:
 
 
 def read_parts(out: Path) -> dict[int, dict]:
-    """What is done: row number -> {"text", "nfe", "ended"}. A last line without its newline is half written: not done.
+    """What is done: row number -> its result. A last line without its newline is half written: not done.
 
     Raises:
         ValueError: a whole line that is no batch.
@@ -134,31 +135,27 @@ def lock(file, exclusive: bool, wait: bool = False) -> bool:
     return True
 
 
-def merge(out: Path, rows: list[dict], skipped: dict[int, str]) -> dict | None:
-    """Write `out` if every row is done, remove the parts, and count.
+def merge(out: Path, total: int, lines: Callable[[dict[int, dict]], Iterable[str]]) -> bool:
+    """Write `out` if every row is done, and remove the parts.
 
     Args:
-        rows: of `check_rows`.
-        skipped: row number -> why it was not generated.
+        total: rows that must be done.
+        lines: from the results by row number the parts of the output, in order.
     Returns:
-        {"prompts", "skipped", "not_ended"}, or None if rows are still to do.
+        whether `out` is complete; False if rows are still to do.
     """
     with run_file(out).open("rb") as turn:
         lock(turn, exclusive=True, wait=True)  # two processes may find at once that all is done
         if not out.exists():
             done = read_parts(out)
-            if len(done) + len(skipped) < len(rows):
-                return None
+            if len(done) < total:
+                return False
             beside = out.with_name(out.name + ".tmp")
-            with beside.open("w", encoding="utf-8") as file:
-                for i, row in enumerate(rows):
-                    blank = {"text": None, "nfe": 0, "ended": None, "error": skipped.get(i)}
-                    file.write(json.dumps(row | (blank if i in skipped else done[i])) + "\n")
+            with beside.open("w", encoding="utf-8", newline="") as file:
+                file.writelines(lines(done))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, out)
         for path in part_files(out):
             path.unlink()
-    results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    not_ended = sum(row["ended"] is False for row in results)
-    return {"prompts": len(results), "skipped": len(skipped), "not_ended": not_ended}
+    return True

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models.checks import non_finite
+from ..schedulers.validation import is_number
 from .files import fetch_file, inside, read_json, tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,6 +24,8 @@ MORE_THAN_LORA = {
     "trainable_token_indices": "it replaces rows of the embeddings, for new tokens",
     "target_parameters": "it changes parameters that are no layers",
 }
+LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
+LARGEST_ALPHA = 1e6  # beyond, float16 overflows for any weights
 PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")  # others subtract something from the base's weights
 MERGE = (
     "Merge it into its base with PEFT (PeftModel.from_pretrained(base, adapter).merge_and_unload()), save that, and "
@@ -65,6 +68,8 @@ def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> Ad
     names = {name: native_names(name, spec) for name in shapes}
     check_fit(path, raw, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
     weights = load_file(file)
+    if whole := [key for key, value in weights.items() if not value.is_floating_point()]:
+        raise ValueError(f"The adapter of {path!r} is no LoRA: {whole[0]} is {weights[whole[0]].dtype}, not a float.")
     if bad := non_finite(weights.items()):
         raise ValueError(f"A weight of the adapter of {path!r} holds NaN or inf: {bad}. Load another adapter.")
     fitted = {}
@@ -143,9 +148,20 @@ def input_size(layer: nn.Module) -> int:
 
 def check_fit(path: str, raw: dict, shapes: dict[str, tuple], model, spec) -> None:
     """Raise a ValueError if the weights that a file lists are not those that its config speaks of in a model."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"The adapter of {path!r} has {name}={raw[name]!r:.80}, which must be a JSON object.")
+    for alpha in (raw.get("lora_alpha", 8), *(raw.get("alpha_pattern") or {}).values()):
+        if not is_number(alpha, -LARGEST_ALPHA, LARGEST_ALPHA):
+            raise ValueError(
+                f"The adapter of {path!r} has lora_alpha {alpha!r}, and what it adds would be NaN or inf. Load another "
+                "adapter."
+            )
     ranks = {raw.get("r"), *(raw.get("rank_pattern") or {}).values()}
     if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
         raise ValueError(f"The adapter of {path!r} has rank {raw.get('r')!r}; a rank is an integer of at least 1.")
+    if flat := [name for name, shape in shapes.items() if LORA_MATRIX.search(name) and len(shape) < 2]:
+        raise ValueError(f"The adapter of {path!r} is damaged: {flat[0]} is no matrix, {shapes[flat[0]]}.")
     found, wrong = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}, []
     if found != ranks and shapes:
         raise ValueError(

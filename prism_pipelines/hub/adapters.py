@@ -40,16 +40,20 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "", 
         with warnings.catch_warnings(), without_load_report():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
             info = model.load_adapter(peft_config=files.config, adapter_state_dict=files.weights, adapter_name=name)
-        # transformers also names those of the adapters that were there before.
-        lost = [key for key in info.missing_keys if f".{name}." in key] + list(info.unexpected_keys)
-        if lost:
-            raise ValueError(
-                f"The adapter of {path!r} does not fit {type(model).__name__}: {len(lost)} weights are missing or have "
-                f"no place, such as {sorted(lost)[:3]}."
-            )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of fields that PEFT takes as they come
+        drop_adapter(model, name)
+        raise ValueError(f"The adapter of {path!r} has a wrong {CONFIG}: PEFT says {error!s:.200}") from error
     except BaseException:
         drop_adapter(model, name)
         raise
+    # transformers also names those of the adapters that were there before.
+    lost = [key for key in info.missing_keys if f".{name}." in key] + list(info.unexpected_keys)
+    if lost:
+        drop_adapter(model, name)
+        raise ValueError(
+            f"The adapter of {path!r} does not fit {type(model).__name__}: {len(lost)} weights are missing or have no "
+            f"place, such as {sorted(lost)[:3]}."
+        )
     model.eval()
     use_adapters(model, active)
 

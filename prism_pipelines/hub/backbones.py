@@ -9,17 +9,17 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from ..models.checks import check_rope
 from ..models.convert_mdlm import load_mdlm
-from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, resolve_spec
+from ..models.families import FAMILIES, MDMSpec, as_spec, family_of, refuse_family, resolve_spec
 from .adapter_files import CONFIG
 from .files import absence, fetch_file, inside, out_of_reach, reachable, read_json
 from .saved_model import load_adapters, note_origin, read_index
+from .sizes import check_sizes, file_shapes, model_config, weight_files
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
 UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -83,6 +83,8 @@ def load_plain(
         }
         return load_adapted(path, subfolder, where, (dtype, trust_remote_code), given)
     refuse_pickles(path, subfolder, where)
+    if not mdm_spec:
+        refuse_family(raw.get("model_type"), path)
     refuse_variants(path, raw, None if mdm_spec else family_of(SimpleNamespace(**raw), path))
     if dtype != "auto":
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -139,6 +141,9 @@ def load_adapted(path: str, subfolder: str, where: dict, how: tuple, given: dict
         base_where,
         **given,
     )
+    in_pipeline = inside("tokenizer", TOKENIZER_FILES[0])
+    if saved_pipeline and loaded["tokenizer"] is None and fetch_file(base, in_pipeline, base_where):
+        loaded["tokenizer"] = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", **base_where)
     load_adapters(loaded["model"], path, subfolder, where, index, as_spec(loaded["mdm_spec"]))
     return loaded
 
@@ -214,23 +219,31 @@ def load_backbone(
             f"The weights of {path!r} are quantized under the names of its own code, which are not those of "
             f"{spec.native_class}. Load the unquantized checkpoint, and pass quantization_config= to quantize it here."
         )
-    config = native_config(native, raw, spec)
+    files = weight_files(path, subfolder, where)
+    shapes = file_shapes(files)
+    config = model_config(lambda: native_config(native, raw, spec), native, raw, shapes, path, spec.config_mapping)
     config.name_or_path = path
+    if spec.fold_time:
+        config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
+    check_sizes(native, config, raw, shapes, path)
     if spec.fold_time:
         if placement:
             names = ", ".join(f"`{name}`" for name in placement)
             raise ValueError(f"{names} is not supported for MDLM (170M parameters); use pipe.to().")
-        config.intermediate_size = 4 * config.hidden_size  # MDLM's config has no word for it
-        index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
-        names = ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
-        files = [fetch_file(path, inside(subfolder, name), where) for name in names]
         try:
             return load_mdlm(files, config, torch.float32 if dtype == "auto" else dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"The weights of {path!r} do not fit the MDLM of its config.json: {error}") from error
     options |= {"config": config, "key_mapping": spec.key_mapping, "output_loading_info": True}
     reader = with_split_weights(native, spec.split_weights) if spec.split_weights else native
-    model, info = reader.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    try:
+        model, info = reader.from_pretrained(path, ignore_mismatched_sizes=True, **options)  # refused below, by name
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):  # cut in parts (`split_weights`) that do not add up
+            raise
+        raise ValueError(
+            f"The weights of {path!r} do not fit {spec.native_class}, with the sizes that its config.json says."
+        ) from error
     model.__class__ = native
     wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
     if wrong:
@@ -240,7 +253,9 @@ def load_backbone(
         model.get_adapter_state_dict = functools.partial(adapter_weights, model)
     if spec.key_mapping:
         # transformers would rename the weights back when it saves them; ours are read again as the native class.
-        model._weight_conversions = None
+        ours = {*spec.key_mapping, *(spec.split_weights or ())}
+        kept = [rule for rule in model._weight_conversions if not ours.intersection(rule.source_patterns)]
+        model._weight_conversions = kept
     check_rope(model, path)
     return model
 
@@ -362,6 +377,11 @@ def refuse_pickles(path: str, subfolder: str, where: dict) -> None:
     )
 
 
+_LLADA2 = {
+    "norm_head": (False,),
+    "use_bias": (False,),
+    "expert_capacity": (None,),  # LLaDA2.2 chooses experts for a block of tokens at once, the native class for each
+}
 # What a config of a key-mapped family must say, if it says anything: its native class does nothing else.
 ONLY_AS = {
     "llada": {
@@ -381,8 +401,14 @@ ONLY_AS = {
         "shared_expert_intermediate_size": (None,),
         "moe_router_enable_expert_bias": (False, None),
     },
-    "llada2_moe": {"norm_head": (False,), "use_bias": (False,)},
-    "Dream": {"block_size": (None,)},  # Dream's block-diffusion successor shares its model_type
+    "illada": {
+        "layer_norm_eps": (None,),  # it would have other norms
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+    },
+    "llada2_moe": _LLADA2,
+    "llada2_moe:llada2.2": _LLADA2,
+    "Dream": {"block_size": (None,)},  # DreamReasoner shares its model_type: a copy under another name is one of these
     "mdlm": {"time_conditioning": (False, None)},
     "bd3lm": {"time_conditioning": (False, None), "causal": (False, None)},
 }
@@ -411,10 +437,5 @@ def refuse_variants(path: str, raw: dict, row: MDMSpec | None) -> None:
 
 def rows_of(key: str, path: str, subfolder: str, where: dict) -> int | None:
     """Rows of a weight of a safetensors checkpoint, read from its header; None if there is no such weight."""
-    index = read_json(path, inside(subfolder, "model.safetensors.index.json"), where)
-    name = "model.safetensors" if index is None else index["weight_map"].get(key)
-    file = None if name is None else fetch_file(path, inside(subfolder, name), where)
-    if file is None:
-        return None
-    with safe_open(file, "pt") as weights:
-        return weights.get_slice(key).get_shape()[0] if key in weights.keys() else None  # noqa: SIM118
+    shape = file_shapes(weight_files(path, subfolder, where)).get(key)
+    return shape[0] if shape else None

@@ -25,6 +25,7 @@ from ..models.families import family_of
 from ..models.probes import wrong_size
 from .backbones import TOKENIZER_FILES, native_config
 from .files import fetch_file, inside, reachable, read_json
+from .sizes import check_sizes, model_config, parts_of
 
 # Where training code keeps the weights inside a checkpoint that holds more than weights.
 INNER = ("state_dict", "model_state_dict", "model", "module")
@@ -139,7 +140,7 @@ def weight_files(source: str, subfolder: str, weights: str | None, hub_kwargs: d
     """
     for name in [weights] if weights else ["model.safetensors", "pytorch_model.bin"]:
         index = read_json(source, inside(subfolder, f"{name}.index.json"), hub_kwargs)
-        parts = [name] if index is None else sorted(set(index["weight_map"].values()))
+        parts = [name] if index is None else parts_of(index, f"{name}.index.json of {source!r}")
         files = [fetch_file(source, inside(subfolder, part), hub_kwargs) for part in parts]
         if all(files):
             return files
@@ -205,8 +206,11 @@ def match_names(found: dict[str, Tensor], config: dict, source: str) -> tuple[di
         prefix = best_prefix(names, None)
         kept = {name.removeprefix(prefix): found[old] for name, old in names.items() if name.startswith(prefix)}
         return kept, report_of(kept, names, prefix)
+    shapes = {name: tuple(found[old].shape) for name, old in names.items()}
+    made = model_config(lambda: native_config(native, config, row), native, config, shapes, source)
+    check_sizes(native, made, config, shapes, source)
     with torch.device("meta"):
-        model = native(native_config(native, config, row))
+        model = native(made)
     expected = dict(model.state_dict())
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     prefix = best_prefix(names, set(expected))

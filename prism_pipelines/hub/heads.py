@@ -61,8 +61,10 @@ def load_head(path: str, where: dict) -> QualityHead:
             f"{owner} does not fit its config.json: {wrong[0]} is {found.get(wrong[0], 'missing')}, and should be "
             f"{expected.get(wrong[0], 'absent')}."
         )
-    head = make_head(config, owner)
-    head.load_state_dict(load_file(file))
+    head, weights = make_head(config, owner), load_file(file)
+    if whole := [key for key, value in weights.items() if not value.is_floating_point()]:
+        raise ValueError(f"{owner} does not fit its config.json: {whole[0]} is {weights[whole[0]].dtype}, not a float.")
+    head.load_state_dict(weights)
     head.register_to_config(_name_or_path=path)
     return head.eval()
 
@@ -73,6 +75,9 @@ def make_head(config: dict, owner: str) -> QualityHead:
     Raises:
         ValueError: the config is not one of a `QualityHead`, or speaks of more than any memory holds.
     """
+    for name in ("base_model", "base_revision", "base_fingerprint", "weights_fingerprint"):
+        if not isinstance(config.get(name), (str, type(None))):
+            raise ValueError(f"{owner} has a wrong config.json: {name} must be a string, got {config[name]!r:.80}.")
     try:
         return QualityHead.from_config({name: value for name, value in config.items() if name != "_name_or_path"})
     except (TypeError, ValueError, RuntimeError) as error:
@@ -89,7 +94,7 @@ def load_scheduler(path: str, where: dict):
     if config is None:
         return None
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{path!r} recommends the scheduler {name!r}; known here: {', '.join(SCHEDULERS)}.")
     return SCHEDULERS[name].from_config(config)
 

@@ -46,9 +46,43 @@ def model_card(
         use,
         "## Recommended settings",
         settings(pipe.scheduler),
+        *judging(pipe.quality_head, facts),
         *training(facts),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def adapter_card(
+    pipe, base_model: str, base_revision: str | None, rank: int, facts: dict, repo_id: str | None = None
+) -> str:
+    """README.md of a plain adapter's repository; what is not known is left out."""
+    name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
+    at = f" at revision `{base_revision}`" if base_revision else ""
+    parts = [
+        header("peft", base_model, ["lora"], facts),
+        f"# LoRA adapter for {Path(name).name}",
+        f"An adapter of rank {rank} for `{name}`{at}, trained with the loss of masked diffusion.",
+        "## Use",
+        usage(pipe, repo_id, facts),
+        adapter_usage(pipe, base_model, base_revision, repo_id),
+        *training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def judging(head, facts: dict) -> list[str]:
+    """The parts of a card about what a head learned, on which states, from what it judges, and what it finds."""
+    calibrated = head.config.get("temperature")
+    about = {
+        "It estimates": facts.get("target"),
+        "Learned on": facts.get("states"),
+        "It reads of the run": ", ".join(head.reads_context) if head.reads_context else None,
+        "Temperature, fitted on held-out runs": f"{calibrated:g}" if calibrated else None,
+    }
+    rows, parts = [f"- {key}: {value}" for key, value in about.items() if value], []
+    parts += ["## What it judges by", "\n".join(rows)] if rows else []
+    parts += ["## What it finds on held-out runs", facts["detection"]] if "detection" in facts else []
+    return parts
 
 
 def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:

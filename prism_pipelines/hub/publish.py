@@ -14,9 +14,10 @@ from . import adapters, heads
 from .adapter_files import CONFIG, WEIGHTS, write_adapter
 from .files import is_hub_id
 from .fingerprints import lasting_fingerprint, weights_fingerprint
-from .model_card import method, model_card, pipeline_card
+from .model_card import adapter_card, method, model_card, pipeline_card
 
 FACTS = {"call", "dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
+FACTS |= {"target", "states", "detection"}
 
 
 def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
@@ -32,7 +33,8 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
         base_revision: of that; None for what the head's config says.
         facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
             "steps" (int), "versions" and "metrics" (dicts), "call" (dict, further arguments with which the pipeline
-            writes after what the training data gave), "figure" (path of a calibration figure, copied).
+            writes after what the training data gave), "figure" (path of a calibration figure, copied); "target",
+            "states" and "detection", what the head estimates, learned on, and finds (strings, Markdown).
         repo_id: where it will be on the Hub, for the card; None for a folder.
     Returns:
         The folder.
@@ -168,6 +170,36 @@ def push_head_repo(
         message = commit_message or f"{method(pipe)} quality head"
         target = {"private": private, "token": token, "revision": revision, "commit_message": message}
         return upload(folder, repo_id, ["adapter_*", "quality_head/*", "scheduler/*"], **target)
+
+
+def save_adapter_repo(
+    pipe, name: str, folder, *, base_model: str, base_revision=None, facts=None, repo_id=None
+) -> Path:
+    """Write one adapter of a pipeline's model as a plain PEFT adapter, which `PeftModel.from_pretrained` loads.
+
+    Args:
+        pipe: `PrismPipeline`.
+        name: of the adapter in its model.
+        folder, base_model, base_revision, facts, repo_id: as `save_head_repo`.
+    Returns:
+        The folder.
+    """
+    folder, facts = Path(folder), facts or {}
+    write_adapter(pipe.model, name, folder, base_model, base_revision)
+    rank = pipe.model.peft_config[name].r
+    write_card(folder, adapter_card(pipe, base_model, base_revision, rank, facts, repo_id), facts)
+    return folder
+
+
+def push_adapter_repo(
+    pipe, name: str, repo_id: str, *, base_model, base_revision=None, facts=None, private=None, token=None
+) -> str:
+    """Upload what `save_adapter_repo` writes, and give the URL of the commit; arguments as `push_head_repo`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        known = {"base_model": base_model, "base_revision": base_revision, "facts": facts}
+        folder = save_adapter_repo(pipe, name, temporary, repo_id=repo_id, **known)
+        target = {"private": private, "token": token, "revision": None, "commit_message": "LoRA adapter"}
+        return upload(folder, repo_id, ["adapter_*"], **target)
 
 
 def push_pipeline(

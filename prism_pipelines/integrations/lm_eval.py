@@ -1,4 +1,4 @@
-"""Model class `prism` of lm-eval (EleutherAI's lm-evaluation-harness): its generation tasks on a `PrismPipeline`.
+"""Model class `prism` of lm-eval (EleutherAI's lm-evaluation-harness): its tasks on a `PrismPipeline`.
 
 `python -m prism_pipelines.integrations.lm_eval run --model prism --model_args pretrained=...,gen_length=... --tasks
 gsm8k` is `lm_eval` with the class registered; in Python importing this module registers it.
@@ -20,10 +20,12 @@ try:
 except ImportError as error:
     raise ImportError('The model class of lm-eval needs it: pip install "prism-pipelines[eval]".') from error
 
-from ..generation.batch import check_steps, plan_batches
+from ..generation.batch import check_steps
+from ..generation.running import plan_batches
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
 from ..sampling.encoding import prompt_ids
+from ..sampling.likelihood import METHODS, is_greedy, scored_canvas
 from ..schedulers.by_name import change_scheduler
 
 # What a task may ask for beside `until`; the others cannot be honoured and are refused.
@@ -33,7 +35,7 @@ KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTHS}
 
 @register_model("prism")
 class PrismLM(LM):
-    """A pipeline that answers `generate_until` requests of lm-eval; see `generate_until`.
+    """A pipeline that answers the requests of lm-eval: `generate_until`, `loglikelihood`, `loglikelihood_rolling`.
 
     Args:
         pretrained: folder or Hub id of a pipeline, a model, or a head.
@@ -50,6 +52,10 @@ class PrismLM(LM):
         max_batch_size: lm-eval passes it along with `batch_size`; not used.
         torch_dtype: float32, bfloat16 or float16.
         seed: every request has its own generator, seeded by this, its prompt, and how often that prompt came before.
+        likelihood: "bound" or "pseudo", as `method` of `PrismPipeline.log_likelihood`.
+        num_samples: forward passes of a request of a likelihood task with "bound".
+        check_greedy: likelihood tasks also ask whether the model would write the answer itself (LAMBADA's accuracy);
+            that costs up to a forward pass per token of it. False answers no without asking.
         revision, trust_remote_code: as the pipeline's.
     """
 
@@ -69,6 +75,9 @@ class PrismLM(LM):
         max_batch_size: int | None = None,
         torch_dtype: str = "float32",
         seed: int = 0,
+        likelihood: str = "bound",
+        num_samples: int = 128,
+        check_greedy: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
@@ -81,6 +90,11 @@ class PrismLM(LM):
             raise ValueError(f"`gen_length` must be an integer of at least 1, got {gen_length!r}.")
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
+        if likelihood not in METHODS:
+            raise ValueError(f"`likelihood` must be one of {METHODS}, got {likelihood!r}.")
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be an integer of at least 1, got {num_samples!r}.")
+        self.likelihood, self.num_samples, self.check_greedy = likelihood, num_samples, check_greedy
         self._device = usable_device(device)
         self.pipe = PrismPipeline.from_pretrained(
             pretrained,
@@ -174,16 +188,76 @@ class PrismLM(LM):
     def _seed(self, text: str, repeat: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed} {repeat} {text}".encode()).digest()[:4], "big")
 
-    def loglikelihood(self, requests):
-        """Refused."""
-        raise NotImplementedError(
-            "Likelihood tasks are refused: a masked diffusion model gives p(token | the rest) and only a Monte Carlo "
-            "bound on the likelihood of a text, and sampling with remasking has none at all; use generation tasks."
-        )
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): an estimate of log p(continuation | context), and whether it is greedy.
 
-    def loglikelihood_rolling(self, requests):
-        """Refused, as `loglikelihood`."""
-        return self.loglikelihood(requests)
+        By the Monte Carlo bound a request costs `num_samples` forward passes, and one alone if the continuation is a
+        single token (the letter of a multiple-choice answer).
+
+        Raises:
+            ValueError: a request that does not fit into the model (nothing is cut off), or an empty continuation.
+        """
+        from tqdm import tqdm
+
+        pairs = [request.args for request in requests]
+        lengths = [len(ids) for ids in prompt_ids([context + answer for context, answer in pairs], self.pipe.tokenizer)]
+        answers, seen, seeds = [None] * len(requests), Counter(), []
+        for pair in pairs:
+            seeds.append(self._seed("\n".join(pair), seen[pair]))
+            seen[pair] += 1
+        order = sorted(range(len(pairs)), key=lambda i: lengths[i])
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood") as bar:
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                contexts, continuations = ([pairs[i][side] for i in batch] for side in (0, 1))
+                found = self._log_likelihood(continuations, contexts, [seeds[i] for i in batch])
+                greedy = self._is_greedy(continuations, contexts)
+                for i, value, same in zip(batch, found, greedy, strict=True):
+                    answers[i] = (value, same)
+                    self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
+                bar.update(len(batch))
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """An estimate of log p(text) for each text, at the cost of `loglikelihood`.
+
+        A text that is longer than the model takes is cut into parts that know nothing of each other.
+        """
+        from tqdm import tqdm
+
+        limit, tokenizer = max_length(self.pipe.model.config), self.pipe.tokenizer
+        answers = []
+        for request in tqdm(requests, disable=disable_tqdm, desc="loglikelihood_rolling"):
+            (text,) = request.args
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            size = len(ids) if limit is None else limit - len(tokenizer("").input_ids)
+            parts = [ids[start : start + size] for start in range(0, len(ids), max(1, size))]
+            texts = [text] if len(parts) == 1 else [tokenizer.decode(part) for part in parts]
+            total = 0.0
+            for number, part in enumerate(texts):
+                total += self._log_likelihood([part], None, [self._seed(text, number)])[0]
+            answers.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return answers
+
+    def _log_likelihood(self, texts: list[str], prompts: list[str] | None, seeds: list[int]) -> list[float]:
+        return self.pipe.log_likelihood(
+            texts,
+            prompt=prompts,
+            method=self.likelihood,
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).log_likelihood.tolist()
+
+    def _is_greedy(self, texts: list[str], prompts: list[str]) -> list[bool]:
+        if not self.check_greedy:
+            return [False] * len(texts)
+        pipe = self.pipe
+        canvas, scored = scored_canvas(
+            texts, prompts, None, None, None, pipe.tokenizer, pipe.mask_token_id, pipe.text_frame
+        )
+        return is_greedy(pipe.denoiser, canvas.to(self._device), scored.to(self._device))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text, by the tokenizer's template.

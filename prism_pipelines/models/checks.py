@@ -48,7 +48,9 @@ def non_finite(tensors) -> str | None:
 @torch.no_grad()
 def refuse_nan(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
     """Raise a ValueError if the model gives NaN or inf for some ids (B, L), which names the tensor it comes from."""
-    if denoiser.hidden(ids, attention_mask).isfinite().all():
+    hidden = denoiser.hidden(ids, attention_mask)
+    whole = bool(hidden.isfinite().all())
+    if whole and not any_nan(denoiser.logits(row[None], torch.ones_like(row[None, :, 0]).bool()) for row in hidden):
         return
     model = denoiser.model
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -58,6 +60,21 @@ def refuse_nan(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torc
             f"A weight of {name!r} holds NaN or inf: {bad}. The file is damaged, or was saved by a training run that "
             "diverged. Load another checkpoint."
         )
+    place = "the output head" if whole else first_overflow(denoiser, ids, attention_mask)
+    where = f" from {place} on" if place else ""
+    raise ValueError(
+        f"{name!r} gives NaN or inf{where}, and its weights are finite: numbers overflow {model.dtype}. Load it with "
+        "torch_dtype=torch.bfloat16 or torch.float32."
+    )
+
+
+def any_nan(logits) -> bool:
+    """Does any of some tensors of logits hold a NaN or +inf? Those of forbidden ids are -inf."""
+    return any(bool((values.isnan() | values.isposinf()).any()) for values in logits)
+
+
+def first_overflow(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> str | None:
+    """Name of the first module whose output is not finite."""
     found = []
 
     def look(module, args, output):
@@ -65,18 +82,14 @@ def refuse_nan(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torc
         if not found and isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
             found.append(names[module])
 
-    names = {module: place for place, module in model.named_modules()}
+    names = {module: place for place, module in denoiser.model.named_modules()}
     handles = [module.register_forward_hook(look) for module in names]
     try:
         denoiser.hidden(ids, attention_mask)
     finally:
         for handle in handles:
             handle.remove()
-    where = f" from {found[0]} on" if found else ""
-    raise ValueError(
-        f"{name!r} gives NaN or inf{where}, and its weights are finite: numbers overflow {model.dtype}. Load it with "
-        "torch_dtype=torch.bfloat16 or torch.float32."
-    )
+    return found[0] if found else None
 
 
 @torch.no_grad()

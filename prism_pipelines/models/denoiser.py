@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +227,7 @@ class MaskedDenoiser(nn.Module):
             logits = self._output_head()(rows).to(rows.device)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
+        logits = soft_cap(logits, self.spec.logit_cap)
         ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does
         if logits.requires_grad:
             return logits.index_fill(-1, ids, -torch.inf)
@@ -252,6 +254,7 @@ class MaskedDenoiser(nn.Module):
         bias += [self.model.get_parameter(self.spec.output_bias)] if self.spec.output_bias else []
         for values in bias:
             logits = logits + values[where.to(values.device)].to(logits)
+        logits = soft_cap(logits, self.spec.logit_cap)
         return logits.to(rows.device).masked_fill(self.forbidden.to(rows.device)[tokens], -torch.inf)
 
     def aligned(self, hidden: Tensor) -> Tensor:
@@ -274,6 +277,11 @@ class MaskedDenoiser(nn.Module):
         """As `logits`, at positions given as rows and columns, int64 (N,) each."""
         # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
         return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`; None leaves the logits as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @contextmanager
@@ -368,6 +376,66 @@ class LazyLogits:
     def device(self) -> torch.device:
         """Where the logits will be."""
         return self.hidden.device
+
+
+class ProcessedLogits:
+    """Logits that a function of the user's changes, wherever they are read; it may forbid tokens, and allow none back.
+
+    Args:
+        logits: `LazyLogits` or `GuidedLogits` of a canvas.
+        processor: called as `processor(positions, logits)` with the `Positions` of N rows of logits (N, V), float, and
+            gives logits of that shape. Each step calls it for the positions that it reads, in one or several parts.
+        sample: the canvas that the model saw, int64 (B, L).
+    """
+
+    def __init__(self, logits, processor, sample: Tensor):
+        self.logits, self.processor, self.sample = logits, processor, sample
+        self.shape, self.device, self.mask_token_id = logits.shape, logits.device, logits.mask_token_id
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.at(*positions.nonzero(as_tuple=True))
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """As `LazyLogits.at`.
+
+        Raises:
+            TypeError, ValueError: the processor gave something else than such logits, NaN, or forbade every token where
+                one is to be drawn.
+        """
+        before = self.logits.at(row, column)
+        after = self.processor(Positions(row, column, self.sample), before.clone())
+        if not isinstance(after, Tensor) or not after.is_floating_point():
+            got = after.dtype if isinstance(after, Tensor) else type(after).__name__
+            raise TypeError(f"`logits_processor` must return a float tensor, got {got}.")
+        if after.shape != before.shape:
+            raise ValueError(
+                f"`logits_processor` must return logits of shape {tuple(before.shape)}, got {tuple(after.shape)}."
+            )
+        after = after.to(before.device).masked_fill(before.isneginf(), -torch.inf)
+        # A token that stands there may be one that is forbidden now: its row is then read, and nothing is drawn in it.
+        masked = self.sample[row, column] == self.mask_token_id
+        wrong = after.isnan().any(-1) | (masked & after.isneginf().all(-1))
+        if wrong.any():
+            first = int(wrong.nonzero()[0, 0])
+            what = "NaN" if after[first].isnan().any() else "forbids every token"
+            raise ValueError(
+                f"`logits_processor` gives {what} in row {int(row[first])}, position {int(column[first])} of the "
+                "canvas. Leave at least one token that the model may write."
+            )
+        return after
+
+
+class Positions(NamedTuple):
+    """Where the logits stand that a `logits_processor` is given.
+
+    Args:
+        row, column: of each in the canvas, int64 (N,).
+        sample: the canvas that the model saw, int64 (B, L): what is written so far, and masks.
+    """
+
+    row: Tensor
+    column: Tensor
+    sample: Tensor
 
 
 class GuidedLogits:

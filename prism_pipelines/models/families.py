@@ -7,10 +7,23 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoint_names import (
+    DIFFUGPT_KEYS,
+    DIFFULLAMA_KEYS,
+    DSM_CONFIG,
+    LLADA2_CONFIG,
+    LLADA2_KEYS,
+    LLADA_CONFIG,
+    LLADA_KEYS,
+    LLADA_MOE_CONFIG,
+    MDLM_CONFIG,
+)
+
 ATTENTION_KINDS = ("bidirectional", "block_causal")
 MASK_FORMATS = ("padding", "additive", "none")
 EXTRA_INPUTS = ("position_ids", "offset_position_ids", "timesteps")
 BLOCK_LENGTH_FIELDS = ("block_size", "bd_size")  # what configs of block-causal models call it
+EDIT_TOKEN_FIELDS = ("delete_token_id", "split_token_id")  # LLaDA2.2: ids that change the length of a block
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class MDMSpec:
             and "timesteps" (zeros (B,)).
         output_head: dotted name of the output head inside the model; None asks `get_output_embeddings()`.
         output_bias: dotted name of a bias (V,) that the model adds to what its output head gives, or None.
+        logit_cap: the model ends with `cap * tanh(logits / cap)`, which its native class leaves out; None for no cap.
         native_class: transformers class that loads the checkpoint without remote code; None for the class that the
             checkpoint's own config names, which takes `trust_remote_code=True` if it is not part of transformers.
         key_mapping: checkpoint key renaming, regular expression -> replacement, for
@@ -45,7 +59,7 @@ class MDMSpec:
         tokenizer_class: transformers class that loads the tokenizer without remote code; None asks `AutoTokenizer`.
         tokenizer_repo: Hub id of the tokenizer, where the checkpoints have none of their own.
         lora_targets: module names that LoRA adapts by default.
-        no_content: tokens of the tokenizer, besides the special ones, that sampling does not write unless
+        no_content: tokens of the tokenizer, besides the special ones, or their ids, that sampling does not write unless
             `allow_tokens` names them.
         tested: False if no test compares this row with an independent reference; said when it is loaded.
         source: where these values come from.
@@ -61,6 +75,7 @@ class MDMSpec:
     extra_inputs: tuple[str, ...] = ()
     output_head: str | None = None
     output_bias: str | None = None
+    logit_cap: float | None = None
     native_class: str | None = None
     key_mapping: dict[str, str] | None = None
     split_weights: dict[str, list[str]] | None = None
@@ -71,7 +86,7 @@ class MDMSpec:
     tokenizer_class: str | None = None
     tokenizer_repo: str | None = None
     lora_targets: tuple[str, ...] = ()
-    no_content: tuple[str, ...] = ()
+    no_content: tuple[str | int, ...] = ()
     tested: bool = True
     source: str = ""
 
@@ -84,6 +99,8 @@ class MDMSpec:
             raise ValueError(f"`mask_format` must be one of {MASK_FORMATS}, got {self.mask_format!r}.")
         if self.logit_shift not in (0, 1):
             raise ValueError(f"`logit_shift` must be 0 or 1, got {self.logit_shift!r}.")
+        if self.logit_cap is not None and not self.logit_cap > 0:
+            raise ValueError(f"`logit_cap` must be None or above 0, got {self.logit_cap!r}.")
         if unknown := sorted(set(self.extra_inputs) - set(EXTRA_INPUTS)):
             raise ValueError(f"`extra_inputs` may hold {EXTRA_INPUTS}, got {unknown}.")
         length = self.block_length
@@ -121,92 +138,8 @@ class MDMSpec:
 
 _QKV = ("query", "key", "value")  # attention of BERT and RoBERTa
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")  # attention of Llama, Qwen2, Qwen3 and Qwen3-MoE
-_LLADA_KEYS = {
-    r"^model\.transformer\.wte\.": "model.embed_tokens.",
-    r"^model\.transformer\.ln_f\.": "model.norm.",
-    r"^model\.transformer\.ff_out\.": "lm_head.",
-    r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.": r"model.layers.\1.input_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.q_proj\.": r"model.layers.\1.self_attn.q_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.k_proj\.": r"model.layers.\1.self_attn.k_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.v_proj\.": r"model.layers.\1.self_attn.v_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.attn_out\.": r"model.layers.\1.self_attn.o_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.up_proj\.": r"model.layers.\1.mlp.up_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_out\.": r"model.layers.\1.mlp.down_proj.",
-}
-_LLADA_CONFIG = {
-    "vocab_size": "embedding_size",
-    "hidden_size": "d_model",
-    "intermediate_size": "mlp_hidden_size",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "max_position_embeddings": "max_sequence_length",
-    "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "weight_tying",
-    "attention_bias": "include_qkv_bias",
-    "mask_token_id": "mask_token_id",
-    "pad_token_id": "pad_token_id",
-    "eos_token_id": "eos_token_id",
-}
-# Words that several configs share with the native ones.
-_SAME_WORDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts_per_tok",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "tie_word_embeddings",
-    "mask_token_id",
-    "pad_token_id",
-    "eos_token_id",
-)
-_LLADA_MOE_CONFIG = {name: name for name in (*_SAME_WORDS, "num_experts", "attention_bias")} | {
-    "moe_intermediate_size": "expert_intermediate_size",
-}
-_LLADA2_KEYS = {
-    r"^model\.word_embeddings\.": "model.embed_tokens.",
-    r"\.attention\.query_key_value\.": ".self_attn.query_key_value.",
-    r"\.attention\.query_layernorm\.": ".self_attn.q_norm.",
-    r"\.attention\.key_layernorm\.": ".self_attn.k_norm.",
-    r"\.attention\.dense\.": ".self_attn.o_proj.",
-    r"\.mlp\.gate\.expert_bias$": ".mlp.gate.e_score_correction_bias",
-}
-_LLADA2_CONFIG = {
-    name: name
-    for name in (
-        *_SAME_WORDS,
-        "intermediate_size",
-        "moe_intermediate_size",
-        "first_k_dense_replace",
-        "n_group",
-        "topk_group",
-        "routed_scaling_factor",
-        "head_dim",
-        "partial_rotary_factor",
-        "use_qk_norm",
-    )
-} | {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts", "attention_bias": "use_qkv_bias"}
-_MDLM_CONFIG = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_dim",
-    "num_hidden_layers": "n_blocks",
-    "num_attention_heads": "n_heads",
-    "max_position_embeddings": "model_length",
-}
-
-
-# DiffuGPT and DiffuLLaMA were saved from a wrapper of the model that took its embeddings out.
-_DIFFUGPT_KEYS = {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."}
-_DIFFULLAMA_KEYS = {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."}
+# Ambiguous and rare residues, gaps and a free place. DPLM's sampler forbids X and the special tokens.
+_NO_RESIDUES = ("X", "B", "U", "Z", "O", ".", "-", "<null_1>")
 
 
 def _masked_lm(mask_token_id: int, native_class: str, lora_targets: tuple[str, ...], source: str, **facts) -> MDMSpec:
@@ -226,7 +159,7 @@ def _mdlm(source: str, **facts) -> MDMSpec:
         native_class="GPTNeoXForCausalLM",
         mask_format="additive",
         extra_inputs=("position_ids",),
-        config_mapping=_MDLM_CONFIG,
+        config_mapping=MDLM_CONFIG,
         config_values={
             "use_parallel_residual": False,
             "attention_bias": False,
@@ -242,13 +175,48 @@ def _mdlm(source: str, **facts) -> MDMSpec:
     )
 
 
+def _llada2(source: str, **facts) -> MDMSpec:
+    return _from_causal(
+        156895,
+        "Glm4MoeForCausalLM",
+        source,
+        attention="block_causal",
+        block_length=32,
+        key_mapping=LLADA2_KEYS,
+        split_weights={
+            "self_attn.query_key_value.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
+        },
+        config_mapping=LLADA2_CONFIG,
+        config_values={"norm_topk_prob": True, "num_nextn_predict_layers": 0},
+        **facts,
+    )
+
+
+def _dsm() -> MDMSpec:
+    """ESM-2 trained as a masked diffusion model, with a bias inside its output head and a soft cap after it."""
+    return MDMSpec(
+        32,
+        native_class="EsmForMaskedLM",
+        extra_inputs=("offset_position_ids",),
+        output_bias="lm_head.bias",
+        logit_cap=30.0,
+        key_mapping={r"^lm_head\.decoder\.bias$": "lm_head.bias"},
+        config_mapping=DSM_CONFIG,
+        config_values={"tie_word_embeddings": True},
+        tokenizer_class="EsmTokenizer",
+        lora_targets=_QKV,
+        no_content=_NO_RESIDUES,
+        source="GleghornLab/DSM_150, DSM_650: models/modeling_dsm.py of Gleghorn-Lab/DSM (4d56058, read 2026-11-27)",
+    )
+
+
 def _diffugpt(mask_token_id: int, source: str) -> MDMSpec:
     return _from_causal(
         mask_token_id,
         "GPT2LMHeadModel",
         source,
         logit_shift=1,
-        key_mapping=_DIFFUGPT_KEYS,
+        key_mapping=DIFFUGPT_KEYS,
         vocab_key="embed_tokens.weight",  # its config keeps GPT-2's 50257 where a mask token was added
         tokenizer_class="GPT2Tokenizer",  # its tokenizer_config names a class of the authors' training code
         lora_targets=("c_attn", "c_proj"),
@@ -263,14 +231,20 @@ FAMILIES: dict[str, MDMSpec] = {
         126336,
         "LlamaForCausalLM",
         "GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5: config.json and modeling_llada.py",
-        key_mapping=_LLADA_KEYS,
-        config_mapping=_LLADA_CONFIG,
+        key_mapping=LLADA_KEYS,
+        config_mapping=LLADA_CONFIG,
+    ),
+    "illada": _from_causal(
+        5,
+        "LlamaForCausalLM",
+        "GSAI-ML/iLLaDA-8B-Base, -Instruct: modeling_illada.py (as copied in public code) and the README of "
+        "ML-GSAI/LLaDA (b7e6c35), read 2026-11-27; mask <[MASK]>, in neither config nor tokenizer",
     ),
     "llada:moe": _from_causal(
         156895,
         "Qwen3MoeForCausalLM",
         "inclusionAI/LLaDA-MoE-7B-A1B: modeling_lladamoe.py; model_type llada too, mask id absent from its config",
-        config_mapping=_LLADA_MOE_CONFIG,
+        config_mapping=LLADA_MOE_CONFIG,
         config_values={"norm_topk_prob": False, "decoder_sparse_step": 1},
     ),
     "Dream": _from_causal(
@@ -279,6 +253,14 @@ FAMILIES: dict[str, MDMSpec] = {
         "Dream-org/Dream-v0-7B, Dream-Coder, apple/DiffuCoder-7B: config.json; logits at i - 1 predict i",
         logit_shift=1,
         tokenizer_class="Qwen2Tokenizer",
+    ),
+    "Dream:reasoner": _from_causal(
+        151669,
+        "Qwen3ForCausalLM",
+        "DreamReasoner-8B: generation_utils.py and config.json (as ported in public code, read 2026-11-27); "
+        "logits at i predict i, other than Dream's",
+        attention="block_causal",
+        block_length=32,
     ),
     "a2d-qwen3": _from_causal(151669, "Qwen3ForCausalLM", "dllm-hub/Qwen3-0.6B-diffusion-mdlm: tokenizer <|mask|>"),
     "a2d-qwen3:bd3lm": _from_causal(
@@ -306,6 +288,13 @@ FAMILIES: dict[str, MDMSpec] = {
         attention="block_causal",
         block_length=4,
     ),
+    "sdar_moe": _from_causal(
+        151669,
+        "Qwen3MoeForCausalLM",
+        "JetLM/SDAR-30B-A3B: sglang 0.5.23 (models/sdar_moe.py, dllm/config.py), read 2026-11-27",
+        attention="block_causal",
+        block_length=4,
+    ),
     "Fast_dLLM_Qwen": _from_causal(
         151665,
         "Qwen2ForCausalLM",
@@ -314,25 +303,27 @@ FAMILIES: dict[str, MDMSpec] = {
         block_length=32,
         logit_shift=1,
     ),
-    "llada2_moe": _from_causal(
-        156895,
-        "Glm4MoeForCausalLM",
-        "inclusionAI/LLaDA2.0-mini, -flash, LLaDA2.1: modeling_llada2_moe.py; mask <|mask|>, block of the model card",
+    "llada2_moe": _llada2(
+        "inclusionAI/LLaDA2.0-mini, -flash, LLaDA2.1: modeling_llada2_moe.py; mask <|mask|>, block of the model card"
+    ),
+    "llada2_moe:llada2.2": _llada2(
+        "inclusionAI/LLaDA2.2: sglang 0.5.23 (models/llada2.py, dllm/config.py), read 2026-11-27",
+        no_content=(156930, 156931),  # <delete> and <split> of a block, which its config does not name
+    ),
+    "llama:diffcoder": _from_causal(
+        5,
+        "LlamaForCausalLM",
+        "ByteDance-Seed/Stable-DiffCoder-8B: README (ece1ffb), StableDiffcoderForCausalLM (as copied in public code), "
+        "read 2026-11-27",
         attention="block_causal",
-        block_length=32,
-        key_mapping=_LLADA2_KEYS,
-        split_weights={
-            "self_attn.query_key_value.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
-        },
-        config_mapping=_LLADA2_CONFIG,
-        config_values={"norm_topk_prob": True, "num_nextn_predict_layers": 0},
+        block_length=4,
     ),
     "llama:diffullama": _from_causal(
         811,
         "LlamaForCausalLM",
         "diffusionfamily/diffullama: mask_token of the authors' train.py; logits at i - 1 predict i",
         logit_shift=1,
-        key_mapping=_DIFFULLAMA_KEYS,
+        key_mapping=DIFFULLAMA_KEYS,
     ),
     "gpt2:diffugpt-m": _diffugpt(50257, "diffusionfamily/diffugpt-m: the mask is added after GPT-2's 50257 ids"),
     "gpt2:diffugpt": _diffugpt(10541, "diffusionfamily/diffugpt-s: mask_token_id of the authors' loader.py"),
@@ -362,8 +353,63 @@ FAMILIES: dict[str, MDMSpec] = {
         "facebook/esm2_*, airkingbd/dplm_*: vocab.txt <mask>; the bias comes after lm_head.decoder",
         extra_inputs=("offset_position_ids",),
         output_bias="lm_head.bias",
-        # Ambiguous and rare residues, gaps and a free place. DPLM's sampler forbids X and the special tokens.
-        no_content=("X", "B", "U", "Z", "O", ".", "-", "<null_1>"),
+        no_content=_NO_RESIDUES,
+    ),
+    "dsm": _dsm(),
+    "esm_diff": _dsm(),  # what the config of the published checkpoints says
+    "esmc": _masked_lm(
+        32,
+        "EsmcForMaskedLM",
+        _LLAMA,
+        "biohub/ESMC-300M, -600M, -6B: transformers 5.23; config mask_token_id",
+        extra_inputs=("position_ids",),
+        no_content=_NO_RESIDUES,
+    ),
+    "xlm-roberta": _masked_lm(
+        250001,
+        "XLMRobertaForMaskedLM",
+        _QKV,
+        "xlm-roberta-base: the last of its 250,002 ids",
+        extra_inputs=("offset_position_ids",),
+    ),
+    "xlm-roberta-xl": _masked_lm(
+        250001,
+        "XLMRobertaXLForMaskedLM",
+        _QKV,
+        "facebook/xlm-roberta-xl: XLM-R's tokenizer",
+        extra_inputs=("offset_position_ids",),
+    ),
+    "camembert": _masked_lm(
+        32004,
+        "CamembertForMaskedLM",
+        _QKV,
+        "camembert-base: the last of its 32,005 ids",
+        extra_inputs=("offset_position_ids",),
+    ),
+    "roformer": _masked_lm(103, "RoFormerForMaskedLM", _QKV, "junnyu/roformer_chinese_base: BERT's [MASK]"),
+    "electra": _masked_lm(
+        103,
+        "ElectraForMaskedLM",
+        _QKV,
+        "google/electra-*-generator: BERT's vocabulary; a discriminator has no output head",
+        extra_inputs=("position_ids",),
+    ),
+    "ernie": _masked_lm(
+        3, "ErnieForMaskedLM", _QKV, "nghuyong/ernie-3.0-base-zh vocab.txt: [MASK]", extra_inputs=("position_ids",)
+    ),
+    "nomic_bert": _masked_lm(
+        103,
+        "NomicBertForMaskedLM",
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "nomic-ai/nomic-bert-2048: BERT's vocabulary",
+        extra_inputs=("position_ids",),
+    ),
+    "gte": _masked_lm(
+        250001,
+        "GteForMaskedLM",
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "alibaba-nlp-community/gte-multilingual: XLM-R's tokenizer",
+        extra_inputs=("position_ids",),
     ),
     "modernbert": _masked_lm(50284, "ModernBertForMaskedLM", ("Wqkv", "Wo"), "ModernBERT-base tokenizer: [MASK]"),
     "eurobert": _masked_lm(128002, "EuroBertForMaskedLM", _LLAMA, "EuroBERT-210m tokenizer: <|mask|>"),
@@ -374,6 +420,32 @@ FAMILIES: dict[str, MDMSpec] = {
         "deberta-v3-base tokenizer: [MASK]",
     ),
 }
+
+
+_UNIFORM = "it starts from random tokens and replaces them, and has no mask token"
+_CAUSAL_CONTEXT = (
+    "it reads finished text causally and the block at work in both directions, and no mask for a whole canvas says that"
+)
+# model_type of models that look like masked diffusion models and cannot be run as one, and why.
+REFUSED = {
+    "wedlm": "it reads causally, with the known tokens moved to the front, so a mask does not see what follows it",
+    "diffusion_gemma": _UNIFORM,
+    "diffusion_gemma_text": _UNIFORM,
+    "udlm": _UNIFORM,
+    "duo": _UNIFORM,
+    "DUO": _UNIFORM,
+    "nemotron_labs_diffusion": _CAUSAL_CONTEXT,
+    "nemotron_labs_diffusion_vlm": _CAUSAL_CONTEXT,
+}
+
+
+def refuse_family(model_type: str | None, name: str) -> None:
+    """Raise a ValueError for a model type of `REFUSED`, with the reason."""
+    if model_type in REFUSED:
+        raise ValueError(
+            f"{name!r} (model_type {model_type!r}) is no masked diffusion model that can be run here: "
+            f"{REFUSED[model_type]}. Run it by its authors' code; or pass `mdm_spec` if you know better."
+        )
 
 
 def family_of(config, name: str) -> MDMSpec | None:
@@ -423,12 +495,14 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     Returns:
         An `MDMSpec`.
     Raises:
-        ValueError: the family or the mask id is not known and was not passed; or the id is outside the vocabulary.
+        ValueError: the family or the mask id is not known and was not passed; or the id is outside the vocabulary; or
+            the family is one of `REFUSED`.
     """
     model_type = getattr(config, "model_type", None)
     name = name or getattr(config, "_name_or_path", "") or model_type or "the model"
     mdm_spec = as_spec(mdm_spec)
     if mdm_spec is None:
+        refuse_family(model_type, name)
         row = family_of(config, name)
         ids = [getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None)]
         ids.append(row.mask_token_id if row else None)
@@ -442,7 +516,8 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
         if row is None:
             mdm_spec = MDMSpec(found, source="mask id only")
         else:
-            mdm_spec = dataclasses.replace(row, mask_token_id=found, **block_facts(row, config, name))
+            facts = block_facts(row, config, name) | edit_tokens(row, config)
+            mdm_spec = dataclasses.replace(row, mask_token_id=found, **facts)
     elif mask_token_id is not None:
         mdm_spec = dataclasses.replace(mdm_spec, mask_token_id=mask_token_id)
     vocab_size = getattr(config, "vocab_size", None)
@@ -469,3 +544,13 @@ def block_facts(row: MDMSpec, config, name: str) -> dict:
     named = re.search(r"-b(\d+)$", name.rstrip("/"))  # SDAR-8B-Chat-b32
     lengths.append(int(named[1]) if named else None)
     return {"block_length": next((length for length in lengths if length is not None), row.block_length)}
+
+
+def edit_tokens(row: MDMSpec, config) -> dict:
+    """`no_content` with the ids that would change the length of a block, which no scheduler of ours acts on."""
+    named = [getattr(config, field, None) for field in EDIT_TOKEN_FIELDS]
+    vocab_size = getattr(config, "vocab_size", None)
+    tokens = dict.fromkeys([*row.no_content, *(token for token in named if token is not None)])
+    if vocab_size is not None:
+        tokens = [token for token in tokens if isinstance(token, str) or token < vocab_size]
+    return {"no_content": tuple(tokens)}

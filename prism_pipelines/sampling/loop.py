@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..models.checks import refuse_nan
-from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, token_positions
+from ..models.checks import non_finite, refuse_nan
+from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, ProcessedLogits, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
 from ..schedulers.context import RunContext
@@ -22,6 +22,9 @@ from .canvas import Canvas, split_blocks
 from .kv_cache import CanvasForward, Seen
 from .recorder import RunRecorder, recorder_for
 from .stopping import finished_rows
+from .trace import Trace, TraceStep
+
+NAN_QUALITY = "`quality_head` gives NaN"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Run:
         ends: end tokens that finish a row; none if they do not.
         stops: strings that finish a row.
         tokenizer: needed for `stops`.
+        logits_processor: of `ProcessedLogits`, or None.
+        records_draws: keep how probable each token was when it was drawn, also if nobody else reads it.
+        trace: where every step is noted; None if nobody asked for it.
     """
 
     denoiser: MaskedDenoiser
@@ -54,6 +60,9 @@ class Run:
     ends: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
     tokenizer: object = None
+    logits_processor: Callable | None = None
+    records_draws: bool = False
+    trace: Trace | None = None
 
     @property
     def forwards_per_step(self) -> int:
@@ -185,7 +194,8 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
     sample = run.canvas.sample
     if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
         warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
-    recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler)
+    always = ("draw",) if run.records_draws else ()
+    recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler, always=always)
     filled = Filled(
         sample,
         0,
@@ -232,6 +242,9 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
             filled.recorder.after_step(step)
         filled.nfe += run.forwards_per_step
         filled.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
+        if run.trace is not None:
+            forwards = filled.nfe_per_row.tolist()
+            run.trace.append(TraceStep.of(step, quality, filled.sample, work, forwards, run.mask_token_id))
         tensors = {
             "sample": step.prev_sample,
             "quality": quality,
@@ -305,9 +318,12 @@ class Look:
         if self._free is not None:
             free = self._free(torch.where(run.canvas.generated, sample, run.mask_token_id), taking_part)
             logits = GuidedLogits(logits, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
+        if run.logits_processor is not None:
+            logits = ProcessedLogits(logits, run.logits_processor, sample)
         context = None if self.recorder is None else self.recorder.observe(sample, seen.canvas, work)
         if run.quality_head is not None:
             self._quality = seen.spread(self._judge(seen, sample, context), self._quality)
+            no_nan(self._quality.masked_fill(~work, 0.0))
         return logits, self._quality, context
 
     def _judge(self, seen: Seen, sample: Tensor, context: RunContext | None) -> Tensor:
@@ -318,18 +334,28 @@ class Look:
         return self.run.quality_head.quality(seen.fresh, mask, **known)
 
 
+def no_nan(quality: Tensor) -> Tensor:
+    """The qualities themselves; an error for `nan_errors` if one is NaN, for which nothing waits for the device."""
+    torch._assert_async(~quality.isnan().any(), NAN_QUALITY)
+    return quality
+
+
 @contextmanager
-def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas):
-    """Turns what sampling says of logits that are no numbers into an error that names the tensor they come from.
+def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: torch.nn.Module | None = None):
+    """Turns what a run says of logits or qualities that are no numbers into an error that names where they come from.
 
     Raises:
-        ValueError: as `checks.refuse_nan`.
+        ValueError: as `checks.refuse_nan`, or the quality of a token is NaN.
     """
     try:
         yield
     except RuntimeError as error:
-        if "The logits hold a NaN" in str(error):
+        if "The logits hold a NaN" in str(error) or NAN_QUALITY in str(error):
             refuse_nan(denoiser, canvas.sample, canvas.attention_mask)
+        if NAN_QUALITY in str(error):
+            bad = non_finite(quality_head.state_dict().items())
+            why = f": {bad}" if bad else ", and its weights are finite: numbers overflow"
+            raise ValueError(f"{NAN_QUALITY}{why}. Load another head.") from error
         raise
 
 

@@ -17,9 +17,9 @@ from ..schedulers.context import RunContext, check_inputs
 from ..schedulers.token_sampling import chunk_rows, probabilities, true_positions
 
 
-def recorder_for(denoiser: MaskedDenoiser, generated: Tensor, *readers) -> RunRecorder | None:
-    """A recorder of what heads and schedulers read by their `reads_context`; None where nobody reads anything."""
-    reads = {name for reader in readers for name in getattr(reader, "reads_context", ())}
+def recorder_for(denoiser: MaskedDenoiser, generated: Tensor, *readers, always=()) -> RunRecorder | None:
+    """A recorder of `always` and of what heads and schedulers read by their `reads_context`; None for nothing."""
+    reads = {*always, *(name for reader in readers for name in getattr(reader, "reads_context", ()))}
     return RunRecorder(denoiser, generated, sorted(reads)) if reads else None
 
 
@@ -50,6 +50,16 @@ def context_of_text(
         recorder.begin(generated)
         recorder.observe(blank, denoiser.hidden(blank, attention_mask))
     return recorder.observe(sample, hidden)
+
+
+def own_log_probs(denoiser: MaskedDenoiser, sample: Tensor, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """log p(y_i | y) of every visible token of a text by the pass that saw it, float32 (B, L); NaN elsewhere.
+
+    Args:
+        denoiser, sample, attention_mask, hidden: as `context_of_text`.
+    """
+    visible = torch.ones_like(sample, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    return RunRecorder(denoiser, visible, ["own"]).observe(sample, hidden).own_logprob
 
 
 class RunRecorder:
@@ -100,6 +110,15 @@ class RunRecorder:
         if self._first_hidden is not None:
             self._first_hidden = self._first_hidden.masked_fill(some[..., None], 0)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that is known, by name, for a checkpoint of a training run."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave; the recorder must be new and read the same inputs."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def begin(self, positions: Tensor) -> None:
         """The next forward pass is the first for these positions, bool (B, L): a block, or the new rows of a pool."""
         self._due = positions
@@ -130,7 +149,8 @@ class RunRecorder:
     def after_step(self, step) -> None:
         """Take in what a scheduler's step did, a `PrismSchedulerOutput`."""
         unmasked, remasked = step.unmasked, step.remasked
-        self._forget(unmasked | remasked)
+        restored = getattr(step, "restored", None)
+        self._forget(unmasked | remasked if restored is None else unmasked | remasked | restored)
         self._num_remasked = self._num_remasked + remasked
         self._written_at = torch.where(unmasked, self._now[:, None], self._written_at)
         self._draw = self._draw.masked_scatter(unmasked, step.sampled_probs.float().log())
@@ -138,6 +158,16 @@ class RunRecorder:
             index = true_positions(unmasked, len(step.sampled_tokens))
             self._prompt = self._prompt.index_put(index, self._given_first(index, step.sampled_tokens))
         self._sample = step.prev_sample
+
+    @torch.no_grad()
+    def draw_probabilities(self, sample: Tensor) -> Tensor:
+        """How probable each token of the finished canvas was when it was drawn, float32 (B, L).
+
+        1 where nothing is generated; NaN for tokens that were not drawn: written by a callback, taken back from an
+        earlier canvas, or the end token that fills the rest of a finished row.
+        """
+        self._take_edits(sample)
+        return self._draw.exp().masked_fill(~self.generated, 1.0)
 
     def _context(self) -> RunContext:
         own = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .encoding import NO_FRAME, TRAIN_ON, Frame, answer_spans, has_chat_template, prompt_ids, span_ids
+from .encoding import NO_FRAME, TRAIN_ON, Frame, answer_spans, chat_texts, has_chat_template, prompt_ids, span_ids
 
 TOO_LONG = ("error", "drop")
 
@@ -45,6 +45,7 @@ class RowEncoder:
         use_chat_template: False writes prompt and completion as plain text.
         template_kwargs: for the chat template.
         train_on: "last_turn", or "all_turns" to learn every message of the assistant.
+        open_ended: masks up to `max_length` stand in the place of every answer, so rows may be prompts alone.
     Raises:
         ValueError: unknown `too_long` or `train_on`, `max_length` below 1, or from `answer` and `text` a row that
             cannot be used.
@@ -62,6 +63,7 @@ class RowEncoder:
     use_chat_template: bool = True
     template_kwargs: dict | None = None
     train_on: str = "last_turn"
+    open_ended: bool = False
 
     def __post_init__(self):
         for name, known in (("too_long", TOO_LONG), ("train_on", TRAIN_ON)):
@@ -104,6 +106,30 @@ class RowEncoder:
             )
         self._check(ids, number)
         return self._fitting(ids, learned, number)
+
+    def prompt(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
+        """The example of a prompt alone, masks up to `max_length` after it; None if it is too long and dropped."""
+        chat, text = row.get("messages"), row.get("prompt")
+        if chat and isinstance(chat, list) and chat[-1].get("role") == "assistant":
+            chat = chat[:-1]
+        if chat is not None or (self.use_chat_template and has_chat_template(self.tokenizer)):
+            try:
+                (text,) = chat_texts(chat, text, self.tokenizer, self.template_kwargs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Row {number} of the data set: {error}") from None
+        if not isinstance(text, str):
+            raise ValueError(f"Row {number} of the data set: its prompt is no text but {text!r}.")
+        (given,) = prompt_ids([text], self.tokenizer)
+        self._check(given, number)
+        count = self.max_length - len(given) - len(self.frame.closing)
+        if count < 1:
+            if self.too_long == "drop":
+                return None
+            raise ValueError(
+                f"Row {number} of the data set has a prompt of {len(given)} tokens, and --max_length is "
+                f"{self.max_length}: no token is left to be written. Raise it, or pass --too_long drop."
+            )
+        return written_by_the_model(given, count, self.frame.closing, self.mask_token_id)
 
     def text(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
         """The example of a row of plain text, one sequence with its special tokens; None if empty or dropped."""
@@ -207,6 +233,10 @@ def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str,
     """
     buffer, blocks = [], 0
     for number, row in enumerate(rows):
+        if encoder.open_ended and row.keys() & {"prompt", "messages"}:
+            if (example := encoder.prompt(row, number)) is not None:
+                yield example
+            continue
         kind = row_kind(row)
         if kind == "text" and encoder.packs:
             buffer += encoder.packed_text(row, number)
@@ -220,6 +250,13 @@ def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str,
                 yield example
     if buffer and not blocks:
         yield encoder.block(buffer)
+
+
+def written_by_the_model(before, count: int, after, mask_token_id: int) -> dict[str, torch.Tensor]:
+    """An example of `count` masks between given ids: the model will write them."""
+    ids = [*before, *[mask_token_id] * count, *after]
+    place = torch.arange(len(ids)) - len(before)
+    return {"input_ids": torch.tensor(ids), "trainable_mask": (place >= 0) & (place < count)}
 
 
 def row_kind(row: dict) -> str:
@@ -245,13 +282,16 @@ def examples_line(rows, encoder: RowEncoder, examples) -> str:
         encoder: made the examples of them.
         examples: at least one; those of a stream are not counted.
     """
-    kind, streamed = row_kind(next(iter(rows))), not hasattr(examples, "__len__")
+    first_row, streamed = next(iter(rows)), not hasattr(examples, "__len__")
+    open_ended = encoder.open_ended and first_row.keys() & {"prompt", "messages"}
+    kind = "open" if open_ended else row_kind(first_row)
     first = next(iter(examples))
     plain = encoder.use_chat_template and has_chat_template(encoder.tokenizer)
     way = {
         "text": f"packed end to end into {encoder.max_length} tokens" if encoder.packs else "one sequence a row",
         "chat": f"by the chat template, trained on {encoder.train_on.replace('_', ' ')}",
         "prompt": "by the chat template" if plain else "as plain text",
+        "open": "prompts that the model answers itself",
     }[kind]
     if kind == "text" and encoder.frame.closing and not encoder.packs:
         around = [encoder.tokenizer.decode(list(ids)) for ids in encoder.frame]

@@ -88,14 +88,15 @@ def no_content(tokenizer, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ..
     the family names in `MDMSpec.no_content`.
 
     Args:
-        tokenizer: or None, which knows of none.
+        tokenizer: or None, which knows of none but those that the family names by id.
         spec: of the model.
         ends: end tokens that may be written; none for an encoder, whose text has the length that was asked for.
     """
+    named = {token for token in spec.no_content if isinstance(token, int)}
     if tokenizer is None:
-        return ()
+        return tuple(sorted(named - set(ends)))
     vocabulary = tokenizer.get_vocab() if spec.no_content else {}
-    named = {vocabulary[token] for token in spec.no_content if token in vocabulary}
+    named |= {vocabulary[token] for token in spec.no_content if token in vocabulary}
     return tuple(sorted((special_ids(tokenizer) | reserved_ids(tokenizer, len(tokenizer)) | named) - set(ends)))
 
 

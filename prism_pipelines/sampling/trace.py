@@ -1,23 +1,12 @@
-"""What a run did, step by step, and one self-contained HTML page to step through it."""
+"""What a run did, step by step: a list of `TraceStep` that can make a web page of itself."""
 
 from __future__ import annotations
 
-import html
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
-
-STATES = {  # state: (mark, words of the legend)
-    "given": ("", "given"),
-    "kept": ("", "written before"),
-    "written": ("+", "just written"),
-    "doubtful": ("?", "low quality"),
-    "remasked": ("×", "remasked"),
-    "mask": ("", "mask"),
-}
 
 
 @dataclass(frozen=True)
@@ -28,75 +17,141 @@ class TraceStep:
         sample: ids after the step, int64 (B, L).
         quality: P(token is right) of the tokens before the step, float32 (B, L), or None without a head.
         unmasked, remasked: what the step filled and took back, bool (B, L).
+        drawn: probability with which each filled token was drawn, float32 (B, L), NaN elsewhere.
+        nfe_per_row: forward passes that each row has taken part in so far, list of B ints.
+        verdicts: what a scheduler that judges whole canvases said of each row in this step: "accepted", "repair",
+            "given up", or None where it did not judge.
     """
 
     sample: Tensor
     quality: Tensor | None
     unmasked: Tensor
     remasked: Tensor
+    drawn: Tensor
+    nfe_per_row: list[int]
+    verdicts: list[str | None]
 
     @classmethod
-    def of(cls, sample, quality, unmasked, remasked) -> TraceStep:
-        """A step from tensors on any device."""
-        return cls(sample.cpu(), None if quality is None else quality.float().cpu(), unmasked.cpu(), remasked.cpu())
+    def of(cls, step, quality: Tensor | None, before: Tensor, work: Tensor, nfe_per_row: list[int], mask_token_id: int):
+        """A step from what a scheduler gave, on any device.
 
-
-def token_states(trace: list[TraceStep], row: int, mask_token_id: int, low_quality: float = 0.5) -> list[list[str]]:
-    """The state of every token after every step, keys of `STATES`, for one row of a trace."""
-    generated = sum(step.unmasked[row] for step in trace).bool().tolist()
-    states = []
-    for step in trace:
-        ids, unmasked, remasked = (t[row].tolist() for t in (step.sample, step.unmasked, step.remasked))
-        quality = [1.0] * len(ids) if step.quality is None else step.quality[row].tolist()
-        states.append(
-            [
-                "given"
-                if not generated[i]
-                else "remasked"
-                if remasked[i]
-                else "mask"
-                if ids[i] == mask_token_id
-                else "written"
-                if unmasked[i]
-                else "doubtful"
-                if quality[i] < low_quality
-                else "kept"
-                for i in range(len(ids))
+        Args:
+            step: a `PrismSchedulerOutput`.
+            quality: of the tokens before the step, or None.
+            before: the canvas before the step, int64 (B, L).
+            work: positions that the step was for, bool (B, L).
+            nfe_per_row: forward passes of each row so far.
+            mask_token_id: of the mask.
+        """
+        drawn = torch.full(before.shape, torch.nan, device=before.device)
+        drawn = drawn.masked_scatter(step.unmasked, step.sampled_probs.float())
+        verdicts: list[str | None] = [None] * len(before)
+        if step.finished is not None:
+            judged = work.any(-1) & ~(work & (before == mask_token_id)).any(-1)
+            ends = zip(judged.tolist(), step.finished.tolist(), step.accepted.tolist(), strict=True)
+            verdicts = [
+                None if not was_judged else "repair" if not ended else "accepted" if fine else "given up"
+                for was_judged, ended, fine in ends
             ]
-        )
-    return states
+        quality = None if quality is None else quality.float().cpu()
+        tensors = (step.unmasked.cpu(), step.remasked.cpu(), drawn.cpu())
+        return cls(step.prev_sample.cpu(), quality, *tensors, list(nfe_per_row), verdicts)
 
 
-def trace_to_html(trace: list[TraceStep], tokenizer, *, row: int = 0, title: str = "PRISM", columns: int | None = None):
-    """A page that steps through one row of a run: slider, arrow keys, colours and marks; no network, light and dark.
+class Trace(list):
+    """The `TraceStep`s of a run, in order, and what is needed to show them: `out.trace` of a pipeline.
 
     Args:
-        trace: `PrismPipelineOutput.trace`.
-        tokenizer: turns ids into strings; its mask token is shown as a mask.
-        row: which row of the batch.
-        title: heading of the page; plain text.
-        columns: lay tokens out as a grid of this width (9: a Sudoku, with box borders); None for running text.
-    Returns:
-        the page as a string.
-    Raises:
-        ValueError: an empty trace, or a row outside it.
+        start: the canvas before the first step, int64 (B, L).
+        generated: positions that are generated, bool (B, L).
+        attention_mask: 1 for tokens and 0 for padding, (B, L), or None.
+        mask_token_id: of the mask.
+        tokenizer: turns ids into strings; None shows the ids.
+        prompted: a prompt or chat was continued, and is shown apart; False for infilling.
+        scheduler: name of the rule, for the sentences of the page.
+    Attributes set at the end of the run:
+        result: the canvas that the pipeline returned, int64 (B, L).
+        quality: of the result, float32 (B, L), or None if it was not asked for.
+        confidence, accepted: of each row, as in `PrismPipelineOutput`, for all samples; or None.
+        nfe_per_row: forward passes, that for `quality` included.
     """
-    if not trace:
-        raise ValueError("`trace` is empty; call the pipeline with return_trace=True.")
-    if not 0 <= row < len(trace[0].sample):
-        raise ValueError(f"`row` must be in [0, {len(trace[0].sample)}), got {row}.")
-    states = token_states(trace, row, tokenizer.mask_token_id)
-    frames = []
-    for step, kinds in zip(trace, states, strict=True):
-        ids = step.sample[row].tolist()
-        words = [
-            tokenizer.decode([i]) if kind not in ("mask", "remasked") else ""
-            for i, kind in zip(ids, kinds, strict=True)
-        ]
-        quality = None if step.quality is None else [round(q, 3) for q in step.quality[row].tolist()]
-        frames.append({"words": words, "kinds": kinds, "quality": quality})
-    # No "<" in the script block: "</script>" would end it, "<!--<script" would keep its end from being seen.
-    data = json.dumps({"frames": frames, "states": STATES, "columns": columns}).replace("<", "\\u003c")
-    page = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
-    parts = {"@DATA@": data, "@TITLE@": html.escape(title)}
-    return re.sub("@DATA@|@TITLE@", lambda found: parts[found[0]], page)  # in one pass: a part may hold such a word
+
+    def __init__(
+        self,
+        start: Tensor,
+        generated: Tensor,
+        mask_token_id: int,
+        tokenizer=None,
+        attention_mask: Tensor | None = None,
+        prompted: bool = False,
+        scheduler: str = "",
+    ):
+        super().__init__()
+        self.start, self.generated = start.cpu(), generated.cpu()
+        self.attention_mask = None if attention_mask is None else attention_mask.cpu()
+        self.mask_token_id, self.tokenizer = mask_token_id, tokenizer
+        self.prompted, self.scheduler = prompted, scheduler
+        self.result: Tensor | None = None
+        self.quality: Tensor | None = None
+        self.confidence: list[float] | None = None
+        self.accepted: list[bool] | None = None
+        self.nfe_per_row: list[int] | None = None
+
+    def finish(self, result, quality, confidence, accepted, nfe_per_row) -> Trace:
+        """Take in what the pipeline returns; see the attributes."""
+        self.result = result.cpu()
+        self.quality = None if quality is None else quality.float().cpu()
+        self.confidence = None if confidence is None else confidence.tolist()
+        self.accepted = None if accepted is None else accepted.tolist()
+        self.nfe_per_row = list(nfe_per_row)
+        return self
+
+    def to_html(
+        self, path: str | Path | None = None, *, title: str = "PRISM", columns: int | None = None, rows=None
+    ) -> str:
+        """One self-contained page that plays the run: every token's life, quality by number and colour, no network.
+
+        It opens on the result. Play, scrub, or step with the arrow keys; point at a token, or focus it, to see what it
+        was, when, how sure, and why it was taken back. Below are counts, qualities, forward passes and judgements of
+        every step. It follows the reader's light or dark setting.
+
+        Args:
+            path: file to write, UTF-8; None writes none.
+            title: heading of the page; plain text.
+            columns: lay tokens out as a grid of this width (9: a Sudoku, with box borders); None for running text.
+            rows: which rows of the batch, a list of ints; None for all. The page grows with rows, tokens and steps:
+                1,024 tokens in 256 steps take about 0.4 MB with a head.
+        Returns:
+            the page.
+        Raises:
+            ValueError: a trace without steps, `columns` below 1, or a row outside the batch.
+        """
+        from .trace_page import trace_page
+
+        page = trace_page(self, title=title, columns=columns, rows=rows)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def to_svg(self, path: str | Path | None = None, *, row: int = 0, columns: int = 40, seconds: float = 0.4) -> str:
+        """A picture that plays one row of the run again and again, for a README or slides: SVG without a script.
+
+        Tokens that were just written are white, those that were taken back pale orange and empty; the others have the
+        colour of their quality, orange for 0 and blue for 1, or of the probability of drawing them without a head.
+
+        Args:
+            path: file to write, UTF-8; None writes none.
+            row: of the batch.
+            columns: cells in a line; 9 with 81 tokens draws the boxes of a Sudoku.
+            seconds: each step is shown.
+        Returns:
+            the picture.
+        Raises:
+            ValueError: a trace without steps, or an argument out of its range.
+        """
+        from .trace_svg import trace_svg
+
+        picture = trace_svg(self, row=row, columns=columns, seconds=seconds)
+        if path is not None:
+            Path(path).write_text(picture, encoding="utf-8")
+        return picture

@@ -15,7 +15,9 @@ from transformers import HfArgumentParser
 from ..models.precision import warn_of_slow_bfloat16
 
 CHOICES = {
-    "objective": ("mdm", "prism", "critic"),
+    "objective": ("mdm", "prism", "critic", "distill"),
+    "states": ("one_step", "rollout", "mixed"),
+    "distill_loss": ("squared", "bce"),
     "optimizer": ("adamw", "muon"),
     "dtype": ("float32", "bfloat16", "float16"),
     "train_on": ("last_turn", "all_turns"),
@@ -23,7 +25,10 @@ CHOICES = {
 PRESETS = ("sudoku", "owt", "llada")
 # Flags that mean nothing under the other objectives.
 REVEALING = ("num_revealed", "reveal_order", "reveal_window")
-DRAWING = ("draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "head")
+DRAWING = ("draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "head", "head_from")
+ROLLING = ("context", "forget_share", "rollout_runs", "rollout_steps_min", "rollout_steps_max", "rollout_repairs")
+ROLLING += ("rollout_temperature", "block_length")
+DISTILLING = ("distill_loss", "label_stride", "label_floor")
 
 
 def _flag(default, text: str):
@@ -34,8 +39,8 @@ def _flag(default, text: str):
 class RunArguments:
     """What is trained, on what, by which objective. Everything else is `transformers.TrainingArguments`."""
 
-    objective: str = field(metadata={"help": "mdm (pretrain), prism (fine-tune with a quality head) or critic."})
-    dataset: str = field(metadata={"help": "sudoku (generated grids), or a Hub id, file or folder."})
+    objective: str = field(metadata={"help": "mdm (pretrain), prism (fine-tune with a head), critic or distill."})
+    dataset: str | None = _flag(None, "sudoku (generated grids), or a Hub id, file or folder; distill needs none.")
     preset: str | None = _flag(None, "Flags of the paper's sudoku, owt or llada setting; those given besides win.")
     base_model: str | None = _flag(None, "Hub id, folder or saved pipeline to start from; none makes a new model.")
     revision: str | None = _flag(None, "Branch, tag or commit of --base_model.")
@@ -86,9 +91,26 @@ class RunArguments:
     lambda_mdm: float = _flag(0.5, "prism, critic: weight of the MDM loss.")
     draw_temperature: float = _flag(1.0, "prism, critic: temperature of the drawn tokens.")
     top_p: float | None = _flag(None, "prism, critic: nucleus of the drawn tokens.")
-    head: str = _flag("linear", "prism, critic: architecture of the head, linear, mlp or block.")
+    head: str = _flag("linear", "prism, critic, distill: architecture of the head, linear, mlp, block or block_mlp.")
+    head_from: str | None = _flag(None, "The same: folder of a head to begin from; layers of equal name and size.")
 
-    rank: int | None = _flag(None, "prism, critic: rank of the LoRA adapter, 16 by default.")
+    states: str = _flag("one_step", "prism: judged states: one_step (the paper's), rollout (the sampler's), or mixed.")
+    context: str | None = _flag(None, "rollout, distill: what the head reads of the run, by commas, or none.")
+    forget_share: float = _flag(0.1, "rollout, distill: share of rows that are judged without their run.")
+    rollout_runs: int = _flag(4, "rollout, distill: runs in a batch; each has a schedule of its own.")
+    rollout_steps_min: int = _flag(8, "rollout, distill: fewest forward passes of a run.")
+    rollout_steps_max: int = _flag(64, "rollout, distill: most of them.")
+    rollout_repairs: int = _flag(2, "rollout, distill: how often at most a full canvas is masked in part and refilled.")
+    rollout_temperature: float = _flag(1.0, "rollout, distill: temperature of the drawn tokens.")
+    block_length: int | None = _flag(None, "rollout, distill: of semi-autoregressive runs; none for one block.")
+    distill_loss: str = _flag("squared", "distill: squared (of log-probabilities) or bce.")
+    label_stride: int = _flag(16, "distill: every so many-th token is masked for the label; widened where needed.")
+    label_floor: float = _flag(-12.0, "distill: log-probabilities below count as this.")
+
+    rank: int | None = _flag(
+        None,
+        "Rank of the LoRA adapter, 16 by default; with mdm, to tune the model by an adapter in place of all weights.",
+    )
     lora_alpha: int | None = _flag(None, "Scale of the adapter; its rank by default.")
     lora_dropout: float = _flag(0.0, "Dropout before the adapter.")
     lora_targets: str | None = _flag(None, "Modules that get an adapter, by commas; those of the family by default.")
@@ -96,6 +118,8 @@ class RunArguments:
     full: bool = _flag(False, "prism, critic: train all weights, no adapter.")
     optimizer: str = _flag("adamw", "adamw (see --optim), or muon for the matrices of a --full or new model.")
     muon_learning_rate: float = _flag(0.02, "Learning rate of Muon.")
+    adapter: bool = field(default=False, init=False)  # is a LoRA adapter trained?
+    num_pools: int = field(default=1, init=False)  # batches of a step, which gradient accumulation says
     share: bool = field(default=False, init=False)  # --push_to_hub: ours, and not each checkpoint as the Trainer would
 
 
@@ -148,6 +172,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
             "Pass --save_total_limit 1 for a small folder."
         )
     run.share, args.push_to_hub = args.push_to_hub, False
+    run.num_pools = args.gradient_accumulation_steps
     if run.share and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
     if (args.bf16 or run.dtype == "bfloat16") and args.device.type == "cpu":
@@ -207,12 +232,23 @@ def check_run(run: RunArguments) -> None:
     tuned = [f"--{name}" for name in ("freeze_backbone", "full") if getattr(run, name)]
     adapter = [f"--{name}" for name in ("rank", "lora_alpha", "lora_targets") if getattr(run, name) is not None]
     adapter += ["--lora_dropout"] if run.lora_dropout else []
-    if run.objective == "mdm" and (tuned or adapter):
-        raise ValueError(f"{(tuned + adapter)[0]} goes with --objective prism or critic; mdm trains all weights.")
-    unused = {"mdm": REVEALING + DRAWING, "critic": REVEALING, "prism": ()}[run.objective]
-    if given := [name for name in unused if getattr(run, name) != getattr(RunArguments, name)]:
-        place = "prism" if given[0] in REVEALING else "prism or critic"
-        raise ValueError(f"`--{given[0]}` goes with --objective {place}; {run.objective} has no use for it.")
+    if run.objective == "mdm" and tuned:
+        raise ValueError(
+            f"{tuned[0]} goes with --objective prism or critic; mdm trains all weights, or an adapter with --rank."
+        )
+    if run.objective == "mdm" and adapter and run.base_model is None:
+        raise ValueError(f"{adapter[0]} is of an adapter, which needs a pretrained model: pass --base_model.")
+    run.adapter = bool(adapter) if run.objective == "mdm" else not tuned
+    check_unused(run)
+    if run.dataset is None and run.objective != "distill":
+        raise ValueError(f"`--objective {run.objective}` learns from data: pass --dataset. Only distill needs none.")
+    if run.objective == "distill":
+        if tuned[1:] or "--full" in tuned or adapter:
+            raise ValueError(
+                f"{(tuned + adapter)[-1]} does not go with --objective distill: an adapter would change the posterior "
+                "that the head is taught. The backbone is frozen."
+            )
+        run.freeze_backbone, run.adapter, tuned = True, False, ["--freeze_backbone"]
     if run.objective != "mdm" and run.base_model is None:
         raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
     new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
@@ -220,11 +256,12 @@ def check_run(run: RunArguments) -> None:
         raise ValueError(f"`--{new[0]}` is of a new model; `--base_model` brings its own.")
     if len(tuned) + bool(adapter) > 1:
         raise ValueError(f"Pass one of --freeze_backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
-    if run.optimizer == "muon" and run.objective != "mdm" and not run.full:
+    all_weights = run.full or (run.objective == "mdm" and not run.adapter)
+    if run.optimizer == "muon" and not all_weights:
         raise ValueError("`--optimizer muon` is for all weights: pass --full, or leave it out.")
-    if (run.load_in_4bit or run.load_in_8bit) and (run.full or run.objective == "mdm"):
+    if (run.load_in_4bit or run.load_in_8bit) and all_weights:
         raise ValueError("Weights in 4 or 8 bits cannot be trained; use LoRA or --freeze_backbone.")
-    if run.dtype != "float32" and (run.full or run.objective == "mdm"):
+    if run.dtype != "float32" and all_weights:
         raise ValueError("`--dtype` must be float32 where all weights are trained; --bf16 computes in bfloat16.")
     check_ranges(run)
     if run.dataset != "sudoku" and (run.puzzle_share or run.sample_puzzles):
@@ -243,6 +280,28 @@ def check_run(run: RunArguments) -> None:
     run.lora_alpha = run.lora_alpha or run.rank
 
 
+def check_unused(run: RunArguments) -> None:
+    """Checks that no flag is given that means nothing here.
+
+    Raises:
+        ValueError: one is, by its name.
+    """
+    of_runs = run.states != "one_step" or run.objective == "distill"
+    unused = {
+        "mdm": REVEALING + DRAWING + DISTILLING + ("states",),
+        "critic": REVEALING + DISTILLING + ("states",),
+        "prism": DISTILLING + (REVEALING if run.states == "rollout" else ()),
+        "distill": (*REVEALING, "draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "states"),
+    }[run.objective]
+    places = dict.fromkeys(REVEALING, "prism and --states one_step or mixed") | dict.fromkeys(DISTILLING, "distill")
+    places |= dict.fromkeys(ROLLING, "distill, or prism with --states rollout or mixed") | {"states": "prism"}
+    places |= dict.fromkeys(("head", "head_from"), "prism, critic or distill")
+    unused += () if of_runs else ROLLING
+    if given := [name for name in unused if getattr(run, name) != getattr(RunArguments, name)]:
+        place = places.get(given[0], "prism or critic")
+        raise ValueError(f"`--{given[0]}` goes with --objective {place}; {run.objective} has no use for it.")
+
+
 def check_ranges(run: RunArguments) -> None:
     """Checks counts and shares.
 
@@ -250,11 +309,12 @@ def check_ranges(run: RunArguments) -> None:
         ValueError: one that no run can use, by the name of its flag.
     """
     lowest = dict.fromkeys(("rank", "lora_alpha", "max_length", "num_train_examples", "num_base_grids"), 1)
+    lowest |= dict.fromkeys(("rollout_runs", "label_stride", "block_length"), 1)
     lowest |= dict.fromkeys(("num_eval_examples", "shuffle_buffer", "sample_texts", "sample_puzzles"), 0)
     for name, least in lowest.items():
         value = getattr(run, name)
         if value is not None and value < least:
             raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
-    for name in ("puzzle_share", "lora_dropout"):
+    for name in ("puzzle_share", "lora_dropout", "forget_share"):
         if not 0 <= getattr(run, name) <= 1:
             raise ValueError(f"`--{name}` must be in [0, 1], got {getattr(run, name)}.")

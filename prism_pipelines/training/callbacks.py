@@ -21,7 +21,6 @@ from ..evaluation.plots import reliability_figure
 from ..evaluation.sudoku import calibration
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
-from ..sampling.trace import trace_to_html
 from ..schedulers import MDLMScheduler
 from .checkpointing import write_whole
 from .data import HELD_OUT_SEED
@@ -185,8 +184,8 @@ class TextProgress(TrainerCallback):
                 return_trace=True,
             )
             texts += out.texts
-            page = trace_to_html(out.trace, self.pipe.tokenizer, title=f"Step {state.global_step}")
-            (Path(args.output_dir) / "samples" / f"step-{state.global_step}-{number}.html").write_text(page)
+            page = Path(args.output_dir) / "samples" / f"step-{state.global_step}-{number}.html"
+            out.trace.to_html(page, title=f"Step {state.global_step}")
         self.pipe.model.train(training)
         write_log(args.output_dir, {"step": state.global_step, "texts": texts})
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from ..sampling.rows import RowEncoder, encode_rows
+from ..sampling.rows import RowEncoder, encode_rows, written_by_the_model
 from ..sudoku import CELLS, SYMMETRY_NUMBERS, complete_grids, dig_puzzles, symmetry_images, uniform_of
 
 HELD_OUT_SEED = 999_983  # base grids for evaluation come from this seed, training uses the run's own
@@ -62,6 +62,38 @@ class SudokuGrids(Dataset):
         trainable[is_puzzle] = symmetry_images(self.puzzles[place[is_puzzle]], u[is_puzzle]) == 0
         ids, trainable = torch.from_numpy(grids.astype(np.int64)), torch.from_numpy(trainable)
         return [{"input_ids": i, "trainable_mask": t} for i, t in zip(ids, trainable, strict=True)]
+
+
+class BlankCanvases(Dataset):
+    """Rows of masks, for a training that needs no data: the model writes its own.
+
+    Args:
+        num_examples: length of an epoch.
+        lengths: fewest and most tokens of a row, with its ends; drawn uniformly, from (seed, index) alone.
+        seed: of the lengths.
+        mask_token_id: what the rows hold.
+        opening, closing: special tokens at the ends of a row.
+    Raises:
+        ValueError: the shortest row has no token to write.
+    """
+
+    def __init__(self, num_examples: int, lengths, seed: int, mask_token_id: int, opening=(), closing=()):
+        self.num_examples, self.lengths, self.seed = num_examples, lengths, seed
+        self.mask_token_id, self.opening, self.closing = mask_token_id, opening, closing
+        ends = len(opening) + len(closing)
+        if lengths[0] <= ends:
+            raise ValueError(f"`--max_length` {lengths[1]} leaves no token to write besides {ends} special ones.")
+
+    def __len__(self):
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"Example {index} of {self.num_examples}.")
+        low, high = self.lengths
+        length = low + int(uniform_of(self.seed, np.array([index]), 1)[0, 0] * (high - low + 1))
+        count = length - len(self.opening) - len(self.closing)
+        return written_by_the_model(self.opening, count, self.closing, self.mask_token_id)
 
 
 # --- data sets of text ------------------------------------------------------------------------------------------------

@@ -19,13 +19,23 @@ from transformers import set_seed
 
 from ..hub.files import is_hub_id
 from ..hub.model_card import pipeline_card
-from ..hub.publish import push_head_repo, push_pipeline, save_head_repo, write_card
+from ..hub.publish import (
+    push_adapter_repo,
+    push_head_repo,
+    push_pipeline,
+    save_adapter_repo,
+    save_head_repo,
+    write_card,
+)
 from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
 from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
+from .held_out import HeadReport, RolloutProgress
 from .optimizer import muon_adamw
+from .rollout_losses import RolloutObjective
 from .setup import (
+    ADAPTER,
     RUN_FILE,
     beginning,
     build_objective,
@@ -51,10 +61,12 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
     if run.base_model and Path(run.base_model).exists():
         run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
-    if run.share and not (run.objective == "mdm" or run.full or is_hub_id(run.base_model)):
+    whole = run.full or (run.objective == "mdm" and not run.adapter)
+    if run.share and not (whole or is_hub_id(run.base_model)):
         raise ValueError(
-            f"`--push_to_hub` of a head needs a base model that others can load, and `--base_model` {run.base_model!r} "
-            "is no id on the Hub. Push that one first (docs/sharing.md), and train on its id."
+            "`--push_to_hub` of a head or an adapter needs a base model that others can load, and "
+            f"`--base_model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
+            "on its id."
         )
     set_seed(args.seed)
     run.revision = pinned(run)
@@ -80,7 +92,11 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         raise ValueError(
             "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
         )
-    if args.eval_strategy != "no" and run.objective != "mdm":
+    if isinstance(objective, RolloutObjective):
+        trainer.held_out = eval_batches(held_out, collate, args)
+        if args.eval_strategy != "no":
+            trainer.add_callback(RolloutProgress(objective, trainer.held_out, trainer.log))
+    elif args.eval_strategy != "no" and run.objective != "mdm":
         trainer.add_callback(
             HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log, not args.disable_tqdm)
         )
@@ -145,7 +161,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     shown += ("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
     shown += ("bf16", "fp16", "gradient_checkpointing", "dataloader_drop_last")
     own = {entry.name: entry.default for entry in fields(run) if entry.init and entry.name != "preset"}
-    if run.objective == "mdm" or run.full or run.freeze_backbone:
+    if not run.adapter:
         own = {name: value for name, value in own.items() if name not in ("rank", "lora_alpha")}  # filled in, not used
     flags = {name: value for name, value in asdict(run).items() if name in own and value != own[name]}
     flags |= {name: getattr(args, name) for name in shown if getattr(args, name) not in (plain[name], None, {})}
@@ -163,7 +179,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
         call["chat_template_kwargs"] = template_kwargs(run.chat_template_kwargs)
     return {
         "call": call,
-        "dataset": flags["dataset"],
+        "dataset": flags.get("dataset", "none: the model's own runs"),
         "command": shlex.join(["accelerate", "launch", "-m", "prism_pipelines.training", *words]),
         "hardware": f"{args.world_size} x {device}",
         "versions": {name: version(name) for name in ("prism-pipelines", "torch", "transformers", "peft")},
@@ -174,7 +190,8 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
 def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
     """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` goes on.
 
-    All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB.
+    All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB. Adapter
+    alone: a plain PEFT adapter.
     """
     args = trainer.args
     checkpoint = args.resume_from_checkpoint
@@ -196,23 +213,43 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     check_finite(trainer.model)
+    objective = trainer.model
     if trainer.is_fsdp_enabled:
-        pipe = rebuilt(run, trainable(trainer.model))
+        pipe, objective = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
         pipe.model.eval()
-        save(pipe, run, args, trainer.facts | {"metrics": last_metrics(args.output_dir)})
+        facts = {"metrics": last_metrics(args.output_dir)}
+        if isinstance(objective, RolloutObjective):
+            trainer.report = report = HeadReport(objective, trainer.held_out)
+            facts = head_facts(pipe, run, report) | {"metrics": facts["metrics"] | report.metrics()}
+        save(pipe, run, args, trainer.facts | facts)
     return pipe
 
 
-def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> PrismPipeline:
-    """The pipeline of a run from its base and its trained tensors, where the modules that were trained are sharded."""
+def head_facts(pipe: PrismPipeline, run: RunArguments, report: HeadReport) -> dict:
+    """Stores the temperature that was fitted, and gives what a card says of a head on rollouts."""
+    pipe.quality_head.register_to_config(temperature=report.temperature)
+    targets = {
+        "truth": "P(the token is the right one), learned from the data",
+        "posterior": "the model's own p(token | all other tokens), learned without data",
+    }
+    states = "rollout" if run.objective == "distill" else run.states
+    return {
+        "target": targets[report.label],
+        "states": {"rollout": "the model's own runs", "mixed": "the model's own runs, and one-step states"}[states],
+        "detection": f"{report.table()}\n\n{report.verdict()}",
+    }
+
+
+def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismPipeline, torch.nn.Module]:
+    """Pipeline and objective of a run from its base and its trained tensors, where the trained modules are sharded."""
     model, tokenizer, spec = load_base(run)
     objective = build_objective(run, model, tokenizer, spec)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(tensors[name])
-    return build_pipeline(objective.eval(), tokenizer, run)
+    return build_pipeline(objective.eval(), tokenizer, run), objective
 
 
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
@@ -220,6 +257,14 @@ def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
     folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
     if (folder / "calibration.png").is_file():
         facts["figure"] = str(folder / "calibration.png")
+    if run.objective == "mdm" and run.adapter:
+        save_adapter_repo(pipe, ADAPTER, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+        if run.share:
+            push_adapter_repo(
+                pipe, ADAPTER, args.hub_model_id, base_model=run.base_model, base_revision=run.revision, facts=facts,
+                **hub_flags,
+            )  # fmt: skip
+        return
     if run.objective == "mdm" or run.full:
         pipe.save_pretrained(folder)
         write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
@@ -235,7 +280,15 @@ def last_metrics(folder: str) -> dict[str, float]:
     """The last value of each held-out measure in the log."""
     found = {}
     for entry in read_log(folder):
-        measures = ("eval_loss", "eval_auroc", "eval_ece", "eval_posterior_drift", "solved_")
+        measures = (
+            "eval_loss",
+            "eval_auroc",
+            "eval_ece",
+            "eval_overlap",
+            "eval_rank",
+            "eval_posterior_drift",
+            "solved_",
+        )
         found |= {name: value for name, value in entry.items() if name.startswith(measures)}
     return found
 

@@ -17,19 +17,29 @@ from ..models import checks
 from ..models.denoiser import MaskedDenoiser
 from ..models.families import reads_only_masks, resolve_spec
 from ..models.quality_head import QualityHead
-from ..sampling.encoding import text_frame
+from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
 from ..sampling.stopping import end_tokens, never_written
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
+from ..schedulers.context import INPUTS
 from .checkpointing import MANIFEST
-from .data import HELD_OUT_SEED, SudokuGrids, read_rows, split_examples
+from .data import HELD_OUT_SEED, BlankCanvases, SudokuGrids, read_rows, split_examples
 from .losses import CriticObjective, MDMObjective, PRISMObjective
+from .rollout_losses import RolloutObjective
+from .rollouts import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 512  # tokens of an example, where --max_length does not say and the model takes more
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
 RUN_FILE = "training_run.json"  # in the folder of a run: what it began from
+# What a head reads of the run by default. Where the answer is determined, the probability given the prompt says
+# most; in free text, how the model saw it since it was drawn.
+CONTEXTS = {
+    "truth": ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill"),
+    "posterior": ("given", "draw", "age", "remasks", "fill", "own"),
+}
+DISTILLED_BAR = 0.02  # quality below which a head from --objective distill remasks, see docs/judging.md
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
@@ -156,6 +166,76 @@ def suppressed_ids(tokenizer, model, spec) -> tuple[int, ...]:
     return never_written(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
+def rolls_out(run) -> bool:
+    """Is the head trained on states of the model's own runs?"""
+    return run.objective == "distill" or run.states != "one_step"
+
+
+def label_of(run) -> str:
+    """What a head on rollouts is taught: "truth" or "posterior"."""
+    return "posterior" if run.objective == "distill" else "truth"
+
+
+def context_of(run) -> tuple[str, ...]:
+    """The inputs of `--context`.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    if not rolls_out(run) or run.context == "none":
+        return ()
+    if run.context is None:
+        return CONTEXTS[label_of(run)]
+    names = tuple(name.strip() for name in run.context.split(","))
+    if unknown := sorted(set(names) - set(INPUTS)):
+        raise ValueError(f"`--context` may hold {', '.join(INPUTS)}, or be none; got {', '.join(unknown)}.")
+    return names
+
+
+def begin_at_free_scores(head: QualityHead) -> None:
+    """Lets a head with context begin near what its inputs say for nothing, so that training only adds to it.
+
+    The skip to the logit begins as half the log-probability given the first canvas; or, where the probability now is
+    read, as parts of that, of its mean since the token was written, and of that of the drawing. The block begins as
+    the identity.
+    """
+    if not head.reads_context:
+        return
+    first = {
+        name: sum(INPUTS[before] for before in head.reads_context[:i]) for i, name in enumerate(head.reads_context)
+    }
+    # (channel of the input, weight); the features are a tenth of a log-probability.
+    weights = {"own": ((1, 4.0), (2, 3.0)), "draw": ((1, 2.0),)} if "own" in first else {"prompt": ((0, 1.0), (3, 5.0))}
+    with torch.no_grad():
+        for name in weights.keys() & first.keys():
+            for channel, weight in weights[name]:
+                head.context_skip.weight[0, first[name] + channel] = weight
+        for layer in (head.block.attention_out, head.block.mlp_out) if head.attends else ():
+            layer.weight.zero_(), layer.bias.zero_()
+
+
+def begin_from(head: QualityHead, folder: str) -> None:
+    """Copies the layers of another head that have the same name and size.
+
+    Raises:
+        ValueError: there is no head, it is for hidden states of another size, or no layer fits.
+    """
+    place = next((p for p in (Path(folder), Path(folder) / "quality_head") if (p / "config.json").is_file()), None)
+    if place is None:
+        raise ValueError(f"`--head_from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
+    other = QualityHead.from_pretrained(place)
+    own, found = head.state_dict(), other.state_dict()
+    fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
+    if other.config.hidden_size != head.config.hidden_size or not fitting:
+        raise ValueError(
+            f"`--head_from` {folder!r} is a head for hidden states of size {other.config.hidden_size}, architecture "
+            f"{other.config.architecture!r}; this one reads {head.config.hidden_size}. None of its layers fits."
+        )
+    if other.reads_context != head.reads_context:  # the channels would mean other inputs
+        fitting = {name: value for name, value in fitting.items() if not name.startswith("context_")}
+    head.load_state_dict(own | fitting)
+
+
 def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
     suppressed = suppressed_ids(tokenizer, model, spec)
@@ -167,6 +247,8 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
         "mask_rate_max": run.mask_rate_max,
     }
     if run.objective == "mdm":
+        if run.adapter:
+            add_lora(run, model, spec)
         return MDMObjective(denoiser, **shared)
     head = QualityHead(
         model.config.hidden_size,
@@ -174,8 +256,12 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
         base_model=None if run.full else run.base_model,  # a tuned backbone is another model
         base_revision=None if run.full else run.revision,
         mdm_spec=spec.to_dict(),
+        context=context_of(run),
     )
-    if not (run.freeze_backbone or run.full):
+    begin_at_free_scores(head)
+    if run.head_from:
+        begin_from(head, run.head_from)
+    if run.adapter:
         add_lora(run, model, spec)
     shared |= {
         "draws_per_state": run.draws_per_state,
@@ -186,6 +272,10 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     }
     if run.objective == "critic":
         return CriticObjective(denoiser, head, **shared)
+    if rolls_out(run):
+        if run.objective == "distill":
+            shared.pop("draws_per_state"), shared.pop("temperature"), shared.pop("top_p")
+        return RolloutObjective(denoiser, head, **rollout_flags(run), **shared)
     return PRISMObjective(
         denoiser,
         head,
@@ -194,6 +284,26 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
         reveal_window=run.reveal_window,
         **shared,
     )
+
+
+def rollout_flags(run) -> dict:
+    """Arguments of `RolloutObjective` from the flags."""
+    orders = (("random", run.rollout_temperature),) * 3 + (("confidence", 0.0),)
+    settings = RolloutSettings(
+        steps_min=run.rollout_steps_min,
+        steps_max=run.rollout_steps_max,
+        orders=orders,
+        repairs=run.rollout_repairs,
+        block_length=run.block_length,
+        mask_rate_min=run.mask_rate_min,
+        mask_rate_max=run.mask_rate_max,
+    )
+    flags = {"settings": settings, "num_runs": run.rollout_runs, "num_pools": run.num_pools, "label": label_of(run)}
+    flags |= {"states": "rollout" if run.objective == "distill" else run.states, "stride": run.label_stride}
+    flags |= {"distill_loss": run.distill_loss, "label_floor": run.label_floor, "forget_share": run.forget_share}
+    if flags["states"] == "mixed":
+        flags |= {name: getattr(run, name) for name in ("num_revealed", "reveal_order", "reveal_window")}
+    return flags
 
 
 def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
@@ -207,6 +317,9 @@ def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
         scheduler = MDLMScheduler()
     elif isinstance(objective, CriticObjective):
         scheduler = TokenCriticScheduler(**drawn)
+    elif run.objective == "distill":
+        # Its quality resolves the low end: all below a bar go, at most a quarter of the tokens in a step.
+        scheduler = PrismScheduler(quality_threshold=DISTILLED_BAR, temperature=run.rollout_temperature)
     else:
         # The settings of method.md: a few cells of a Sudoku, the paper's share of a text.
         share = {"num_remask": 4} if run.dataset == "sudoku" else {"eta": 0.05}
@@ -239,6 +352,10 @@ def load_examples(run, args, model, tokenizer, spec):
             )
     if limit is not None and run.max_length > limit:
         raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    collate = functools.partial(pad_batch, pad_token_id=pad)
+    if run.dataset is None:
+        return *blank_examples(run, args, tokenizer, spec), collate
     if run.streaming and args.max_steps <= 0:
         raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
     suppressed = suppressed_ids(tokenizer, model, spec)
@@ -255,6 +372,7 @@ def load_examples(run, args, model, tokenizer, spec):
         use_chat_template=not run.no_chat_template,
         template_kwargs=template_kwargs(run.chat_template_kwargs),
         train_on=run.train_on,
+        open_ended=run.objective == "distill",
     )
     rows = read_rows(
         run.dataset,
@@ -279,8 +397,7 @@ def load_examples(run, args, model, tokenizer, spec):
     train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
     if args.process_index == 0:
         logger.warning("Training on %s.", examples_line(rows, encoder, train))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return train, held_out, functools.partial(pad_batch, pad_token_id=pad)
+    return train, held_out, collate
 
 
 def template_kwargs(words: str | None) -> dict | None:
@@ -298,6 +415,23 @@ def template_kwargs(words: str | None) -> dict | None:
             f'`--chat_template_kwargs` must be an object such as {{"enable_thinking": false}}, got {words}.'
         )
     return found
+
+
+def blank_examples(run, args, tokenizer, spec):
+    """As `load_examples`, of a training without data: rows of masks of at most `--max_length`.
+
+    An encoder was trained on one sequence a row, of any length, so its rows differ in length.
+    """
+    frame, shortest = text_frame(tokenizer, spec), run.max_length
+    if frame.closing:
+        shortest = max(len(frame.opening) + len(frame.closing) + 1, run.max_length // 4)
+    else:
+        frame = Frame(tuple(prompt_ids([""], tokenizer)[0]))
+    train, held_out = (
+        BlankCanvases(count, (shortest, run.max_length), seed, spec.mask_token_id, *frame)
+        for count, seed in ((run.num_train_examples, args.seed), (run.num_eval_examples, HELD_OUT_SEED))
+    )
+    return train, held_out
 
 
 def check_output_dir(folder: str, resume) -> None:

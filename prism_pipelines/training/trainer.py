@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpointing import WEIGHTS, latest_checkpoint, seal_checkpoint
+from .rollout_losses import RolloutObjective
 
 EVAL_SEED = 999_983  # of the noise of every evaluation
 
@@ -111,6 +112,9 @@ class ObjectiveTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs):
         """As the Trainer's, with the same noise every time and none taken from training."""
+        if isinstance(self.model, RolloutObjective):  # its runs are under way; `RolloutProgress` measures on others
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+            return {}
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             torch.manual_seed(EVAL_SEED + self.args.process_index)
             return super().evaluate(*args, **kwargs)
@@ -143,6 +147,14 @@ class ObjectiveTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_trainable(model or self.model, resume_from_checkpoint)
+        if isinstance(self.model, RolloutObjective):
+            file = Path(resume_from_checkpoint) / f"rollouts-{self.args.process_index}.safetensors"
+            if not file.is_file():
+                raise ValueError(
+                    f"`--resume_from_checkpoint` {resume_from_checkpoint!r} has no {file.name}: the runs under way are "
+                    "kept for each process. Resume with as many processes as before."
+                )
+            self.model.load_state(load_file(file), self.args.device)
 
     def _save_checkpoint(self, model, trial) -> None:
         check_finite(self.model)
@@ -155,6 +167,9 @@ class ObjectiveTrainer(Trainer):
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
+            if isinstance(self.model, RolloutObjective):
+                (partial / name).mkdir(parents=True, exist_ok=True)  # a process that saves nothing else may be first
+                save_file(self.model.state(), partial / name / f"rollouts-{self.args.process_index}.safetensors")
             self.args.output_dir = str(run_dir)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

@@ -1,0 +1,113 @@
+"""`prism infill MODEL FILE --out FILE`: fill in what is masked in every sequence of a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .arguments import number_type
+from .loading import add_model_flags, load_pipeline
+from .quiet import is_quiet
+
+COUNT = number_type(int, 1, "a whole number of at least 1")
+
+
+def add_parser(commands) -> None:
+    """Add the subcommand `infill` to the subparsers of `prism`."""
+    parser = commands.add_parser(
+        "infill",
+        help="fill in the masked parts of every sequence of a file (FASTA, CSV, JSONL, text)",
+        description="Fill in what is masked in every sequence of a file, and write each with its quality, in input "
+        "order. The same command again goes on after a kill.",
+        epilog="Exit status: 0 done, 2 bad input.",
+    )
+    add_file_flags(parser)
+    parser.add_argument("--positions", metavar="LIST", help="characters to fill in every row, such as 97-110,120")
+    parser.add_argument(
+        "--positions-column",
+        metavar="NAME",
+        default="positions",
+        help="column that says so by row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mask", metavar="CHARS", default="", help="characters that stand for one token to fill, such as X"
+    )
+    parser.add_argument("--num-samples", type=COUNT, default=1, help="of each sequence (default: %(default)s)")
+    parser.add_argument(
+        "--select", choices=["confidence"], help="keep the surest of the samples; needs a calibrated head"
+    )
+    parser.add_argument("--steps", type=COUNT, default=16, help="forward passes (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="default: the scheduler's")
+    parser.add_argument("--top-p", type=float, help="nucleus, in (0, 1] (default: the scheduler's)")
+    parser.add_argument("--seed", type=number_type(int, 0, "a whole number, not negative"), default=0)
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `prism infill` and `prism score` that say what is read and where it goes."""
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id: a pipeline, a model, or a head")
+    parser.add_argument("file", metavar="FILE", help=".fasta, .csv, .tsv, .jsonl, or .txt with a text a line")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help=".jsonl, .csv or .fasta; an unfinished one goes on"
+    )
+    parser.add_argument("--column", metavar="NAME", help="of the text (default: infill, sequence or text)")
+    parser.add_argument("--drop", metavar="CHARS", default="", help="characters to leave out, such as '-*'")
+    parser.add_argument(
+        "--invalid", choices=["error", "skip"], default="error", help="rows that cannot be used (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=COUNT, default=8, help="sequences a forward (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, load, fill in, report. Returns the exit status."""
+    from ..generation.infill import infill_many
+
+    tell_duplicates(args)
+    told = infill_many(
+        load_pipeline(args),
+        args.file,
+        args.out,
+        column=args.column,
+        positions=args.positions,
+        positions_column=args.positions_column,
+        marks=args.mask,
+        drop=args.drop,
+        num_samples=args.num_samples,
+        select=args.select,
+        num_inference_steps=args.steps,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        invalid=args.invalid,
+        progress=not is_quiet(),
+    )
+    report(args, told, "filled")
+    return 0
+
+
+def tell_duplicates(args: argparse.Namespace) -> None:
+    """Read the file, so that a bad one is reported before minutes of loading, and name what stands there twice."""
+    from ..generation.sequence_output import check_out
+    from ..generation.sequences import duplicates, read_sequences
+
+    check_out(args.out)
+    told = duplicates(read_sequences(args.file, args.column))
+    if told and not is_quiet():
+        more = f"; and {len(told) - 5} more" if len(told) > 5 else ""
+        print(f"prism: warning: {'; '.join(told[:5])}{more}. All of them are kept.", file=sys.stderr)
+
+
+def report(args: argparse.Namespace, told: dict, verb: str) -> None:
+    """What was done, on stderr; leave the other processes."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    print(f"{verb} {told['generated']} sequences in {told['seconds']:.1f} s", file=sys.stderr)
+    if told["complete"]:
+        parts = [f"{told['rows']} rows"]
+        parts += [f"{told['skipped']} skipped, with the reason"] if told["skipped"] else []
+        parts += [f"{told['unmasked']} with nothing to fill"] if told.get("unmasked") else []
+        print(f"{args.out}: {', '.join(parts)}", file=sys.stderr)

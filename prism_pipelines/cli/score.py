@@ -1,0 +1,63 @@
+"""`prism score MODEL FILE --out FILE [--html PAGE]`: the quality of every token of every sequence of a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .infill import add_file_flags, report, tell_duplicates
+from .loading import add_model_flags, load_pipeline
+from .quiet import is_quiet
+
+
+def add_parser(commands) -> None:
+    """Add the subcommand `score` to the subparsers of `prism`."""
+    parser = commands.add_parser(
+        "score",
+        help="the quality of every token of every sequence of a file",
+        description="Say how likely every token of every sequence of a file is right, in input order. The same command "
+        "again goes on after a kill.",
+        epilog="Exit status: 0 done, 2 bad input.",
+    )
+    add_file_flags(parser)
+    parser.add_argument(
+        "--mask", metavar="CHARS", default="", help="characters that stand for a token that is not known"
+    )
+    parser.add_argument(
+        "--by",
+        choices=["head", "own", "leave-one-out"],
+        help="the quality head; the model's own probability in the pass that sees the token; or without seeing it, "
+        "a forward for each token (default: the head if there is one, else own)",
+    )
+    parser.add_argument("--html", metavar="PAGE", help="also a page with the tokens coloured; --out must be .jsonl")
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, load, score, report. Returns the exit status."""
+    from ..generation.infill import score_many
+    from ..generation.quality_page import quality_page
+
+    if args.html is not None and Path(args.out).suffix.lower() != ".jsonl":
+        raise ValueError(f"--html is made of a .jsonl output, and --out is {args.out!r}.")
+    tell_duplicates(args)
+    pipe = load_pipeline(args)
+    by = args.by or ("own" if pipe.quality_head is None else "head")
+    told = score_many(
+        pipe,
+        args.file,
+        args.out,
+        by=by.replace("-", "_"),
+        column=args.column,
+        marks=args.mask,
+        drop=args.drop,
+        batch_size=args.batch_size,
+        invalid=args.invalid,
+        progress=not is_quiet(),
+    )
+    report(args, told, "scored")
+    if args.html is not None and told["complete"]:
+        page = quality_page(args.out, f"{Path(args.file).name}, scored by {by}")
+        Path(args.html).write_text(page, encoding="utf-8")
+    return 0

@@ -1,0 +1,206 @@
+"""`prism train-head MODEL --out DIR`: a quality head for any model, learned from the model alone, without data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from .arguments import number_type
+from .quiet import is_quiet
+
+LENGTH = 256  # tokens of a text at most, where the model takes more
+STRIDE = 16
+RATE = 0.5  # learning rate times hidden size, at most FASTEST
+FASTEST = 4e-3
+
+
+def add_parser(commands) -> None:
+    """Add the subcommand `train-head` to the subparsers of `prism`."""
+    parser = commands.add_parser(
+        "train-head",
+        help="make a quality head for a model from the model alone, without data",
+        description="Let the model write, and teach a small head to predict, from what the run knows, the model's own "
+        "probability of each token given all others; the model itself stays as it is. Then compare what the head "
+        "finds on held-out texts with what needs no head. The same command again goes on after an interruption.",
+        epilog="Exit status: 0 done and ahead of every free score, 1 made but not recommended, 2 bad input.",
+    )
+    count = number_type(int, 1, "a whole number of at least 1")
+    parser.add_argument("model", metavar="MODEL", help="Hub id, folder or saved pipeline of a masked diffusion model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the head; empty or absent")
+    parser.add_argument("--steps", type=count, default=500, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=16, help="texts of a step (default: %(default)s)")
+    parser.add_argument("--max-length", type=count, help=f"tokens of a text (default: {LENGTH}, or what it takes)")
+    parser.add_argument(
+        "--dataset", metavar="DATA", help="prompts or texts to begin from, Hub id or file (default: none)"
+    )
+    parser.add_argument("--head", default="block", help="linear, mlp, block or block_mlp (default: %(default)s)")
+    parser.add_argument("--block-length", type=count, help="of semi-autoregressive runs")
+    parser.add_argument("--dtype", default="float32", help="of the model's weights: float32, bfloat16 or float16")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
+    parser.add_argument("--mask-token-id", type=int, help="overrides what is detected")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code of MODEL if no class serves")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run)
+
+
+def training_flags(args: argparse.Namespace, hidden_size: int, length: int) -> list[str]:
+    """The flags of the training command that this command stands for."""
+    flags = {
+        "objective": "distill",
+        "base_model": args.model,
+        "output_dir": args.out,
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": 12,
+        "max_length": length,
+        "label_stride": min(STRIDE, length),
+        "head": args.head,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "rollout_steps_min": min(16, length),
+        "rollout_steps_max": min(128, length),
+        "learning_rate": f"{min(FASTEST, RATE / hidden_size):.2g}",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(30, args.steps // 10),
+        "adam_beta2": 0.98,
+        "max_grad_norm": 1,
+        "logging_steps": max(1, args.steps // 20),
+        "save_steps": max(1, args.steps // 5),
+        "save_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "disable_tqdm": "true",
+        "num_eval_examples": 24,
+    }
+    flags |= {name: getattr(args, name) for name in ("dataset", "block_length", "revision", "mask_token_id")}
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return [*words, *(["--trust_remote_code"] if args.trust_remote_code else [])]
+
+
+def size_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Hidden size of the model, and the length of the texts that the head is trained on.
+
+    Raises:
+        ValueError, OSError: there is no such model, or it takes fewer tokens than `--max-length` says.
+    """
+    from transformers import AutoConfig
+
+    from ..hub.files import read_json
+    from ..models.checks import max_length
+
+    where = {"revision": args.revision}
+    index = read_json(args.model, "model_index.json", where)
+    folder = {} if index is None else {"subfolder": "model"}
+    config = AutoConfig.from_pretrained(
+        args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, **folder
+    )
+    limit = max_length(config)
+    if args.max_length and limit and args.max_length > limit:
+        raise ValueError(f"--max-length is {args.max_length}, and the model takes {limit} tokens at most.")
+    return config.hidden_size, args.max_length or min(LENGTH, limit or LENGTH)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, measure, report. Returns the exit status."""
+    from rich.console import Console
+    from transformers import PrinterCallback
+
+    from ..training.arguments import parse_arguments
+    from ..training.held_out import HeadReport
+    from ..training.run import prepare, train
+
+    begun = time.monotonic()
+    run_arguments, training_arguments = parse_arguments(training_flags(args, *size_of(args)))
+    trainer, pipe = prepare(run_arguments, training_arguments)
+    trainer.remove_callback(PrinterCallback)
+    errors = Console(stderr=True)
+    with progress_bar(errors) as bar:
+        measuring = bar.add_task("measuring the head as it begins", total=None)
+        started = time.monotonic()
+        before = HeadReport(
+            trainer.model, trainer.held_out, lambda done, total: bar.update(measuring, completed=done, total=total)
+        )
+        bar.remove_task(measuring)
+        trainer.add_callback(step_bar(bar, time.monotonic() - started))
+        try:
+            train(trainer, pipe, run_arguments)
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from None
+    report = trainer.report
+    console = Console()
+    console.print(table(report))
+    console.print(calibration_line(before, report), highlight=False)
+    console.print(report.verdict().replace("**", ""), highlight=False)
+    console.print(f"Made in {(time.monotonic() - begun) / 60:.1f} minutes. Use it:", highlight=False)
+    console.print(
+        f'  PrismPipeline.from_pretrained("{args.model}", quality_head="{args.out}")', highlight=False, soft_wrap=True
+    )
+    if not report.is_ahead:
+        print("prism: the head is made and saved, and is not recommended (see above)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def step_bar(bar, measuring: float):
+    """A callback that shows the steps of a training, and the time that is left with the measurement at its end.
+
+    Args:
+        bar: rich Progress.
+        measuring: seconds that the measurement will take.
+    """
+    from transformers import TrainerCallback
+
+    class StepBar(TrainerCallback):
+        """The time of a step is the mean of those since the training began here."""
+
+        def on_train_begin(self, args, state, control, **_):
+            self.task = bar.add_task("training", total=state.max_steps, completed=state.global_step)
+            self.first, self.began = state.global_step, None
+
+        def on_step_end(self, args, state, control, **_):
+            now = time.monotonic()
+            if self.began is None:  # the first step fills the pool, which takes longer than the others
+                self.first, self.began = state.global_step, now
+                return
+            each = (now - self.began) / (state.global_step - self.first)
+            left = each * (state.max_steps - state.global_step) + measuring
+            words = f"training, about {left / 60:.0f} min left" if left > 90 else f"training, about {left:.0f} s left"
+            bar.update(self.task, completed=state.global_step, description=words)
+
+        def on_train_end(self, args, state, control, **_):
+            bar.update(self.task, description="measuring the trained head")
+
+    return StepBar()
+
+
+def progress_bar(console):
+    """A bar on stderr; hidden if stderr is no terminal, or by --quiet."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal, transient=True)
+
+
+def calibration_line(before, after) -> str:
+    """How far the head's claims were from the probabilities, before training and after."""
+    ends = [report.found["head"]["ece"] if report.found else None for report in (before, after)]
+    first, last = ("unknown" if value is None else f"{value:.3f}" for value in ends)
+    fitted = "none could be fitted" if after.temperature is None else f"{after.temperature:g}, fitted on held-out texts"
+    return f"Calibration error before training {first}, after {last}. Temperature: {fitted}."
+
+
+def table(report):
+    """What the head finds against free scores, for a terminal."""
+    from rich.table import Table
+
+    from ..evaluation.detection import NAMES, TITLES
+
+    found = Table(title="What this head finds on held-out texts, against free scores")
+    found.add_column("score")
+    names = list(next(iter(report.found.values()))) if report.found else []
+    for name in names:
+        found.add_column(TITLES[name], justify="right")
+    for score, values in report.found.items():
+        cells = ["-" if values[name] is None else f"{values[name]:.3f}" for name in names]
+        found.add_row(NAMES.get(score, score), *cells, style="bold" if score == "head" else "")
+    return found

@@ -1,0 +1,138 @@
+"""Sizes that a checkpoint's config.json speaks of, against its tensors, before memory is taken for them."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from ..schedulers.validation import is_int
+from .files import fetch_file, inside, read_json, tensor_shapes
+
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks|h)\.(\d+)\.")
+# A model may have more numbers than its files hold: weights that are packed, eight to one, or made as it is loaded.
+PACKED, SPARE = 8, 2**20
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_files(path: str, subfolder: str, where: dict) -> list[str]:
+    """Local paths of a checkpoint's safetensors files.
+
+    Raises:
+        OSError: a part is missing.
+        ValueError: the index of the parts is damaged.
+    """
+    index_name = inside(subfolder, "model.safetensors.index.json")
+    index = read_json(path, index_name, where)
+    names = ["model.safetensors"] if index is None else parts_of(index, f"{index_name} of {path!r}")
+    files = {name: fetch_file(path, inside(subfolder, name), where) for name in names}
+    if lost := [name for name, file in files.items() if file is None]:
+        raise OSError(f"{path!r} lacks {inside(subfolder, lost[0])}, a part of its weights. Download it again.")
+    return list(files.values())
+
+
+def parts_of(index: dict, owner: str) -> list[str]:
+    """Names of the files that the index of a checkpoint in parts lists.
+
+    Raises:
+        ValueError: it lists none, or something that is no name of a file beside it.
+    """
+    names = index.get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not names or any("/" in name or "\\" in name for name in names):
+        raise ValueError(f"{owner} is damaged: its weight_map must give the file of each weight. Download it again.")
+    return names
+
+
+def file_shapes(files: list[str]) -> Shapes:
+    """Shape of each tensor of some safetensors files, from their headers alone."""
+    return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+
+
+def model_config(make, native, raw: dict, shapes: Shapes, owner: str, names: dict[str, str] | None = None):
+    """The config that `make()` builds from a config.json.
+
+    Args:
+        make: function without arguments.
+        native: class of transformers that it is for.
+        raw: the config.json.
+        shapes: as `check_sizes`.
+        owner: the checkpoint, for the errors.
+        names: of fields in the config -> what config.json calls them, where it has other names.
+    Raises:
+        ValueError: config.json holds values that make no model, or another number of layers than the files.
+    """
+    names = {**native.config_class.attribute_map, **(names or {})}
+    # First of all: some configs list their layers, and are gigabytes for a number that makes no sense.
+    check_layers(native, raw.get(names.get("num_hidden_layers"), raw.get("num_hidden_layers")), raw, shapes, owner)
+    try:
+        config = make()
+    except Exception as error:  # transformers raises a dozen classes, by field and release
+        raise wrong(owner, error) from error
+    for name in COUNTS:
+        value = getattr(config, name, None)
+        if value is not None and not is_int(value, 1):
+            name = names[name] if names.get(name) in raw else name
+            raise ValueError(
+                f"config.json of {owner!r} has {name}={value!r}, which must be an integer of at least 1. Look for the "
+                "config.json that belongs to these weights."
+            )
+    return config
+
+
+def check_layers(native, layers, raw: dict, shapes: Shapes, owner: str) -> None:
+    """Raise a ValueError if a config speaks of another number of layers than there are in the files.
+
+    Fewer would leave weights out without a word; a model of far more takes hours and gigabytes to make.
+    """
+    numbered = [int(found[1]) for name in shapes if (found := LAYER.search(name))]
+    held, left_out = max(numbered, default=-1) + 1, raw.get("num_nextn_predict_layers")  # for several tokens at once
+    least = held - (left_out if is_int(left_out, 0) else 0)
+    if is_int(layers, 1) and not least <= layers <= (held or len(shapes)):
+        raise ValueError(
+            f"The weights of {owner!r} do not fit {native.__name__}: its config.json says {layers} layers, and the "
+            f"files hold {held}. Look for the config.json that belongs to them."
+        )
+
+
+def wrong(owner: str, error: Exception) -> ValueError:
+    """The error that a config.json makes no model, with the words of transformers in one line."""
+    return ValueError(f"config.json of {owner!r} has values that make no model: {' '.join(str(error).split())[:300]}")
+
+
+def check_sizes(native, config, raw: dict, shapes: Shapes, owner: str) -> None:
+    """Raise a ValueError if a config makes another model than the one that the tensors of its files are of.
+
+    A model is made on the meta device, which takes no memory.
+
+    Args:
+        native: class of transformers.
+        config: its config.
+        raw: the config.json that it was built from.
+        shapes: of the tensors of the files by name, in whatever names.
+        owner: the checkpoint, for the error.
+    """
+    check_layers(native, getattr(config, "num_hidden_layers", None), raw, shapes, owner)
+    try:
+        with torch.device("meta"):
+            model = native(config)
+    except Exception as error:  # as in `model_config`: a size of 0, or one that no tensor can have
+        raise wrong(owner, error) from error
+    needed = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    held = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if needed > PACKED * held + SPARE:
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in COUNTS if hasattr(config, name))
+        raise ValueError(
+            f"config.json of {owner!r} speaks of a model of {needed:,} numbers ({sizes}), and the weights beside it "
+            f"hold {held:,}. Look for the config.json that belongs to them."
+        )
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    unlike = sorted(name for name, shape in shapes.items() if expected.get(name, shape) != shape)
+    if unlike and not raw.get("quantization_config"):  # quantized weights are packed in shapes of their own
+        name = unlike[0]
+        raise ValueError(
+            f"The weights of {owner!r} do not fit {native.__name__}: {name} is {shapes[name]}, and its config.json "
+            f"says {expected[name]} ({len(unlike)} differ). Look for the config.json that belongs to them."
+        )

@@ -1,0 +1,407 @@
+"""Losses of a quality head on the states that the model's own runs pass through, see `rollouts.py`.
+
+Two labels. Where the answer is determined by what is given, a visible token is right if it is the true one. Where it is
+open, as in free text, another token than the true one is not wrong; the label is then the model's own leave-one-out
+posterior log p(y_i | all other tokens), and no data is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from transformers.utils import ModelOutput
+
+from ..models.denoiser import MaskedDenoiser
+from ..schedulers.context import RunContext, forget
+from ..schedulers.functional import uniform
+from .losses import PRISMObjective, mean_where, share_of_all, split_positions
+from .rollouts import Rollout, RolloutPool, RolloutSettings
+
+logger = logging.getLogger(__name__)
+
+LABELS = ("truth", "posterior")
+STATES = ("one_step", "rollout", "mixed")
+DISTILL_LOSSES = ("squared", "bce")
+WARM_UP = 16  # forward passes before the first step, so that no training begins on empty rows
+FEW = 16  # written tokens of which at least two are to differ
+PROBES = 128  # tokens on which a stride is compared with brute force
+ENOUGH = 0.99  # rank correlation of a stride that is wide enough
+
+
+@dataclass
+class RolloutOutput(ModelOutput):
+    """What `RolloutObjective` returns on rollouts. All are scalars; all but `loss` are detached.
+
+    Args:
+        loss: float32, to be minimised: loss_head + lambda_mdm * loss_mdm.
+        loss_head: mean loss of the head at the judged tokens.
+        loss_mdm: as `MDMOutput.loss`; None if the backbone is frozen.
+        label: mean label: share of judged tokens that are right, or mean log-probability.
+        quality: mean predicted quality of judged tokens.
+        num_judged: judged tokens.
+        stride: every so many-th position is masked for the label; None where the label is the truth.
+        drawn: of `part="predict"`: what `part="judge"` takes.
+    """
+
+    loss: Tensor | None = None
+    loss_head: Tensor | None = None
+    loss_mdm: Tensor | None = None
+    label: Tensor | None = None
+    quality: Tensor | None = None
+    num_judged: Tensor | None = None
+    stride: Tensor | None = None
+    drawn: list | None = None
+
+
+@torch.no_grad()
+def log_posterior(
+    denoiser: MaskedDenoiser, sample: Tensor, positions: Tensor, attention_mask=None, chunk_size: int = 4096
+) -> Tensor:
+    """log p(y_i | y without `positions`), by one forward pass in which all of these are masked.
+
+    With one position a row it is the leave-one-out posterior; with more, each is judged without the others as well.
+
+    Args:
+        denoiser: of the model.
+        sample: canvas y, int64 (B, L).
+        positions: visible tokens, bool (B, L), N of them.
+        attention_mask: (B, L) or None.
+        chunk_size: rows of logits kept at once.
+    Returns:
+        float32 (N,), in row-major order.
+    """
+    hidden = denoiser.hidden(sample.masked_fill(positions, denoiser.spec.mask_token_id), attention_mask)
+    found = []
+    for part in split_positions(positions, chunk_size):
+        log_probs = denoiser.logits(hidden, part).float().log_softmax(-1)
+        found.append(log_probs.gather(-1, sample[part][:, None])[:, 0])
+    return torch.cat(found)
+
+
+def every(stride: int, offset: Tensor, length: int) -> Tensor:
+    """Positions i with i = offset modulo stride, bool (B, L), for offsets (B,)."""
+    return (torch.arange(length, device=offset.device) - offset[:, None]) % stride == 0
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's rank correlation of numbers (N,); 1 where either has one value only."""
+    ranks = []
+    for values in (one, other):
+        _, group, count = values.double().unique(return_inverse=True, return_counts=True)  # ties share their mean rank
+        ranks.append((count.cumsum(0) - (count - 1) / 2)[group])
+    if min(len(values.unique()) for values in (one, other)) < 2:
+        return 1.0
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+@torch.no_grad()
+def compare_stride(
+    denoiser: MaskedDenoiser, sample: Tensor, visible: Tensor, stride: int, attention_mask=None, probes: int = PROBES
+) -> float:
+    """Rank correlation of strided labels with brute force, one forward pass a token, on tokens chosen at random.
+
+    Args:
+        denoiser, attention_mask: as `log_posterior`.
+        sample, visible: canvas (B, L), and its tokens that are judged.
+        stride: at least 1.
+        probes: tokens compared, at most.
+    """
+    row, column = visible.nonzero(as_tuple=True)
+    chosen = uniform((len(row),), None, row.device).argsort()[:probes]
+    row, column = row[chosen], column[chosen]
+    exact, strided = [], []
+    for rows, columns in zip(row.split(len(sample)), column.split(len(sample)), strict=True):
+        own = every(sample.shape[1], columns, sample.shape[1])
+        masks = None if attention_mask is None else attention_mask[rows]
+        exact.append(log_posterior(denoiser, sample[rows], own, masks))
+        together = visible[rows] & every(stride, columns % stride, sample.shape[1])
+        strided.append(log_posterior(denoiser, sample[rows], together, masks)[own[together]])
+    return rank_correlation(torch.cat(exact), torch.cat(strided)) if exact else 1.0
+
+
+class RolloutObjective(PRISMObjective):
+    """The loss of a head at the visible tokens of a run that is under way; the run then goes on by one step.
+
+    Label "truth":     BCE(out_i, 1[y_i = x_i]) at all visible generated tokens. Its minimiser is P(x_i = y_i | y and
+                       what the head knows of the run), under the law of the sampler.
+    Label "posterior": (logsigmoid(out_i) - max(log p(y_i | rest of y), floor))^2 at every s-th position, which one
+                       more forward pass with these masked gives. BCE against p as a soft label is the other choice; it
+                       does not resolve the low end, which is what remasking reads.
+
+    Both are proved by enumeration in tests/test_prism_theory.py. The average is over the judged tokens of all
+    processes together. With a backbone that is trained too, lambda_mdm times the masked diffusion loss of the batch is
+    added, at the cost of its own forward pass.
+
+    A head that reads a run context must also judge texts that nobody watched being written: a share of the rows is
+    judged as such.
+
+    Args:
+        denoiser, quality_head: as `PRISMObjective`; the head is a `QualityHead`.
+        settings: of the runs.
+        num_runs: runs in a batch.
+        num_pools: batches of one step (gradient accumulation); each has a pool of its own.
+        label: "truth" or "posterior".
+        states: "rollout"; or "mixed": every other batch is that of `PRISMObjective`.
+        stride: s of "posterior"; widened until it agrees with brute force, see `compare_stride`.
+        distill_loss: "squared" or "bce".
+        label_floor: log-probabilities below count as this.
+        forget_share: rows judged without their context, in [0, 1].
+        Others as `PRISMObjective`.
+    Raises:
+        ValueError: an unknown choice or a number out of range; or "posterior" with a backbone that is trained, since
+            an adapter would change the posterior that it is to be taught.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        quality_head: nn.Module,
+        *,
+        settings: RolloutSettings,
+        num_runs: int = 4,
+        num_pools: int = 1,
+        label: str = "truth",
+        states: str = "rollout",
+        stride: int = 16,
+        distill_loss: str = "squared",
+        label_floor: float = -12.0,
+        forget_share: float = 0.1,
+        **prism,
+    ):
+        super().__init__(denoiser, quality_head, **prism)
+        for name, value, choices in (
+            ("label", label, LABELS),
+            ("states", states, STATES[1:]),
+            ("distill_loss", distill_loss, DISTILL_LOSSES),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        for name, count in (("num_runs", num_runs), ("num_pools", num_pools), ("stride", stride)):
+            if count < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {count}.")
+        if not label_floor < 0:
+            raise ValueError(f"`label_floor` must be a log-probability below 0, got {label_floor}.")
+        if not 0 <= forget_share <= 1:
+            raise ValueError(f"`forget_share` must be in [0, 1], got {forget_share}.")
+        if label == "posterior" and not self.freeze_backbone:
+            raise ValueError(
+                "`--objective distill` needs a frozen backbone: an adapter would change the posterior that the head is "
+                "taught. Leave out --full and LoRA's flags."
+            )
+        self.settings, self.num_runs, self.num_pools = settings, num_runs, num_pools
+        self.label, self.states, self.stride = label, states, stride
+        self.distill_loss, self.label_floor, self.forget_share = distill_loss, label_floor, forget_share
+        self.pools: list[RolloutPool] = []
+        self.turn, self.stride_checked = 0, None  # batches so far; rank correlation of the stride
+
+    def new_pool(self, reads_more=()) -> RolloutPool:
+        """An empty pool of these settings."""
+        reads = dict.fromkeys((*self.quality_head.reads_context, *reads_more))
+        return RolloutPool(self.denoiser, reads, self.settings, self.num_runs)
+
+    def corrupt(self, input_ids: Tensor, trainable_mask=None, attention_mask=None, generator=None) -> tuple:
+        """What a batch is trained on: (z, masked, rate) of `PRISMObjective`, then the pool, and its judged tokens.
+
+        The first three are None for a frozen backbone, the last two left out for a one-step batch of "mixed".
+        """
+        turn, self.turn = self.turn, self.turn + 1
+        one_step = self.states == "mixed" and turn // self.num_pools % 2 == 1
+        clean = (None, None, None)
+        if one_step or not self.freeze_backbone:
+            clean = super().corrupt(input_ids, trainable_mask, attention_mask, generator)
+        if one_step:
+            return clean
+        batch = {"input_ids": input_ids, "trainable_mask": trainable_mask, "attention_mask": attention_mask}
+        while len(self.pools) <= turn % self.num_pools:
+            self.pools.append(self.warmed_up(batch))
+        pool = self.pools[turn % self.num_pools]
+        pool.refill(**batch)
+        return (*clean, pool, self.judged(pool))
+
+    def warmed_up(self, batch: dict) -> RolloutPool:
+        """A pool whose runs are under way; the stride of the label is checked on it, once."""
+        pool = self.new_pool()
+        self.check_start(batch)
+        with torch.no_grad():
+            for _ in range(WARM_UP):
+                pool.refill(**batch)
+                self.look(pool)
+        self.check_written(pool)
+        if self.label == "posterior" and self.stride_checked is None:
+            self.check_stride(pool)
+        return pool
+
+    def check_start(self, batch: dict) -> None:
+        """Checks that runs of these rows can teach something.
+
+        Raises:
+            ValueError: the label is the truth, and nothing is given that would determine it; or a stride that is longer
+                than the rows.
+        """
+        ids, trainable = batch["input_ids"], batch["trainable_mask"]
+        nothing_given = trainable is None or bool(trainable.all())
+        if self.label == "truth" and nothing_given and self.settings.mask_rate_min == 1:
+            raise ValueError(
+                "`--states rollout` needs rows with a given part: from nothing, what the model writes says nothing of "
+                "the data. Pass prompts with answers, lower --mask_rate_min, or take --objective distill."
+            )
+        if self.label == "posterior" and self.stride > ids.shape[1]:
+            raise ValueError(
+                f"`--label_stride` is {self.stride}, and the rows have {ids.shape[1]} tokens. Pass at most that."
+            )
+
+    def check_written(self, pool: RolloutPool) -> None:
+        """Checks that the model writes more than one token.
+
+        Raises:
+            ValueError: it does not (such as end tokens alone), so there is nothing to learn.
+        """
+        written = torch.cat([run.sample[run.judged] for run in pool.runs])
+        if len(written) >= FEW and len(written.unique()) == 1:
+            raise ValueError(
+                f"The model wrote nothing but the token {int(written[0])} in {len(written)} places, so a head has "
+                "nothing to learn. Pass a --dataset of prompts, or another --max_length."
+            )
+
+    def check_stride(self, pool: RolloutPool) -> None:
+        """Widens the stride until its labels rank tokens as brute force does, and says which it is."""
+        sample, attention_mask = pool.batch()
+        visible = torch.cat([pool.padded(run.judged, sample.shape[1], False) for run in pool.runs])
+        length = sample.shape[1]
+        while True:
+            found = compare_stride(self.denoiser, sample, visible, self.stride, attention_mask)
+            logger.warning("Labels by stride %d: rank correlation %.4f with brute force.", self.stride, found)
+            if found > ENOUGH or self.stride >= length:
+                break
+            self.stride = min(2 * self.stride, length)
+        self.stride_checked = found
+
+    def judged(self, pool: RolloutPool) -> list[Tensor]:
+        """The tokens of each run that the loss is about, bool (R, L)."""
+        chosen = []
+        for run in pool.runs:
+            judged = run.judged
+            if self.label == "posterior":
+                offset = (uniform((len(judged),), None, judged.device) * self.stride).long()
+                judged = judged & every(self.stride, offset, judged.shape[1])
+            else:
+                judged = judged & (run.clean != self.denoiser.spec.mask_token_id)
+            chosen.append(judged)
+        return chosen
+
+    def counts(self, corrupted, input_ids, trainable_mask=None, attention_mask=None) -> dict[str, Tensor]:
+        """As `PRISMObjective.counts`."""
+        if len(corrupted) == 3:
+            return super().counts(corrupted, input_ids, trainable_mask, attention_mask)
+        zero = torch.zeros((), device=input_ids.device)
+        counts = {"tokens": zero, "masked": zero}
+        if corrupted[1] is not None:  # not that of PRISMObjective, which counts revealed tokens too
+            counts = super(PRISMObjective, self).counts(corrupted, input_ids, trainable_mask, attention_mask)
+        return counts | {"judged": sum(chosen.sum() for chosen in corrupted[4]).float()}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator=None,
+        *,
+        part: str = "all",
+        corrupted: tuple | None = None,
+        totals: dict[str, Tensor] | None = None,
+        drawn: list | None = None,
+    ):
+        """The loss of a batch, or a part of it, as `PRISMObjective.forward`. "judge" and "all" move the runs on.
+
+        Random numbers of the runs come from torch's default generator.
+        """
+        batch = (input_ids, trainable_mask, attention_mask, generator)
+        corrupted = corrupted or self.corrupt(*batch)
+        if len(corrupted) == 3:
+            return super().forward(*batch, part=part, corrupted=corrupted, totals=totals, drawn=drawn)
+        z, masked, rate, pool, judged = corrupted
+        out, loss = RolloutOutput(), None
+        if part != "judge" and not self.freeze_backbone:
+            hidden = self.denoiser.hidden(z, attention_mask)
+            loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
+            loss, out.loss_mdm = self.lambda_mdm * loss_mdm, loss_mdm.detach()
+        if part == "predict":
+            out.loss, out.drawn = loss, [[True]]
+            return out
+        logits, labels = self.judge_runs(pool, judged)
+        total = self.head_loss(logits, labels).sum()
+        count = logits.new_tensor(logits.numel())
+        loss_head = total / share_of_all(count, (totals or {}).get("judged"))
+        out.loss = loss_head if loss is None else loss_head + loss
+        if part == "judge":
+            out.loss = out.loss + self.untouched()
+        everywhere = torch.ones_like(labels, dtype=torch.bool)
+        out.loss_head, out.num_judged = total.detach() / count.clamp(min=1), count.long()
+        out.label, out.quality = mean_where(labels, everywhere), mean_where(logits.sigmoid(), everywhere)
+        if self.label == "posterior":
+            out.stride = count.new_tensor(self.stride)
+        return out
+
+    def head_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each judged token, float32 (N,), from the head's logits and the labels, (N,) each."""
+        if self.label == "truth":
+            return binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if self.distill_loss == "bce":
+            return binary_cross_entropy_with_logits(logits, labels.exp(), reduction="none")
+        return (logsigmoid(logits) - labels.clamp(min=self.label_floor)).square()
+
+    def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of the head at the judged tokens of all runs, and labels, float32 (N,) each; moves the runs on."""
+        samples = [run.sample for run in pool.runs]
+        found, attention_mask = None, pool.batch()[1]
+        if self.label == "posterior":
+            with torch.no_grad():
+                sample = pool.batch()[0]
+                positions = torch.cat([pool.padded(chosen, sample.shape[1], False) for chosen in judged])
+                found = log_posterior(self.denoiser, sample, positions, attention_mask, self.chunk_size)
+        logits = [out[chosen] for out, chosen in zip(self.look(pool), judged, strict=True)]
+        if found is None:
+            right = [
+                (sample == run.clean)[chosen].float()
+                for sample, run, chosen in zip(samples, pool.runs, judged, strict=True)
+            ]
+            found = torch.cat(right)
+        return torch.cat(logits).float(), found
+
+    def look(self, pool: RolloutPool) -> list[Tensor]:
+        """One forward pass on all runs: the head's logits (R, L) of each; then each makes its step."""
+        sample, attention_mask = pool.batch()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            hidden = self.denoiser.hidden(sample, attention_mask)
+        found = []
+        for run, part in zip(pool.runs, pool.parts(hidden), strict=True):
+            logits, _ = self.judge_run(run, part)
+            pool.advance(run, part.detach(), logits.detach().sigmoid())
+            found.append(logits)
+        return found
+
+    def judge_run(self, run: Rollout, hidden: Tensor) -> tuple[Tensor, RunContext]:
+        """The head's logits (R, L) of one run, some of its rows without context while training; and its context."""
+        context = run.recorder.observe(run.sample, hidden, run.at_work)
+        if self.training and self.quality_head.reads_context:
+            context = forget(context, uniform((len(hidden),), None, hidden.device) < self.forget_share)
+        known = self.quality_head.inputs(context, run.sample, self.denoiser.spec.mask_token_id)
+        return self.quality_head(hidden, run.canvas.attention_mask, **known), context
+
+    def state(self) -> dict[str, Tensor]:
+        """The runs under way, for a checkpoint; the weights are not in it."""
+        facts = torch.tensor([self.turn, self.stride, len(self.pools)])
+        pools = {f"{i}/{name}": value for i, pool in enumerate(self.pools) for name, value in pool.state().items()}
+        return pools | {"facts": facts}
+
+    def load_state(self, state: dict[str, Tensor], device=None) -> None:
+        """Go on from what `state` gave."""
+        self.turn, self.stride, count = state["facts"].tolist()
+        self.stride_checked, self.pools = ENOUGH, [self.new_pool() for _ in range(count)]
+        for i, pool in enumerate(self.pools):
+            prefix = f"{i}/"
+            pool.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, device)

@@ -1,0 +1,113 @@
+"""Measures of what a score finds on a half-written canvas, against counting by hand."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import tiny_pipeline
+
+from benchmarks.detection import RANDOM, canvases, docs_tables, judged_rows, measures
+from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.evaluation.detection import (
+    JudgedRow,
+    auroc,
+    best_free,
+    detection_measures,
+    detection_table,
+    overlap,
+    rank_correlation,
+    soft_ece,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    for right in itertools.product([False, True], repeat=5):
+        score = [0.3, 0.1, 0.3, 0.0, 0.9]
+        pairs = [
+            (a, b) for a, x in zip(score, right, strict=True) if x for b, y in zip(score, right, strict=True) if not y
+        ]
+        found = auroc(score, right)
+        if not pairs:
+            assert np.isnan(found)
+        else:
+            assert found == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
+
+
+def test_overlap_counts_the_least_likely_tokens_among_the_lowest():
+    truth = np.arange(10) / 10
+    assert overlap(truth, truth, 3) == 3
+    assert overlap(-truth, truth, 3) == 0
+    assert overlap([0, 9, 8, 1, 2, 7, 7, 7, 7, 7], truth, 3) == 1  # 0, 3 and 4 against 0, 1 and 2
+
+
+def test_rank_correlation_is_that_of_ranks_with_ties_shared():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2], [5, 7, 9]) == pytest.approx(np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1])
+    assert np.isnan(rank_correlation([1, 1], [1, 2]))
+
+
+def test_soft_ece_is_the_gap_between_claim_and_probability_in_each_bin():
+    assert soft_ece(np.array([0.2, 0.2]), np.array([0.1, 0.3])) == pytest.approx(0)
+    assert soft_ece(np.array([0.9, 0.9, 0.1, 0.1]), np.array([0.5, 0.5, 0.1, 0.1])) == pytest.approx(0.2)
+
+
+def row(head, prompt, right, fill=1.0):
+    scores = {"head": np.array(head), "prompt": np.array(prompt)}
+    return JudgedRow(scores, np.array(right), fill, np.ones(len(right), dtype=int))
+
+
+def test_a_score_that_tells_hard_rows_from_easy_ones_finds_nothing_within_a_row():
+    rows = [row([0.1, 0.1], [0.2, 0.3], [False, True]), row([0.9, 0.9], [0.5, 0.6], [True, True])]
+    found = detection_measures(rows)
+    assert found["head"]["within"] == 0.5 and found["head"]["pooled"] > 0.5 and found["head"]["row"] == 1.0
+    assert found["prompt"]["within"] == 1.0
+    assert best_free(found, "within") == "prompt"
+    assert found["head"]["ece"] == pytest.approx((2 * 0.4 + 2 * 0.1) / 4)
+    assert "| 0.500 |" in detection_table(found)
+
+
+def test_labels_that_are_probabilities_are_measured_by_the_lowest_tokens():
+    truth = np.linspace(0.05, 0.95, 16)
+    found = detection_measures([row(truth, truth[::-1], truth)])
+    assert found["head"] == {"overlap": 8.0, "rank": pytest.approx(1), "ece": pytest.approx(0)}
+    assert found["prompt"]["overlap"] == 0.0 and found["prompt"]["rank"] == pytest.approx(-1)
+    assert detection_measures([row([0.1], [0.1], [0.5])])["head"]["overlap"] is None  # too few tokens for a lowest 8
+
+
+def test_without_rows_nothing_is_found():
+    assert detection_measures([]) == {}
+
+
+def test_the_tables_of_the_docs_are_those_of_the_committed_figures():
+    result = json.loads((ROOT / "docs" / "figures" / "detection.json").read_text())
+    assert docs_tables(result).strip() in (ROOT / "docs" / "judging.md").read_text()
+
+
+def test_a_state_of_the_benchmark_is_judged_by_every_score():
+    """On a tiny model: fills rise, ages fit, labels are the truth, and the free scores are probabilities."""
+    pipe = tiny_pipeline()
+    (kind, batch), *_ = canvases("sudoku", pipe, 3, 81)
+    rows = list(judged_rows(pipe, {"one": pipe.quality_head}, "sudoku", kind, batch, RANDOM, 10))
+    assert {row.fill for row in rows} > {1.0} and all(0 < row.fill <= 1 for row in rows)
+    for row in rows:
+        assert set(row.scores) == {"own", "prompt", "draw", "one"} and row.right.dtype == bool
+        assert all(((v >= 0) & (v <= 1)).all() and len(v) == len(row.right) for v in row.scores.values())
+        assert row.age.min() >= 1 and row.age.max() <= 10
+    assert {"all", "full", "age 1"} <= set(measures(rows))
+
+
+@pytest.mark.parametrize("name", ["sudoku", "text"])
+def test_the_shipped_heads_that_know_the_run_are_calibrated_and_named_by_their_weights(name):
+    pipe = PrismPipeline.from_pretrained(bundled(name), quality_head=bundled(f"{name}-head"))
+    config = pipe.quality_head.config
+    assert config.base_model is None and config.base_fingerprint and 0.3 < config.temperature < 3
+    assert "given" in pipe.quality_head.reads_context
+    with pytest.raises(ValueError):
+        PrismPipeline.from_pretrained(
+            bundled("text" if name == "sudoku" else "sudoku"), quality_head=bundled(f"{name}-head")
+        )

@@ -1,0 +1,315 @@
+"""Heads on the states of the model's own runs: labels, exact resume, what is saved, and what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from family_twins import CHECKPOINTS, EOS, LENGTH, MASK, PAD, V, checkpoint, load
+from safetensors.torch import load_file
+from test_training import log_of, run, run_and_die, weights
+
+from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, QualityHead
+from prism_pipelines.sampling.canvas import Canvas
+from prism_pipelines.schedulers.context import INPUTS
+from prism_pipelines.training.arguments import RunArguments, check_run
+from prism_pipelines.training.held_out import MEASURES, HeadReport
+from prism_pipelines.training.rollout_losses import RolloutObjective, every
+from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
+from prism_pipelines.training.setup import begin_at_free_scores, build_objective
+
+WAYS = {
+    "rollout": ("--objective=prism", "--states=rollout", "--freeze_backbone", "--puzzle_share=1"),
+    "mixed": ("--objective=prism", "--states=mixed", "--rank=2", "--lora_targets=query", "--puzzle_share=1"),
+    "distill": ("--objective=distill", "--dataset=sudoku"),
+}
+SHORT = ("--rollout_steps_min=3", "--rollout_steps_max=9", "--rollout_runs=3", "--head=block")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mdm")
+    run(folder, "--objective=mdm", "--max_steps=4", "--weighting=uniform")
+    return folder
+
+
+class Words:
+    """What `build_objective` asks a tokenizer."""
+
+    eos_token_id, pad_token_id = EOS, PAD
+
+    def __len__(self):
+        return V
+
+
+def objective(family, **flags):
+    pipe = load(checkpoint(family))
+    run = RunArguments(dataset="some/data", base_model="some/model", head="block", **flags)
+    check_run(run)
+    torch.manual_seed(0)
+    return build_objective(run, pipe.model, Words(), MDMSpec.from_dict(dict(pipe.config.mdm_spec))).train()
+
+
+def rows(count, length=LENGTH):
+    ids = torch.randint(8, MASK, (count, length), generator=torch.Generator().manual_seed(1))
+    trainable = torch.ones_like(ids, dtype=torch.bool)
+    trainable[:, [0, -1]] = False
+    return {"input_ids": ids, "trainable_mask": trainable}
+
+
+# --- states and labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llada", "bert", "Dream", "sdar"])
+def test_a_pool_writes_what_the_pipeline_writes(family):
+    pipe = load(checkpoint(family))
+    given = rows(3, 16)
+    canvas = Canvas(given["input_ids"].masked_fill(given["trainable_mask"], MASK), given["trainable_mask"], None, True)
+    scheduler, steps = MDLMScheduler(order="random", temperature=1.0), 7
+    settings = RolloutSettings(block_length=8 if family == "sdar" else None)
+    pool = RolloutPool(pipe.denoiser, (), settings, 1)
+    run = pool.start(canvas, given["input_ids"], scheduler, steps)
+    pool.runs = [run]
+    torch.manual_seed(5)
+    while not run.done:
+        pool.advance(run, pipe.denoiser.hidden(*pool.batch()), torch.ones(run.sample.shape))
+    pipe.scheduler = scheduler
+    torch.manual_seed(5)
+    total = sum(steps for _, steps in run.segments)
+    out = pipe(infill=canvas.sample, num_inference_steps=total, block_length=settings.block_length, output_type="seq")
+    assert torch.equal(out.sequences, run.sample)
+
+
+def test_all_visible_generated_tokens_are_judged_by_the_truth_and_given_ones_never():
+    made = objective("llada", objective="prism", states="rollout", freeze_backbone=True, rollout_steps_max=8)
+    batch = rows(8)
+    z, masked, rate, pool, judged = made.corrupt(**batch)
+    assert z is None and masked is None and rate is None
+    seen = 0
+    for part, chosen in zip(pool.runs, judged, strict=True):
+        expected = part.canvas.generated & (part.sample != MASK)
+        assert torch.equal(chosen, expected) and not (chosen[:, [0, -1]]).any()
+        seen += int(expected.sum())
+    before = [run.sample.clone() for run in pool.runs]
+    logits, labels = made.judge_runs(pool, judged)
+    right = [(y == run.clean)[chosen] for y, run, chosen in zip(before, pool.runs, judged, strict=True)]
+    assert torch.equal(labels, torch.cat(right).float()) and len(logits) == seen > 0
+
+
+def test_the_label_of_distillation_is_the_models_own_probability_without_the_token():
+    """Against a full forward pass for every token, with everything of its stride masked."""
+    made = objective("llada", objective="distill", label_stride=4, mask_rate_min=0.5, rollout_steps_max=8)
+    made.stride_checked = 1.0
+    pool = made.corrupt(**rows(4))[3]
+    judged = made.judged(pool)
+    samples = [run.sample.clone() for run in pool.runs]
+    _, labels = made.judge_runs(pool, judged)
+    expected = []
+    for part, sample, chosen in zip(pool.runs, samples, judged, strict=True):
+        for row, i in chosen.nonzero().tolist():
+            together = (torch.arange(sample.shape[1]) - i) % 4 == 0
+            together &= part.canvas.generated[row] & (sample[row] != MASK)
+            hidden = made.denoiser.hidden(torch.where(together, MASK, sample[row])[None])
+            one = torch.zeros(1, sample.shape[1], dtype=torch.bool)
+            one[0, i] = True
+            log_p = made.denoiser.logits(hidden, one).float().log_softmax(-1)
+            expected.append(float(log_p[0, sample[row, i]]))
+    assert len(expected) > 10
+    torch.testing.assert_close(labels, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_both_objectives_teach_the_head_of_every_family_and_nothing_else(family):
+    for flags in ({"objective": "distill", "mask_rate_min": 0.5}, {"objective": "prism", "states": "rollout"}):
+        if flags["objective"] == "prism":
+            flags["freeze_backbone"] = True
+        made = objective(family, rollout_steps_min=2, rollout_steps_max=6, **flags)
+        made.stride_checked = 1.0
+        made(**rows(6)).loss.backward()
+        found = {name: p.grad for name, p in made.named_parameters() if p.requires_grad}
+        assert all(name.startswith("quality_head") for name in found)
+        assert found["quality_head.context_in.weight"].abs().max() > 0
+        assert all(p.grad is None for p in made.denoiser.parameters())
+
+
+def test_a_head_with_context_begins_as_half_the_log_probability_on_the_first_canvas():
+    reads = ("given", "prompt", "fill")
+    torch.manual_seed(0)
+    head = QualityHead(32, "block_mlp", context=reads)
+    begin_at_free_scores(head)
+    hidden, features = torch.randn(2, 5, 32), torch.zeros(2, 5, sum(INPUTS[name] for name in reads))
+    plain = head(hidden)
+    features[..., 1], features[..., 4] = 1.0, torch.linspace(-2, 0, 5)  # known, and a tenth of the log-probability
+    torch.testing.assert_close(head(hidden, None, features) - plain, 1 + 5 * features[..., 4])
+    assert torch.equal(head.block(hidden), hidden)
+
+
+def test_every_token_is_labelled_once_over_the_offsets_of_a_stride():
+    for stride in (1, 3, 16):
+        counts = sum(every(stride, torch.tensor([offset]), 20).int() for offset in range(stride))
+        assert (counts == 1).all()
+
+
+# --- runs of the trainer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, pretrained, way):
+    flags = (*WAYS[way], *SHORT, f"--base_model={pretrained}", "--max_steps=5", "--save_steps=2")
+    flags += ("--gradient_accumulation_steps=2", "--per_device_train_batch_size=4", "--resume_from_checkpoint=latest")
+    run(tmp_path / "whole", *flags)
+    run_and_die(tmp_path / "cut", monkeypatch, 4, *flags)
+    run(tmp_path / "cut", *flags)
+    file = "quality_head/diffusion_pytorch_model.safetensors"
+    a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    losses = [[entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry] for name in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(set(losses[0])) > 3
+
+
+def test_a_head_on_rollouts_is_saved_calibrated_and_loaded_by_the_pipeline(tmp_path, pretrained):
+    flags = (*WAYS["rollout"], *SHORT, f"--base_model={pretrained}", "--max_steps=3", "--eval_strategy=steps")
+    pipe = run(tmp_path / "one", *flags, "--eval_steps=2")
+    before = weights(pretrained)["model"]
+    assert all(torch.equal(value, before[name]) for name, value in pipe.model.state_dict().items() if name in before)
+    again = PrismPipeline.from_pretrained(str(pretrained), quality_head=str(tmp_path / "one"))
+    config = again.quality_head.config
+    assert tuple(config.context) == ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill")
+    assert config.temperature == pipe.quality_head.config.temperature and config.temperature > 0
+    out = again(infill="1" + "." * 80, num_inference_steps=8, return_quality=True)
+    assert out.texts[0][0] == "1" and out.confidence is not None
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "It reads of the run: given, prompt" in card and "| this head |" in card
+    assert "P(the token is the right one)" in card
+    entry = next(entry for entry in log_of(tmp_path / "one") if "eval_auroc_within" in entry)
+    assert 0 <= entry["eval_auroc_within"] <= 1 and 0 <= entry["eval_ece"] <= 1
+    other = run(tmp_path / "two", *flags[:-1])
+    for name, value in other.quality_head.state_dict().items():  # evaluation takes no random number of training
+        assert torch.equal(pipe.quality_head.state_dict()[name], value), name
+
+
+def test_a_head_begins_from_another_where_layers_fit(tmp_path, pretrained):
+    flags = (f"--base_model={pretrained}", "--freeze_backbone", "--max_steps=1")
+    first = run(tmp_path / "first", "--objective=prism", "--head=mlp", *flags, "--num_revealed=8").quality_head
+    more = (*WAYS["rollout"], f"--base_model={pretrained}", "--max_steps=1", "--head=block_mlp", "--learning_rate=1e-9")
+    second = run(tmp_path / "second", *more, f"--head_from={tmp_path / 'first'}").quality_head
+    torch.testing.assert_close(second.inner.weight, first.inner.weight, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`--head_from` .* holds no quality head"):
+        run(tmp_path / "third", *more, f"--head_from={tmp_path}")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_rollouts_from_nothing_are_refused_where_the_label_is_the_truth(tmp_path, pretrained):
+    flags = (*WAYS["rollout"][:3], f"--base_model={pretrained}", "--max_steps=1", "--mask_rate_min=1")
+    with pytest.raises(ValueError, match="needs rows with a given part"):
+        run(tmp_path, *flags)
+
+
+def test_a_stride_longer_than_the_text_is_refused_by_name(tmp_path, pretrained):
+    with pytest.raises(ValueError, match="`--label_stride` is 99, and the rows have 81 tokens"):
+        run(tmp_path, *WAYS["distill"], f"--base_model={pretrained}", "--max_steps=1", "--label_stride=99")
+
+
+class Constant(torch.nn.Module):
+    """A denoiser that writes the token 3 alone."""
+
+    spec = SimpleNamespace(mask_token_id=MASK, attention="bidirectional", block_length=None)
+    vocab_size = V
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("forbidden", torch.zeros(V, dtype=torch.bool))
+
+    def hidden(self, ids, attention_mask=None):
+        return torch.zeros(*ids.shape, 32)
+
+    def aligned(self, hidden):
+        return hidden
+
+    def head(self, hidden):
+        logits = torch.full((len(hidden), V), -30.0)
+        logits[:, 3] = 0.0
+        return logits
+
+    def logits(self, hidden, positions):
+        return self.head(hidden[positions])
+
+    def logits_at(self, hidden, row, column):
+        return self.head(hidden[row, column])
+
+
+def test_a_model_that_writes_end_tokens_alone_is_refused():
+    head = QualityHead(32)
+    made = RolloutObjective(
+        Constant(), head, settings=RolloutSettings(2, 4), label="posterior", freeze_backbone=True, stride=2
+    )
+    with pytest.raises(ValueError, match="wrote nothing but the token 3 in"):
+        made(torch.full((4, 12), MASK))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"objective": "prism", "label_stride": 8}, "`--label_stride` goes with --objective distill"),
+        ({"objective": "prism", "rollout_runs": 2}, "`--rollout_runs` goes with --objective distill, or prism with"),
+        ({"objective": "critic", "states": "rollout"}, "`--states` goes with --objective prism"),
+        ({"objective": "mdm", "states": "rollout"}, "`--states` goes with --objective prism"),
+        ({"objective": "distill", "num_revealed": 4}, "`--num_revealed` goes with --objective prism and"),
+        ({"objective": "distill", "full": True}, "--full does not go with --objective distill"),
+        ({"objective": "distill", "rank": 4}, "--rank does not go with --objective distill"),
+        ({"objective": "prism", "dataset": None}, "pass --dataset. Only distill needs none"),
+        ({"objective": "distill", "distill_loss": "kl"}, "`--distill_loss` must be one of squared, bce"),
+        ({"objective": "distill", "rollout_runs": 0}, "`--rollout_runs` must be at least 1, got 0"),
+        ({"objective": "distill", "forget_share": 2.0}, r"`--forget_share` must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused_by_name(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check_run(RunArguments(**({"dataset": "some/data", "base_model": "some/model"} | flags)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"context": "given,sun"}, "`--context` may hold given, prompt"),
+        ({"rollout_steps_min": 9, "rollout_steps_max": 3}, "must hold 1 <= min <= max, got 9 and 3"),
+        ({"label_floor": 1.0}, "`label_floor` must be a log-probability below 0"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused_by_name(flags, message):
+    with pytest.raises(ValueError, match=message):
+        objective("llada", objective="distill", **flags)
+
+
+def test_prompts_alone_are_answered_by_the_model(tmp_path, pretrained):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": "12" + "3456789"[i % 7]}) for i in range(30)))
+    flags = ("--objective=distill", f"--dataset={tmp_path / 'data.jsonl'}", f"--base_model={pretrained}", *SHORT)
+    run(tmp_path / "out", *flags, "--max_steps=2", "--max_length=20")
+    assert (tmp_path / "out" / "quality_head").is_dir()
+    with pytest.raises(ValueError, match="has a prompt of 3 tokens, and --max_length is 3: no token is left"):
+        run(tmp_path / "short", *flags, "--max_steps=2", "--max_length=3", "--label_stride=2")
+
+
+def report(label, **found):
+    made = object.__new__(HeadReport)
+    made.label, made.measure, made.found = label, MEASURES[label], found
+    return made
+
+
+def test_a_verdict_says_what_a_head_is_good_for():
+    free = {"within": 0.9, "pooled": 0.8, "row": 0.8, "ece": 0.1}
+    good = report("truth", head={"within": 0.91, "pooled": 0.9, "row": 0.9, "ece": 0.0}, prompt=free)
+    assert good.is_ahead and "is ahead of the best free score, its probability on the first canvas" in good.verdict()
+    judge = report("truth", head={"within": 0.89, "pooled": 0.9, "row": 0.9, "ece": 0.0}, prompt=free)
+    assert not judge.is_ahead and judge.verdict().startswith("**To judge, not to rank**")
+    assert "Use PromptConfidenceScheduler to remask by rank." in judge.verdict()
+    bad = report("truth", head={"within": 0.89, "pooled": 0.7, "row": 0.9, "ece": 0.0}, prompt=free)
+    assert bad.verdict().startswith("**This head is not recommended**")
+    tied = report(
+        "posterior", head={"overlap": 4.0, "rank": 1.0, "ece": 0.0}, own={"overlap": 4.0, "rank": 0.5, "ece": 0.1}
+    )
+    assert not tied.is_ahead and "Use SelfConfidenceScheduler, or train for more steps." in tied.verdict()
+    assert "Nothing can be said" in report("truth", head=dict.fromkeys(free)).verdict()
+    assert report("truth").metrics() == {} and not report("truth").is_ahead
