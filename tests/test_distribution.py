@@ -47,7 +47,9 @@ def test_a_wheel_runs_both_demos_from_another_folder_without_a_network(built, tm
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "site")
     offline = {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    where = ran(sys.executable, "-c", "import prism_pipelines; print(prism_pipelines.__file__)", cwd=tmp_path, **offline)
+    where = ran(
+        sys.executable, "-c", "import prism_pipelines; print(prism_pipelines.__file__)", cwd=tmp_path, **offline
+    )
     assert Path(where.strip()).is_relative_to(tmp_path)
     command = [sys.executable, "-m", "prism_pipelines"]
     assert json.loads(ran(*command, "sudoku", "--json", cwd=tmp_path, **offline))["verdict"] == "solved"
