@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import fingerprint, origin
+from benchmarks.shared import ROOT, fingerprint, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, schedulers, sudoku
 from prism_pipelines.evaluation import risk_coverage, row_generators, wilson_interval
 
+PAGE, MARKS = ROOT / "docs" / "judging.md", ("<!-- judging.json -->\n", "<!-- end of judging.json -->\n")
 CLUES = {"24-26": (24, 25, 26), "30": (30,)}
 SEED = 31_000  # of the puzzles
 BUDGETS, QUICK_BUDGETS = (17, 34, 52), (17,)
@@ -182,14 +183,13 @@ def row_of(arm: str, clues: str, budget: int, found: dict) -> dict:
 
 
 def pairs(rows: list[dict]) -> list[dict]:
-    """Puzzles that only judge and repair solved, and those that only the other arm did, in that arm's budget."""
+    """Puzzles that only judge and repair solved, in all its forwards, and those that only the other arm did."""
     found = []
     for row in rows:
         ours = [one for one in rows if one["arm"] == OURS and one["clues"] == row["clues"]]
         if row["arm"] == OURS or not ours:
             continue
-        a = [s == "1" and f <= row["budget"] for s, f in zip(ours[0]["solved"], ours[0]["nfe"], strict=True)]
-        b = [s == "1" for s in row["solved"]]
+        a, b = ([s == "1" for s in one["solved"]] for one in (ours[0], row))
         counts = [
             sum(x and not y for x, y in zip(a, b, strict=True)),
             sum(y and not x for x, y in zip(a, b, strict=True)),
@@ -197,6 +197,47 @@ def pairs(rows: list[dict]) -> list[dict]:
         found.append({"arm": row["arm"], "clues": row["clues"], "budget": row["budget"], "only_ours": counts[0]})
         found[-1]["only_other"] = counts[1]
     return found
+
+
+def section(table: dict) -> str:
+    """The part of docs/judging.md that a table gives."""
+    settings = table["settings"]
+    lines = [
+        f"`python -m benchmarks.judging --num-puzzles {settings['num_puzzles']} --dtype {settings['dtype']}`, commit "
+        f"`{table['commit']}`, {table['device']}. One seed of sampling and one of training; the same puzzles and "
+        "generators in all arms. Solved in percent with 95 % Wilson intervals; fixed rules have a run for each budget.",
+    ]
+    for clues in dict.fromkeys(row["clues"] for row in table["rows"]):
+        rows = [row for row in table["rows"] if row["clues"] == clues]
+        columns = [most for most in WITHIN if any(f"within_{most}" in row for row in rows)]
+        lines += ["", f"### {clues} clues, {rows[0]['n']} puzzles", ""]
+        head = ["arm", *(f"<= {most}" for most in columns), "mean (median) forwards", "accepted / right"]
+        head += ["redrawn: wrong to right, right to wrong", "only ours / only it"]
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for row in sorted(rows, key=lambda row: (ARMS.index(row["arm"]) if row["arm"] != OURS else -1, row["budget"])):
+            lines.append("| " + " | ".join(_cells(row, columns, pairs(rows))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict, columns: list[int], compared: list[dict]) -> list[str]:
+    cells = [row["arm"]]
+    for most in columns:
+        found = row.get(f"within_{most}")
+        shares = [] if found is None else [found[0] / row["n"], *found[1:]]
+        cells.append("{:.1f} ({:.1f}-{:.1f})".format(*(100 * share for share in shares)) if shares else "")
+    cells.append(f"{row['mean_forwards']:.1f} ({row['median']:.0f})")
+    cells.append(f"{row['accepted']} / {row['accepted_right']}" if "accepted" in row else "")
+    drawn = row.get("redraws", {})
+    wrong, right = (sum(drawn.get(name, 0) for name in names) for names in (("ww", "wr"), ("rw", "rr")))
+    cells.append(f"{drawn['wr'] / wrong:.2f}, {drawn['rw'] / right:.2f}" if wrong and right else "")
+    same = [one for one in compared if all(one[name] == row[name] for name in ("arm", "clues", "budget"))]
+    return [*cells, f"{same[0]['only_ours']} / {same[0]['only_other']}" if same else ""]
+
+
+def write_page(table: dict) -> None:
+    """Put the section of a table between its marks in docs/judging.md."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + section(table) + MARKS[1] + rest.split(MARKS[1])[1])
 
 
 def parse_args(argv=None):
@@ -214,12 +255,16 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--table", type=Path, help="write the JSON there, and go on from what it holds")
+    parser.add_argument("--page", action="store_true", help="run nothing: put --table into docs/judging.md")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     """Run every arm on every kind of puzzles, print the table. Returns the exit status."""
     args = parse_args(argv)
+    if args.page:
+        write_page(json.loads((args.table or ROOT / "docs" / "figures" / "judging.json").read_text()))
+        return 0
     total = 30 if args.quick else args.num_puzzles
     budgets = args.budgets or (QUICK_BUDGETS if args.quick else BUDGETS)
     model = Path(args.model or bundled("sudoku"))

@@ -1,0 +1,86 @@
+"""Does a head that was distilled from the model alone write better text than rules without it, at equal forwards?
+
+Held fixed: bundled text model, temperature 1, 256 bytes a text, seeds. Varied: the rule, and the number of forwards.
+Measures and intervals are those of `benchmarks.text`, without the judge; reference: MDLM, paired by seed. A finished
+cell is not run again. The last line of stdout is one JSON object, which --table also writes to a file.
+Usage: python -m benchmarks.judging_text [--quick] --quality-head FOLDER [--dtype bf16] [--table FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.shared import ROOT, origin
+from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.evaluation import fingerprint, folder_contents, run_comparison, task_of_folder
+
+LENGTH, FORWARDS = 256, (16, 32, 64)
+OWN_HEAD = "the model's own head"
+ARMS = [
+    {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
+    {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "eta": 0.03},
+    {"name": "token to mask", "scheduler": "TokenToMaskScheduler", "order": "random", "threshold": 0.1},
+    {"name": "sweep", "scheduler": "StridedSweepScheduler", "order": "random"},
+    {"name": "PRISM one-step", "scheduler": "PrismScheduler", "order": "random", "eta": 0.1, "model": OWN_HEAD},
+    {
+        "name": "distilled head, bar .02",
+        "scheduler": "PrismScheduler",
+        "order": "random",
+        "quality_threshold": 0.02,
+        "max_share": 0.25,
+    },
+]
+
+
+def parse_args(argv=None):
+    """The flags; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="16 texts of one seed at 16 forwards: minutes")
+    parser.add_argument("--quality-head", required=True, help="folder of the distilled head")
+    parser.add_argument("--num-samples", type=int, default=64, help="texts a cell (default: %(default)s)")
+    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--forwards", type=int, nargs="+", default=list(FORWARDS))
+    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--out", default=str(ROOT / "runs" / "judging-text"), help="finished cells (%(default)s)")
+    parser.add_argument("--table", type=Path, help="write the JSON there")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """Run every cell that is missing and print the table. Returns the exit status."""
+    args = parse_args(argv)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    pipes = {}
+    for name, head in ((None, args.quality_head), (OWN_HEAD, None)):
+        pipes[name] = PrismPipeline.from_pretrained(bundled("text"), quality_head=head).to(dtype)
+        pipes[name].set_progress_bar_config(disable=True)
+    count, seeds = (16, 1) if args.quick else (args.num_samples, args.num_seeds)
+    task = task_of_folder(bundled("text"), num_samples=count, gen_length=LENGTH)
+    mark = fingerprint(pipes[None], *folder_contents(bundled("text")))
+    found = run_comparison(
+        pipes[None],
+        task,
+        ARMS,
+        FORWARDS[:1] if args.quick else args.forwards,
+        list(range(seeds)),
+        out_dir=args.out,
+        task_name=f"{count} texts of {LENGTH} tokens, {args.dtype} [{mark}]",
+        models={OWN_HEAD: pipes[OWN_HEAD]},
+        quality="ngram_js",
+        higher_is_better=False,
+        reference="MDLM",
+    )
+    result = {"settings": {"num_samples": count, "dtype": args.dtype}, **origin(), **found}
+    if args.table:
+        args.table.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
