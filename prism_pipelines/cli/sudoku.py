@@ -166,8 +166,11 @@ def load_pipeline(args):
     from .. import PrismPipeline, bundled
 
     device = check_device(args.device)
+    # The head that judges whole grids, unless a flag asks for another rule, which goes with the model's own head.
+    judged = args.model is None and not args.compare and args.scheduler is None and args.num_remask is None
+    head = bundled("sudoku-head") if judged else None
     try:
-        pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"))
+        pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"), quality_head=head)
     except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
         raise ValueError(f"--model {args.model} is not a saved pipeline: {error!r}") from None
     if pipe.mask_token_id != sudoku.MASK_ID or pipe.model.config.vocab_size != sudoku.VOCAB_SIZE:
