@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from prism_pipelines.cli.main import main
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
 NO_SOLUTION = PUZZLE[:2] + "1" + PUZZLE[3:]  # row 1 column 3 must be 4; a 1 there clashes with no clue
-BUNDLED = Path(cli_sudoku.__file__).parent / "bundled" / "sudoku" / "model_index.json"
 
 
 def tiny_pipeline():
@@ -408,14 +406,12 @@ def test_comparison_takes_the_puzzles_of_a_file(capsys, knowing, tmp_path):
 # --- the model that ships: these run once it is in the package --------------------------------------------------------
 
 
-@pytest.mark.skipif(not BUNDLED.exists(), reason="the weights are committed with the release; run `make train-sudoku`")
 def test_the_demo_solves_its_puzzle_and_corrects_itself_on_the_way(capsys):
     status, out, _ = run(capsys, "--json")
     record = json.loads(out)
     assert status == 0 and record["verdict"] == "solved" and record["remasked"] > 0
 
 
-@pytest.mark.skipif(not BUNDLED.exists(), reason="the weights are committed with the release; run `make train-sudoku`")
 def test_the_shipped_comparison_has_prism_ahead_of_no_remasking(capsys):
     told = json.loads(run(capsys, "--compare", "--num-puzzles", "32", "--steps", "26", "--json")[1])
     solved = {row["rule"]: row["solved"] for row in told["rows"]}
