@@ -45,7 +45,9 @@ class OraclePipeline:
             grids[:, cell] = np.where(puzzles[:, cell] == 0, grids[:, cell] % 9 + 1, grids[:, cell])
         return grids
 
-    def __call__(self, *, infill, num_inference_steps, generator, output_type, callback_on_step_end=None):
+    def __call__(
+        self, *, infill, num_inference_steps, generator, output_type, callback_on_step_end=None, return_quality=False
+    ):
         assert output_type == "seq"
         puzzles = np.where(infill.numpy() == sudoku.MASK_ID, 0, infill.numpy())
         self.runs.append([torch.rand(1, generator=one).item() for one in generator])

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 OWN = {
     "llada": ("d_model", "n_layers", "mlp_hidden_size"),
     "llada:moe": ("hidden_size", "num_hidden_layers", "expert_intermediate_size"),
+    "sdar_moe": ("hidden_size", "num_hidden_layers", "moe_intermediate_size"),
     "mdlm": ("hidden_dim", "n_blocks", None),
     "bd3lm": ("hidden_dim", "n_blocks", None),
 }

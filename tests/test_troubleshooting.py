@@ -50,7 +50,7 @@ MESSAGES = {
     "the chat template writes earlier turns differently once more follow": "sampling/encoding.py",
     "the chat template refuses it": "sampling/encoding.py",
     "`continue_final_message` needs a last message of the assistant": "sampling/encoding.py",
-    "is not JSON": "generation/batch.py",
+    "is not JSON": "generation/input_files.py",
     "no chat template is used": "pipeline_prism.py",
     "There is no GPU for device=": "integrations/lm_eval.py",
     "has no trainable token": "sampling/rows.py",
