@@ -74,7 +74,7 @@ class ToldScheduler(schedulers.JudgeAndRepairScheduler):
             quality = quality.float().scatter(-1, lowest, 0.0).masked_fill(right.all(-1, keepdim=True), 1.0)
         else:  # the same qualities, on other cells of the same grid
             place = torch.rand(quality.shape, generator=self.chance).masked_fill(~generation_mask, 2).argsort(-1)
-            order = torch.where(generation_mask, 0, 1).argsort(-1, stable=True)
+            order = torch.where(generation_mask, 0, 1).argsort(stable=True, dim=-1)
             quality = quality.clone().scatter(-1, order, quality.gather(-1, place))
         return super().step(model_output, timestep, sample, quality=quality, generation_mask=generation_mask, **rest)
 

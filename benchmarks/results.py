@@ -113,8 +113,26 @@ def many_puzzles_section(table: dict) -> str:
     return "\n".join([*lines, "", *calibration_lines(table["calibration"])])
 
 
-def readme_table(table: dict) -> str:
-    """The rows of `many_puzzles_section` that the README shows."""
+def judging_rows(table: dict, sets: list[str]) -> list[str]:
+    """The README's rows of docs/figures/judging.json: other puzzles, another head, fewer forward passes."""
+    rows = {(row["arm"], row["clues"]): row for row in table["rows"]}
+    lines = []
+    for arm, words in (
+        ("confidence order", "{n} other puzzles a kind: surest first, {means} forward passes"),
+        ("judge and repair", "... judge and repair with `sudoku-head`, at most {budget}, {means} on average"),
+    ):
+        found = [rows[arm, clues] for clues in sets]
+        means = " and ".join(dict.fromkeys(f"{row['mean_forwards']:.3g}" for row in found))
+        shares = []
+        for row in found:
+            solved, low, high = row[f"within_{row['budget']}"]
+            shares.append(share({"solved": solved, "n": row["n"], "low": low, "high": high}))
+        lines.append(f"| {words.format(means=means, **found[0])} | " + " | ".join(shares) + " |")
+    return lines
+
+
+def readme_table(table: dict, judging: dict) -> str:
+    """The rows of `many_puzzles_section` that the README shows, and `judging_rows`."""
     sets = list(dict.fromkeys(row["clues"] for row in table["rows"]))
     rows = {(row["clues"], row["arm"]): row for row in table["rows"]}
     heads = {
@@ -127,13 +145,13 @@ def readme_table(table: dict) -> str:
     }
     lines = ["| | " + " | ".join(f"{clues} clues (%)" for clues in sets) + " |", "| --- " * (1 + len(sets)) + "|"]
     lines += [f"| {words} | " + " | ".join(share(rows[c, arm]) for c in sets) + " |" for arm, words in heads.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *judging_rows(judging, sets)])
 
 
-def readme(table: dict) -> str:
+def readme(table: dict, judging: dict) -> str:
     """README.md with its table from the committed figures."""
     text, start, end = README.read_text(), "<!-- table: sudoku_1000 -->\n", "\n<!-- end of table -->"
-    return text[: text.index(start) + len(start)] + readme_table(table) + text[text.index(end) :]
+    return text[: text.index(start) + len(start)] + readme_table(table, judging) + text[text.index(end) :]
 
 
 def calibration_lines(calibration: dict) -> list[str]:
@@ -218,7 +236,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     folder, tables = ROOT / "docs" / "figures", {}
-    for name in ("sudoku", "sudoku_1000", "sudoku_heads", *TEXT, "text_ranking", "ablations", "code"):
+    for name in ("sudoku", "sudoku_1000", "sudoku_heads", *TEXT, "text_ranking", "ablations", "code", "judging"):
         tables[name] = json.loads((folder / f"{name}.json").read_text())
     metrics = json.loads((ROOT / "prism_pipelines" / "bundled" / "text" / "metrics.json").read_text())
     parts = [HEAD, sudoku_section(tables["sudoku"]), many_puzzles_section(tables["sudoku_1000"])]
@@ -228,7 +246,7 @@ def main() -> int:
     parts.append(ranking_section(tables["text_ranking"]))
     parts += [ablation_section(tables["ablations"]), code_section(tables["code"])]
     page = "\n".join([*parts, PUBLISHED, MISSING])
-    for path, text in ((RESULTS, page), (README, readme(tables["sudoku_1000"]))):
+    for path, text in ((RESULTS, page), (README, readme(tables["sudoku_1000"], tables["judging"]))):
         if not args.check:
             path.write_text(text)
         elif path.read_text() != text:

@@ -50,7 +50,7 @@ def test_each_arm_is_told_what_its_name_says():
     q, step = told("exact checker", sample, solutions, quality, mask)
     assert step.accepted.tolist() == (~wrong.any(-1)).tolist()
     changed = (q != quality) & mask
-    assert (changed.sum(-1)[1:] <= 1).all()
+    assert (changed.sum(-1)[wrong.any(-1)] <= 1).all()
     q, _ = told("random cells", sample, solutions, quality, mask)
     assert torch.equal(q[~mask], quality[~mask])
     for row in range(4):
