@@ -202,8 +202,10 @@ def pairs(rows: list[dict]) -> list[dict]:
 def section(table: dict) -> str:
     """The part of docs/judging.md that a table gives."""
     settings = table["settings"]
+    budgets = sorted({row["budget"] for row in table["rows"] if row["arm"] in FIXED})
     lines = [
-        f"`python -m benchmarks.judging --num-puzzles {settings['num_puzzles']} --dtype {settings['dtype']}`, commit "
+        f"`python -m benchmarks.judging --num-puzzles {settings['num_puzzles']} --dtype {settings['dtype']} --budgets "
+        f"{' '.join(map(str, budgets))}` (not all arms yet), commit "
         f"`{table['commit']}`, {table['device']}. One seed of sampling and one of training; the same puzzles and "
         "generators in all arms. Solved in percent with 95 % Wilson intervals; fixed rules have a run for each budget.",
     ]
@@ -250,7 +252,11 @@ def parse_args(argv=None):
     parser.add_argument("--budgets", nargs="+", type=int, default=None, help="of fixed rules (default: 17 34 52)")
     parser.add_argument("--most", type=int, default=MOST, help="of rules that stop (default: %(default)s)")
     parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
-    parser.add_argument("--quality-head", default=None, help="folder of another head than the model's own")
+    parser.add_argument(
+        "--quality-head",
+        default=None,
+        help="folder of the head that judges (default: sudoku-head of the package; with --model the model's own)",
+    )
     parser.add_argument("--one-step-head", default=None, help="folder of PRISM's head (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
@@ -268,9 +274,10 @@ def main(argv=None) -> int:
     total = 30 if args.quick else args.num_puzzles
     budgets = args.budgets or (QUICK_BUDGETS if args.quick else BUDGETS)
     model = Path(args.model or bundled("sudoku"))
-    pipe = PrismPipeline.from_pretrained(model, quality_head=args.quality_head)
+    head = args.quality_head or (None if args.model else bundled("sudoku-head"))
+    pipe = PrismPipeline.from_pretrained(model, quality_head=head)
     one_step = pipe.quality_head if args.one_step_head is None else QualityHead.from_pretrained(args.one_step_head)
-    if args.quality_head and args.one_step_head is None:
+    if head and args.one_step_head is None:
         one_step = PrismPipeline.from_pretrained(model).quality_head
     heads = {"context": pipe.quality_head, "one-step": one_step}
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -280,7 +287,7 @@ def main(argv=None) -> int:
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_puzzles": total, "puzzle_seed": SEED, "seed": args.seed, "dtype": args.dtype}
     settings["rule"] = {k: v for k, v in schedulers.JudgeAndRepairScheduler().config.items() if k[0] != "_"}
-    settings["weights"] = fingerprint(Path(args.quality_head or model), {})
+    settings["weights"] = fingerprint(Path(head or model), {})
     rows = []
     if args.table and args.table.exists():
         kept = json.loads(args.table.read_text())
