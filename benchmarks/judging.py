@@ -274,10 +274,10 @@ def main(argv=None) -> int:
     total = 30 if args.quick else args.num_puzzles
     budgets = args.budgets or (QUICK_BUDGETS if args.quick else BUDGETS)
     model = Path(args.model or bundled("sudoku"))
-    head = args.quality_head or (None if args.model else bundled("sudoku-head"))
-    pipe = PrismPipeline.from_pretrained(model, quality_head=head)
+    judge = args.quality_head or (None if args.model else bundled("sudoku-head"))
+    pipe = PrismPipeline.from_pretrained(model, quality_head=judge)
     one_step = pipe.quality_head if args.one_step_head is None else QualityHead.from_pretrained(args.one_step_head)
-    if head and args.one_step_head is None:
+    if judge and args.one_step_head is None:
         one_step = PrismPipeline.from_pretrained(model).quality_head
     heads = {"context": pipe.quality_head, "one-step": one_step}
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -287,7 +287,7 @@ def main(argv=None) -> int:
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_puzzles": total, "puzzle_seed": SEED, "seed": args.seed, "dtype": args.dtype}
     settings["rule"] = {k: v for k, v in schedulers.JudgeAndRepairScheduler().config.items() if k[0] != "_"}
-    settings["weights"] = fingerprint(Path(head or model), {})
+    settings["weights"] = fingerprint(Path(judge or model), {})
     rows = []
     if args.table and args.table.exists():
         kept = json.loads(args.table.read_text())
