@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed        ## solve a Sudoku with the bundled model
 	$(BIN)/prism sudoku
 
-test: $(VENV)/.installed        ## the whole test suite, under 10 minutes on two cores
+test: $(VENV)/.installed        ## the whole test suite, about 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed        ## style, formatting and the downward-imports rule
