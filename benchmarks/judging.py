@@ -45,7 +45,7 @@ FIXED = {  # name: scheduler and its settings
     "prompt": ("PromptConfidenceScheduler", REMASKING),
     "draw": ("DrawConfidenceScheduler", REMASKING),
     "sweep": ("StridedSweepScheduler", {"order": "confidence", "temperature": 1.0}),
-    "ReMDM": ("ReMDMScheduler", {**RANDOM, "strategy": "cap", "eta": 0.04}),
+    "ReMDM": ("ReMDMScheduler", {"temperature": 1.0, "strategy": "cap", "eta": 0.04}),
     "token to mask": ("TokenToMaskScheduler", RANDOM),
     "PRISM one-step": ("PrismScheduler", REMASKING),
     "PRISM's rule, this head": ("PrismScheduler", REMASKING),
