@@ -6,7 +6,7 @@ Plain functions on whole batches. B rows, L positions, V tokens; N positions tak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -57,6 +57,14 @@ def sample_tokens(
     drawn = [_sample(suppress(part, mask_token_id), temperature, top_p, top_k, some, None) for part, some in parts]
     tokens, probs, _ = (torch.cat(part) for part in zip(*drawn, strict=True))
     return tokens, probs
+
+
+def seeded_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """A CPU generator for each row, seeded by `seed` and the row's number alone, not by its batch.
+
+    torch's CPU generator reads the low 32 bits of its seed: 2^32 / 1,000,003 seeds apart stay distinct.
+    """
+    return [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**32) for row in rows]
 
 
 def chunk_rows(vocab_size: int) -> int:

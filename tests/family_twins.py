@@ -26,6 +26,15 @@ ROOT = tempfile.TemporaryDirectory(prefix="twins-")
 # --- twins: a checkpoint as its authors saved it ----------------------------------------------------------------------
 
 
+class Words:
+    """What `build_objective` asks a tokenizer."""
+
+    eos_token_id, pad_token_id = EOS, PAD
+
+    def __len__(self):
+        return V
+
+
 def random_weights(shapes):
     """Weights about 1 for norms, and random otherwise; biases are random too, or a forgotten one would not be seen."""
     generator = torch.Generator().manual_seed(0)

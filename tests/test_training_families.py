@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from family_twins import CHECKPOINTS, EOS, LENGTH, MASK, PAD, V, checkpoint, load
+from family_twins import CHECKPOINTS, LENGTH, MASK, Words, checkpoint, load
 
 from prism_pipelines import MDMSpec
 from prism_pipelines.training.arguments import RunArguments, check_run
 from prism_pipelines.training.setup import build_objective
-
-
-class Words:
-    """What `build_objective` asks a tokenizer."""
-
-    eos_token_id, pad_token_id = EOS, PAD
-
-    def __len__(self):
-        return V
 
 
 def objective(family, **flags):

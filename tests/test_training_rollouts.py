@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from family_twins import CHECKPOINTS, EOS, LENGTH, MASK, PAD, V, checkpoint, load
+from family_twins import CHECKPOINTS, LENGTH, MASK, V, Words, checkpoint, load
 from safetensors.torch import load_file
 from test_training import log_of, run, run_and_die, weights
 
@@ -31,15 +31,6 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mdm")
     run(folder, "--objective=mdm", "--max_steps=4", "--weighting=uniform")
     return folder
-
-
-class Words:
-    """What `build_objective` asks a tokenizer."""
-
-    eos_token_id, pad_token_id = EOS, PAD
-
-    def __len__(self):
-        return V
 
 
 def objective(family, **flags):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from ..generation.batch import generate_many, read_prompts
-from .loading import add_model_flags, load_pipeline
+from .loading import add_model_flags, leave_processes, load_pipeline
 from .quiet import is_quiet
 
 COMMAND = ("-m", "prism_pipelines", "generate")  # what each of several processes runs
@@ -111,8 +111,6 @@ def flags_of(args: argparse.Namespace) -> list[str]:
 
 def generate(args: argparse.Namespace) -> int:
     """Load and generate, in this process or as one of several. Returns the exit status."""
-    import torch
-
     pipe = load_pipeline(args)
     told = generate_many(
         pipe,
@@ -138,8 +136,7 @@ def generate(args: argparse.Namespace) -> int:
         too_long=args.too_long,
         progress=not is_quiet(),
     )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes()
     rate = f"{told['prompts_per_second']:.3g} prompts/s, {told['tokens_per_second']:,.0f} tokens/s"
     print(f"generated {told['generated']} prompts in {told['seconds']:.1f} s ({rate})", file=sys.stderr)
     if told["prompts"] is not None:

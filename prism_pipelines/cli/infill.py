@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from .arguments import number_type
-from .loading import add_model_flags, load_pipeline
+from .loading import add_model_flags, leave_processes, load_pipeline
 from .quiet import is_quiet
 
 COUNT = number_type(int, 1, "a whole number of at least 1")
@@ -101,10 +101,7 @@ def tell_duplicates(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace, told: dict, verb: str) -> None:
     """What was done, on stderr; leave the other processes."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes()
     print(f"{verb} {told['generated']} sequences in {told['seconds']:.1f} s", file=sys.stderr)
     if told["complete"]:
         parts = [f"{told['rows']} rows"]

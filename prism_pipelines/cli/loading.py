@@ -51,6 +51,14 @@ def load_pipeline(args: argparse.Namespace):
     return pipe
 
 
+def leave_processes() -> None:
+    """Leave the process group that `load_pipeline` joined, if it did."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _join(device: str):
     """Join the process group that the launcher describes; this process's device."""
     try:

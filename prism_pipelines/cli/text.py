@@ -118,6 +118,7 @@ def run_text(args) -> int:
 def _run_texts(pipe, args, console) -> int:
     import torch
 
+    from ..schedulers.token_sampling import seeded_generators
     from .live_view import LiveView, page
 
     set_scheduler(pipe, args.scheduler, args.temperature)
@@ -141,7 +142,7 @@ def _run_texts(pipe, args, console) -> int:
             gen_length=room(pipe, args.prompt, args.gen_length),
             num_inference_steps=args.num_inference_steps or 64,
             # As evaluation.pipeline_texts: sample i depends on the seed and i alone.
-            generator=[torch.Generator().manual_seed((args.seed * 1_000_003 + i) % 2**32) for i in range(rows)],
+            generator=seeded_generators(args.seed, range(rows)),
             callback_on_step_end=on_step,
             return_trace=bool(args.html),
         )

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..schedulers.token_sampling import seeded_generators
+
 SPECIAL_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "[PAD]", "<pad>", "[CLS]", "[SEP]", "<|endoftext|>")
 LOWER_IS_BETTER = ("ngram_js", "word_js", "self_bleu", "degenerate", "nll")  # of `text_measures`
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
@@ -95,8 +97,7 @@ def pipeline_texts(pipe, num_samples: int, gen_length: int, num_inference_steps:
     texts = []
     for start in range(0, num_samples, batch_size):
         rows = range(start, min(start + batch_size, num_samples))
-        # torch's CPU generator reads the low 32 bits of its seed: 2^32 / 1,000,003 seeds apart stay distinct.
-        generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in rows]
+        generators = seeded_generators(seed, rows)
         out = pipe(
             num_samples=len(rows),
             gen_length=gen_length,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..schedulers.token_sampling import seeded_generators
 from .input_files import read_json_lines, read_lines
 from .output_files import run_settings
 from .running import plan_batches, run_batches
@@ -216,7 +217,6 @@ def generate_many(
         ValueError, TypeError: bad input, an output of another run, or out of memory.
         OSError: no such file or folder.
     """
-    import torch
 
     from ..sampling.encoding import prompt_ids
 
@@ -256,8 +256,7 @@ def generate_many(
     batches = plan_batches(lengths, batch_size, batch_groups(pipe, lengths, gen_length, block_length))
 
     def fill(batch: list[int]) -> list[tuple[dict, int]]:
-        generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in batch]
-        return _generate(pipe, [texts[i] for i in batch], generators, call)
+        return _generate(pipe, [texts[i] for i in batch], seeded_generators(seed, batch), call)
 
     def lines(done: dict[int, dict]) -> Iterator[str]:
         for i, row in enumerate(rows):

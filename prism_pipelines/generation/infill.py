@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from ..schedulers.token_sampling import seeded_generators
 from .output_files import run_settings
 from .running import plan_batches, run_batches
 from .sequence_output import FILLED, SCORED, check_columns, check_out, written_lines
@@ -63,7 +64,6 @@ def infill_many(
         ValueError, TypeError: bad input, named by line; an output of another run; or out of memory.
         OSError: no such file or folder.
     """
-    import torch
 
     check_arguments(pipe, batch_size, seed, invalid)
     rows = read_sequences(source, column)
@@ -75,11 +75,10 @@ def infill_many(
     settings["read_as"] = [row["reads"] for row in read]
 
     def fill(batch: list[int]) -> list[tuple[dict, int]]:
-        seeds = [(seed * 1_000_003 + i * 1009 + k) % 2**32 for i in batch for k in range(num_samples)]
         return filled(
             pipe,
             [read[i] for i in batch],
-            [torch.Generator().manual_seed(one) for one in seeds],
+            seeded_generators(seed, (i * 1009 + k for i in batch for k in range(num_samples))),
             {
                 "num_samples": num_samples,
                 "select": select,
