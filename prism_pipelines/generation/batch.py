@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..schedulers.token_sampling import seeded_generators
 from .input_files import read_json_lines, read_lines
 from .output_files import run_settings
 from .running import plan_batches, run_batches
@@ -217,8 +216,8 @@ def generate_many(
         ValueError, TypeError: bad input, an output of another run, or out of memory.
         OSError: no such file or folder.
     """
-
     from ..sampling.encoding import prompt_ids
+    from ..schedulers.token_sampling import seeded_generators  # loads torch, which `prism --help` does without
 
     out = Path(out)
     for name, value, least in (("batch_size", batch_size, 1), ("max_prompts", max_prompts, 1), ("seed", seed, 0)):

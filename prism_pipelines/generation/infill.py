@@ -7,7 +7,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from ..schedulers.token_sampling import seeded_generators
 from .output_files import run_settings
 from .running import plan_batches, run_batches
 from .sequence_output import FILLED, SCORED, check_columns, check_out, written_lines
@@ -64,6 +63,7 @@ def infill_many(
         ValueError, TypeError: bad input, named by line; an output of another run; or out of memory.
         OSError: no such file or folder.
     """
+    from ..schedulers.token_sampling import seeded_generators  # loads torch, which `prism --help` does without
 
     check_arguments(pipe, batch_size, seed, invalid)
     rows = read_sequences(source, column)
