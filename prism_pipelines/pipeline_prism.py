@@ -16,7 +16,7 @@ from .hub.files import absence, inside, reachable, read_json
 from .hub.saved_model import refuse_stale, save_model
 from .models import checks
 from .models.denoiser import MaskedDenoiser
-from .models.families import MDMSpec, reads_only_masks, resolve_spec
+from .models.families import MDMSpec, resolve_spec, supports_all_masked_input
 from .models.quality_head import QualityHead
 from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, row_confidence
 from .sampling.canvas import (
@@ -31,7 +31,7 @@ from .sampling.encoding import Frame, chat_texts, has_chat_template, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.likelihood import METHODS, estimate, scored_canvas
 from .sampling.loop import (
-    Run,
+    SamplingContext,
     blocks_of,
     fill_canvas,
     memory_errors,
@@ -43,8 +43,8 @@ from .sampling.loop import (
 from .sampling.recorder import context_of_text, own_log_probs
 from .sampling.stopping import (
     decode,
+    default_suppress_tokens,
     end_tokens,
-    never_written,
     no_content,
     refuse_allowed,
     special_stops,
@@ -98,12 +98,12 @@ class PrismPipeline(DiffusionPipeline):
     @property
     def denoiser(self) -> MaskedDenoiser:
         """The model behind the contract of `MaskedDenoiser`; made anew at each use, so never on a stale device."""
-        return self._denoiser_without(never_written(self.tokenizer, self._end_tokens()))
+        return self._denoiser_without(default_suppress_tokens(self.tokenizer, self._end_tokens()))
 
     def _denoiser_without(self, suppressed: tuple[int, ...]) -> MaskedDenoiser:
         """The denoiser, which never predicts some ids."""
         num_tokens = None if self.tokenizer is None else len(self.tokenizer)
-        return MaskedDenoiser(self.model, self.spec, num_tokens=num_tokens, suppressed=suppressed)
+        return MaskedDenoiser(self.model, self.spec, num_tokens=num_tokens, suppress_tokens=suppressed)
 
     @property
     def spec(self) -> MDMSpec:
@@ -249,7 +249,7 @@ class PrismPipeline(DiffusionPipeline):
         check_cache(cache, cache_refresh_interval, denoiser, self.quality_head)
         if cfg_scale is not None and not is_number(cfg_scale, 0):
             raise ValueError(f"`cfg_scale` must be None or a number of at least 0, got {cfg_scale!r}.")
-        if cfg_scale and not reads_only_masks(self.model.config):
+        if cfg_scale and not supports_all_masked_input(self.model.config):
             raise ValueError(
                 f"`cfg_scale` is {cfg_scale}, and guidance compares with a row of masks alone, which this model (ESM, "
                 "token_dropout) cannot read. Pass None."
@@ -281,7 +281,7 @@ class PrismPipeline(DiffusionPipeline):
             kind, prompted = type(scheduler).__name__, infill is None
             places = (canvas.generated, self.mask_token_id, self.tokenizer, canvas.attention_mask)
             trace = Trace(canvas.sample, *places, prompted=prompted, scheduler=kind)
-        run = Run(
+        run = SamplingContext(
             denoiser,
             self.quality_head,
             scheduler,
@@ -606,24 +606,29 @@ class PrismPipeline(DiffusionPipeline):
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype` and `dtype` name the same thing, got {torch_dtype} and {dtype}.")
         path, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype or torch.float32
-        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        where = reachable(path, where)
-        index = read_json(path, "model_index.json", where)
+        hub_kwargs = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        hub_kwargs = reachable(path, hub_kwargs)
+        index = read_json(path, "model_index.json", hub_kwargs)
         lone_head = None
-        if index is None and read_json(path, inside(subfolder, "config.json"), where) is None:
-            lone_head = heads.head_config(path, where)
+        if index is None and read_json(path, inside(subfolder, "config.json"), hub_kwargs) is None:
+            lone_head = heads.head_config(path, hub_kwargs)
         if lone_head is not None:
             if not lone_head.get("base_model") or not isinstance(lone_head["base_model"], str):
                 raise ValueError(f"The head of {path!r} does not name its base model; load that, with quality_head=.")
             if quality_head is not None:
                 raise ValueError(f"{path!r} is itself a head; `quality_head` goes with a base model.")
-            base_where = reachable(lone_head["base_model"], where | {"revision": lone_head.get("base_revision")})
-            quality_head, head_where = path, where
-            path, where = lone_head["base_model"], base_where
-            index = read_json(path, "model_index.json", where)
+            base_where = reachable(lone_head["base_model"], hub_kwargs | {"revision": lone_head.get("base_revision")})
+            quality_head, head_where = path, hub_kwargs
+            path, hub_kwargs = lone_head["base_model"], base_where
+            index = read_json(path, "model_index.json", hub_kwargs)
             mdm_spec = mdm_spec or lone_head.get("mdm_spec")
         else:
-            head_where = where | {"revision": None}
+            head_where = hub_kwargs | {"revision": None}
             if isinstance(quality_head, (str, Path)):
                 head_where = reachable(str(quality_head), head_where)
         parts = {"scheduler": scheduler, "tokenizer": tokenizer}
@@ -635,7 +640,7 @@ class PrismPipeline(DiffusionPipeline):
             subfolder,
             dtype,
             trust_remote_code,
-            where,
+            hub_kwargs,
             mdm_spec=mdm_spec,
             mask_token_id=mask_token_id,
             tokenizer=tokenizer,
@@ -653,10 +658,10 @@ class PrismPipeline(DiffusionPipeline):
         else:
             given |= {"model": loaded["model"], "mdm_spec": loaded["mdm_spec"]}
             if all(index.get("quality_head") or [None]):
-                given["quality_head"] = heads.load_head(path, where)
-            pipe = super().from_pretrained(path, use_safetensors=True, **where, **given)
+                given["quality_head"] = heads.load_head(path, hub_kwargs)
+            pipe = super().from_pretrained(path, use_safetensors=True, **hub_kwargs, **given)
         checks.check_attention(pipe.denoiser, path)
-        pipe._revision = where["revision"]
+        pipe._revision = hub_kwargs["revision"]
         if pipe.quality_head is not None:
             pipe._place(pipe.quality_head)
         if quality_head is not None:
@@ -722,19 +727,24 @@ class PrismPipeline(DiffusionPipeline):
             TypeError: `quality_head` is neither a head nor a place.
             OSError: no head there.
         """
-        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        hub_kwargs = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
         heads.check_scheduler(self.scheduler)
         if isinstance(quality_head, (str, Path)):
-            where = reachable(str(quality_head), where)
+            hub_kwargs = reachable(str(quality_head), hub_kwargs)
         is_first = not self._heads
-        self._take_head(quality_head, name, where)
+        self._take_head(quality_head, name, hub_kwargs)
         if is_first and not self.scheduler.can_remask:
-            self.scheduler = heads.scheduler_for(quality_head, self.scheduler, where)
+            self.scheduler = heads.scheduler_for(quality_head, self.scheduler, hub_kwargs)
 
-    def _take_head(self, quality_head: QualityHead | str, name: str, where: dict) -> None:
+    def _take_head(self, quality_head: QualityHead | str, name: str, hub_kwargs: dict) -> None:
         """`load_quality_head`, but for the scheduler."""
         source = heads.head_place(quality_head)
-        head = quality_head if source is None else heads.load_head(source, where)
+        head = quality_head if source is None else heads.load_head(source, hub_kwargs)
         heads.check_head(head, self.model, getattr(self, "_revision", None))
         if name in self._heads:
             adapters.drop_adapter(self.model, name)
@@ -743,9 +753,9 @@ class PrismPipeline(DiffusionPipeline):
                 self.register_modules(quality_head=None)
         elif source is not None:
             adapters.refuse_taken(self.model, name)
-        adapter = None if source is None else adapters.adapter_subfolder(source, where)
+        adapter = None if source is None else adapters.adapter_subfolder(source, hub_kwargs)
         if adapter is not None:
-            adapters.load_adapter(self.model, source, name, where, adapter, self.spec)
+            adapters.load_adapter(self.model, source, name, hub_kwargs, adapter, self.spec)
             self._with_adapter.add(name)
         self._heads[name] = head
         self.set_quality_head(name)
@@ -773,16 +783,21 @@ class PrismPipeline(DiffusionPipeline):
             OSError: no adapter there, or its weights are no safetensors.
         """
         path = str(pretrained_model_name_or_path)
-        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        where = reachable(path, where)
-        if not subfolder and heads.head_config(path, where) is not None:
-            return self.load_quality_head(path, name=adapter_name or "prism", **where)
+        hub_kwargs = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        hub_kwargs = reachable(path, hub_kwargs)
+        if not subfolder and heads.head_config(path, hub_kwargs) is not None:
+            return self.load_quality_head(path, name=adapter_name or "prism", **hub_kwargs)
         config = inside(subfolder, "adapter_config.json")
-        if read_json(path, config, where) is None:
-            raise OSError(f"No LoRA adapter: {absence(path, config, where)}.")
+        if read_json(path, config, hub_kwargs) is None:
+            raise OSError(f"No LoRA adapter: {absence(path, config, hub_kwargs)}.")
         name, before = adapter_name or "default", adapters.active_adapters(self.model)
         adapters.refuse_taken(self.model, name)
-        adapters.load_adapter(self.model, path, name, where, subfolder, self.spec)
+        adapters.load_adapter(self.model, path, name, hub_kwargs, subfolder, self.spec)
         adapters.use_adapters(self.model, [*before, name])
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:

@@ -194,7 +194,7 @@ def test_texts_are_sequences_of_their_own_for_encoders_and_packed_for_language_m
 
 def test_tokens_that_are_never_written_stay_in_a_text_and_are_not_learned():
     pipe = encoder_model()
-    (example,) = encode_rows([{"text": "w1 w7 w2"}], rows_of(pipe, suppressed=(7,)))
+    (example,) = encode_rows([{"text": "w1 w7 w2"}], rows_of(pipe, suppress_tokens=(7,)))
     assert example["trainable_mask"].tolist() == [False, True, False, True, False]
 
 
@@ -272,7 +272,7 @@ def test_calibration_reads_the_texts_of_an_encoder_one_by_one(tmp_path, capsys):
 @pytest.mark.parametrize("progress", [True, False])
 def test_the_second_evaluation_of_the_trainer_shows_how_far_it_is(progress, capsys):
     class Objective:
-        training, denoiser = True, SimpleNamespace(forbidden=torch.zeros(3), vocab_size=3)
+        training, denoiser = True, SimpleNamespace(suppressed=torch.zeros(3), vocab_size=3)
 
         def eval(self):
             pass

@@ -93,7 +93,7 @@ def test_a_soft_cap_on_logits_holds_for_one_token_as_for_all():
     with torch.no_grad():
         pipe.model.lm_head.decoder.weight.mul_(20)  # far into the cap
         hidden = pipe.denoiser.hidden(ids)[0]
-        every = pipe.denoiser.head(hidden)
+        every = pipe.denoiser.lm_head(hidden)
         tokens = torch.arange(8, 17)
         one = pipe.denoiser.token_logits(hidden, tokens)
     assert 29 < every[:, :MASK].abs().max() <= 30

@@ -95,7 +95,7 @@ def test_the_pseudo_likelihood_hides_one_token_at_a_time(family):
         noisy[0, column] = MASK
         logits = reference(family, checkpoint(family), noisy)[0, column, :MASK].double()
         # What the pipeline never predicts has no share.
-        forbidden = pipe.denoiser.forbidden[:MASK]
+        forbidden = pipe.denoiser.suppressed[:MASK]
         log_p = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)[ids[row, column]]
         assert float(out.token_log_probs[row, column]) == pytest.approx(float(log_p), abs=1e-4)
     assert out.token_log_probs.isnan().equal(given)

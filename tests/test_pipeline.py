@@ -98,7 +98,9 @@ def forwards(monkeypatch):
 @pytest.mark.parametrize("family", TWINS)
 def test_lazy_logits_are_the_models_own_logits(family):
     model = twin(family)
-    denoiser = MaskedDenoiser(model, resolve_spec(model.config, mask_token_id=MASK_ID), num_tokens=12, suppressed=(0,))
+    denoiser = MaskedDenoiser(
+        model, resolve_spec(model.config, mask_token_id=MASK_ID), num_tokens=12, suppress_tokens=(0,)
+    )
     ids = torch.randint(1, 11, (3, 9), generator=seeded())
     attention_mask = torch.ones_like(ids)
     attention_mask[1, 6:] = 0

@@ -292,7 +292,7 @@ def test_logits_of_one_token_are_those_of_the_output_head(family, monkeypatch):
     rows = denoiser.hidden(ids).flatten(0, 1)
     tokens = torch.arange(len(rows)) * 5 % denoiser.vocab_size
     tokens[:2] = torch.tensor([MASK, 8])
-    expected = denoiser.head(rows)[torch.arange(len(rows)), tokens]
+    expected = denoiser.lm_head(rows)[torch.arange(len(rows)), tokens]
     torch.testing.assert_close(denoiser.token_logits(rows, tokens), expected, rtol=0, atol=1e-5)
     monkeypatch.setattr("prism_pipelines.schedulers.token_sampling.CHUNK", 2 * denoiser.vocab_size)
     other = nn.Sequential(denoiser._output_head())  # no plain linear map: it runs, some rows at a time

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import performance, sampling
 from prism_pipelines import MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
-from prism_pipelines.models.denoiser import UNMASKED, HeadInput, LazyLogits, not_causal
+from prism_pipelines.models.denoiser import UNMASKED, LazyLogits, OutputHeadHook, not_causal
 from prism_pipelines.schedulers import token_sampling
 from prism_pipelines.schedulers.functional import ORDERS
 from prism_pipelines.schedulers.token_sampling import (
@@ -263,13 +263,13 @@ def test_the_hook_is_put_on_once_and_lets_other_calls_through():
     with torch.no_grad():
         for _ in range(3):
             pipe.denoiser.hidden(ids)
-        assert sum(isinstance(hook, HeadInput) for hook in head._forward_pre_hooks.values()) == 1
+        assert sum(isinstance(hook, OutputHeadHook) for hook in head._forward_pre_hooks.values()) == 1
         assert pipe.model(input_ids=ids).logits.shape == (3, 40, 40)
         bad = ids.clone().fill_(10**6)
         with pytest.raises(IndexError):
             pipe.denoiser.hidden(bad)
         assert pipe.model(input_ids=ids).logits.shape == (3, 40, 40)  # also after a failure
-    assert HeadInput.of(head).mine.caught is None
+    assert OutputHeadHook.of(head).mine.caught is None
 
 
 # --- waiting for the device -------------------------------------------------------------------------------------------

@@ -167,12 +167,12 @@ def test_a_thread_that_calls_the_model_itself_gets_its_logits():
 def test_what_is_saved_during_a_call_is_not_marked_as_bidirectional(tmp_path):
     pipe = twin("llada")
     head = pipe.model.get_output_embeddings()
-    from prism_pipelines.models.denoiser import HeadInput, not_causal
+    from prism_pipelines.models.denoiser import OutputHeadHook, not_causal
 
     inside, saved = threading.Event(), threading.Event()
 
     def forward():
-        with HeadInput.of(head).catch(), not_causal(pipe.model.config):
+        with OutputHeadHook.of(head).catch(), not_causal(pipe.model.config):
             inside.set()
             saved.wait(0.5)
 

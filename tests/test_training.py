@@ -23,7 +23,7 @@ from prism_pipelines.training.checkpointing import WEIGHTS, is_whole, latest_che
 from prism_pipelines.training.data import SudokuGrids
 from prism_pipelines.training.optimizer import MuonAdamW
 from prism_pipelines.training.run import check_plugins, main, parse_arguments, prepare, run_facts, train
-from prism_pipelines.training.setup import RUN_FILE, read_beginning
+from prism_pipelines.training.setup import RUN_CONFIG, read_origin_fingerprint
 
 TINY = [
     "--dataset=sudoku",
@@ -132,11 +132,11 @@ def test_a_run_from_nothing_is_no_run_on_a_base_and_a_checkpoint_elsewhere_is_ch
         run(tmp_path / "new", *based, "--resume_from_checkpoint=latest")
     with pytest.raises(ValueError, match="began from other weights"):
         run(tmp_path / "else", *based, f"--resume_from_checkpoint={tmp_path / 'new' / 'checkpoint-1'}")
-    (tmp_path / "new" / RUN_FILE).unlink()  # of a version that wrote none
+    (tmp_path / "new" / RUN_CONFIG).unlink()  # of a version that wrote none
     run(tmp_path / "new", *flags, "--resume_from_checkpoint=latest")
-    assert read_beginning(tmp_path / "new") == {"objective": "mdm", "base_weights": "new"}
+    assert read_origin_fingerprint(tmp_path / "new") == {"objective": "mdm", "base_weights": "new"}
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / RUN_FILE).write_text('{"lr": 1}')
+    (tmp_path / "theirs" / RUN_CONFIG).write_text('{"lr": 1}')
     with pytest.raises(ValueError, match="is no folder of a training run"):
         run(tmp_path / "theirs", *flags)
 

@@ -105,7 +105,7 @@ def test_ids_that_the_model_does_not_know_are_refused(tokenizer):
 
 
 def test_a_token_that_the_model_never_writes_is_not_learned_but_may_stand_in_a_prompt(tokenizer):
-    encoder = RowEncoder(tokenizer, MASK, 8, len(WORDS), suppressed=(0,))
+    encoder = RowEncoder(tokenizer, MASK, 8, len(WORDS), suppress_tokens=(0,))
     with pytest.raises(ValueError, match=r"holds '<pad>' .id 0. where it is to be learned"):
         list(encode_rows([{"prompt": "a", "completion": "b <pad>"}], encoder))
     assert len(list(encode_rows([{"prompt": "<pad> a", "completion": "b"}], encoder))) == 1
@@ -144,7 +144,7 @@ def test_local_files_are_read_alike_streamed_or_not(tmp_path, encoder, ending):
 
 def test_a_model_that_cannot_read_masks_alone_keeps_a_token_of_every_example(tokenizer):
     """ESM with token_dropout divides by the share of tokens that are no masks."""
-    encoder = RowEncoder(tokenizer, MASK, 4, len(WORDS), reads_only_masks=False)
+    encoder = RowEncoder(tokenizer, MASK, 4, len(WORDS), supports_all_masked_input=False)
     for example in (*encode_rows(ROWS, encoder), *encode_rows([{"prompt": "a", "completion": "b"}], encoder)):
         assert example["trainable_mask"].tolist() == [False] + [True] * (len(example["input_ids"]) - 1)
     with pytest.raises(ValueError, match="Row 0 of the data set has an empty prompt"):

@@ -211,7 +211,7 @@ class Constant(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("forbidden", torch.zeros(V, dtype=torch.bool))
+        self.register_buffer("suppressed", torch.zeros(V, dtype=torch.bool))
 
     def hidden(self, ids, attention_mask=None):
         return torch.zeros(*ids.shape, 32)

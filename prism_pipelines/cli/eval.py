@@ -368,7 +368,7 @@ def text_sequences(texts: list[str], pipe, length: int, count: int, packing: boo
 
     import torch
 
-    from ..models.families import reads_only_masks
+    from ..models.families import supports_all_masked_input
     from ..sampling.rows import RowEncoder, encode_rows, examples_line, pad_batch
 
     if pipe.tokenizer is None:
@@ -379,8 +379,8 @@ def text_sequences(texts: list[str], pipe, length: int, count: int, packing: boo
         length,
         pipe.model.config.vocab_size,
         too_long="drop",
-        suppressed=tuple(pipe.denoiser.forbidden.nonzero().flatten().tolist()),
-        reads_only_masks=reads_only_masks(pipe.model.config),
+        suppress_tokens=tuple(pipe.denoiser.suppressed.nonzero().flatten().tolist()),
+        supports_all_masked_input=supports_all_masked_input(pipe.model.config),
         frame=pipe.text_frame,
         packing=packing,
     )

@@ -88,8 +88,8 @@ def size_of(args: argparse.Namespace) -> tuple[int, int]:
     from ..hub.files import read_json
     from ..models.checks import max_length
 
-    where = {"revision": args.revision}
-    index = read_json(args.model, "model_index.json", where)
+    hub_kwargs = {"revision": args.revision}
+    index = read_json(args.model, "model_index.json", hub_kwargs)
     folder = {} if index is None else {"subfolder": "model"}
     config = AutoConfig.from_pretrained(
         args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, **folder

@@ -40,25 +40,25 @@ class AdapterFiles(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> AdapterFiles:
+def read_adapter(path: str, subfolder: str, hub_kwargs: dict, model, spec=None) -> AdapterFiles:
     """The LoRA adapter of a folder or repository, fitted to the names of a model.
 
     Sizes are compared with the file's header before a weight is read, and before a layer is made.
 
     Args:
         path, subfolder: of adapter_config.json and adapter_model.safetensors.
-        where: revision, cache_dir, token, local_files_only.
+        hub_kwargs: revision, cache_dir, token, local_files_only.
         model: transformers model that will take it.
         spec: its `MDMSpec`, whose key_mapping and split_weights rename what authors' code calls its layers; or None.
     Raises:
         OSError: its weights are not safetensors.
         ValueError: it is more than LoRA; its weights do not fit the model or its config; or one is NaN or inf.
     """
-    file = fetch_file(path, inside(subfolder, WEIGHTS), where)
+    file = fetch_file(path, inside(subfolder, WEIGHTS), hub_kwargs)
     if file is None:
         raise OSError(f"The adapter of {path!r} has no {inside(subfolder, WEIGHTS)}.")
-    raw = read_json(path, inside(subfolder, CONFIG), where)
-    check_kind(raw, path)
+    config_dict = read_json(path, inside(subfolder, CONFIG), hub_kwargs)
+    check_kind(config_dict, path)
     shapes = tensor_shapes(file)
     if other := sorted(name for name in shapes if ".lora_" not in name):
         raise ValueError(
@@ -66,7 +66,7 @@ def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> Ad
             f"{MORE_THAN_LORA['modules_to_save']}. {MERGE}"
         )
     names = {name: native_names(name, spec) for name in shapes}
-    check_fit(path, raw, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
+    check_fit(path, config_dict, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
     weights = load_file(file)
     if whole := [key for key, value in weights.items() if not value.is_floating_point()]:
         raise ValueError(f"The adapter of {path!r} is no LoRA: {whole[0]} is {weights[whole[0]].dtype}, not a float.")
@@ -77,18 +77,18 @@ def read_adapter(path: str, subfolder: str, where: dict, model, spec=None) -> Ad
         parts = split_rows(weights[old], news, model) if len(news) > 1 else [weights[old]]
         fitted |= {PREFIX + new: part for new, part in zip(news, parts, strict=True)}
     renamed = any([module_of(new) for new in news] != [module_of(old)] for old, news in names.items())
-    return AdapterFiles(peft_config(raw, names if renamed else None), fitted)
+    return AdapterFiles(peft_config(config_dict, names if renamed else None), fitted)
 
 
-def check_kind(raw: dict, path: str) -> None:
+def check_kind(config_dict: dict, path: str) -> None:
     """Raise a ValueError if an adapter's config is not one of LoRA (DoRA and rsLoRA are), with the reason."""
-    kind = raw.get("peft_type")
+    kind = config_dict.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"The adapter of {path!r} is a {kind}; LoRA (and DoRA) adapters are supported.")
     for name, reason in MORE_THAN_LORA.items():
-        if raw.get(name, "none") not in NOTHING:
-            raise ValueError(f"The adapter of {path!r} has {name}={raw[name]!r}: {reason}. {MERGE}")
-    init = raw.get("init_lora_weights", True)
+        if config_dict.get(name, "none") not in NOTHING:
+            raise ValueError(f"The adapter of {path!r} has {name}={config_dict[name]!r}: {reason}. {MERGE}")
+    init = config_dict.get("init_lora_weights", True)
     if init not in PLAIN_INIT:
         raise ValueError(
             f"The adapter of {path!r} has init_lora_weights={init!r}: it belongs to a base whose weights that changed. "
@@ -146,20 +146,24 @@ def input_size(layer: nn.Module) -> int:
     return getattr(layer, "in_features", None) or layer.weight.shape[0]
 
 
-def check_fit(path: str, raw: dict, shapes: dict[str, tuple], model, spec) -> None:
+def check_fit(path: str, config_dict: dict, shapes: dict[str, tuple], model, spec) -> None:
     """Raise a ValueError if the weights that a file lists are not those that its config speaks of in a model."""
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(name) or {}, dict):
-            raise ValueError(f"The adapter of {path!r} has {name}={raw[name]!r:.80}, which must be a JSON object.")
-    for alpha in (raw.get("lora_alpha", 8), *(raw.get("alpha_pattern") or {}).values()):
+        if not isinstance(config_dict.get(name) or {}, dict):
+            raise ValueError(
+                f"The adapter of {path!r} has {name}={config_dict[name]!r:.80}, which must be a JSON object."
+            )
+    for alpha in (config_dict.get("lora_alpha", 8), *(config_dict.get("alpha_pattern") or {}).values()):
         if not is_number(alpha, -LARGEST_ALPHA, LARGEST_ALPHA):
             raise ValueError(
                 f"The adapter of {path!r} has lora_alpha {alpha!r}, and what it adds would be NaN or inf. Load another "
                 "adapter."
             )
-    ranks = {raw.get("r"), *(raw.get("rank_pattern") or {}).values()}
+    ranks = {config_dict.get("r"), *(config_dict.get("rank_pattern") or {}).values()}
     if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in ranks):
-        raise ValueError(f"The adapter of {path!r} has rank {raw.get('r')!r}; a rank is an integer of at least 1.")
+        raise ValueError(
+            f"The adapter of {path!r} has rank {config_dict.get('r')!r}; a rank is an integer of at least 1."
+        )
     if flat := [name for name, shape in shapes.items() if LORA_MATRIX.search(name) and len(shape) < 2]:
         raise ValueError(f"The adapter of {path!r} is damaged: {flat[0]} is no matrix, {shapes[flat[0]]}.")
     found, wrong = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}, []
@@ -190,7 +194,7 @@ def is_cut(name: str, spec) -> bool:
     return module_of(name).endswith(tuple(parts)) if parts else False
 
 
-def peft_config(raw: dict, names: dict[str, list[str]] | None):
+def peft_config(config_dict: dict, names: dict[str, list[str]] | None):
     """PEFT's config of a JSON one; with `names` (in the file -> in the model) its layers by their names in the model.
 
     Raises:
@@ -199,19 +203,19 @@ def peft_config(raw: dict, names: dict[str, list[str]] | None):
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
-    raw = dict(raw)
+    config_dict = dict(config_dict)
     if names is not None:
         layers = {module_of(old): sorted({module_of(new) for new in news}) for old, news in names.items()}
-        raw["target_modules"] = sorted({new for news in layers.values() for new in news})
-        raw |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        config_dict["target_modules"] = sorted({new for news in layers.values() for new in news})
+        config_dict |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         for field in ("rank_pattern", "alpha_pattern"):
-            patterns, mapped = raw.get(field) or {}, {}
+            patterns, mapped = config_dict.get(field) or {}, {}
             for old, news in layers.items():
                 key = get_pattern_key(patterns.keys(), old)
                 mapped |= {new: patterns[key] for new in news if key in patterns}
-            raw[field] = mapped
+            config_dict[field] = mapped
     try:
-        config = LoraConfig.from_peft_type(**raw)
+        config = LoraConfig.from_peft_type(**config_dict)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{CONFIG} is no config of LoRA: {error}") from error
     config.inference_mode = True

@@ -19,7 +19,7 @@ def adapter_names(model) -> list[str]:
     return sorted(model.peft_config) if getattr(model, "_hf_peft_config_loaded", False) else []
 
 
-def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "", spec=None) -> None:
+def load_adapter(model, path: str, name: str, hub_kwargs: dict, subfolder: str = "", spec=None) -> None:
     """Put the LoRA adapter of a folder or repository into a model, or change nothing. Those in use stay so, it is not.
 
     Args:
@@ -31,7 +31,7 @@ def load_adapter(model, path: str, name: str, where: dict, subfolder: str = "", 
     """
     check_name(name)
     refuse_fused(model)
-    files = read_adapter(path, subfolder, where, model, spec)
+    files = read_adapter(path, subfolder, hub_kwargs, model, spec)
     active = active_adapters(model)
     if "_before_adapters" not in vars(model) and _tuned_layer(model) is None:
         trainable = {key for key, value in model.named_parameters() if value.requires_grad}
@@ -78,10 +78,10 @@ def check_name(name: str) -> None:
         raise ValueError(f"An adapter's name is made of letters, digits, '_' and '-', got {name!r}.")
 
 
-def adapter_subfolder(path: str, where: dict) -> str | None:
+def adapter_subfolder(path: str, hub_kwargs: dict) -> str | None:
     """Where the LoRA adapter of a head lies: "" in the head's own repository, "model" in a saved pipeline; or None."""
     places = ("", "model")
-    return next((p for p in places if read_json(path, inside(p, CONFIG), where) is not None), None)
+    return next((p for p in places if read_json(path, inside(p, CONFIG), hub_kwargs) is not None), None)
 
 
 def _tuned_layers(model) -> list:

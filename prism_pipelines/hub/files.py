@@ -24,7 +24,7 @@ PATIENCE = 5.0  # seconds that the Hub has to answer
 _down: set[str] = set()  # addresses of Hubs that did not, when they were last asked
 
 
-def fetch_file(path: str, name: str, where: dict, download: bool = True) -> str | None:
+def fetch_file(path: str, name: str, hub_kwargs: dict, download: bool = True) -> str | None:
     """Local path of a file of a folder or Hub repository, or None if it has no such file.
 
     With `download=False` a file on the Hub is only asked for, and its address is given.
@@ -37,12 +37,14 @@ def fetch_file(path: str, name: str, where: dict, download: bool = True) -> str 
         return str(file) if file.is_file() else None
     try:
         if not download:
-            url = hf_hub_url(path, name, revision=where.get("revision"))
-            return get_hf_file_metadata(url, token=where.get("token")).location
-        return hf_hub_download(path, name, **where)
+            url = hf_hub_url(path, name, revision=hub_kwargs.get("revision"))
+            return get_hf_file_metadata(url, token=hub_kwargs.get("token")).location
+        return hf_hub_download(path, name, **hub_kwargs)
     except LocalEntryNotFoundError as error:
-        known = try_to_load_from_cache(path, name, cache_dir=where.get("cache_dir"), revision=where.get("revision"))
-        if where.get("local_files_only") or is_offline_mode() or known is _CACHED_NO_EXIST:
+        known = try_to_load_from_cache(
+            path, name, cache_dir=hub_kwargs.get("cache_dir"), revision=hub_kwargs.get("revision")
+        )
+        if hub_kwargs.get("local_files_only") or is_offline_mode() or known is _CACHED_NO_EXIST:
             return None
         raise OSError(f"The Hub cannot be reached, and {name} of {path!r} was not downloaded before.") from error
     except EntryNotFoundError:
@@ -51,13 +53,13 @@ def fetch_file(path: str, name: str, where: dict, download: bool = True) -> str 
         raise OSError(f"{path!r} is neither a folder here nor an id on the Hub (owner/name).") from error
 
 
-def reachable(path: str, where: dict) -> dict:
-    """`where`; with local_files_only=True, and a warning, if `path` is on the Hub and the Hub does not answer.
+def reachable(path: str, hub_kwargs: dict) -> dict:
+    """`hub_kwargs`; with local_files_only=True, and a warning, if `path` is on the Hub and the Hub does not answer.
 
     It is asked once, without retries: else every file would wait for its own.
     """
-    if Path(path).is_dir() or where.get("local_files_only") or is_offline_mode():
-        return where
+    if Path(path).is_dir() or hub_kwargs.get("local_files_only") or is_offline_mode():
+        return hub_kwargs
     try:
         answer = get_session().head(constants.ENDPOINT, timeout=PATIENCE)
         reason = f"status {answer.status_code}" if answer.status_code >= 500 else None
@@ -65,22 +67,22 @@ def reachable(path: str, where: dict) -> dict:
         reason = str(error) or type(error).__name__
     _down.discard(constants.ENDPOINT)
     if reason is None:
-        return where
+        return hub_kwargs
     _down.add(constants.ENDPOINT)
     warnings.warn(
         f"The Hub ({constants.ENDPOINT}) cannot be reached ({reason}): files that were downloaded before are used.",
         stacklevel=3,
     )
-    return where | {"local_files_only": True}
+    return hub_kwargs | {"local_files_only": True}
 
 
-def read_json(path: str, name: str, where: dict) -> dict | None:
+def read_json(path: str, name: str, hub_kwargs: dict) -> dict | None:
     """A JSON file of a folder or Hub repository, or None if it has no such file.
 
     Raises:
         ValueError: it is no JSON object.
     """
-    file = fetch_file(path, name, where)
+    file = fetch_file(path, name, hub_kwargs)
     if file is None:
         return None
     try:
@@ -92,21 +94,23 @@ def read_json(path: str, name: str, where: dict) -> dict | None:
     return content
 
 
-def out_of_reach(path: str, name: str, where: dict) -> bool:
+def out_of_reach(path: str, name: str, hub_kwargs: dict) -> bool:
     """Is a file of the Hub unknown to the cache while nothing may be fetched?"""
-    if Path(path).is_dir() or not (where.get("local_files_only") or is_offline_mode()):
+    if Path(path).is_dir() or not (hub_kwargs.get("local_files_only") or is_offline_mode()):
         return False
-    known = try_to_load_from_cache(path, name, cache_dir=where.get("cache_dir"), revision=where.get("revision"))
+    known = try_to_load_from_cache(
+        path, name, cache_dir=hub_kwargs.get("cache_dir"), revision=hub_kwargs.get("revision")
+    )
     return known is None
 
 
-def absence(path: str, name: str, where: dict) -> str:
+def absence(path: str, name: str, hub_kwargs: dict) -> str:
     """That a file is not there, in words: the repository lacks it, or it is not in the cache and may not be fetched."""
-    if not out_of_reach(path, name, where):
+    if not out_of_reach(path, name, hub_kwargs):
         return f"{path!r} has no {name}"
     if constants.ENDPOINT in _down:
         return f"{name} of {path!r} was not downloaded before, and the Hub ({constants.ENDPOINT}) cannot be reached"
-    why = "local_files_only=True" if where.get("local_files_only") else "HF_HUB_OFFLINE"
+    why = "local_files_only=True" if hub_kwargs.get("local_files_only") else "HF_HUB_OFFLINE"
     return f"{name} of {path!r} was not downloaded before, and {why} forbids to fetch it now"
 
 

@@ -18,9 +18,9 @@ from .files import absence, fetch_file, is_hub_id, read_json, tensor_shapes
 from .fingerprints import embedding_fingerprint, lasting_fingerprint
 
 
-def head_config(path: str, where: dict) -> dict | None:
+def head_config(path: str, hub_kwargs: dict) -> dict | None:
     """Config of the quality head of a folder or repository, or None if it has none."""
-    return read_json(path, "quality_head/config.json", where)
+    return read_json(path, "quality_head/config.json", hub_kwargs)
 
 
 def head_place(quality_head) -> str | None:
@@ -37,18 +37,18 @@ def head_place(quality_head) -> str | None:
     return str(quality_head)
 
 
-def load_head(path: str, where: dict) -> QualityHead:
+def load_head(path: str, hub_kwargs: dict) -> QualityHead:
     """The quality head of a folder or repository, from its `quality_head/`.
 
     Raises:
         OSError: there is none, or it is not safetensors.
         ValueError: its config is wrong, or its weights do not fit it.
     """
-    config = head_config(path, where)
+    config = head_config(path, hub_kwargs)
     if config is None:
-        raise OSError(f"No quality head: {absence(path, 'quality_head/config.json', where)}.")
+        raise OSError(f"No quality head: {absence(path, 'quality_head/config.json', hub_kwargs)}.")
     name = f"quality_head/{SAFETENSORS_WEIGHTS_NAME}"
-    file = fetch_file(path, name, where)
+    file = fetch_file(path, name, hub_kwargs)
     if file is None:
         raise OSError(f"The quality head of {path!r} has no {name}; heads are read from safetensors only.")
     owner = f"The quality head of {path!r}"
@@ -84,13 +84,13 @@ def make_head(config: dict, owner: str) -> QualityHead:
         raise ValueError(f"{owner} has a wrong config.json: {str(error).splitlines()[0]}") from error
 
 
-def load_scheduler(path: str, where: dict):
+def load_scheduler(path: str, hub_kwargs: dict):
     """The recommended scheduler of a head's repository, or None if it has none.
 
     Raises:
         ValueError: it names a class that is not ours.
     """
-    config = read_json(path, "scheduler/scheduler_config.json", where)
+    config = read_json(path, "scheduler/scheduler_config.json", hub_kwargs)
     if config is None:
         return None
     name = config.get("_class_name")
@@ -99,15 +99,15 @@ def load_scheduler(path: str, where: dict):
     return SCHEDULERS[name].from_config(config)
 
 
-def scheduler_for(quality_head, has, where: dict):
+def scheduler_for(quality_head, has, hub_kwargs: dict):
     """The scheduler that is recommended with a head, else `has` if it reads a quality, else `PrismScheduler()`.
 
     Args:
         quality_head: a `QualityHead`, which recommends none, or a folder or Hub id.
         has: the scheduler there is.
-        where: revision, cache_dir, token, local_files_only.
+        hub_kwargs: revision, cache_dir, token, local_files_only.
     """
-    recommended = None if isinstance(quality_head, QualityHead) else load_scheduler(str(quality_head), where)
+    recommended = None if isinstance(quality_head, QualityHead) else load_scheduler(str(quality_head), hub_kwargs)
     return recommended or (has if has.needs_quality else PrismScheduler())
 
 

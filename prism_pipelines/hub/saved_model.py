@@ -113,13 +113,13 @@ def as_without_adapters(model):
             setattr(model, name, value)
 
 
-def read_index(path: str, subfolder: str, where: dict) -> dict | None:
+def read_index(path: str, subfolder: str, hub_kwargs: dict) -> dict | None:
     """What `adapters.json` of a saved model says; None if there is none.
 
     Raises:
         ValueError: it is not as `save_model` writes it.
     """
-    index = read_json(path, inside(subfolder, INDEX), where)
+    index = read_json(path, inside(subfolder, INDEX), hub_kwargs)
     if index is None:
         return None
     places, active = index.get("adapters"), index.get("active")
@@ -129,7 +129,7 @@ def read_index(path: str, subfolder: str, where: dict) -> dict | None:
     return index
 
 
-def load_adapters(model, path: str, subfolder: str, where: dict, index: dict | None, spec) -> None:
+def load_adapters(model, path: str, subfolder: str, hub_kwargs: dict, index: dict | None, spec) -> None:
     """Put the adapters of a saved model into it, with those in use that were; without an index the one at the root.
 
     Warns:
@@ -146,5 +146,5 @@ def load_adapters(model, path: str, subfolder: str, where: dict, index: dict | N
             stacklevel=4,
         )
     for name, place in index["adapters"].items():
-        load_adapter(model, path, name, where, inside(subfolder, place) if place else subfolder, spec)
+        load_adapter(model, path, name, hub_kwargs, inside(subfolder, place) if place else subfolder, spec)
     use_adapters(model, index["active"])

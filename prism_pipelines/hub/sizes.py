@@ -17,7 +17,7 @@ PACKED, SPARE = 8, 2**20
 Shapes = dict[str, tuple[int, ...]]
 
 
-def weight_files(path: str, subfolder: str, where: dict) -> list[str]:
+def weight_files(path: str, subfolder: str, hub_kwargs: dict) -> list[str]:
     """Local paths of a checkpoint's safetensors files.
 
     Raises:
@@ -25,9 +25,9 @@ def weight_files(path: str, subfolder: str, where: dict) -> list[str]:
         ValueError: the index of the parts is damaged.
     """
     index_name = inside(subfolder, "model.safetensors.index.json")
-    index = read_json(path, index_name, where)
+    index = read_json(path, index_name, hub_kwargs)
     names = ["model.safetensors"] if index is None else parts_of(index, f"{index_name} of {path!r}")
-    files = {name: fetch_file(path, inside(subfolder, name), where) for name in names}
+    files = {name: fetch_file(path, inside(subfolder, name), hub_kwargs) for name in names}
     if lost := [name for name, file in files.items() if file is None]:
         raise OSError(f"{path!r} lacks {inside(subfolder, lost[0])}, a part of its weights. Download it again.")
     return list(files.values())
@@ -51,13 +51,13 @@ def file_shapes(files: list[str]) -> Shapes:
     return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
 
 
-def model_config(make, native, raw: dict, shapes: Shapes, owner: str, names: dict[str, str] | None = None):
+def model_config(make, native, config_dict: dict, shapes: Shapes, owner: str, names: dict[str, str] | None = None):
     """The config that `make()` builds from a config.json.
 
     Args:
         make: function without arguments.
         native: class of transformers that it is for.
-        raw: the config.json.
+        config_dict: the config.json.
         shapes: as `check_sizes`.
         owner: the checkpoint, for the errors.
         names: of fields in the config -> what config.json calls them, where it has other names.
@@ -66,7 +66,13 @@ def model_config(make, native, raw: dict, shapes: Shapes, owner: str, names: dic
     """
     names = {**native.config_class.attribute_map, **(names or {})}
     # First of all: some configs list their layers, and are gigabytes for a number that makes no sense.
-    check_layers(native, raw.get(names.get("num_hidden_layers"), raw.get("num_hidden_layers")), raw, shapes, owner)
+    check_layers(
+        native,
+        config_dict.get(names.get("num_hidden_layers"), config_dict.get("num_hidden_layers")),
+        config_dict,
+        shapes,
+        owner,
+    )
     try:
         config = make()
     except Exception as error:  # transformers raises a dozen classes, by field and release
@@ -74,7 +80,7 @@ def model_config(make, native, raw: dict, shapes: Shapes, owner: str, names: dic
     for name in COUNTS:
         value = getattr(config, name, None)
         if value is not None and not is_int(value, 1):
-            name = names[name] if names.get(name) in raw else name
+            name = names[name] if names.get(name) in config_dict else name
             raise ValueError(
                 f"config.json of {owner!r} has {name}={value!r}, which must be an integer of at least 1. Look for the "
                 "config.json that belongs to these weights."
@@ -82,13 +88,16 @@ def model_config(make, native, raw: dict, shapes: Shapes, owner: str, names: dic
     return config
 
 
-def check_layers(native, layers, raw: dict, shapes: Shapes, owner: str) -> None:
+def check_layers(native, layers, config_dict: dict, shapes: Shapes, owner: str) -> None:
     """Raise a ValueError if a config speaks of another number of layers than there are in the files.
 
     Fewer would leave weights out without a word; a model of far more takes hours and gigabytes to make.
     """
     numbered = [int(found[1]) for name in shapes if (found := LAYER.search(name))]
-    held, left_out = max(numbered, default=-1) + 1, raw.get("num_nextn_predict_layers")  # for several tokens at once
+    held, left_out = (
+        max(numbered, default=-1) + 1,
+        config_dict.get("num_nextn_predict_layers"),
+    )  # for several tokens at once
     least = held - (left_out if is_int(left_out, 0) else 0)
     if is_int(layers, 1) and not least <= layers <= (held or len(shapes)):
         raise ValueError(
@@ -102,7 +111,7 @@ def wrong(owner: str, error: Exception) -> ValueError:
     return ValueError(f"config.json of {owner!r} has values that make no model: {' '.join(str(error).split())[:300]}")
 
 
-def check_sizes(native, config, raw: dict, shapes: Shapes, owner: str) -> None:
+def check_sizes(native, config, config_dict: dict, shapes: Shapes, owner: str) -> None:
     """Raise a ValueError if a config makes another model than the one that the tensors of its files are of.
 
     A model is made on the meta device, which takes no memory.
@@ -110,11 +119,11 @@ def check_sizes(native, config, raw: dict, shapes: Shapes, owner: str) -> None:
     Args:
         native: class of transformers.
         config: its config.
-        raw: the config.json that it was built from.
+        config_dict: the config.json that it was built from.
         shapes: of the tensors of the files by name, in whatever names.
         owner: the checkpoint, for the error.
     """
-    check_layers(native, getattr(config, "num_hidden_layers", None), raw, shapes, owner)
+    check_layers(native, getattr(config, "num_hidden_layers", None), config_dict, shapes, owner)
     try:
         with torch.device("meta"):
             model = native(config)
@@ -130,7 +139,7 @@ def check_sizes(native, config, raw: dict, shapes: Shapes, owner: str) -> None:
         )
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     unlike = sorted(name for name, shape in shapes.items() if expected.get(name, shape) != shape)
-    if unlike and not raw.get("quantization_config"):  # quantized weights are packed in shapes of their own
+    if unlike and not config_dict.get("quantization_config"):  # quantized weights are packed in shapes of their own
         name = unlike[0]
         raise ValueError(
             f"The weights of {owner!r} do not fit {native.__name__}: {name} is {shapes[name]}, and its config.json "

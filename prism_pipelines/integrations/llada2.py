@@ -76,16 +76,16 @@ def enable_prism(
         )
     if scheduler is not None and not _runs_in_blocks(scheduler):
         raise TypeError(f"`scheduler` must be one of {_NAMES}, which run in blocks; got {type(scheduler).__name__}.")
-    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    hub_kwargs = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = None if quality_head is None else heads.head_place(quality_head)
-    where = where if source is None else reachable(source, where)
-    head = quality_head if source is None else heads.load_head(source, where)
+    hub_kwargs = hub_kwargs if source is None else reachable(source, hub_kwargs)
+    head = quality_head if source is None else heads.load_head(source, hub_kwargs)
     if head is not None:
         _check_head(head, model, output_head)
     if source is not None and not getattr(getattr(pipe, "_prism", None), "adapter", False):
         adapters.refuse_taken(model, ADAPTER)
-    recommended = None if source is None else heads.load_scheduler(source, where)
-    adapter = None if source is None else adapters.adapter_subfolder(source, where)
+    recommended = None if source is None else heads.load_scheduler(source, hub_kwargs)
+    adapter = None if source is None else adapters.adapter_subfolder(source, hub_kwargs)
 
     kept = PrismScheduler if head is not None else OURS
     in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
@@ -100,7 +100,7 @@ def enable_prism(
     disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
     enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapters=adapters.active_adapters(model))
     if adapter is not None:
-        adapters.load_adapter(model, source, ADAPTER, where, adapter)
+        adapters.load_adapter(model, source, ADAPTER, hub_kwargs, adapter)
         adapters.use_adapters(model, [*enabled.former_adapters, ADAPTER])
         enabled.adapter = True
     default = SelfConfidenceScheduler if head is None else PrismScheduler

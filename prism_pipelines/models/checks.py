@@ -99,8 +99,8 @@ def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) ->
     Two sequences that differ in their last token alone are compared at the hidden state of their first position, by its
     largest change relative to its largest entry. Each has a forward of its own: rows of a batch differ by rounding.
     """
-    device = denoiser.forbidden.device
-    allowed = (~denoiser.forbidden).nonzero().flatten()
+    device = denoiser.suppressed.device
+    allowed = (~denoiser.suppressed).nonzero().flatten()
     first, other = int(allowed[0]), int(allowed[-1])
     ids = torch.full((2, length), first, device=device)
     ids[:, :-1:2] = denoiser.spec.mask_token_id

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedulers.token_sampling import chunk_rows
-from .families import MDMSpec, reads_only_masks
+from .families import MDMSpec, supports_all_masked_input
 
 # Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
 # causal; tests/test_speed.py holds each to the result with a mask of zeros.
@@ -35,7 +35,7 @@ UNMASKED = (
 _REGISTERING = threading.Lock()
 
 
-class HeadInput:
+class OutputHeadHook:
     """Forward-pre-hook of an output head that, while `catching`, keeps what the head is given and hands it no rows.
 
     It stays on the head, and is one object: `torch.compile` traces it with the model, and guards `catching`.
@@ -52,7 +52,7 @@ class HeadInput:
         return (args[0][:, :0], *args[1:])
 
     def __reduce__(self):
-        return (HeadInput, ())  # a copy of the model is another model, with a lock of its own
+        return (OutputHeadHook, ())  # a copy of the model is another model, with a lock of its own
 
     @contextmanager
     def catch(self) -> Iterator[threading.local]:
@@ -65,7 +65,7 @@ class HeadInput:
                 self.mine.catching, self.mine.caught = False, None
 
     @classmethod
-    def of(cls, head: nn.Module) -> HeadInput:
+    def of(cls, head: nn.Module) -> OutputHeadHook:
         """The one of `head`, registered if there is none yet."""
         with _REGISTERING:
             hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
@@ -76,32 +76,32 @@ class HeadInput:
 
 
 class MaskedDenoiser(nn.Module):
-    """A masked language model as `ids -> hidden -> logits at positions`, with forbidden ids at -inf.
+    """A masked language model as `ids -> hidden -> logits at positions`, with suppressed ids at -inf.
 
     Args:
         model: transformers model that has output embeddings.
         spec: facts about it, see `MDMSpec`.
         num_tokens: ids at and above this are not in the tokenizer and never predicted; None keeps all of them.
-        suppressed: further ids that are never predicted (padding); the mask id always is.
+        suppress_tokens: further ids that are never predicted (padding); the mask id always is.
     Raises:
         ValueError: the model has no output head.
     """
 
-    def __init__(self, model: nn.Module, spec: MDMSpec, num_tokens: int | None = None, suppressed=()):
+    def __init__(self, model: nn.Module, spec: MDMSpec, num_tokens: int | None = None, suppress_tokens=()):
         super().__init__()
         self.model, self.spec = model, spec
         if spec.output_head and spec.output_head not in dict(model.named_modules()):
             raise ValueError(f"`output_head` {spec.output_head!r} is no module of {type(model).__name__}.")
         head = self._output_head()
         vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
-        forbidden = torch.zeros(vocab_size, dtype=torch.bool)
-        forbidden[list({spec.mask_token_id, *suppressed})] = True
-        forbidden[vocab_size if num_tokens is None else num_tokens :] = True
-        ids, device = forbidden.nonzero()[:, 0], head.weight.device
+        suppressed = torch.zeros(vocab_size, dtype=torch.bool)
+        suppressed[list({spec.mask_token_id, *suppress_tokens})] = True
+        suppressed[vocab_size if num_tokens is None else num_tokens :] = True
+        ids, device = suppressed.nonzero()[:, 0], head.weight.device
         if device.type == "meta":  # an offloaded weight, which comes back where and when it is used
-            device = forbidden.device
-        self.register_buffer("forbidden", forbidden.to(device), persistent=False)  # (V,)
-        self.register_buffer("forbidden_ids", ids.to(device), persistent=False)  # a few of them
+            device = suppressed.device
+        self.register_buffer("suppressed", suppressed.to(device), persistent=False)  # (V,)
+        self.register_buffer("suppressed_ids", ids.to(device), persistent=False)  # a few of them
 
     def _output_head(self) -> nn.Module:
         head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
@@ -121,12 +121,12 @@ class MaskedDenoiser(nn.Module):
     @property
     def lock(self) -> threading.RLock:
         """Held while a thread runs the model or its head; the others wait."""
-        return HeadInput.of(self._output_head()).lock
+        return OutputHeadHook.of(self._output_head()).lock
 
     @property
     def vocab_size(self) -> int:
         """V, the number of rows of the output head."""
-        return self.forbidden.shape[0]
+        return self.suppressed.shape[0]
 
     def hidden(
         self,
@@ -154,7 +154,7 @@ class MaskedDenoiser(nn.Module):
         if past_key_values is not None:
             inputs |= {"past_key_values": past_key_values, "use_cache": True}
         asked = input_ids if columns is None else take_columns(input_ids, columns)
-        with HeadInput.of(self._output_head()).catch() as mine:
+        with OutputHeadHook.of(self._output_head()).catch() as mine:
             with not_causal(self.model.config if "is_causal" in inputs else None):
                 self.model(input_ids=asked, return_dict=True, **inputs)
             hidden = mine.caught.to(input_ids.device)  # from the last device of a model that is spread over several
@@ -177,7 +177,7 @@ class MaskedDenoiser(nn.Module):
         """What else the model's forward takes, as the spec says; arguments as `hidden`."""
         spec, inputs = self.spec, {}
         positions = token_positions(input_ids, attention_mask)
-        if not reads_only_masks(getattr(self.model, "config", None)):
+        if not supports_all_masked_input(getattr(self.model, "config", None)):
             hidden = input_ids == spec.mask_token_id
             if attention_mask is not None:
                 hidden = hidden | (attention_mask == 0)
@@ -221,14 +221,14 @@ class MaskedDenoiser(nn.Module):
             and getattr(model.config, "sliding_window", None) is None
         )
 
-    def head(self, rows: Tensor) -> Tensor:
+    def lm_head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
         with self.lock:  # an offloaded head is taken away again after each call
             logits = self._output_head()(rows).to(rows.device)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
         logits = soft_cap(logits, self.spec.logit_cap)
-        ids = self.forbidden_ids.to(logits.device)  # of an offloaded head they lie where its weight does
+        ids = self.suppressed_ids.to(logits.device)  # of an offloaded head they lie where its weight does
         if logits.requires_grad:
             return logits.index_fill(-1, ids, -torch.inf)
         return logits.index_fill_(-1, ids, -torch.inf)  # fresh from the head: no need of a copy
@@ -247,7 +247,7 @@ class MaskedDenoiser(nn.Module):
         head = self._output_head()
         if type(head) is not nn.Linear or head.weight.is_meta or not head.weight.is_floating_point():
             parts = zip(*(values.split(chunk_rows(self.vocab_size)) for values in (rows, tokens)), strict=True)
-            return torch.cat([self.head(some).gather(-1, ids[:, None])[:, 0].float() for some, ids in parts])
+            return torch.cat([self.lm_head(some).gather(-1, ids[:, None])[:, 0].float() for some, ids in parts])
         where = tokens.to(head.weight.device)
         logits = (rows.to(where.device).float() * head.weight[where].float()).sum(-1)
         bias = [head.bias] if head.bias is not None else []
@@ -255,7 +255,7 @@ class MaskedDenoiser(nn.Module):
         for values in bias:
             logits = logits + values[where.to(values.device)].to(logits)
         logits = soft_cap(logits, self.spec.logit_cap)
-        return logits.to(rows.device).masked_fill(self.forbidden.to(rows.device)[tokens], -torch.inf)
+        return logits.to(rows.device).masked_fill(self.suppressed.to(rows.device)[tokens], -torch.inf)
 
     def aligned(self, hidden: Tensor) -> Tensor:
         """`hidden` (B, L, H) moved so that position i holds what predicts token i, which `logits` does by itself."""
@@ -276,7 +276,7 @@ class MaskedDenoiser(nn.Module):
     def logits_at(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """As `logits`, at positions given as rows and columns, int64 (N,) each."""
         # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
-        return self.head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
+        return self.lm_head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
@@ -412,7 +412,7 @@ class ProcessedLogits:
                 f"`logits_processor` must return logits of shape {tuple(before.shape)}, got {tuple(after.shape)}."
             )
         after = after.to(before.device).masked_fill(before.isneginf(), -torch.inf)
-        # A token that stands there may be one that is forbidden now: its row is then read, and nothing is drawn in it.
+        # A token that stands there may be one that is suppressed now: its row is then read, and nothing is drawn in it.
         masked = self.sample[row, column] == self.mask_token_id
         wrong = after.isnan().any(-1) | (masked & after.isneginf().all(-1))
         if wrong.any():

@@ -529,7 +529,7 @@ def resolve_spec(config=None, tokenizer=None, *, mdm_spec=None, mask_token_id=No
     return mdm_spec
 
 
-def reads_only_masks(config) -> bool:
+def supports_all_masked_input(config) -> bool:
     """Can a model read a row of masks alone? Not ESM with token_dropout: it divides by the share of other tokens."""
     return not getattr(config, "token_dropout", False)
 

@@ -142,7 +142,7 @@ def probe_shift(denoiser: MaskedDenoiser, ids: Tensor | None) -> Finding:
     """
     if ids is None or ids.shape[1] < 8:
         return Finding("logit shift", "unknown", "no text of at least 8 tokens to try it on")
-    if denoiser.forbidden[ids].any() or len(ids.unique()) < 4:
+    if denoiser.suppressed[ids].any() or len(ids.unique()) < 4:
         return Finding("logit shift", "unknown", "the tokenizer has no words for the text; pass another")
     losses = [
         masked_nll(denoiser.model, dataclasses.replace(denoiser.spec, logit_shift=shift), ids) for shift in (0, 1)

@@ -147,7 +147,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ForwardOutput:
     """What one forward gives.
 
     Args:
@@ -191,7 +191,7 @@ def put(canvas: Tensor, rows: Tensor | None, columns: Tensor | None, values: Ten
     return canvas
 
 
-class CanvasForward:
+class CachedForward:
     """The denoiser on one canvas, block by block: `begin` a block, then call it for each step.
 
     Args:
@@ -253,7 +253,7 @@ class CanvasForward:
         if self._ready is not None:
             self._ready = torch.zeros_like(self._ready)
 
-    def __call__(self, sample: Tensor, taking_part: list[bool]) -> Seen:
+    def __call__(self, sample: Tensor, taking_part: list[bool]) -> ForwardOutput:
         """One forward on `sample` (B, L), of the rows that take part."""
         rows = None
         if not all(taking_part):
@@ -272,9 +272,9 @@ class CanvasForward:
         hidden = self.denoiser.hidden(ids, mask, columns=columns, reach=reach, past_key_values=self._states)
         return self._seen(sample, hidden, rows, columns)
 
-    def _seen(self, sample: Tensor, hidden: Tensor, rows: Tensor | None, columns: Tensor | None) -> Seen:
+    def _seen(self, sample: Tensor, hidden: Tensor, rows: Tensor | None, columns: Tensor | None) -> ForwardOutput:
         if rows is None and columns is None:
-            return Seen(hidden, hidden, None, None)
+            return ForwardOutput(hidden, hidden, None, None)
         batch, length = sample.shape
         if self._buffer is None:
             self._buffer = hidden.new_zeros(batch, length + 1, hidden.shape[-1])
@@ -283,7 +283,7 @@ class CanvasForward:
             # As `MaskedDenoiser.hidden` does: the first token of a row has nothing before it and keeps its own row.
             every, first = torch.arange(batch, device=sample.device), self.attention_mask.long().argmax(-1)
             self._buffer[every, (first - 1).clamp(min=0)] = self._buffer[every, first]
-        return Seen(self._buffer[:, :length], hidden, rows, columns)
+        return ForwardOutput(self._buffer[:, :length], hidden, rows, columns)
 
     # --- windows ------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..models.precision import warn_of_slow_bfloat16
 from ..schedulers.context import RunContext
 from ..schedulers.validation import loop_steps, own_fields
 from .canvas import Canvas, split_blocks
-from .kv_cache import CanvasForward, Seen
+from .kv_cache import CachedForward, ForwardOutput
 from .recorder import RunRecorder, recorder_for
 from .stopping import finished_rows
 from .trace import Trace, TraceStep
@@ -28,7 +28,7 @@ NAN_QUALITY = "`quality_head` gives NaN"
 
 
 @dataclass(frozen=True)
-class Run:
+class SamplingContext:
     """What stays the same through one call of the pipeline.
 
     Args:
@@ -37,7 +37,7 @@ class Run:
         mask_token_id: of the mask.
         sampling: keyword arguments of `scheduler.step`: temperature, top_p, top_k, generator.
         cfg_scale: of `GuidedLogits`; None or 0 for one forward a step.
-        cache, cache_refresh_interval: of `CanvasForward`.
+        cache, cache_refresh_interval: of `CachedForward`.
         fill: end token that the rest of a finished row is filled with; None if no row finishes early.
         ends: end tokens that finish a row; none if they do not.
         stops: strings that finish a row.
@@ -81,7 +81,7 @@ class Run:
 
 
 @dataclass
-class Filled:
+class SamplingState:
     """A canvas on its way.
 
     Args:
@@ -169,7 +169,7 @@ def blocks_of(
     return split_blocks(canvas.generated, block_length, num_steps, positions)
 
 
-def warn_of_idle_steps(run: Run, blocks: list[tuple[Tensor, int]]) -> None:
+def warn_of_idle_steps(run: SamplingContext, blocks: list[tuple[Tensor, int]]) -> None:
     """Warn if some of the steps can do nothing: the masks are filled before, and the scheduler takes none back."""
     if run.adaptive or run.scheduler.can_remask:
         return
@@ -182,7 +182,7 @@ def warn_of_idle_steps(run: Run, blocks: list[tuple[Tensor, int]]) -> None:
         )
 
 
-def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable) -> Filled:
+def fill_canvas(run: SamplingContext, blocks: list[tuple[Tensor, int]], after_step: Callable) -> SamplingState:
     """Fill the masks of a canvas.
 
     Args:
@@ -196,14 +196,14 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
         warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
     always = ("draw",) if run.records_draws else ()
     recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler, always=always)
-    filled = Filled(
+    filled = SamplingState(
         sample,
         0,
         torch.zeros(len(sample), dtype=torch.long),
         torch.full(sample.shape, torch.nan, device=sample.device),
         recorder=recorder,
     )
-    look = Look(run, recorder)
+    look = ModelCall(run, recorder)
     finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     for block_mask, num_steps in blocks:  # (B, L), int
         fill_block(run, look, filled, block_mask & ~finished[:, None], num_steps, after_step)
@@ -216,7 +216,14 @@ def fill_canvas(run: Run, blocks: list[tuple[Tensor, int]], after_step: Callable
     return filled
 
 
-def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_steps: int, after_step: Callable) -> None:
+def fill_block(
+    run: SamplingContext,
+    look: ModelCall,
+    filled: SamplingState,
+    block_mask: Tensor,
+    num_steps: int,
+    after_step: Callable,
+) -> None:
     """Fill the masks of one block (B, L), in place of `filled`. Rows that have nothing to do cost nothing."""
     active = block_mask.any(-1)  # (B,)
     taking_part = active.tolist()
@@ -266,7 +273,7 @@ def fill_block(run: Run, look: Look, filled: Filled, block_mask: Tensor, num_ste
             break
 
 
-def rows_at_work(run: Run, block_mask: Tensor, sample: Tensor, step) -> Tensor:
+def rows_at_work(run: SamplingContext, block_mask: Tensor, sample: Tensor, step) -> Tensor:
     """Rows of a block (B, L) that another step could change, bool (B,).
 
     Those with a mask left; and, if the scheduler looks again at what it wrote, those in which `step` did something.
@@ -277,14 +284,14 @@ def rows_at_work(run: Run, block_mask: Tensor, sample: Tensor, step) -> Tensor:
     return at_work
 
 
-class Look:
+class ModelCall:
     """Logits, quality and context of a canvas, by one forward of the model, or two with guidance."""
 
-    def __init__(self, run: Run, recorder: RunRecorder | None = None):
+    def __init__(self, run: SamplingContext, recorder: RunRecorder | None = None):
         self.run, self.recorder = run, recorder
         settings = (run.denoiser, run.canvas.attention_mask, run.cache, run.cache_refresh_interval)
-        self._given = CanvasForward(*settings)
-        self._free = CanvasForward(*settings) if run.cfg_scale else None
+        self._given = CachedForward(*settings)
+        self._free = CachedForward(*settings) if run.cfg_scale else None
         self._quality: Tensor | None = None
 
     def begin(self, sample: Tensor, block_mask: Tensor) -> None:
@@ -326,7 +333,7 @@ class Look:
             no_nan(self._quality.masked_fill(~work, 0.0))
         return logits, self._quality, context
 
-    def _judge(self, seen: Seen, sample: Tensor, context: RunContext | None) -> Tensor:
+    def _judge(self, seen: ForwardOutput, sample: Tensor, context: RunContext | None) -> Tensor:
         mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
         mask = mask if mask is None or seen.rows is None else mask[seen.rows]
         inputs = self.run.quality_head.inputs(context, sample, self.run.mask_token_id)

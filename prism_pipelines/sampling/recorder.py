@@ -249,7 +249,7 @@ def _logits_at(denoiser: MaskedDenoiser, predicts: Tensor, index: tuple[Tensor, 
     """Logits (n, V) at some positions of aligned hidden states (B, L, H), a bounded number at a time."""
     for part in zip(*(which.split(chunk_rows(denoiser.vocab_size)) for which in index), strict=True):
         if len(part[0]):
-            yield denoiser.head(predicts[part])
+            yield denoiser.lm_head(predicts[part])
 
 
 def log_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

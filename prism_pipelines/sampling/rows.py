@@ -36,10 +36,10 @@ class RowEncoder:
         max_length: most tokens of a row, and the length of a packed one.
         vocab_size: ids at and above it are unknown to the model.
         too_long: "error", or "drop" to leave out rows that are longer.
-        suppressed: ids that the model is never to predict, such as padding. In a `text` they are given; an answer must
-            not hold them.
-        reads_only_masks: whether the model can read a row of masks alone; if not, an example without any given token
-            keeps its first one, and an answer needs a prompt.
+        suppress_tokens: ids that the model must never predict, such as padding. In a `text` they are given; an answer
+            must not hold them.
+        supports_all_masked_input: whether the model can read a row of masks alone; if not, an example without any given
+            token keeps its first one, and an answer needs a prompt.
         frame: special tokens around every text of an encoder, see `encoding.text_frame`.
         packing: lay `text` rows end to end and cut them into `max_length`; None for language models only.
         use_chat_template: False writes prompt and completion as plain text.
@@ -56,8 +56,8 @@ class RowEncoder:
     max_length: int
     vocab_size: int
     too_long: str = "error"
-    suppressed: tuple[int, ...] = ()
-    reads_only_masks: bool = True
+    suppress_tokens: tuple[int, ...] = ()
+    supports_all_masked_input: bool = True
     frame: Frame = NO_FRAME
     packing: bool | None = None
     use_chat_template: bool = True
@@ -93,13 +93,13 @@ class RowEncoder:
                 raise ValueError(f"Row {number} of the data set: {error}") from None
         if not any(learned):
             raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
-        if learned[0] and not self.reads_only_masks:
+        if learned[0] and not self.supports_all_masked_input:
             raise ValueError(
                 f"Row {number} of the data set has an empty prompt, and this model (ESM, token_dropout) cannot read a "
                 "row of masks alone. Give it a prompt, or pass the texts as `text`."
             )
         trained = {token for token, learn in zip(ids, learned, strict=True) if learn}
-        if found := sorted(set(self.suppressed) & trained):
+        if found := sorted(set(self.suppress_tokens) & trained):
             raise ValueError(
                 f"Row {number} of the data set holds {self.tokenizer.decode(found)!r} (id {found[0]}) where it is to "
                 "be learned, and the model never writes that token. Remove it from the data."
@@ -140,7 +140,7 @@ class RowEncoder:
             before, after, ends = list(self.frame.opening), list(self.frame.closing), []
         else:
             (before,), after, ends = prompt_ids([""], self.tokenizer), [], self._end()
-        learned = [token not in self.suppressed for token in [*content, *ends]]
+        learned = [token not in self.suppress_tokens for token in [*content, *ends]]
         return self._fitting(
             [*before, *content, *ends, *after], [False] * len(before) + learned + [False] * len(after), number
         )
@@ -152,13 +152,13 @@ class RowEncoder:
 
     def block(self, ids: list[int]) -> dict[str, torch.Tensor]:
         """An example in which every token may be masked, or every token but the first."""
-        learned = torch.tensor([token not in self.suppressed for token in ids])
-        learned[0] &= self.reads_only_masks
+        learned = torch.tensor([token not in self.suppress_tokens for token in ids])
+        learned[0] &= self.supports_all_masked_input
         return {"input_ids": torch.tensor(ids), "trainable_mask": learned}
 
     def _fitting(self, ids: list[int], learned: list[bool], number: int) -> dict[str, torch.Tensor] | None:
         if len(ids) <= self.max_length:
-            if all(learned) and not self.reads_only_masks:
+            if all(learned) and not self.supports_all_masked_input:
                 learned = [False, *learned[1:]]
             return {"input_ids": torch.tensor(ids), "trainable_mask": torch.tensor(learned)}
         if self.too_long == "drop":

@@ -49,7 +49,7 @@ RESERVED = re.compile(r"[\[<]\|?(unused|reserved|extra_id|null)[\w ]*\|?[\]>]", 
 ANSWER = "\N{SNOWMAN}"
 
 
-def never_written(tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
+def default_suppress_tokens(tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
     """Ids that are never predicted, besides the mask: padding, unless it is also an end token."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     return () if pad is None or pad in ends else (pad,)

@@ -120,7 +120,9 @@ class RunArguments:
     muon_learning_rate: float = _flag(0.02, "Learning rate of Muon.")
     adapter: bool = field(default=False, init=False)  # is a LoRA adapter trained?
     num_pools: int = field(default=1, init=False)  # batches of a step, which gradient accumulation says
-    share: bool = field(default=False, init=False)  # --push_to_hub: ours, and not each checkpoint as the Trainer would
+    push_to_hub: bool = field(
+        default=False, init=False
+    )  # --push_to_hub: ours, and not each checkpoint as the Trainer would
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transformers.TrainingArguments]:
@@ -171,9 +173,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
             "`--save_only_model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
             "Pass --save_total_limit 1 for a small folder."
         )
-    run.share, args.push_to_hub = args.push_to_hub, False
+    run.push_to_hub, args.push_to_hub = args.push_to_hub, False
     run.num_pools = args.gradient_accumulation_steps
-    if run.share and not args.hub_model_id:
+    if run.push_to_hub and not args.hub_model_id:
         raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
     if (args.bf16 or run.dtype == "bfloat16") and args.device.type == "cpu":
         warn_of_slow_bfloat16("Pass --bf16 false --dtype float32.")

@@ -264,7 +264,7 @@ class HeadProgress(TrainerCallback):
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """All but the drift, for which it keeps the posterior at the first masks of each batch as `now`."""
-        objective, device = self.objective, self.objective.denoiser.forbidden.device
+        objective, device = self.objective, self.objective.denoiser.suppressed.device
         few = min(DRIFT_TOKENS, DRIFT_NUMBERS // objective.denoiser.vocab_size)
         training = objective.training
         objective.eval()

@@ -41,7 +41,7 @@ def judged_rows(
         batches: of held-out rows, as the objective takes them.
         on_batch: called as `on_batch(done, total)`.
     """
-    training, device = objective.training, objective.denoiser.forbidden.device
+    training, device = objective.training, objective.denoiser.suppressed.device
     objective.eval()
     rows = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -36,15 +36,15 @@ from .optimizer import muon_adamw
 from .rollout_losses import RolloutObjective
 from .setup import (
     ADAPTER,
-    RUN_FILE,
-    beginning,
+    RUN_CONFIG,
     build_objective,
     build_pipeline,
-    check_beginning,
+    check_origin,
     check_output_dir,
     load_base,
     load_examples,
-    pinned,
+    origin_fingerprint,
+    resolve_revision,
     template_kwargs,
 )
 from .trainer import ObjectiveTrainer, check_finite, load_trainable, trainable
@@ -62,16 +62,16 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     if run.base_model and Path(run.base_model).exists():
         run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
     whole = run.full or (run.objective == "mdm" and not run.adapter)
-    if run.share and not (whole or is_hub_id(run.base_model)):
+    if run.push_to_hub and not (whole or is_hub_id(run.base_model)):
         raise ValueError(
             "`--push_to_hub` of a head or an adapter needs a base model that others can load, and "
             f"`--base_model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
             "on its id."
         )
     set_seed(args.seed)
-    run.revision = pinned(run)
+    run.revision = resolve_revision(run)
     model, tokenizer, spec = load_base(run)
-    began = beginning(run, model)
+    origin = origin_fingerprint(run, model)
     train_examples, held_out, collate = load_examples(run, args, model, tokenizer, spec)
     objective = build_objective(run, model, tokenizer, spec)
     optimizer = None
@@ -105,7 +105,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         trainer.add_callback(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
     if run.sample_puzzles:
         trainer.add_callback(SudokuProgress(pipe, run.sample_puzzles, trainer.log))
-    trainer.facts, trainer.beginning = run_facts(run, args), began
+    trainer.facts, trainer.origin_fingerprint = run_facts(run, args), origin
     if args.process_index:
         set_seed(args.seed + args.process_index)  # processes see other examples, and need other noise
     return trainer, pipe
@@ -204,10 +204,10 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         )
     if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
         if checkpoint:
-            check_beginning(Path(checkpoint).parent, trainer.beginning)
+            check_origin(Path(checkpoint).parent, trainer.origin_fingerprint)
         drop_later(args.output_dir, step_of(checkpoint) if checkpoint else 0)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(args.output_dir) / RUN_FILE, (json.dumps(trainer.beginning) + "\n").encode())
+        write_whole(Path(args.output_dir) / RUN_CONFIG, (json.dumps(trainer.origin_fingerprint) + "\n").encode())
     if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
@@ -259,7 +259,7 @@ def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
         facts["figure"] = str(folder / "calibration.png")
     if run.objective == "mdm" and run.adapter:
         save_adapter_repo(pipe, ADAPTER, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
-        if run.share:
+        if run.push_to_hub:
             push_adapter_repo(
                 pipe, ADAPTER, args.hub_model_id, base_model=run.base_model, base_revision=run.revision, facts=facts,
                 **hub_flags,
@@ -268,11 +268,11 @@ def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
     if run.objective == "mdm" or run.full:
         pipe.save_pretrained(folder)
         write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
-        if run.share:
+        if run.push_to_hub:
             push_pipeline(pipe, args.hub_model_id, facts=facts, **hub_flags)
         return
     save_head_repo(pipe, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
-    if run.share:
+    if run.push_to_hub:
         push_head_repo(pipe, args.hub_model_id, facts=facts, **hub_flags)
 
 

@@ -15,11 +15,11 @@ from ..hub import backbones
 from ..hub.files import fetch_file, inside, is_hub_id, module_digest, read_json
 from ..models import checks
 from ..models.denoiser import MaskedDenoiser
-from ..models.families import reads_only_masks, resolve_spec
+from ..models.families import resolve_spec, supports_all_masked_input
 from ..models.quality_head import QualityHead
 from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
-from ..sampling.stopping import end_tokens, never_written
+from ..sampling.stopping import default_suppress_tokens, end_tokens
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from ..schedulers.context import INPUTS
 from .checkpointing import MANIFEST
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 512  # tokens of an example, where --max_length does not say and the model takes more
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
-RUN_FILE = "training_run.json"  # in the folder of a run: what it began from
+RUN_CONFIG = "training_run.json"  # in the folder of a run: what it began from
 # What a head reads of the run by default. Where the answer is determined, the probability given the prompt says
 # most; in free text, how the model saw it since it was drawn.
 CONTEXTS = {
@@ -51,10 +51,10 @@ def load_base(run):
     """
     if run.base_model is None:
         return new_model(run)
-    where = {"revision": run.revision, "cache_dir": None, "token": None, "local_files_only": False}
-    index = read_json(run.base_model, "model_index.json", where)
+    hub_kwargs = {"revision": run.revision, "cache_dir": None, "token": None, "local_files_only": False}
+    index = read_json(run.base_model, "model_index.json", hub_kwargs)
     subfolder = "" if index is None else "model"
-    if read_json(run.base_model, inside(subfolder, "adapter_config.json"), where) is not None:
+    if read_json(run.base_model, inside(subfolder, "adapter_config.json"), hub_kwargs) is not None:
         raise ValueError(
             f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
             "or merge it into that first."
@@ -64,7 +64,7 @@ def load_base(run):
         subfolder,
         getattr(torch, run.dtype),
         run.trust_remote_code,
-        where,
+        hub_kwargs,
         mdm_spec=None if index is None else backbones.spec_of_index(index, run.base_model),
         mask_token_id=run.mask_token_id,
         quantization_config=quantization(run),
@@ -77,12 +77,14 @@ def load_base(run):
     return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
 
 
-def pinned(run) -> str | None:
+def resolve_revision(run) -> str | None:
     """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
     if not is_hub_id(run.base_model):
         return run.revision
-    where = {"revision": run.revision}
-    file = fetch_file(run.base_model, "model_index.json", where) or fetch_file(run.base_model, "config.json", where)
+    hub_kwargs = {"revision": run.revision}
+    file = fetch_file(run.base_model, "model_index.json", hub_kwargs) or fetch_file(
+        run.base_model, "config.json", hub_kwargs
+    )
     parts = Path(file or "").parts  # .../snapshots/<commit>/config.json
     return parts[-2] if "snapshots" in parts[-3:-2] else run.revision
 
@@ -161,9 +163,9 @@ def add_lora(run, model, spec) -> None:
             parameter.data = parameter.data.float()
 
 
-def suppressed_ids(tokenizer, model, spec) -> tuple[int, ...]:
+def run_suppress_tokens(tokenizer, model, spec) -> tuple[int, ...]:
     """Tokens that are never predicted. Sampling leaves out more, which a text may hold and be trained on (<unk>, X)."""
-    return never_written(tokenizer, end_tokens(None, tokenizer, model, spec))
+    return default_suppress_tokens(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
 def rolls_out(run) -> bool:
@@ -238,8 +240,8 @@ def begin_from(head: QualityHead, folder: str) -> None:
 
 def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
-    suppressed = suppressed_ids(tokenizer, model, spec)
-    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppressed=suppressed)
+    suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
+    denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppress_tokens=suppress_tokens)
     shared = {
         "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
@@ -358,15 +360,15 @@ def load_examples(run, args, model, tokenizer, spec):
         return *blank_examples(run, args, tokenizer, spec), collate
     if run.streaming and args.max_steps <= 0:
         raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
-    suppressed = suppressed_ids(tokenizer, model, spec)
+    suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     encoder = RowEncoder(
         tokenizer,
         spec.mask_token_id,
         run.max_length,
         model.config.vocab_size,
         run.too_long,
-        suppressed,
-        reads_only_masks=reads_only_masks(model.config),
+        suppress_tokens,
+        supports_all_masked_input=supports_all_masked_input(model.config),
         frame=text_frame(tokenizer, spec),
         packing=run.packing,
         use_chat_template=not run.no_chat_template,
@@ -445,8 +447,8 @@ def check_output_dir(folder: str, resume) -> None:
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     # Of a run that was killed as it began, and of trackers.
-    entries -= {".training_log.jsonl.partial", f".{RUN_FILE}.partial", "runs"}
-    entries -= {RUN_FILE} if read_beginning(path) else set()
+    entries -= {".training_log.jsonl.partial", f".{RUN_CONFIG}.partial", "runs"}
+    entries -= {RUN_CONFIG} if read_origin_fingerprint(path) else set()
     if not entries:
         return
     ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
@@ -461,7 +463,7 @@ def check_output_dir(folder: str, resume) -> None:
         )
 
 
-def beginning(run, model) -> dict[str, str]:
+def origin_fingerprint(run, model) -> dict[str, str]:
     """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
 
     Returns:
@@ -470,22 +472,22 @@ def beginning(run, model) -> dict[str, str]:
     return {"objective": run.objective, "base_weights": module_digest(model) if run.base_model else "new"}
 
 
-def read_beginning(folder) -> dict | None:
-    """What `beginning` said of the run in a folder; None if there is no such file, or it is of something else."""
+def read_origin_fingerprint(folder) -> dict | None:
+    """The `origin_fingerprint` that a run left in a folder; None without such a file, or if it holds something else."""
     try:
-        found = json.loads((Path(folder) / RUN_FILE).read_text())
+        found = json.loads((Path(folder) / RUN_CONFIG).read_text())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and set(found) == {"objective", "base_weights"} else None
 
 
-def check_beginning(folder, now: dict) -> None:
+def check_origin(folder, now: dict) -> None:
     """Checks that the run in a folder began from the weights that `--base_model` has now.
 
     Raises:
         ValueError: it did not: its checkpoints would be put on the wrong backbone, or count as this run's result.
     """
-    before = read_beginning(folder) or now
+    before = read_origin_fingerprint(folder) or now
     if before["objective"] != now["objective"]:
         raise ValueError(
             f"{str(folder)!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name a new "
