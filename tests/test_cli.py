@@ -126,10 +126,6 @@ def test_the_module_runs_as_the_command_does():
         ([PUZZLE, "--scheduler", "ddim"], "--scheduler"),
         ([PUZZLE, "--unknown"], "--unknown"),
         ([PUZZLE, "--html", "no/such/folder/page.html"], "no/such/folder"),
-        (["--compare", "--html", "page.html"], "--html"),
-        (["--num-puzzles", "3"], "--num-puzzles"),
-        ([PUZZLE, "--clues", "30"], "--clues"),
-        ([PUZZLE, "--compare", "--clues", "30"], "--clues"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, argv, names):
@@ -144,8 +140,6 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv, names):
         (["--device", "abacus"], "--device abacus"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--scheduler", "mdlm", "--num-remask", "3"], "--num-remask"),
-        (["--compare", "--clues", "17"], "clues"),
-        (["--compare", "--clues", "82"], "clues"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line_and_status_2(capsys, model, argv, names):
@@ -380,29 +374,6 @@ def _args(*argv):
     return parser.parse_args(["sudoku", *argv])
 
 
-# --- comparison -------------------------------------------------------------------------------------------------------
-
-
-def test_comparison_makes_equal_forwards_for_every_rule(capsys, model):
-    flags = ("--compare", "--num-puzzles", "4", "--steps", "6", "--model", model)
-    status, out, _ = run(capsys, *flags, "--json")
-    told = json.loads(out)
-    assert status == 0 and told["settings"]["clues"] == 30
-    assert [row["forwards"] for row in told["rows"]] == [6] * 5
-    assert all(row["n"] == 4 and 0 <= row["low"] <= row["share"] <= row["high"] <= 1 for row in told["rows"])
-    assert {"no remasking (MDLM)", "self-confidence remasking", "PRISM"} <= {row["rule"] for row in told["rows"]}
-    _, out, _ = run(capsys, *flags)
-    header, *rows = [line.split("\t") for line in out.splitlines()]
-    assert [row[header.index("rule")] for row in rows] == [row["rule"] for row in told["rows"]]
-
-
-def test_comparison_takes_the_puzzles_of_a_file(capsys, knowing, tmp_path):
-    path = tmp_path / "many.txt"
-    path.write_text(f"{PUZZLE}\n{PUZZLE}\n")
-    told = json.loads(run(capsys, path, "--compare", "--steps", "4", "--json")[1])
-    assert [(row["solved"], row["n"]) for row in told["rows"]] == [(2, 2)] * 5 and "clues" not in told["settings"]
-
-
 # --- the model that ships: these run once it is in the package --------------------------------------------------------
 
 
@@ -410,13 +381,6 @@ def test_the_demo_solves_its_puzzle_and_corrects_itself_on_the_way(capsys):
     status, out, _ = run(capsys, "--json")
     record = json.loads(out)
     assert status == 0 and record["verdict"] == "solved" and record["remasked"] > 0
-
-
-def test_the_shipped_comparison_has_prism_ahead_of_no_remasking(capsys):
-    told = json.loads(run(capsys, "--compare", "--num-puzzles", "32", "--steps", "26", "--json")[1])
-    solved = {row["rule"]: row["solved"] for row in told["rows"]}
-    assert solved["PRISM"] > solved["no remasking (MDLM)"]
-    assert told["settings"]["num_remask"] == {"self-confidence": 4, "PRISM": 8}  # each rule's best
 
 
 def test_train_prints_and_runs_the_command(monkeypatch, capsys):

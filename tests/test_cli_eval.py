@@ -8,7 +8,7 @@ from test_pipeline import twin
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline, PrismPipelineOutput, bundled
+from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline, PrismPipelineOutput, bundled, sudoku
 from prism_pipelines.cli.main import main
 from prism_pipelines.evaluation import read_texts
 from prism_pipelines.evaluation.code.sandbox import isolation_problem
@@ -168,6 +168,16 @@ def test_compare_is_resumed(tmp_path, capsys):
     assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
+def test_compare_on_the_shipped_model_has_prism_ahead_and_takes_the_puzzles_of_a_file(tmp_path, capsys):
+    puzzles, _ = sudoku.make_puzzles(32, 30, seed=20_000)
+    (tmp_path / "puzzles.txt").write_text("".join(f"{sudoku.format_grid(puzzle)}\n" for puzzle in puzzles))
+    flags = ["--puzzles", str(tmp_path / "puzzles.txt"), "--forwards", "26", "--num-seeds", "1"]
+    assert main(["eval", "compare", "--task", "sudoku", *flags, "--out", str(tmp_path / "out"), "--json"]) == 0
+    rows = {row["arm"]: row for row in told(capsys)["rows"]}
+    assert set(rows) == {"MDLM", "PRISM", "self-confidence", "ReMDM-cap"} and rows["PRISM"]["n"] == 32
+    assert rows["PRISM"]["value"] > rows["MDLM"]["value"]
+
+
 def test_lists_in_a_config_are_settings_to_choose_from(tmp_path, capsys):
     arms = [{"name": "MDLM", "scheduler": "MDLMScheduler"}]
     arms += [{"name": "PRISM", "scheduler": "PrismScheduler", "num_remask": [1, 4], "order": ["random", "confidence"]}]
@@ -286,6 +296,9 @@ BAD = [
     ["compare", "--device", "cuda:99"],
     ["code", "--model", "x", "--problems", "y", "--allow-execution", "--no-isolation", "--out", "/no/such/dir/x.json"],
     ["calibration", "--data", "/no/such.txt"],
+    ["compare", "--puzzles", "/no/such/puzzles.txt"],
+    ["compare", "--puzzles", __file__, "--clues", "30"],
+    ["compare", "--task", "sudoku", "--clues", "17"],
     ["compare", "--task", "text", "--model", bundled("sudoku")],
     ["compare", "--task", "all", "--model", bundled("sudoku")],
 ]

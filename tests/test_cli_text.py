@@ -1,4 +1,4 @@
-"""`prism text`: the same text for the same seed, what a terminal shows, bad input, and a comparison."""
+"""`prism text`: the same text for the same seed, what a terminal shows, and bad input."""
 
 import json
 import types
@@ -50,11 +50,7 @@ def test_the_page_shows_the_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--compare", "To be"], "PROMPT"),
         ([" "], "PROMPT"),
-        (["--compare", "--scheduler", "mdlm"], "--scheduler"),
-        (["--num-seeds", "2"], "--num-seeds"),
-        (["--out", "runs/x"], "--out"),
         (["--html", "/no/such/folder/x.html"], "/no/such/folder"),
         (["word " * 200], "256"),
         (["--device", "quantum"], "--device"),
@@ -64,18 +60,6 @@ def test_bad_input_is_one_line(flags, named, capsys):
     assert main(["text", *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("prism: error:") and named in lines[0]
-
-
-def test_a_comparison_of_four_rules(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    flags = ["--compare", "--num-samples", "2", "--num-seeds", "2", "--num-inference-steps", "4", "--gen-length", "24"]
-    assert main(["text", *flags, "--json", "--out", str(tmp_path)]) == 0
-    found = told(capsys)
-    assert [arm["name"] for arm in found["arms"]] == ["MDLM", "ReMDM-cap", "self-confidence", "PRISM"]
-    assert {row["forwards"] for row in found["rows"]} == {4}
-    assert len(list((tmp_path / "cells").iterdir())) == 4 * 2
-    assert main(["text", *flags, "--out", str(tmp_path)]) == 0  # finished cells are read back
-    assert "ngram_js" in capsys.readouterr().out
 
 
 def test_kinds_of_tokens():

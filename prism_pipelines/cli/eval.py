@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -97,6 +98,7 @@ def add_parser(commands) -> None:
     compare.add_argument("--reference", metavar="FILE", help="held-out texts (default: those beside the text model)")
     compare.add_argument("--forwards", type=count, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text")
     compare.add_argument("--num-seeds", type=count, help="seeds from --seed on (default: 3 for sudoku, 5 for text)")
+    compare.add_argument("--puzzles", metavar="FILE", help="puzzles, one a line (default: generated ones)")
     compare.add_argument("--num-puzzles", type=count, help="default: 100")
     compare.add_argument("--clues", type=int, help="clues of each puzzle, 20 to 81 (default: 30)")
     compare.add_argument("--num-samples", type=count, help="texts to generate (default: 64)")
@@ -415,7 +417,9 @@ def run_compare(args: argparse.Namespace) -> int:
     if task == "sudoku":
         _refuse(args, ("--reference", "--num-samples", "--gen-length"), "on Sudoku")
     if task == "text":
-        _refuse(args, ("--num-puzzles", "--clues"), "on text")
+        _refuse(args, ("--puzzles", "--num-puzzles", "--clues"), "on text")
+    if args.puzzles is not None:
+        _refuse(args, ("--num-puzzles", "--clues"), "with --puzzles")
     if args.quick:
         _refuse(args, ("--num-puzzles", "--num-samples", "--num-seeds"), "beside --quick")
     from .. import evaluation
@@ -492,10 +496,18 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
 
 
 def _compare_sudoku(args):
-    """Pipeline, task, plan and name of a comparison on generated puzzles."""
+    """Pipeline, task, plan and name of a comparison on the puzzles of a file, or on generated ones."""
     from .. import evaluation
+    from .sudoku import read_puzzles
 
-    task, mark = _sudoku_task(args, args.seed)
+    if args.puzzles is None:
+        task, mark = _sudoku_task(args, args.seed)
+    else:
+        if not Path(args.puzzles).is_file():
+            raise ValueError(f"--puzzles {args.puzzles} is not a file: pass a text file with one puzzle a line.")
+        puzzles, _ = read_puzzles(args.puzzles)
+        digest = hashlib.sha256(puzzles.tobytes()).hexdigest()[:12]
+        task, mark = evaluation.sudoku_task(puzzles), f"{len(puzzles)} puzzles of {Path(args.puzzles).name} [{digest}]"
     pipe = _pipeline(args)
     plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
     return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.fingerprint(pipe)}]"

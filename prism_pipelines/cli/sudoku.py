@@ -1,4 +1,4 @@
-"""`prism sudoku`: solve one puzzle with a live view, a file of many, or compare decoding rules on generated ones."""
+"""`prism sudoku`: solve one puzzle with a live view, or a file of many."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from .arguments import check_device, number_type, scheduler_name
 from .quiet import is_quiet
 
 BATCH_SIZE = 32
-BEST_REMASK = {"self-confidence": 4, "PRISM": 8}  # of 2, 4, 8, 16, on the bundled model; benchmarks/sudoku.py
 MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
-COMPARE_SEED = 20_000  # puzzles of --compare; neither training's nor the benchmark's
 
 
 def add_parser(commands) -> None:
@@ -53,12 +51,6 @@ def add_parser(commands) -> None:
     )
     run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
     run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
-    compare = parser.add_argument_group("comparison")
-    compare.add_argument(
-        "--compare", action="store_true", help="compare decoding rules at equal forwards on many puzzles"
-    )
-    compare.add_argument("--num-puzzles", type=count, help="generated puzzles (default: 100)")
-    compare.add_argument("--clues", type=int, help="clues of each, 20 to 81 (default: 30)")
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
     output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -167,7 +159,7 @@ def load_pipeline(args):
 
     device = check_device(args.device)
     # The head that judges whole grids, unless a flag asks for another rule, which goes with the model's own head.
-    judged = args.model is None and not args.compare and args.scheduler is None and args.num_remask is None
+    judged = args.model is None and args.scheduler is None and args.num_remask is None
     head = bundled("sudoku-head") if judged else None
     try:
         pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"), quality_head=head)
@@ -247,19 +239,12 @@ def run_sudoku(args) -> int:
     """Run `prism sudoku`; see `add_parser` for the flags. Returns the exit status."""
     from rich.console import Console
 
-    for flag, value in (("--num-puzzles", args.num_puzzles), ("--clues", args.clues)):
-        if value is not None and not args.compare:
-            raise ValueError(f"{flag} is of the puzzles that --compare makes; pass --compare too")
-        if value is not None and args.puzzle is not None:
-            raise ValueError(f"{flag} is of the puzzles that --compare makes; it does not go with PUZZLE|FILE")
-    puzzles, from_file = (None, False) if args.compare and args.puzzle is None else read_puzzles(args.puzzle)
-    if args.html and (args.compare or len(puzzles) != 1):
-        raise ValueError("--html shows the run of one puzzle; it does not go with --compare or several puzzles")
+    puzzles, from_file = read_puzzles(args.puzzle)
+    if args.html and len(puzzles) != 1:
+        raise ValueError("--html shows the run of one puzzle; it does not go with a file of several")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
-    if args.compare:
-        return _run_compare(pipe, puzzles, args, console)
     set_scheduler(pipe, args)
     if from_file and len(puzzles) > 1:
         return _run_file(pipe, puzzles, args)
@@ -330,87 +315,3 @@ def _run_file(pipe, puzzles, args) -> int:
         sys.stdout.flush()
         print(f"{solved} of {len(records)} solved", file=sys.stderr)
     return 0 if solved == len(records) else 1
-
-
-def comparison(pipe, num_remask: dict[str, int], temperature: float) -> dict:
-    """The schedulers of `--compare` by name: three rules that differ in remasking alone, and two for reference.
-
-    `num_remask`: cells a step of "self-confidence" and of "PRISM".
-    """
-    from .. import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
-
-    same = {"order": "random", "temperature": temperature}
-    return {
-        "no remasking (MDLM)": MDLMScheduler(**same),
-        "self-confidence remasking": SelfConfidenceScheduler(**same, num_remask=num_remask["self-confidence"]),
-        "PRISM": PrismScheduler(**same, num_remask=num_remask["PRISM"]),
-        "MDLM, confidence order, greedy": MDLMScheduler(order="confidence", temperature=0.0),
-        "PRISM as shipped": pipe.scheduler,
-    }
-
-
-def _run_compare(pipe, puzzles, args, console) -> int:
-    from ..evaluation import evaluate_sudoku, pipeline_solver
-    from ..schedulers.validation import loop_steps
-
-    clues = 30 if args.clues is None else args.clues
-    if puzzles is None:
-        puzzles, _ = sudoku.make_puzzles(args.num_puzzles or 100, clues, COMPARE_SEED + args.seed)
-    num_remask = BEST_REMASK if args.num_remask is None else dict.fromkeys(BEST_REMASK, args.num_remask)
-    temperature = 1.0 if args.temperature is None else args.temperature
-    rows = []
-    with _progress() as progress:
-        rules = comparison(pipe, num_remask, temperature)
-        task = progress.add_task(f"{len(puzzles)} puzzles", total=len(rules) * len(puzzles))
-        for name, scheduler in rules.items():
-            pipe.scheduler = scheduler
-            # A loop adds forwards of its own; every rule gets the same number in all.
-            steps = max(1, args.steps - loop_steps(scheduler))
-            done = len(rows) * len(puzzles)
-            score = evaluate_sudoku(
-                pipeline_solver(pipe, steps, args.seed),
-                puzzles,
-                batch_size=BATCH_SIZE,
-                on_batch=lambda n, total, done=done: progress.update(task, completed=done + n),
-            )
-            low, high = score.interval
-            solved, n = int(score.solved.sum()), len(puzzles)
-            forwards = steps + loop_steps(scheduler)
-            rows.append(
-                {
-                    "rule": name,
-                    "forwards": forwards,
-                    "solved": solved,
-                    "n": n,
-                    "share": solved / n,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    settings = {"seed": args.seed, "temperature": temperature, "num_remask": num_remask}
-    if args.puzzle is None:
-        settings |= {"clues": clues}
-    _print_comparison(rows, settings, args, console)
-    return 0
-
-
-def _print_comparison(rows: list[dict], settings: dict, args, console) -> None:
-    from rich.table import Table
-
-    if args.json:
-        print(json.dumps({"settings": settings, "rows": rows}))
-    elif not console.is_terminal:
-        print("\t".join(rows[0]))
-        for row in rows:
-            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    else:
-        told = ", ".join(f"{name} {value}" for name, value in settings.items())
-        table = Table(title=f"{rows[0]['n']} puzzles, {told}")
-        for column in ("rule", "forwards", "solved", "%", "95 % interval"):
-            table.add_column(column, justify="left" if column == "rule" else "right")
-        for row in rows:
-            interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"
-            table.add_row(
-                row["rule"], str(row["forwards"]), f"{row['solved']}/{row['n']}", f"{100 * row['share']:.1f}", interval
-            )
-        console.print(table)

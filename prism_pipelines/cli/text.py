@@ -1,16 +1,11 @@
-"""`prism text`: write with the bundled text model and watch it correct itself, or compare decoding rules."""
+"""`prism text`: write with the bundled text model and watch it correct itself."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 from .arguments import check_device, number_type, scheduler_name
-from .quiet import is_quiet
-
-COMPARED = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")
-SHOWN = ("ngram_js", "word_js", "known_words", "entropy", "distinct_2")
 
 
 def add_parser(commands) -> None:
@@ -24,10 +19,8 @@ def add_parser(commands) -> None:
     count = number_type(int, 1, "a whole number of at least 1")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue (default: write from nothing)")
     run = parser.add_argument_group("sampling")
-    run.add_argument("--num-samples", type=count, help="texts (default: 1, with --compare 32)")
-    run.add_argument(
-        "--num-inference-steps", type=count, help="forward passes (default: 64; with --compare 16, 32, 64)"
-    )
+    run.add_argument("--num-samples", type=count, default=1, help="texts (default: %(default)s)")
+    run.add_argument("--num-inference-steps", type=count, default=64, help="forward passes (default: %(default)s)")
     run.add_argument("--gen-length", type=count, help="tokens to write (default: what fits, at most 256)")
     run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
     run.add_argument(
@@ -41,10 +34,6 @@ def add_parser(commands) -> None:
     )
     run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
     run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
-    compare = parser.add_argument_group("comparison")
-    compare.add_argument("--compare", action="store_true", help="compare decoding rules at equal forwards")
-    compare.add_argument("--num-seeds", type=count, help="runs of each rule (default: 5)")
-    compare.add_argument("--out", metavar="FOLDER", help="keep tables, figure and finished cells there; resumable")
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
     output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -98,31 +87,19 @@ def room(pipe, prompt: str | None, gen_length: int | None) -> int:
 
 def run_text(args) -> int:
     """Run `prism text`; see `add_parser` for the flags. Returns the exit status."""
+    import torch
     from rich.console import Console
 
-    if args.compare and (args.prompt is not None or args.html):
-        raise ValueError("--compare writes texts of its own; PROMPT and --html do not go with it")
-    if args.compare and args.scheduler:
-        raise ValueError("--compare compares decoding rules; --scheduler does not go with it")
-    for flag, value in (("--num-seeds", args.num_seeds), ("--out", args.out)):
-        if value is not None and not args.compare:
-            raise ValueError(f"{flag} belongs to a comparison; pass --compare too")
+    from ..schedulers.token_sampling import seeded_generators
+    from .live_view import LiveView, page
+
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("PROMPT is empty; leave it out to write from nothing")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
-    return _run_compare(pipe, args, console) if args.compare else _run_texts(pipe, args, console)
-
-
-def _run_texts(pipe, args, console) -> int:
-    import torch
-
-    from ..schedulers.token_sampling import seeded_generators
-    from .live_view import LiveView, page
-
     set_scheduler(pipe, args.scheduler, args.temperature)
-    rows = args.num_samples or 1
+    rows = args.num_samples
     remasked = torch.zeros(rows, dtype=torch.long)
     live = console.is_terminal and not (args.json or args.no_live)
 
@@ -140,7 +117,7 @@ def _run_texts(pipe, args, console) -> int:
             args.prompt,
             num_samples=rows,
             gen_length=room(pipe, args.prompt, args.gen_length),
-            num_inference_steps=args.num_inference_steps or 64,
+            num_inference_steps=args.num_inference_steps,
             # As evaluation.pipeline_texts: sample i depends on the seed and i alone.
             generator=seeded_generators(args.seed, range(rows)),
             callback_on_step_end=on_step,
@@ -175,50 +152,3 @@ def _verdict(out) -> str:
         return ""
     mean = sum(out.nfe_per_row) / len(out.nfe_per_row)
     return f" {int(out.accepted.sum())} of {len(out.texts)} accepted by the quality head, {mean:.0f} forwards each."
-
-
-def _run_compare(pipe, args, console) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from .. import bundled
-    from ..evaluation import fingerprint, folder_contents, run_comparison, task_of_folder, text_plan
-
-    folder = args.model or bundled("text")
-    plan, count, length = text_plan(folder), args.num_samples or 32, room(pipe, None, args.gen_length)
-    plan["arms"] = [arm for arm in plan["arms"] if arm["name"] in COMPARED]
-    plan["seeds"] = [args.seed + i for i in range(args.num_seeds or 5)]
-    if args.temperature is not None:
-        plan["temperature"] = args.temperature
-    if args.num_inference_steps:
-        plan["forwards"] = [args.num_inference_steps]
-    task = task_of_folder(folder, num_samples=count, gen_length=length)
-    mark = fingerprint(pipe, *folder_contents(folder))
-    with tempfile.TemporaryDirectory() as temporary:
-        found = run_comparison(
-            pipe,
-            task,
-            **plan,
-            out_dir=args.out or temporary,
-            task_name=f"{args.model or 'bundled text'}: {count} texts of {length} tokens, {mark}",
-            progress=Console(stderr=True).is_terminal and not is_quiet(),
-        )
-    if args.json:
-        print(json.dumps(found))
-        return 0
-    table = Table("forwards", "rule", *SHOWN)
-    values = {(row["forwards"], row["arm"], row["metric"]): row for row in found["rows"]}
-    for steps, arm in dict.fromkeys(key[:2] for key in values):
-        cells = []
-        for metric in SHOWN:
-            row = values[steps, arm, metric]
-            spread = "" if row["low"] is None else f" ({row['low']:.3f}-{row['high']:.3f})"
-            cells.append(f"{row['value']:.3f}{spread}")
-        table.add_row(str(steps), arm, *cells)
-    console.print(table)
-    console.print(
-        f"{count} texts of {length} tokens, {len(plan['seeds'])} seeds, temperature {found['temperature']:g}; 95 % "
-        "intervals: of entropy a bootstrap over texts, else t over seeds. ngram_js and word_js: distance to held-out "
-        "text, lower is better; read entropy beside."
-    )
-    return 0
