@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test lint format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
+.PHONY: demo test lint types format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -23,6 +23,12 @@ lint: $(VENV)/.installed        ## style, formatting and the downward-imports ru
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_imports.py
+
+# mypy knows folders, not setuptools' mapping of schedulers/ into the package: it reads a folder of links.
+types: $(VENV)/.installed       ## mypy on the package; a minute the first time
+	rm -rf build/types && mkdir -p build/types/prism_pipelines
+	ln -s $(CURDIR)/prism_pipelines/* $(CURDIR)/schedulers build/types/prism_pipelines/
+	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -65,4 +71,4 @@ results: $(VENV)/.installed     ## docs/results.md and the tables of docs/perfor
 	$(BIN)/python -m benchmarks.figures
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -46,6 +46,7 @@ def test_a_wheel_runs_both_demos_from_another_folder_without_a_network(built, tm
     (path,) = (built / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "site")
+    assert (tmp_path / "site/prism_pipelines/py.typed").is_file()  # so that type checkers read the annotations
     offline = {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     where = ran(
         sys.executable, "-c", "import prism_pipelines; print(prism_pipelines.__file__)", cwd=tmp_path, **offline
