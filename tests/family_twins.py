@@ -3,6 +3,7 @@
 Biases and norms are random too, or a forgotten one would not be seen. The twins have no tokenizer.
 """
 
+import copy
 import json
 import math
 import re
@@ -21,6 +22,7 @@ V, H, LAYERS, HEADS, INNER = 40, 32, 2, 4, 48  # a tiny model of H hidden number
 MASK, PAD, EOS, BAD = 39, 1, 2, 7  # the mask is the last id, as in MDLM
 LENGTH = 40  # more than one block of every block-causal family
 ROOT = tempfile.TemporaryDirectory(prefix="twins-")
+WRITTEN = set()  # the folders of `checkpoint`
 
 
 # --- twins: a checkpoint as its authors saved it ----------------------------------------------------------------------
@@ -640,13 +642,29 @@ def reference(family, folder, ids):
 
 @cache
 def checkpoint(family):
-    """The folder of a family's checkpoint, written once and removed at the end."""
-    return CHECKPOINTS[family][0](Path(ROOT.name) / f"tiny-{family.replace(':', '-')}")
+    """The folder of a family's checkpoint, written once and removed at the end. No test writes in it."""
+    folder = CHECKPOINTS[family][0](Path(ROOT.name) / f"tiny-{family.replace(':', '-')}")
+    WRITTEN.add(folder)
+    return folder
 
 
 def load(folder, **given):
-    """The pipeline of a folder; the twins have no tokenizer, so families with the mask id in it need to be told."""
+    """The pipeline of a folder; the twins have no tokenizer, so families with the mask id in it need to be told.
+
+    A twin is read from disk once in each process. What is returned is a copy that a test may change.
+    """
+    if folder in WRITTEN and set(given) <= {"scheduler"}:
+        pipe = copy.deepcopy(loaded_once(folder))
+        pipe.scheduler = given.get("scheduler", pipe.scheduler)
+        return pipe
     pipe = PrismPipeline.from_pretrained(folder, **({"mask_token_id": MASK} | given))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def loaded_once(folder):
+    pipe = PrismPipeline.from_pretrained(folder, mask_token_id=MASK)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,16 +1,14 @@
 """Many prompts: killed and resumed, one process or two, any batch: the same file. And what bad input says."""
 
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 import time
 from itertools import product
 
 import pytest
 import torch
+from forked import launched
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -74,22 +72,6 @@ def whole(folder):
     return (folder / "whole.jsonl").read_text()
 
 
-def start(folder, out, rank=0, processes=1, port=29500):
-    """A process such as `accelerate launch` starts."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = [sys.executable, "-m", "prism_pipelines", "generate", *flags(folder, out)]
-    return subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 # --- the laws ---------------------------------------------------------------------------------------------------------
 
 
@@ -103,25 +85,21 @@ def test_the_output_has_every_prompt_in_order_with_its_own_keys(folder, whole):
 
 
 def test_two_processes_write_the_same_file_as_one(folder, whole, tmp_path):
-    port = free_port()
-    both = [start(folder, tmp_path / "out.jsonl", rank, 2, port) for rank in (0, 1)]
-    told = [process.communicate(timeout=400)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert [re.search(r"generated (\d+) prompts", text)[1] for text in told] == ["12", "12"]
+    ended = [process.wait(400) for process in launched(main, ["generate", *flags(folder, tmp_path / "out.jsonl")])]
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert [re.search(r"generated (\d+) prompts", told)[1] for _, told in ended] == ["12", "12"]
     assert (tmp_path / "out.jsonl").read_text() == whole
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.run.json"}
 
 
 def test_two_processes_killed_and_resumed_by_one_lose_and_double_nothing(folder, whole, tmp_path):
-    out, port = tmp_path / "out.jsonl", free_port()
-    both = [start(folder, out, rank, 2, port) for rank in (0, 1)]
+    out = tmp_path / "out.jsonl"
+    both = launched(main, ["generate", *flags(folder, out)])
     deadline = time.monotonic() + 400
     while len(read_parts(out)) < 4 and time.monotonic() < deadline:
         time.sleep(0.001)
     for process in both:
-        process.send_signal(signal.SIGKILL)
-    for process in both:
-        process.communicate()
+        process.kill()
     done = read_parts(out)
     assert 4 <= len(done) < 24 and not out.exists()
     assert main(["generate", *flags(folder, out)]) == 0

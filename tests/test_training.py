@@ -1,19 +1,16 @@
 """The training command: what it saves, that an interrupted run goes on exactly, and what it refuses."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -172,16 +169,14 @@ def test_an_interrupted_prism_run_ends_with_the_weights_of_an_uninterrupted_one(
 def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path):
     """SIGKILL, at whatever it is doing; then the same command again."""
     flags = arguments(tmp_path / "run", "--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest")
-    command = [sys.executable, "-m", "prism_pipelines.training", *flags, "--save_total_limit=2"]
-    process = subprocess.Popen([*command, "--max_steps=100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = Forked(main, [*flags, "--save_total_limit=2", "--max_steps=100000"])
     try:
         deadline = time.monotonic() + 120
         while latest_checkpoint(tmp_path / "run") is None:
-            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            assert child.process.is_alive() and time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        child.kill()
     step = int(latest_checkpoint(tmp_path / "run").rsplit("-", 1)[1])
     flags = ("--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest", f"--max_steps={step + 1}")
     run(tmp_path / "run", *flags)

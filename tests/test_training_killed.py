@@ -1,7 +1,6 @@
 """SIGKILL in the middle of a save, at every stage of it; full disks; and what a resumed run writes."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from test_training import arguments, run
 
@@ -78,8 +78,7 @@ def half_a_line(output_dir, entry):
         file.write(line + "\n")
 
 
-def child(folder, moment):
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
+def die_while_saving(folder, moment):
     trainer.real_save_file = trainer.save_file
     MOMENTS[moment]()
     run(folder, *FLAGS)
@@ -107,10 +106,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_in_a_save_ends_as_one_that_was_not(tmp_path, whole, moment):
     """Same weights bit for bit, same curve, wherever the save was when the process died."""
-    process = multiprocessing.get_context("fork").Process(target=child, args=(tmp_path, moment))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    status, printed = Forked(die_while_saving, tmp_path, moment).wait()
+    assert status == -signal.SIGKILL, printed
     assert latest_checkpoint(tmp_path).endswith("checkpoint-3" if moment == "after the rename" else "checkpoint-2")
     run(tmp_path, *FLAGS)
     one, other = final(whole), final(tmp_path)

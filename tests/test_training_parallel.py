@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from content_noise import Rates
+from forked import launched
 from safetensors.torch import load_file, save_file
-from sharded_step import build
+from sharded_step import build, sharded_step
 from test_training import arguments, run
 
+from prism_pipelines.training.run import main
 from prism_pipelines.training.trainer import trainable
 
 TESTS = Path(__file__).parent
@@ -47,14 +49,16 @@ def flags(base, way, batch, accumulate):
     )
 
 
-def launch(folder, *words, launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2")):
-    """Two processes of the training command with noise by content."""
-    words = [*arguments(folder, *words), "--ddp_backend=gloo"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-m", *launcher, str(TESTS / "content_noise.py"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def train_on_content(words):
+    """The training command with noise by content."""
+    with Rates():
+        return main(words)
+
+
+def assert_all_end_well(children):
+    for child in children:
+        status, printed = child.wait(240)
+        assert status == 0, printed[-3000:]
 
 
 def outcome(folder):
@@ -87,7 +91,21 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, base, way):
 def test_two_processes_give_the_step_of_one(tmp_path, base, way):
     with Rates():
         run(tmp_path / "one", *flags(base, way, 8, 1))
-    launch(tmp_path / "two", *flags(base, way, 2, 2))
+    words = [*arguments(tmp_path / "two", *flags(base, way, 2, 2)), "--ddp_backend=gloo"]
+    assert_all_end_well(launched(train_on_content, words))
+    assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_what_gives_the_step_of_one(tmp_path, base):
+    with Rates():
+        run(tmp_path / "one", *flags(base, "lora", 8, 1))
+    words = [*arguments(tmp_path / "two", *flags(base, "lora", 2, 2)), "--ddp_backend=gloo"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(TESTS / "content_noise.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
 
 
@@ -95,11 +113,7 @@ def test_two_processes_give_the_step_of_one(tmp_path, base, way):
 def test_a_sharded_objective_gives_the_gradients_of_a_whole_one(tmp_path, way):
     """FSDP2 by torch itself: accelerate shards on GPUs only. See tests/sharded_step.py."""
     save_file(trainable(build(way)), tmp_path / "trainable.safetensors")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(TESTS / "sharded_step.py"), way, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert_all_end_well(launched(sharded_step, way, str(tmp_path)))
 
 
 def test_the_accelerate_file_names_what_accelerate_knows():
