@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test lint types format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
+.PHONY: demo test test-slow lint types format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -16,8 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed        ## solve a Sudoku with the bundled model
 	$(BIN)/prism sudoku
 
-test: $(VENV)/.installed        ## the whole test suite, about 10 minutes on two cores
+test: $(VENV)/.installed        ## the tests, about 4 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.installed   ## checks of whole programs: docs, wheel, launchers, pages in a browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.installed        ## style, formatting and the downward-imports rule
 	$(BIN)/ruff check .
@@ -51,7 +54,7 @@ train-heads: $(VENV)/.installed         ## the heads that know the run, for both
 
 notebook: $(VENV)/.installed    ## run examples/quickstart.ipynb from top to bottom
 	$(BIN)/python -c "import nbclient, ipykernel" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[notebook]"
-	$(BIN)/python -m pytest tests/test_notebook.py
+	$(BIN)/python -m pytest tests/test_notebook.py -m "slow or not slow"
 
 docs: $(VENV)/.installed        ## the site, in site/; a warning is an error
 	$(BIN)/python -c "import mkdocstrings, material" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"

@@ -20,7 +20,7 @@ class Forked:
     """
 
     def __init__(self, function, *args, environment=None):
-        self.told = tempfile.NamedTemporaryFile("r", prefix="forked-")
+        self.told = tempfile.NamedTemporaryFile("r", prefix="forked-")  # noqa: SIM115  it lives as long as this
         words = (self.told.name, function, args, environment or {})
         self.process = multiprocessing.get_context("fork").Process(target=child, args=words)
         self.process.start()
@@ -44,7 +44,7 @@ def child(told, function, args, environment):
     file = os.open(told, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     os.environ.update(environment)
     torch.set_num_threads(1)  # a child has none of its parent's threads, and would wait for them
     forget_the_launch()

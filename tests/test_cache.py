@@ -11,6 +11,7 @@ from prism_pipelines.sampling.kv_cache import Window
 CACHED = [family for family in CHECKPOINTS if FAMILIES[family].mask_format == "additive"]
 BIDIRECTIONAL = [family for family in CACHED if family not in BLOCK_CAUSAL]
 MODES = ("prefix", "block")
+PATHS = ("sdar", "Fast_dLLM_Qwen", "llada2_moe")  # blocks of 4; of 8 and shifted; of 32 with experts
 
 
 def ragged_prompts(lengths=(9, 4, 6)):
@@ -47,8 +48,11 @@ def random_head(pipe, scale=3.0):
 # --- block-causal models: exact ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["half", "own", "double"])
-@pytest.mark.parametrize("family", BLOCK_CAUSAL)
+@pytest.mark.parametrize(
+    ("family", "scale"),
+    [(family, "own") for family in BLOCK_CAUSAL]
+    + [(family, scale) for family in PATHS for scale in ("half", "double")],
+)
 def test_a_cache_changes_no_token_of_a_block_causal_model(family, scale):
     own = CHECKPOINTS[family][1]
     block_length = {"half": own // 2, "own": None, "double": 2 * own}[scale]

@@ -97,6 +97,7 @@ def test_prism_alone_prints_help_and_version_prints_the_version(capsys):
     assert left.value.code == 0 and capsys.readouterr().out.startswith("prism-pipelines ")
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "prism_pipelines", "sudoku", "5"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
@@ -400,6 +401,7 @@ def test_train_prints_and_runs_the_command(monkeypatch, capsys):
     assert "--output_dir 'my run'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_refused_training_is_told_in_one_line():
     words = [
         "train",
@@ -419,6 +421,7 @@ def test_a_refused_training_is_told_in_one_line():
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_train_reaches_the_training_command():
     done = subprocess.run(
         [sys.executable, "-m", "prism_pipelines", "train", "--help"], capture_output=True, text=True, check=False

@@ -595,6 +595,7 @@ def test_a_config_goes_to_diffusers_scheduler_and_back():
     assert (back.config.block_length, back.config.threshold) == (8, 0.5)
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_loads_in_another_process_also_if_we_are_imported_before_diffusers(tmp_path):
     llada2(PrismScheduler(order="margin", num_remask=3, block_length=8)).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -56,6 +56,7 @@ def test_no_page_has_a_block_that_the_tests_overlook():
         assert len(MARK.findall(text)) == sum(why is not None for _, why, _ in blocks(page)), page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(why is None for _, why, _ in blocks(page))])
 def test_every_block_of_python_runs(page, hub, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -100,6 +101,7 @@ def test_every_picture_of_the_docs_is_there():
             assert (ROOT / page).parent.joinpath(link).is_file(), (page, link)
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings", reason='needs the docs extra: pip install "prism-pipelines[docs]"')
     pytest.importorskip("material", reason='needs the docs extra: pip install "prism-pipelines[docs]"')

@@ -114,6 +114,7 @@ def test_a_saved_pipeline_comes_back_from_the_hub(hub, base, tmp_path):
         assert torch.equal(value, pipe.quality_head.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_with_a_tokenizer_loads_in_a_fresh_process_by_hf_endpoint(hub, tmp_path):
     sizes = {"hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     model = BertForMaskedLM(BertConfig(vocab_size=16, max_position_embeddings=96, pad_token_id=0, **sizes))

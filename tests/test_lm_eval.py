@@ -174,6 +174,7 @@ def test_the_registry_and_the_argument_string_of_lm_eval_make_the_model(folder):
     assert model.apply_chat_template([{"role": "user", "content": "w3"}]) == "w3 w0"
 
 
+@pytest.mark.slow
 def test_a_generation_and_a_likelihood_task_run_from_the_command_line(folder, tmp_path):
     rows = [{"question": prompt, "answer": "w1", "choices": ["w5", "w6 w7"], "label": 1} for prompt in PROMPTS[:5]]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -422,6 +422,7 @@ def test_a_saved_pipeline_comes_back_the_same(saved):
     assert again(**call, generator=seeded()).texts == pipe(**call, generator=seeded()).texts
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_loads_in_a_fresh_process_and_names_no_local_path(saved, tmp_path):
     _, folder = saved
     code = "import sys; from prism_pipelines import PrismPipeline; p = PrismPipeline.from_pretrained(sys.argv[1]);"

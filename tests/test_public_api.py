@@ -22,6 +22,7 @@ def test_importing_the_package_is_quick_because_it_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import diffusers, prism_pipelines", "from prism_pipelines import PrismScheduler"])
 def test_diffusers_knows_our_classes(first):
     code = f"{first}\nfrom diffusers.pipelines import pipeline_loading_utils as t\n"

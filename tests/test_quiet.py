@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from family_twins import MASK, H, checkpoint
 from safetensors.torch import load_file, save_file
 
-from prism_pipelines import bundled
+from prism_pipelines.cli.main import main
+
+pytestmark = pytest.mark.slow
 
 
 def prism(*words):
@@ -17,17 +20,12 @@ def prism(*words):
     return ran.returncode, ran.stdout, ran.stderr
 
 
-def test_loading_a_model_prints_no_bars():
-    status, printed, errors = prism("info", bundled("sudoku"))
-    assert status == 0 and "attention" in printed and errors == ""
-
-
 def test_training_names_no_defaults_of_accelerate():
     status, _, errors = prism("train", "--", "--objective", "prism", "--dataset", "missing", "--output_dir", "x")
     assert status == 1 and "had defaults used instead" not in errors
 
 
-def test_quiet_leaves_results_and_errors_alone_and_silences_warnings(tmp_path):
+def test_quiet_leaves_results_and_errors_alone_and_silences_warnings(tmp_path, capsys):
     folder = tmp_path / "warns"  # a weight without a place, which is a warning wherever the test runs
     shutil.copytree(checkpoint("sdar"), folder)
     config = json.loads((folder / "config.json").read_text()) | {"mask_token_id": MASK}
@@ -36,7 +34,9 @@ def test_quiet_leaves_results_and_errors_alone_and_silences_warnings(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     status, printed, errors = prism("info", str(folder))
     assert status == 0 and "attention" in printed and "UserWarning" in errors and "extra.weight" in errors
+    assert "%|" not in errors and "it/s" not in errors  # no bars of loading
     status, printed, errors = prism("--quiet", "info", str(folder))
     assert status == 0 and "attention" in printed and errors == ""
-    status, _, errors = prism("-q", "info", str(tmp_path))
-    assert status == 2 and errors.startswith("prism: error:") and "has no config.json" in errors
+    assert main(["-q", "info", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("prism: error:") and "has no config.json" in errors

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from browser import Browser, need_chromium
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "examples" / "space" / "app.py"
 RUNNING = "[...document.querySelectorAll('button')].find(b => b.offsetParent && b.textContent.trim() === 'Run both')"

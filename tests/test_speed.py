@@ -233,7 +233,14 @@ def run(pipe, rows=2, **call):
 
 
 # Without a mask; with one; an encoder with a transform before its head.
-@pytest.mark.parametrize("family,backend", [("llada", "aot_eager"), ("sdar", "eager"), ("bert", "eager")])
+@pytest.mark.parametrize(
+    "family,backend",
+    [
+        pytest.param("llada", "aot_eager", marks=pytest.mark.slow),
+        ("sdar", "eager"),
+        pytest.param("bert", "eager", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_model_takes_one_graph_for_a_run_and_writes_the_same_tokens(family, backend):
     torch._dynamo.reset()
     pipe = load(checkpoint(family))

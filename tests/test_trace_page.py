@@ -10,6 +10,8 @@ import prism_pipelines
 from prism_pipelines import JudgeAndRepairScheduler, PrismPipeline, PrismScheduler, PrismSchedulerOutput
 from prism_pipelines.sampling.trace import Trace, TraceStep
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["<m>", " the", " king", "ing", "\n", " اهلا", "日本語", "😀", " supercalifragilistic", "\u202eevil", "\u0301"]
 ATTACK = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"

@@ -20,6 +20,7 @@ from prism_pipelines.training.run import parse_arguments
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_the_quickstart_trains_pushes_and_generates(tmp_path):
     """As documented, but for fewer steps: three processes, and a Hub between them."""
     with socket.socket() as probe:
@@ -121,6 +122,7 @@ def test_the_quick_recipes_are_short(tmp_path, recipe):
             assert args.eval_strategy == "steps" and args.eval_steps <= args.max_steps
 
 
+@pytest.mark.slow
 def test_growing_repeats_the_middle_layers_and_saves_a_pipeline_that_trains_on(tmp_path):
     layers = "--config_overrides=hidden_size=32,num_hidden_layers=8,num_attention_heads=2,intermediate_size=64"
     run(tmp_path / "mdm", "--objective=mdm", "--max_steps=1", layers)
