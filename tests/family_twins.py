@@ -11,6 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -611,6 +612,8 @@ CHECKPOINTS = {
 }
 SHIFTED = [family for family, (_, _, shift) in CHECKPOINTS.items() if shift]
 SOME = ("llada", "Dream", "sdar", "mdlm", "bert")  # key-mapped, shifted, block-causal, folded, an encoder
+# Every family, for laws of code that is the same for each: `make test` holds SOME to them, `make test-slow` the others.
+EVERY = [pytest.param(family, marks=() if family in SOME else pytest.mark.slow) for family in CHECKPOINTS]
 BLOCK_CAUSAL = [family for family, (_, block, _) in CHECKPOINTS.items() if block]
 
 

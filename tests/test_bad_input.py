@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from family_twins import CHECKPOINTS, MASK, PAD, H, aligned, checkpoint, greedy, load
+from family_twins import EVERY, MASK, PAD, H, aligned, checkpoint, greedy, load
 from safetensors.torch import save_file
 from test_generate_many import CHAT, pipeline
 from tokenizers.processors import TemplateProcessing
@@ -116,7 +116,7 @@ def test_ids_of_any_integer_dtype(dtype):
     assert torch.equal(out, pipe(input_ids=ids, **CALL, generator=seeded()).sequences) and out.dtype == torch.int64
 
 
-@pytest.mark.parametrize("family", CHECKPOINTS)
+@pytest.mark.parametrize("family", EVERY)
 def test_wherever_a_prompt_is_padded_it_continues_as_it_does_alone(family):
     pipe = load(checkpoint(family), scheduler=greedy())
     call = {"gen_length": 4, "num_inference_steps": 8}
@@ -129,7 +129,7 @@ def test_wherever_a_prompt_is_padded_it_continues_as_it_does_alone(family):
     assert torch.equal(out[3:], pipe(input_ids=ids[3:], **call).sequences)
 
 
-@pytest.mark.parametrize("family", CHECKPOINTS)
+@pytest.mark.parametrize("family", EVERY)
 def test_samples_of_one_prompt_are_rows_next_to_each_other_and_reproducible(family):
     pipe = load(checkpoint(family), scheduler=MDLMScheduler())
     call = {"gen_length": 4, "num_inference_steps": 4, "num_samples": 2}

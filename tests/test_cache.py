@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_twins import BLOCK_CAUSAL, CHECKPOINTS, EOS, LENGTH, MASK, PAD, H, checkpoint, greedy, load, some_ids
+from family_twins import BLOCK_CAUSAL, CHECKPOINTS, EOS, EVERY, LENGTH, MASK, PAD, H, checkpoint, greedy, load, some_ids
 from transformers import DynamicCache
 
 from prism_pipelines import FAMILIES, MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
@@ -165,7 +165,7 @@ def test_a_callback_that_rewrites_the_past_in_place_is_seen_too(returned):
 
 
 @pytest.mark.parametrize("cache", MODES)
-@pytest.mark.parametrize("family", BIDIRECTIONAL)
+@pytest.mark.parametrize("family", [family for family in EVERY if family.values[0] in BIDIRECTIONAL])
 def test_a_refresh_in_every_step_is_no_cache(family, cache):
     pipe, (ids, mask) = random_head(load(checkpoint(family))), ragged_prompts()
     prompts = {"input_ids": ids, "attention_mask": mask, "gen_length": 14}

@@ -10,6 +10,7 @@ from family_twins import (
     BLOCK_CAUSAL,
     CHECKPOINTS,
     EOS,
+    EVERY,
     LENGTH,
     MASK,
     PAD,
@@ -143,7 +144,7 @@ def head_that_dislikes(pipe, token, other):
     return head
 
 
-@pytest.mark.parametrize("family", CHECKPOINTS)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_planted_wrong_token_is_the_one_that_scores_low_and_is_remasked(family):
     pipe, good, length = load(checkpoint(family)), 20, 12
     pipe.load_quality_head(head_that_dislikes(pipe, BAD, good))

@@ -163,7 +163,10 @@ def test_the_share_of_the_gain_is_its_formula():
     assert shares == pytest.approx({"mdm": 0.0, "full": 1.0, "lora": 0.9, "frozen": 0.5})
 
 
-@pytest.mark.parametrize(("rank", "checkpointing"), [(16, False), (16, True), (None, False)])
+@pytest.mark.parametrize(
+    ("rank", "checkpointing"),
+    [(16, False), pytest.param(16, True, marks=pytest.mark.slow), pytest.param(None, False, marks=pytest.mark.slow)],
+)
 def test_the_memory_computed_from_shapes_is_what_a_model_takes(rank, checkpointing):
     row = training_memory.check(rank, checkpointing)
     assert row["counted"] / 1.25 < row["estimate"] < row["counted"] * 1.25

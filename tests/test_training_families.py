@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_twins import CHECKPOINTS, LENGTH, MASK, Words, checkpoint, load
+from family_twins import CHECKPOINTS, EVERY, LENGTH, MASK, Words, checkpoint, load
 
 from prism_pipelines import MDMSpec
 from prism_pipelines.training.arguments import RunArguments, check_run
@@ -57,7 +57,7 @@ def test_checkpointing_changes_no_gradient_of_an_adapter(family):
         assert torch.allclose(one[name], other[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("family", CHECKPOINTS)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_frozen_backbone_of_every_family_trains_the_head_alone(family):
     found = gradients(objective(family, freeze_backbone=True, head="mlp"))
     assert found and all(name.startswith("quality_head") for name in found)

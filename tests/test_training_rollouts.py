@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from family_twins import CHECKPOINTS, LENGTH, MASK, V, Words, checkpoint, load
+from family_twins import EVERY, LENGTH, MASK, V, Words, checkpoint, load
 from safetensors.torch import load_file
 from test_training import log_of, run, run_and_die, weights
 
@@ -109,7 +109,7 @@ def test_the_label_of_distillation_is_the_models_own_probability_without_the_tok
     torch.testing.assert_close(labels, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", CHECKPOINTS)
+@pytest.mark.parametrize("family", EVERY)
 def test_both_objectives_teach_the_head_of_every_family_and_nothing_else(family):
     for flags in ({"objective": "distill", "mask_rate_min": 0.5}, {"objective": "prism", "states": "rollout"}):
         if flags["objective"] == "prism":
