@@ -50,7 +50,7 @@ NEVERS = [
     ("training", "generation", "what both need about files belongs in hub/files.py"),
 ]
 # Files at the top of the package that belong to a room of several files.
-TOP_FILES = {"pipeline_prism": "pipeline", "pipeline_output": "pipeline", "sudoku": "sudoku"}
+TOP_FILES = {f"pipeline_{name}": "pipeline" for name in ("prism", "heads", "checks", "output")} | {"sudoku": "sudoku"}
 FACES = {"__init__", "__main__"}  # public names, loaded lazily, and `python -m prism_pipelines`
 
 

@@ -49,7 +49,8 @@ def canvas_of(
     """The canvas of a call of the pipeline.
 
     Args:
-        given: {"prompt", "input_ids", "infill"}, at most one not None; without any, `num_samples` rows from nothing.
+        given: {"prompt", "input_ids", "infill"}, at most one not None; without any, the rows begin from nothing.
+        num_samples: of each row, next to each other.
         tokenizer, mask_token_id, attention_mask, gen_length, frame: as `canvas_of_prompt`.
     Raises:
         ValueError: more than one, or arguments that do not go together.
@@ -62,11 +63,13 @@ def canvas_of(
         raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
     if not named:
         return canvas_of_nothing(num_samples, gen_length, mask_token_id, frame)
-    if named != ["infill"]:
-        return canvas_of_prompt(source, tokenizer, mask_token_id, gen_length, attention_mask, frame)
-    if gen_length is not None:
-        raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
-    return canvas_of_infill(source, tokenizer, mask_token_id, attention_mask)
+    if named == ["infill"]:
+        if gen_length is not None:
+            raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
+        canvas = canvas_of_infill(source, tokenizer, mask_token_id, attention_mask)
+    else:
+        canvas = canvas_of_prompt(source, tokenizer, mask_token_id, gen_length, attention_mask, frame)
+    return canvas if num_samples == 1 else repeat_rows(canvas, num_samples)
 
 
 def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: int, frame: Frame = NO_FRAME) -> Canvas:

@@ -90,6 +90,27 @@ def whole_ids(text: str, tokenizer) -> list[int]:
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 
+def chat_prompt(
+    prompt, messages, tokenizer, use_chat_template: bool, template_kwargs: dict | None, continue_final_message: bool
+):
+    """What the model reads for `prompt` or `messages`: texts by the chat template, or `prompt` as it is.
+
+    Args:
+        prompt, messages, template_kwargs, continue_final_message: as `chat_texts`; both of the first may be None.
+        tokenizer: or None.
+        use_chat_template: False takes `prompt` as it is, also with a tokenizer that has a template.
+    Raises:
+        ValueError, TypeError: as `chat_texts`, or settings of a template that is not used.
+    """
+    if messages is not None or (prompt is not None and use_chat_template and has_chat_template(tokenizer)):
+        return chat_texts(messages, prompt, tokenizer, template_kwargs, continue_final_message)
+    if continue_final_message:
+        raise ValueError("`continue_final_message` goes with `messages` whose last is the assistant's.")
+    if template_kwargs:
+        raise ValueError("`chat_template_kwargs` is given, and no chat template is used: pass `messages`.")
+    return prompt
+
+
 def chat_texts(
     messages, prompt, tokenizer, template_kwargs: dict | None = None, continue_final_message: bool = False
 ) -> list[str]:

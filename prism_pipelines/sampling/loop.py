@@ -6,8 +6,9 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from ..models.checks import non_finite, refuse_nan
 from ..models.denoiser import GuidedLogits, LazyLogits, MaskedDenoiser, ProcessedLogits, token_positions
 from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
+from ..models.quality_head import QualityHead
 from ..schedulers.context import RunContext
 from ..schedulers.validation import loop_steps, own_fields
 from .canvas import Canvas, split_blocks
 from .kv_cache import CachedForward, ForwardOutput
 from .recorder import RunRecorder, recorder_for
-from .stopping import finished_rows
+from .stopping import Endings, finished_rows
 from .trace import Trace, TraceStep
 
 NAN_QUALITY = "`quality_head` gives NaN"
@@ -38,28 +40,24 @@ class SamplingContext:
         sampling: keyword arguments of `scheduler.step`: temperature, top_p, top_k, generator.
         cfg_scale: of `GuidedLogits`; None or 0 for one forward a step.
         cache, cache_refresh_interval: of `CachedForward`.
-        fill: end token that the rest of a finished row is filled with; None if no row finishes early.
-        ends: end tokens that finish a row; none if they do not.
-        stops: strings that finish a row.
-        tokenizer: needed for `stops`.
+        endings: what finishes a row before its canvas is full.
+        tokenizer: needed for stop strings.
         logits_processor: of `ProcessedLogits`, or None.
         records_draws: keep how probable each token was when it was drawn, also if nobody else reads it.
         trace: where every step is noted; None if nobody asked for it.
     """
 
     denoiser: MaskedDenoiser
-    quality_head: torch.nn.Module | None
-    scheduler: object
+    quality_head: QualityHead | None
+    scheduler: Any
     canvas: Canvas
     mask_token_id: int
     sampling: dict
     cfg_scale: float | None = None
     cache: str = "none"
     cache_refresh_interval: int | None = None
-    fill: int | None = None
-    ends: tuple[int, ...] = ()
-    stops: tuple[str, ...] = ()
-    tokenizer: object = None
+    endings: Endings = field(default_factory=Endings)
+    tokenizer: Any = None
     logits_processor: Callable | None = None
     records_draws: bool = False
     trace: Trace | None = None
@@ -196,62 +194,63 @@ def fill_canvas(run: SamplingContext, blocks: list[tuple[Tensor, int]], after_st
         warn_of_slow_bfloat16("Load the model with torch_dtype=torch.float32.")
     always = ("draw",) if run.records_draws else ()
     recorder = recorder_for(run.denoiser, run.canvas.generated, run.quality_head, run.scheduler, always=always)
-    filled = SamplingState(
+    state = SamplingState(
         sample,
         0,
         torch.zeros(len(sample), dtype=torch.long),
         torch.full(sample.shape, torch.nan, device=sample.device),
         recorder=recorder,
     )
-    look = ModelCall(run, recorder)
+    call = ModelCall(run, recorder)
     finished = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     for block_mask, num_steps in blocks:  # (B, L), int
-        fill_block(run, look, filled, block_mask & ~finished[:, None], num_steps, after_step)
-        if run.fill is not None:
+        fill_block(run, call, state, block_mask & ~finished[:, None], num_steps, after_step)
+        ends = run.endings
+        if ends.fill is not None:
             finished = finished | finished_rows(
-                filled.sample, run.canvas.generated, run.mask_token_id, run.ends, run.stops, run.tokenizer
+                state.sample, run.canvas.generated, run.mask_token_id, ends.finishing, ends.stops, run.tokenizer
             )
-            rest = run.canvas.generated & (filled.sample == run.mask_token_id) & finished[:, None]
-            filled.sample = filled.sample.masked_fill(rest, run.fill)
-    return filled
+            rest = run.canvas.generated & (state.sample == run.mask_token_id) & finished[:, None]
+            state.sample = state.sample.masked_fill(rest, ends.fill)
+    return state
 
 
 def fill_block(
     run: SamplingContext,
-    look: ModelCall,
-    filled: SamplingState,
+    call: ModelCall,
+    state: SamplingState,
     block_mask: Tensor,
     num_steps: int,
     after_step: Callable,
 ) -> None:
-    """Fill the masks of one block (B, L), in place of `filled`. Rows that have nothing to do cost nothing."""
+    """Fill the masks of one block (B, L), and note it in `state`. Rows that have nothing to do cost nothing."""
     active = block_mask.any(-1)  # (B,)
     taking_part = active.tolist()
     if not any(taking_part):
         return
     run.scheduler.set_timesteps(num_steps, device=block_mask.device)
-    look.begin(filled.sample, block_mask)
+    call.begin(state.sample, block_mask)
     reads_context = bool(getattr(run.scheduler, "reads_context", ()))
     for t in run.scheduler.timesteps:  # one denoising per timestep, for every scheduler
         work = block_mask & active[:, None]
-        logits, quality, context = look(filled.sample, taking_part, work)
+        logits, quality, context = call(state.sample, taking_part, work)
         step = run.scheduler.step(
             logits,
             t,
-            filled.sample,
+            state.sample,
             quality=quality,
             generation_mask=work,
             mask_token_id=run.mask_token_id,
             **run.sampling,
             **({"context": context} if reads_context else {}),
         )
-        if filled.recorder is not None:
-            filled.recorder.after_step(step)
-        filled.nfe += run.forwards_per_step
-        filled.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
+        if state.recorder is not None:
+            state.recorder.after_step(step)
+        state.nfe += run.forwards_per_step
+        state.nfe_per_row += run.forwards_per_step * torch.tensor(taking_part)
         if run.trace is not None:
-            forwards = filled.nfe_per_row.tolist()
-            run.trace.append(TraceStep.of(step, quality, filled.sample, work, forwards, run.mask_token_id))
+            forwards = state.nfe_per_row.tolist()
+            run.trace.append(TraceStep.of(step, quality, state.sample, work, forwards, run.mask_token_id))
         tensors = {
             "sample": step.prev_sample,
             "quality": quality,
@@ -259,13 +258,13 @@ def fill_block(
             "unmasked": step.unmasked,
             "generation_mask": block_mask,
         }
-        filled.sample = after_step(t, tensors)
-        if filled.sample is not step.prev_sample:
-            look.forget()
+        state.sample = after_step(t, tensors)
+        if state.sample is not step.prev_sample:
+            call.forget()
         if getattr(step, "finished", None) is not None:
-            active = active & ~filled.take_verdict(step, active)
+            active = active & ~state.take_verdict(step, active)
         elif run.adaptive:
-            active = rows_at_work(run, block_mask, filled.sample, step)
+            active = rows_at_work(run, block_mask, state.sample, step)
         else:
             continue  # all rows go on; asking which would wait for the device
         taking_part = active.tolist()
@@ -339,6 +338,24 @@ class ModelCall:
         inputs = self.run.quality_head.inputs(context, sample, self.run.mask_token_id)
         known = {name: None if value is None else seen.take(value) for name, value in inputs.items()}
         return self.run.quality_head.quality(seen.fresh, mask, **known)
+
+
+def judged_quality(run: SamplingContext, state: SamplingState) -> Tensor | None:
+    """Quality of a full canvas, float32 (B, L), as the scheduler judged it; None unless it judged every token."""
+    if state.accepted is None or (state.judged.isnan() & run.canvas.generated).any():
+        return None
+    return state.judged.masked_fill(~run.canvas.generated, 1.0)
+
+
+def look_again(run: SamplingContext, state: SamplingState) -> Tensor:
+    """Quality of a full canvas, float32 (B, L), by one more forward pass."""
+    mask = run.canvas.attention_mask
+    hidden, known = run.denoiser.hidden(state.sample, mask), {}
+    if state.recorder is not None:
+        context = state.recorder.observe(state.sample, hidden)
+        known = run.quality_head.inputs(context, state.sample, run.mask_token_id)
+    quality = run.quality_head.quality(hidden, mask, **known)
+    return no_nan(quality.masked_fill(~run.canvas.generated, 1.0))
 
 
 def no_nan(quality: Tensor) -> Tensor:

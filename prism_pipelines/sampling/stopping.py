@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
@@ -12,6 +13,53 @@ from torch import Tensor
 from ..models.families import MDMSpec
 from .canvas import Canvas
 from .encoding import has_chat_template, whole_ids
+
+
+@dataclass(frozen=True)
+class Endings:
+    """What ends a text in one call of the pipeline.
+
+    Args:
+        tokens: ids that end a text.
+        stops: strings that end a text.
+        finishing: those of `tokens` with which a row leaves the batch.
+        fill: end token that the rest of such a row is filled with; None if no row leaves early.
+        written: ids that may be written although they are no content.
+    """
+
+    tokens: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
+    finishing: tuple[int, ...] = ()
+    fill: int | None = None
+    written: tuple[int, ...] = ()
+
+
+def endings_of(eos_token_id, eos_early_stop: bool, stop, tokenizer, model, spec: MDMSpec) -> Endings:
+    """What ends a text, by the arguments of a call.
+
+    Args:
+        eos_token_id, tokenizer, model, spec: as `end_tokens`.
+        eos_early_stop: end tokens finish a row, too; stop strings always do.
+        stop: a string or a list of strings.
+    Raises:
+        ValueError: as `end_tokens` and `stop_strings`, or nothing is known to fill a finished row with.
+    """
+    ends, stops = end_tokens(eos_token_id, tokenizer, model, spec), stop_strings(stop)
+    if stops and tokenizer is None:
+        raise ValueError("`stop` needs a tokenizer, and this pipeline has none: pass `eos_token_id`.")
+    if eos_early_stop and not ends:
+        raise ValueError("`eos_early_stop` needs an end token, and none is known: pass `eos_token_id`.")
+    closing, marks = special_stops(stops, tokenizer, spec.mask_token_id)
+    tokens = (*ends, *closing)
+    if stops and not tokens:
+        raise ValueError("`stop` needs a tokenizer, and an end token to fill the rest with: pass `eos_token_id`.")
+    return Endings(
+        tokens,
+        stops,
+        finishing=tokens if eos_early_stop else closing,
+        fill=tokens[0] if eos_early_stop or stops else None,
+        written=(*written_ends(eos_token_id, tokenizer, spec, ends), *marks),
+    )
 
 
 def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]:
@@ -213,16 +261,14 @@ def finished_rows(
     return torch.tensor(done, device=sample.device)
 
 
-def decode(
-    sample: Tensor, canvas: Canvas, tokenizer, mask_token_id: int, ends: tuple[int, ...], stops: tuple[str, ...]
-) -> list[str]:
+def decode(sample: Tensor, canvas: Canvas, tokenizer, mask_token_id: int, endings: Endings) -> list[str]:
     """The text of each row: the whole row of an infilling, else what was generated before an end token or string.
 
     Args:
         sample: the filled canvas, int64 (B, L).
         canvas: it came from.
         tokenizer, mask_token_id: of the model.
-        ends, stops: as `finished_rows`.
+        endings: tokens and strings that a text ends before.
     """
     if canvas.whole:
         kept = torch.ones_like(canvas.generated) if canvas.attention_mask is None else canvas.attention_mask.bool()
@@ -232,9 +278,10 @@ def decode(
             infilled_text(text, row.tolist(), tokenizer, mask_token_id) for text, row in zip(given, rows, strict=True)
         ]
     rows = [
-        generated_prefix(row, mask, mask_token_id, ends)[0] for row, mask in zip(sample, canvas.generated, strict=True)
+        generated_prefix(row, mask, mask_token_id, endings.tokens)[0]
+        for row, mask in zip(sample, canvas.generated, strict=True)
     ]
-    return [text_before(row, stops, tokenizer)[0] for row in rows]
+    return [text_before(row, endings.stops, tokenizer)[0] for row in rows]
 
 
 def infilled_text(given: str | None, ids: list[int], tokenizer, mask_token_id: int) -> str:

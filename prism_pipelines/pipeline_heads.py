@@ -1,0 +1,291 @@
+"""Quality heads and LoRA adapters of a pipeline: load, switch, fuse, save and share."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from .hub import adapters, heads
+from .hub.files import absence, inside, reachable, read_json
+from .hub.saved_model import refuse_stale, save_model
+from .models.quality_head import QualityHead
+from .schedulers import MDLMScheduler
+
+
+class QualityHeadMixin:
+    """The part of `PrismPipeline` that loads heads and adapters, as diffusers' loader mixins do for its pipelines.
+
+    Heads have names; a head that came with a LoRA adapter has it under the same name in the model. Adapters of the
+    user stay in use beside that of the head.
+    """
+
+    def load_quality_head(
+        self,
+        quality_head: QualityHead | str,
+        *,
+        name: str = "prism",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load a quality head, and the LoRA adapter it was trained with if there is one, and use it.
+
+        With the first head a scheduler that never remasks gives way to that recommended with the head, or to
+        `PrismScheduler`; any other stays.
+
+        Args:
+            quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`.
+            name: what the head and its adapter are called here; a head of that name is replaced.
+            revision, cache_dir, token, local_files_only: as in huggingface_hub.
+        Raises:
+            ValueError: the head was made for another hidden size or another model, or an adapter of that name in the
+                model belongs to something else.
+            TypeError: `quality_head` is neither a head nor a place.
+            OSError: no head there.
+        """
+        hub_kwargs = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        heads.check_scheduler(self.scheduler)
+        if isinstance(quality_head, (str, Path)):
+            hub_kwargs = reachable(str(quality_head), hub_kwargs)
+        is_first = not self._heads
+        self._take_head(quality_head, name, hub_kwargs)
+        if is_first and not self.scheduler.can_remask:
+            self.scheduler = heads.scheduler_for(quality_head, self.scheduler, hub_kwargs)
+
+    def _take_head(self, quality_head: QualityHead | str, name: str, hub_kwargs: dict) -> None:
+        """`load_quality_head`, but for the scheduler."""
+        source = heads.head_place(quality_head)
+        head = quality_head if source is None else heads.load_head(source, hub_kwargs)
+        heads.check_head(head, self.model, getattr(self, "_revision", None))
+        if name in self._heads:
+            adapters.drop_adapter(self.model, name)
+            self._with_adapter.discard(name)
+            if self._heads.pop(name) is self.quality_head:
+                self.register_modules(quality_head=None)
+        elif source is not None:
+            adapters.refuse_taken(self.model, name)
+        adapter = None if source is None else adapters.adapter_subfolder(source, hub_kwargs)
+        if adapter is not None:
+            adapters.load_adapter(self.model, source, name, hub_kwargs, adapter, self.spec)
+            self._with_adapter.add(name)
+        self._heads[name] = head
+        self.set_quality_head(name)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path,
+        adapter_name: str | None = None,
+        *,
+        subfolder: str = "",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load a LoRA adapter, and use it beside those in use; the repository of a head as `load_quality_head`.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of a PEFT adapter, or of a head.
+            adapter_name: what it is called here; None for "default", and for "prism" with a head.
+            subfolder: of the adapter.
+            revision, cache_dir, token, local_files_only: as in huggingface_hub.
+        Raises:
+            ValueError: an adapter of that name is there, it does not fit the model, or is more than LoRA.
+            OSError: no adapter there, or its weights are no safetensors.
+        """
+        path = str(pretrained_model_name_or_path)
+        hub_kwargs = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        hub_kwargs = reachable(path, hub_kwargs)
+        if not subfolder and heads.head_config(path, hub_kwargs) is not None:
+            return self.load_quality_head(path, name=adapter_name or "prism", **hub_kwargs)
+        config = inside(subfolder, "adapter_config.json")
+        if read_json(path, config, hub_kwargs) is None:
+            raise OSError(f"No LoRA adapter: {absence(path, config, hub_kwargs)}.")
+        name, before = adapter_name or "default", adapters.active_adapters(self.model)
+        adapters.refuse_taken(self.model, name)
+        adapters.load_adapter(self.model, path, name, hub_kwargs, subfolder, self.spec)
+        adapters.use_adapters(self.model, [*before, name])
+
+    def unload_lora_weights(self, adapter_name: str | None = None) -> None:
+        """Take an adapter out of the model, None for all but those of heads; fused weights stay fused, for good.
+
+        Raises:
+            ValueError: no adapter of that name, or that of a head, which goes with `unload_quality_head`.
+        """
+        held, fused = adapters.adapter_names(self.model), adapters.fused_adapters(self.model)
+        own = [] if fused else [name for name in held if name not in self._heads]
+        names = (fused or own) if adapter_name is None else [adapter_name]
+        if fused and sorted(names) != sorted(fused):
+            raise ValueError(f"The adapters {fused} are fused, and go together: unload_lora_weights() without a name.")
+        if not fused and not set(names) <= set(own):
+            raise ValueError(f"{adapter_name!r} is none of the adapters that are not a quality head's: {own}.")
+        for name in names:
+            adapters.drop_adapter(self.model, name)
+            self._with_adapter.discard(name)
+
+    def fuse_lora(
+        self, adapter_names: list[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = False
+    ) -> None:
+        """Add the active adapters to the weights of the model, as in diffusers: a forward costs no more than without.
+
+        Args:
+            adapter_names: None for all that are active; a list must name all of them.
+            lora_scale: factor of what the adapters add.
+            safe_fusing: check for NaN and inf first.
+        Raises:
+            ValueError: no adapter is active, or others than the active ones are named; or as `safe_fusing` says.
+        """
+        adapters.fuse(self.model, adapter_names, lora_scale, safe_fusing)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`, up to the rounding of the model's dtype.
+
+        Raises:
+            ValueError: nothing is fused.
+        """
+        adapters.unfuse(self.model)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        what: str = "head",
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the quality head with its adapter and settings, a few MB; or the whole pipeline.
+
+        Args:
+            repo_id: "owner/name" on the Hub; made if missing.
+            what: "head" or "pipeline".
+            base_model: Hub id of the backbone that the head belongs to; None for what its config says.
+            private, token, revision, commit_message: as `head_repo.push_head_repo`.
+        Returns:
+            URL of the commit.
+        Raises:
+            ValueError: another `what`, no head, or a base model that is not on the Hub.
+        """
+        from .hub.publish import push_head_repo, push_pipeline
+
+        if what not in ("head", "pipeline"):
+            raise ValueError(f'`what` must be "head" or "pipeline", got {what!r}.')
+        target = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        if what == "head":
+            return push_head_repo(self, repo_id, base_model=base_model, **target)
+        return push_pipeline(self, repo_id, base_model=base_model, **target)
+
+    @property
+    def _heads(self) -> dict[str, QualityHead]:
+        """Loaded heads by name; that of the constructor is called "prism"."""
+        if "_named_heads" not in self.__dict__:
+            self.__dict__["_named_heads"] = {} if self.quality_head is None else {"prism": self.quality_head}
+        return self.__dict__["_named_heads"]
+
+    @property
+    def _with_adapter(self) -> set[str]:
+        """Names of the heads that came with an adapter."""
+        if "_tuned" not in self.__dict__:
+            self.__dict__["_tuned"] = set(self._heads) & set(adapters.adapter_names(self.model))
+        return self.__dict__["_tuned"]
+
+    def _check_adapter(self, name: str | None = None) -> None:
+        """Raise a ValueError if the adapter of a head, by default the one in use, is gone from the model."""
+        name = name or next((name for name, head in self._heads.items() if head is self.quality_head), None)
+        heads.check_adapter(name, self._with_adapter, self.model)
+
+    def _use_adapter(self, name: str | None) -> None:
+        """Make the adapter of a head the one in use of those of heads, or none; those of the user stay in use."""
+        users = [other for other in adapters.active_adapters(self.model) if other not in self._heads]
+        adapters.use_adapters(self.model, users if name is None else [*users, name])
+
+    def _head_adapter(self) -> str | None:
+        """Name of the adapter of the head in use, or None if it has none."""
+        name = next((name for name, head in self._heads.items() if head is self.quality_head), None)
+        return name if name in adapters.adapter_names(self.model) else None
+
+    def _place(self, head: QualityHead) -> QualityHead:
+        """The head, on the device of the canvas, where the hidden states come back to."""
+        return head.to(self._execution_device)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in diffusers. Adapters of the user and of the head in use are saved with it, see `saved_model.py`.
+
+        Raises:
+            ValueError: the folder holds a pipeline saved before, parts of which would be loaded with this one.
+        """
+        folder, mine = Path(save_directory), self._head_adapter()
+        if not adapters.adapter_names(self.model):
+            refuse_stale(folder / "model", "adapter*", "an adapter", "whole model")
+            with self.denoiser.lock:  # while another thread is in a forward, the config says what must not be saved
+                return super().save_pretrained(save_directory, *args, **kwargs)
+        names = {name: name for name in adapters.adapter_names(self.model) if name not in self._heads}
+        if mine is not None and "prism" in names:
+            raise ValueError(
+                'An adapter of yours is called "prism", as that of a saved head will be. Load it under another name.'
+            )
+        names |= {} if mine is None else {mine: "prism"}
+        whole = None
+
+        def save(model_folder, **_):
+            nonlocal whole
+            whole = save_model(self.model, Path(model_folder), names)
+
+        self.model.save_pretrained = save  # for diffusers; that of transformers writes one adapter, and no more
+        try:
+            with self.denoiser.lock:
+                super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.model.save_pretrained
+        if whole and self.quality_head is not None:
+            from .hub.publish import rewrite
+
+            rewrite(folder / "quality_head" / "config.json", heads.fingerprints(self.model))
+
+    def set_quality_head(self, name: str) -> None:
+        """Switch to a loaded head and its adapter.
+
+        Raises:
+            ValueError: no head of that name.
+        """
+        if name not in self._heads:
+            raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
+        self._check_adapter(name)
+        self._use_adapter(name)
+        self.register_modules(quality_head=self._place(self._heads[name]))
+
+    def unload_quality_head(self, name: str | None = None) -> None:
+        """Drop a head and its adapter; None for all. A scheduler left without any becomes `MDLMScheduler`, and warns.
+
+        If other heads are left, none of them is taken into use by itself: `set_quality_head`.
+
+        Raises:
+            ValueError: no head of that name.
+        """
+        heads.check_scheduler(self.scheduler)
+        if name is not None and name not in self._heads:
+            raise ValueError(f"No quality head is called {name!r}; loaded: {sorted(self._heads) or 'none'}.")
+        for gone in list(self._heads) if name is None else [name]:
+            in_use = self._heads.pop(gone) is self.quality_head
+            adapters.drop_adapter(self.model, gone)
+            self._with_adapter.discard(gone)
+            if in_use:
+                self.register_modules(quality_head=None)
+        if name is None and self.quality_head is not None:  # one that was set as an attribute
+            self.register_modules(quality_head=None)
+        if not self._heads and self.quality_head is None and self.scheduler.needs_quality:
+            warnings.warn("The scheduler needed the head; the pipeline goes on with MDLMScheduler.", stacklevel=2)
+            self.scheduler = MDLMScheduler.from_config(self.scheduler.config)
