@@ -9,6 +9,7 @@ import torch
 from .hub import heads
 from .models import checks
 from .models.families import supports_all_masked_input
+from .models.quality_head import QualityHead
 from .sampling.canvas import Canvas
 from .schedulers.validation import is_int, is_number
 
@@ -26,7 +27,7 @@ def check_optional_counts(**counts: object) -> None:
             check_count(name, value)
 
 
-def check_scheduler_and_head(pipe, return_quality: bool, select: str | None, num_samples: int) -> None:
+def check_scheduler_and_head(pipe: Any, return_quality: bool, select: str | None, num_samples: int) -> None:
     """Raise a ValueError if the scheduler or the output needs a head that is not there, or is not calibrated."""
     heads.check_scheduler(pipe.scheduler)
     if pipe.quality_head is None and pipe.scheduler.needs_quality:
@@ -50,7 +51,7 @@ def check_scheduler_and_head(pipe, return_quality: bool, select: str | None, num
         )
 
 
-def is_calibrated(quality_head) -> bool:
+def is_calibrated(quality_head: QualityHead | None) -> bool:
     """Is the quality of a head a probability? Heads say so by the temperature that was fitted for them."""
     return quality_head is not None and quality_head.config.get("temperature") is not None
 

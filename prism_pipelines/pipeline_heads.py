@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .hub import adapters, heads
 from .hub.files import absence, inside, reachable, read_json
@@ -11,13 +12,37 @@ from .hub.saved_model import refuse_stale, save_model
 from .models.quality_head import QualityHead
 from .schedulers import MDLMScheduler
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Base
 
-class QualityHeadMixin:
+    from .models.denoiser import MaskedDenoiser
+    from .models.families import MDMSpec
+else:
+    _Base = object
+
+
+class QualityHeadMixin(_Base):
     """The part of `PrismPipeline` that loads heads and adapters, as diffusers' loader mixins do for its pipelines.
 
     Heads have names; a head that came with a LoRA adapter has it under the same name in the model. Adapters of the
     user stay in use beside that of the head.
     """
+
+    model: Any
+    tokenizer: Any
+    quality_head: Any
+    scheduler: Any
+    _revision: str | None
+    config: Any
+    if TYPE_CHECKING:
+
+        @property
+        def spec(self) -> MDMSpec:
+            """Of `PrismPipeline`."""
+
+        @property
+        def denoiser(self) -> MaskedDenoiser:
+            """Of `PrismPipeline`."""
 
     def load_quality_head(
         self,
@@ -61,7 +86,7 @@ class QualityHeadMixin:
     def _take_head(self, quality_head: QualityHead | str, name: str, hub_kwargs: dict) -> None:
         """`load_quality_head`, but for the scheduler."""
         source = heads.head_place(quality_head)
-        head = quality_head if source is None else heads.load_head(source, hub_kwargs)
+        head: Any = quality_head if source is None else heads.load_head(source, hub_kwargs)
         heads.check_head(head, self.model, getattr(self, "_revision", None))
         if name in self._heads:
             adapters.drop_adapter(self.model, name)
@@ -71,7 +96,7 @@ class QualityHeadMixin:
         elif source is not None:
             adapters.refuse_taken(self.model, name)
         adapter = None if source is None else adapters.adapter_subfolder(source, hub_kwargs)
-        if adapter is not None:
+        if source is not None and adapter is not None:
             adapters.load_adapter(self.model, source, name, hub_kwargs, adapter, self.spec)
             self._with_adapter.add(name)
         self._heads[name] = head
@@ -79,7 +104,7 @@ class QualityHeadMixin:
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | Path,
         adapter_name: str | None = None,
         *,
         subfolder: str = "",
@@ -100,7 +125,7 @@ class QualityHeadMixin:
             OSError: no adapter there, or its weights are no safetensors.
         """
         path = str(pretrained_model_name_or_path)
-        hub_kwargs = {
+        hub_kwargs: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
             "token": token,
@@ -156,7 +181,7 @@ class QualityHeadMixin:
         """
         adapters.unfuse(self.model)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # a head, not files: diffusers' keywords have no meaning
         self,
         repo_id: str,
         *,
@@ -183,7 +208,12 @@ class QualityHeadMixin:
 
         if what not in ("head", "pipeline"):
             raise ValueError(f'`what` must be "head" or "pipeline", got {what!r}.')
-        target = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        target: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+        }
         if what == "head":
             return push_head_repo(self, repo_id, base_model=base_model, **target)
         return push_pipeline(self, repo_id, base_model=base_model, **target)
@@ -221,7 +251,9 @@ class QualityHeadMixin:
         """The head, on the device of the canvas, where the hidden states come back to."""
         return head.to(self._execution_device)
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(  # type: ignore[override]  # all that diffusers' takes is handed on
+        self, save_directory: str | Path, *args: Any, **kwargs: Any
+    ) -> None:
         """As in diffusers. Adapters of the user and of the head in use are saved with it, see `saved_model.py`.
 
         Raises:
@@ -240,7 +272,7 @@ class QualityHeadMixin:
         names |= {} if mine is None else {mine: "prism"}
         whole = None
 
-        def save(model_folder, **_):
+        def save(model_folder: str, **_: Any) -> None:
             nonlocal whole
             whole = save_model(self.model, Path(model_folder), names)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .pipeline_checks import is_calibrated
+from .sampling.loop import SamplingContext, SamplingState
+from .sampling.stopping import decode
 from .sampling.trace import Trace
 
 
@@ -78,3 +82,42 @@ def row_confidence(quality: Tensor, generated: Tensor) -> Tensor:
         float32 (B,), 0 for a row without any.
     """
     return quality.float().clamp(min=1e-6).log().masked_fill(~generated, 0).sum(-1)
+
+
+def output_of(
+    run: SamplingContext,
+    state: SamplingState,
+    quality: Tensor | None,
+    looks_again: bool,
+    return_quality: bool,
+    best_of: int | None,
+    output_type: str,
+) -> PrismPipelineOutput:
+    """What a run gives; of each `best_of` rows next to each other the most confident one, None for all."""
+    generated, sample, accepted, texts = run.canvas.generated, state.sample, state.accepted, None
+    if output_type == "text" and run.tokenizer is not None:
+        texts = decode(sample, run.canvas, run.tokenizer, run.mask_token_id, run.endings)
+    log_confidence = None if quality is None else row_confidence(quality, generated)
+    confidence = log_confidence.exp() if log_confidence is not None and is_calibrated(run.quality_head) else None
+    nfe_per_row = state.nfe_per_row + looks_again
+    if run.trace is not None:
+        run.trace.finish(sample, quality, confidence, accepted, nfe_per_row.tolist())
+    probs = state.recorder.draw_probabilities(sample) if run.records_draws and state.recorder else None
+    if best_of is not None and log_confidence is not None:
+        best = log_confidence.view(-1, best_of).argmax(-1)
+        keep = best + torch.arange(len(best), device=best.device) * best_of
+        nfe_per_row = nfe_per_row.view(-1, best_of).sum(-1)
+        texts = None if texts is None else [texts[row] for row in keep.tolist()]
+        sample, rows = sample[keep], (quality, confidence, accepted, probs)
+        quality, confidence, accepted, probs = (None if part is None else part[keep] for part in rows)
+    return PrismPipelineOutput(
+        sequences=sample,
+        texts=texts,
+        quality=quality if return_quality else None,
+        nfe=state.nfe + looks_again,
+        nfe_per_row=nfe_per_row.tolist(),
+        trace=run.trace,
+        confidence=confidence,
+        accepted=accepted,
+        probs=probs,
+    )

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,17 +26,15 @@ from .pipeline_checks import (
     check_optional_counts,
     check_scheduler_and_head,
     check_settings,
-    is_calibrated,
 )
 from .pipeline_heads import QualityHeadMixin
-from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, row_confidence
+from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, output_of
 from .sampling.canvas import canvas_of, canvas_of_infill, changed_sample, given_positions
 from .sampling.encoding import Frame, chat_prompt, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.likelihood import METHODS, estimate, scored_canvas
 from .sampling.loop import (
     SamplingContext,
-    SamplingState,
     blocks_of,
     fill_canvas,
     judged_quality,
@@ -47,7 +47,6 @@ from .sampling.loop import (
 )
 from .sampling.recorder import context_of_text, own_log_probs
 from .sampling.stopping import (
-    decode,
     default_suppress_tokens,
     end_tokens,
     endings_of,
@@ -79,7 +78,14 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
     _optional_components = ["tokenizer", "quality_head", "scheduler"]  # noqa: RUF012  diffusers reads the list
     _callback_tensor_inputs = ["sample", "quality", "remasked", "unmasked", "generation_mask"]  # noqa: RUF012
 
-    def __init__(self, model, tokenizer=None, quality_head=None, scheduler=None, mdm_spec=None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        quality_head: QualityHead | None = None,
+        scheduler: Any = None,
+        mdm_spec: MDMSpec | dict | None = None,
+    ) -> None:
         super().__init__()
         model = adapters.model_of(model)
         spec = resolve_spec(model.config, tokenizer, mdm_spec=mdm_spec)
@@ -119,7 +125,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         """Special tokens around every text of an encoder, `Frame(opening, closing)`; empty for language models."""
         return text_frame(self.tokenizer, self.spec)
 
-    def enable_model_cpu_offload(self, *args, **kwargs):
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the output head is read after the model has run, and would be back on the CPU by then."""
         raise ValueError(
             "Model CPU offload would move the output head away before it is read. Load with "
@@ -152,7 +158,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         eos_early_stop: bool = False,
         suppress_tokens: int | list[int] | None = None,
         allow_tokens: int | list[int] | None = None,
-        logits_processor=None,
+        logits_processor: Callable | None = None,
         stop: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
@@ -160,7 +166,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         return_quality: bool = False,
         return_probs: bool = False,
         return_trace: bool = False,
-        callback_on_step_end=None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         threshold: float | None = None,
         cache: str = "none",
@@ -286,10 +292,15 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
                 quality = look_again(run, state)
         self.maybe_free_model_hooks()
         best_of = None if select is None else num_samples
-        output = self._output(run, state, quality, looks_again, return_quality, best_of, output_type)
+        output = output_of(run, state, quality, looks_again, return_quality, best_of, output_type)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
-    def _denoiser_that_writes(self, written: tuple[int, ...], suppress_tokens, allow_tokens) -> MaskedDenoiser:
+    def _denoiser_that_writes(
+        self,
+        written: tuple[int, ...],
+        suppress_tokens: int | list[int] | None,
+        allow_tokens: int | list[int] | None,
+    ) -> MaskedDenoiser:
         """The denoiser of one call: `written` and `allow_tokens` may be written although they are no content."""
         vocab_size = self.model.config.vocab_size
         suppressed = token_ids("suppress_tokens", suppress_tokens, vocab_size)
@@ -297,13 +308,13 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         refuse_allowed(allowed, suppressed, self.mask_token_id)
         return self._denoiser_without((*suppressed, *no_content(self.tokenizer, self.spec, (*written, *allowed))))
 
-    def _after_step(self, scheduler, callback: Callable | None, wanted: list[str], bar) -> Callable:
+    def _after_step(self, scheduler: Any, callback: Callable | None, wanted: list[str], bar: Any) -> Callable:
         """What the loop calls after each step: the user's callback, if there is one, and the progress bar."""
         shown_pipe = copy.copy(self)  # the callback finds the run's scheduler in it; others may run at the same time
         shown_pipe.__dict__["scheduler"] = scheduler
         numbers = count()
 
-        def after_step(t, tensors: dict) -> Tensor:
+        def after_step(t: int | Tensor, tensors: dict) -> Tensor:
             sample, number = tensors["sample"], next(numbers)
             if callback is not None:
                 shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
@@ -315,48 +326,15 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
 
         return after_step
 
-    def _output(
-        self,
-        run: SamplingContext,
-        state: SamplingState,
-        quality: Tensor | None,
-        looks_again: bool,
-        return_quality: bool,
-        best_of: int | None,
-        output_type: str,
-    ) -> PrismPipelineOutput:
-        """What a run gives; of each `best_of` rows next to each other the most confident one, None for all."""
-        generated, sample, accepted, texts = run.canvas.generated, state.sample, state.accepted, None
-        if output_type == "text" and self.tokenizer is not None:
-            texts = decode(sample, run.canvas, self.tokenizer, self.mask_token_id, run.endings)
-        log_confidence = None if quality is None else row_confidence(quality, generated)
-        confidence = log_confidence.exp() if log_confidence is not None and is_calibrated(run.quality_head) else None
-        nfe_per_row = state.nfe_per_row + looks_again
-        if run.trace is not None:
-            run.trace.finish(sample, quality, confidence, accepted, nfe_per_row.tolist())
-        probs = state.recorder.draw_probabilities(sample) if run.records_draws else None
-        if best_of is not None:
-            best = log_confidence.view(-1, best_of).argmax(-1)
-            keep = best + torch.arange(len(best), device=best.device) * best_of
-            nfe_per_row = nfe_per_row.view(-1, best_of).sum(-1)
-            texts = None if texts is None else [texts[row] for row in keep.tolist()]
-            rows = (sample, quality, confidence, accepted, probs)
-            sample, quality, confidence, accepted, probs = (None if part is None else part[keep] for part in rows)
-        return PrismPipelineOutput(
-            sequences=sample,
-            texts=texts,
-            quality=quality if return_quality else None,
-            nfe=state.nfe + looks_again,
-            nfe_per_row=nfe_per_row.tolist(),
-            trace=run.trace,
-            confidence=confidence,
-            accepted=accepted,
-            probs=probs,
-        )
-
     @torch.no_grad()
     def score(
-        self, texts=None, *, input_ids=None, attention_mask=None, given=None, by: str = "head"
+        self,
+        texts: str | list[str] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        given: str | list[str] | Tensor | None = None,
+        by: str = "head",
     ) -> tuple[Tensor, Tensor, list[list[str]] | None]:
         """P(token is right) of every token of some text, without generation.
 
@@ -403,7 +381,8 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
             hidden_from = hidden_from | (mask == 0)
         with nan_errors(self.denoiser, canvas, self.quality_head):
             if by == "head":
-                hidden, known = self.denoiser.hidden(sample, mask), {}
+                hidden = self.denoiser.hidden(sample, mask)
+                known: dict[str, Tensor | None] = {}
                 if self.quality_head.reads_context:
                     given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
                     context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
@@ -412,8 +391,9 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
             elif by == "own":
                 quality = own_log_probs(self.denoiser, sample, mask, self.denoiser.hidden(sample, mask)).exp()
             else:
-                found = estimate(self.denoiser, canvas, ~hidden_from, "pseudo")
-                quality = found.token_log_probs.exp().to(sample.device)
+                found = estimate(self.denoiser, canvas, ~hidden_from, "pseudo").token_log_probs
+                assert found is not None  # the pseudo-log-likelihood is made of them
+                quality = found.exp().to(sample.device)
         quality = quality.masked_fill(hidden_from, 0.0)
         tokens = None
         if self.tokenizer is not None:
@@ -422,12 +402,12 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
 
     def log_likelihood(
         self,
-        texts=None,
+        texts: str | list[str] | None = None,
         *,
-        prompt=None,
-        input_ids=None,
-        attention_mask=None,
-        given=None,
+        prompt: str | list[str] | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        given: str | list[str] | Tensor | None = None,
         method: str = "bound",
         num_samples: int = 128,
         batch_size: int = 16,
@@ -478,19 +458,19 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
     # --- loading and saving -------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # keywords by name, where diffusers takes any
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | Path,
         *,
         quality_head: QualityHead | str | None = None,
-        scheduler=None,
-        tokenizer=None,
+        scheduler: Any = None,
+        tokenizer: Any = None,
         mdm_spec: MDMSpec | dict | None = None,
         mask_token_id: int | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-        device_map=None,
-        quantization_config=None,
+        device_map: Any = None,
+        quantization_config: Any = None,
         attn_implementation: str | None = None,
         max_memory: dict | None = None,
         offload_folder: str | None = None,
@@ -569,7 +549,9 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline, quality_head: QualityHead | str | None = None, scheduler=None, **kwargs):
+    def from_pipe(
+        cls, pipeline: Any, quality_head: QualityHead | str | None = None, scheduler: Any = None, **kwargs: Any
+    ) -> PrismPipeline:
         """A pipeline of the parts of another, such as diffusers' `LLaDA2Pipeline`; they are shared, not copied.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +27,7 @@ from .stopping import Endings, finished_rows
 from .trace import Trace, TraceStep
 
 NAN_QUALITY = "`quality_head` gives NaN"
+Logits = LazyLogits | GuidedLogits | ProcessedLogits
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class SamplingState:
     accepted: Tensor | None = None
     recorder: RunRecorder | None = None
 
-    def take_verdict(self, step, rows: Tensor) -> Tensor:
+    def take_verdict(self, step: Any, rows: Tensor) -> Tensor:
         """Note what a step says of `rows`, bool (B,), that are at work in a block; gives those that it finished."""
         finished = rows & step.finished
         self.judged = torch.where(finished[:, None] & ~step.judged.isnan(), step.judged, self.judged)
@@ -106,7 +107,7 @@ class SamplingState:
         return finished
 
 
-def copy_of_scheduler(scheduler):
+def copy_of_scheduler(scheduler: Any) -> Any:
     """A copy that belongs to one run: timesteps, histories and counts of a subclass too are changed in it alone.
 
     `from_config` would lose what a subclass keeps beside its config, and a deep copy would copy a model that it holds.
@@ -118,7 +119,7 @@ def copy_of_scheduler(scheduler):
     return own
 
 
-def scheduler_of(scheduler, threshold: float | None):
+def scheduler_of(scheduler: Any, threshold: float | None) -> Any:
     """The scheduler of one call: a copy of the pipeline's, which decodes by `threshold` if there is one.
 
     Raises:
@@ -157,11 +158,11 @@ def blocks_of(
     """
     if spec.attention != "block_causal":
         return split_blocks(canvas.generated, block_length, num_steps)
-    block_length = block_length or spec.block_length
-    if block_length % spec.block_length and spec.block_length % block_length:
+    own = spec.block_length
+    block_length = block_length or own
+    if own and block_length and block_length % own and own % block_length:
         raise ValueError(
-            f"`block_length` must be a multiple or a divisor of the model's block of {spec.block_length} tokens, "
-            f"got {block_length}."
+            f"`block_length` must be a multiple or a divisor of the model's block of {own} tokens, got {block_length}."
         )
     positions = token_positions(canvas.sample, canvas.attention_mask)
     return split_blocks(canvas.generated, block_length, num_steps, positions)
@@ -272,7 +273,7 @@ def fill_block(
             break
 
 
-def rows_at_work(run: SamplingContext, block_mask: Tensor, sample: Tensor, step) -> Tensor:
+def rows_at_work(run: SamplingContext, block_mask: Tensor, sample: Tensor, step: Any) -> Tensor:
     """Rows of a block (B, L) that another step could change, bool (B,).
 
     Those with a mask left; and, if the scheduler looks again at what it wrote, those in which `step` did something.
@@ -307,7 +308,9 @@ class ModelCall:
         if self._free is not None:
             self._free.forget()
 
-    def __call__(self, sample: Tensor, taking_part: list[bool], work: Tensor):
+    def __call__(
+        self, sample: Tensor, taking_part: list[bool], work: Tensor
+    ) -> tuple[Logits, Tensor | None, RunContext | None]:
         """What one forward says of a canvas.
 
         Args:
@@ -320,24 +323,25 @@ class ModelCall:
         """
         run = self.run
         seen = self._given(sample, taking_part)
-        logits = LazyLogits(run.denoiser, seen.canvas)
-        if self._free is not None:
+        given = LazyLogits(run.denoiser, seen.canvas)
+        logits: Logits = given
+        if self._free is not None and run.cfg_scale is not None:
             free = self._free(torch.where(run.canvas.generated, sample, run.mask_token_id), taking_part)
-            logits = GuidedLogits(logits, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
+            logits = GuidedLogits(given, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
         if run.logits_processor is not None:
             logits = ProcessedLogits(logits, run.logits_processor, sample)
         context = None if self.recorder is None else self.recorder.observe(sample, seen.canvas, work)
         if run.quality_head is not None:
-            self._quality = seen.spread(self._judge(seen, sample, context), self._quality)
+            self._quality = seen.spread(self._judge(run.quality_head, seen, sample, context), self._quality)
             no_nan(self._quality.masked_fill(~work, 0.0))
         return logits, self._quality, context
 
-    def _judge(self, seen: ForwardOutput, sample: Tensor, context: RunContext | None) -> Tensor:
+    def _judge(self, head: QualityHead, seen: ForwardOutput, sample: Tensor, context: RunContext | None) -> Tensor:
         mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
         mask = mask if mask is None or seen.rows is None else mask[seen.rows]
-        inputs = self.run.quality_head.inputs(context, sample, self.run.mask_token_id)
+        inputs = head.inputs(context, sample, self.run.mask_token_id)
         known = {name: None if value is None else seen.take(value) for name, value in inputs.items()}
-        return self.run.quality_head.quality(seen.fresh, mask, **known)
+        return head.quality(seen.fresh, mask, **known)
 
 
 def judged_quality(run: SamplingContext, state: SamplingState) -> Tensor | None:
@@ -349,12 +353,12 @@ def judged_quality(run: SamplingContext, state: SamplingState) -> Tensor | None:
 
 def look_again(run: SamplingContext, state: SamplingState) -> Tensor:
     """Quality of a full canvas, float32 (B, L), by one more forward pass."""
-    mask = run.canvas.attention_mask
+    head, mask = run.quality_head, run.canvas.attention_mask
+    assert head is not None  # `check_scheduler_and_head` refuses a call that would look again without one
     hidden, known = run.denoiser.hidden(state.sample, mask), {}
     if state.recorder is not None:
-        context = state.recorder.observe(state.sample, hidden)
-        known = run.quality_head.inputs(context, state.sample, run.mask_token_id)
-    quality = run.quality_head.quality(hidden, mask, **known)
+        known = head.inputs(state.recorder.observe(state.sample, hidden), state.sample, run.mask_token_id)
+    quality = head.quality(hidden, mask, **known)
     return no_nan(quality.masked_fill(~run.canvas.generated, 1.0))
 
 
@@ -365,7 +369,7 @@ def no_nan(quality: Tensor) -> Tensor:
 
 
 @contextmanager
-def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: torch.nn.Module | None = None):
+def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: QualityHead | None = None) -> Iterator[None]:
     """Turns what a run says of logits or qualities that are no numbers into an error that names where they come from.
 
     Raises:
@@ -377,14 +381,14 @@ def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: torch.nn.
         if "The logits hold a NaN" in str(error) or NAN_QUALITY in str(error):
             refuse_nan(denoiser, canvas.sample, canvas.attention_mask)
         if NAN_QUALITY in str(error):
-            bad = non_finite(quality_head.state_dict().items())
+            bad = None if quality_head is None else non_finite(quality_head.state_dict().items())
             why = f": {bad}" if bad else ", and its weights are finite: numbers overflow"
             raise ValueError(f"{NAN_QUALITY}{why}. Load another head.") from error
         raise
 
 
 @contextmanager
-def memory_errors(rows: int, length: int):
+def memory_errors(rows: int, length: int) -> Iterator[None]:
     """Turns what a device says when its memory is full into an error that says what to lower.
 
     Raises:

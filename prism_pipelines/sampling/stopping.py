@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -34,7 +35,14 @@ class Endings:
     written: tuple[int, ...] = ()
 
 
-def endings_of(eos_token_id, eos_early_stop: bool, stop, tokenizer, model, spec: MDMSpec) -> Endings:
+def endings_of(
+    eos_token_id: int | list[int] | None,
+    eos_early_stop: bool,
+    stop: str | list[str] | None,
+    tokenizer: Any,
+    model: Any,
+    spec: MDMSpec,
+) -> Endings:
     """What ends a text, by the arguments of a call.
 
     Args:
@@ -62,7 +70,7 @@ def endings_of(eos_token_id, eos_early_stop: bool, stop, tokenizer, model, spec:
     )
 
 
-def end_tokens(eos_token_id, tokenizer, model, spec: MDMSpec) -> tuple[int, ...]:
+def end_tokens(eos_token_id: int | list[int] | None, tokenizer: Any, model: Any, spec: MDMSpec) -> tuple[int, ...]:
     """Ids that end a text: the given ones, else those of the tokenizer and of the model's generation config.
 
     The token that the chat template writes after an answer is one too (LLaDA's <|eot_id|>, which no config names).
@@ -97,13 +105,13 @@ RESERVED = re.compile(r"[\[<]\|?(unused|reserved|extra_id|null)[\w ]*\|?[\]>]", 
 ANSWER = "\N{SNOWMAN}"
 
 
-def default_suppress_tokens(tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
+def default_suppress_tokens(tokenizer: Any, ends: tuple[int, ...]) -> tuple[int, ...]:
     """Ids that are never predicted, besides the mask: padding, unless it is also an end token."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     return () if pad is None or pad in ends else (pad,)
 
 
-def turn_end(tokenizer) -> int | None:
+def turn_end(tokenizer: Any) -> int | None:
     """Id of the special token that the chat template writes after an answer; None if there is none."""
     if not has_chat_template(tokenizer):
         return None
@@ -117,19 +125,19 @@ def turn_end(tokenizer) -> int | None:
     return after[0] if after and after[0] in special_ids(tokenizer) else None
 
 
-def special_ids(tokenizer) -> set[int]:
+def special_ids(tokenizer: Any) -> set[int]:
     """Ids that the tokenizer marks as special: the named ones, and added tokens such as markers of a chat."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return set(tokenizer.all_special_ids) | {token for token, form in added.items() if form.special}
 
 
 @functools.lru_cache(maxsize=8)
-def reserved_ids(tokenizer, size: int) -> frozenset[int]:
+def reserved_ids(tokenizer: Any, size: int) -> frozenset[int]:
     """Ids of tokens that stand for nothing. `size` is the number of tokens, which a vocabulary that grew changes."""
     return frozenset(token for text, token in tokenizer.get_vocab().items() if RESERVED.fullmatch(text))
 
 
-def no_content(tokenizer, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ...]:
+def no_content(tokenizer: Any, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ...]:
     """Ids that sampling does not write unless they are allowed: tokens that are no content of a text.
 
     These are the special tokens of the tokenizer but those that end a text, reserved places of its vocabulary, and what
@@ -148,7 +156,9 @@ def no_content(tokenizer, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ..
     return tuple(sorted((special_ids(tokenizer) | reserved_ids(tokenizer, len(tokenizer)) | named) - set(ends)))
 
 
-def written_ends(eos_token_id, tokenizer, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ...]:
+def written_ends(
+    eos_token_id: int | list[int] | None, tokenizer: Any, spec: MDMSpec, ends: tuple[int, ...]
+) -> tuple[int, ...]:
     """Which of the end tokens may be written: all, but for an encoder the closing token that frames its texts.
 
     That is what its tokenizer puts around each text (</s> of RoBERTa, <eos> of ESM). One that was passed may be
@@ -184,7 +194,7 @@ def refuse_allowed(allowed: tuple[int, ...], suppressed: tuple[int, ...], mask_t
         raise ValueError(f"`allow_tokens` and `suppress_tokens` both name {both}: drop them from one of the two.")
 
 
-def stop_strings(stop) -> tuple[str, ...]:
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
     """`stop` as a tuple of strings.
 
     Raises:
@@ -196,7 +206,9 @@ def stop_strings(stop) -> tuple[str, ...]:
     return strings
 
 
-def special_stops(stops: tuple[str, ...], tokenizer, mask_token_id: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def special_stops(
+    stops: tuple[str, ...], tokenizer: Any, mask_token_id: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Special tokens in stop strings: ids that are a whole stop string, and ids of all that some stop string holds.
 
     The former end a row as end tokens do. All of them may be written, or the stop string would never be.
@@ -233,7 +245,7 @@ def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def text_before(tokens: Tensor, stops: tuple[str, ...], tokenizer) -> tuple[str, bool]:
+def text_before(tokens: Tensor, stops: tuple[str, ...], tokenizer: Any) -> tuple[str, bool]:
     """The text of tokens, without special tokens, before the first of `stops`, and whether there was one.
 
     A stop string that holds a special token is looked for in the text that shows them.
@@ -251,7 +263,7 @@ def text_before(tokens: Tensor, stops: tuple[str, ...], tokenizer) -> tuple[str,
 
 
 def finished_rows(
-    sample: Tensor, generated: Tensor, mask_token_id: int, ends: tuple[int, ...], stops: tuple[str, ...], tokenizer
+    sample: Tensor, generated: Tensor, mask_token_id: int, ends: tuple[int, ...], stops: tuple[str, ...], tokenizer: Any
 ) -> Tensor:
     """Rows that hold an end token or a stop string with no mask before it, bool (B,)."""
     done = []
@@ -261,7 +273,7 @@ def finished_rows(
     return torch.tensor(done, device=sample.device)
 
 
-def decode(sample: Tensor, canvas: Canvas, tokenizer, mask_token_id: int, endings: Endings) -> list[str]:
+def decode(sample: Tensor, canvas: Canvas, tokenizer: Any, mask_token_id: int, endings: Endings) -> list[str]:
     """The text of each row: the whole row of an infilling, else what was generated before an end token or string.
 
     Args:
@@ -284,7 +296,7 @@ def decode(sample: Tensor, canvas: Canvas, tokenizer, mask_token_id: int, ending
     return [text_before(row, endings.stops, tokenizer)[0] for row in rows]
 
 
-def infilled_text(given: str | None, ids: list[int], tokenizer, mask_token_id: int) -> str:
+def infilled_text(given: str | None, ids: list[int], tokenizer: Any, mask_token_id: int) -> str:
     """The text of a filled row: what was given stands in it character by character, and only the fills are decoded.
 
     Args:
@@ -292,9 +304,11 @@ def infilled_text(given: str | None, ids: list[int], tokenizer, mask_token_id: i
         ids: the row with its fills, without padding.
         tokenizer, mask_token_id: of the model.
     """
-    mask = None if given is None else tokenizer.convert_ids_to_tokens(mask_token_id)
+    if given is None:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    mask = tokenizer.convert_ids_to_tokens(mask_token_id)
     parts = [] if mask is None else given.split(mask)
-    places = [] if given is None else [i for i, t in enumerate(whole_ids(given, tokenizer)) if t == mask_token_id]
+    places = [i for i, t in enumerate(whole_ids(given, tokenizer)) if t == mask_token_id]
     if len(parts) != len(places) + 1:  # the mask is not written as its token, so it is not known where it stands
         return tokenizer.decode(ids, skip_special_tokens=True)
     special, text, first = special_ids(tokenizer), parts[0], 0
@@ -309,7 +323,7 @@ def infilled_text(given: str | None, ids: list[int], tokenizer, mask_token_id: i
     return text
 
 
-def fill_text(fill: list[int], before: int | None, text: str, tokenizer) -> str:
+def fill_text(fill: list[int], before: int | None, text: str, tokenizer: Any) -> str:
     """How some tokens are written after a text.
 
     A tokenizer that keeps no spaces writes one between any two tokens that are no parts of a word. It is left out
