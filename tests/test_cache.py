@@ -6,7 +6,7 @@ from family_twins import BLOCK_CAUSAL, CHECKPOINTS, EOS, EVERY, LENGTH, MASK, PA
 from transformers import DynamicCache
 
 from prism_pipelines import FAMILIES, MDLMScheduler, PrismScheduler, QualityHead, SelfConfidenceScheduler
-from prism_pipelines.sampling.kv_cache import Window
+from prism_pipelines.sampling.kv_cache import Selection
 
 CACHED = [family for family in CHECKPOINTS if FAMILIES[family].mask_format == "additive"]
 BIDIRECTIONAL = [family for family in CACHED if family not in BLOCK_CAUSAL]
@@ -244,11 +244,11 @@ def test_a_row_with_a_cache_does_not_depend_on_its_neighbours(family, cache):
         assert alone.nfe == together.nfe_per_row[row]
 
 
-def test_a_window_names_the_wanted_columns_of_each_row():
+def test_a_selection_names_the_wanted_columns_of_each_row():
     wanted = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 1, 0], [0] * 5], dtype=torch.bool)
-    window = Window.of(wanted)
-    assert window.columns.tolist() == [[1, 2, 4], [3, 5, 5], [5, 5, 5]] and window.reach == 5
-    assert Window.of(wanted[:, :4]).reach == 4 and Window.of(wanted, 9).reach == 9
+    selection = Selection.of(wanted)
+    assert selection.columns.tolist() == [[1, 2, 4], [3, 5, 5], [5, 5, 5]] and selection.reach == 5
+    assert Selection.of(wanted[:, :4]).reach == 4 and Selection.of(wanted, 9).reach == 9
 
 
 # --- thresholds, and rows that leave ----------------------------------------------------------------------------------
@@ -350,12 +350,12 @@ def test_what_is_remasked_is_what_is_below_the_bar(num_remask):
 @pytest.mark.parametrize(
     ("family", "call", "says"),
     [
-        ("bert", {"cache": "prefix"}, "`cache` is 'prefix', but BertForMaskedLM keeps no keys.*llada.*sdar"),
+        ("bert", {"cache": "prefix"}, "`cache` is 'prefix', but BertForMaskedLM has no KV cache.*llada.*sdar"),
         ("esm", {"cache": "block"}, "`cache` is 'block', but EsmForMaskedLM"),
         ("llada", {"cache": "suffix"}, r"`cache` must be one of \('none', 'prefix', 'block'\), got 'suffix'"),
         ("llada", {"cache": None}, "`cache` must be one of"),
         ("llada", {"cache": "block", "cache_refresh_interval": 0}, "`cache_refresh_interval` must be None or an int"),
-        ("llada", {"cache_refresh_interval": 2}, "`cache_refresh_interval` has no meaning"),
+        ("llada", {"cache_refresh_interval": 2}, "`cache_refresh_interval` has no effect"),
         ("llada", {"threshold": 0.0}, r"`threshold` must be a number in \(0, 1\], got 0.0"),
         ("llada", {"threshold": 1.5}, r"`threshold` must be a number in \(0, 1\], got 1.5"),
         ("llada", {"threshold": True}, r"`threshold` must be a number in \(0, 1\], got True"),

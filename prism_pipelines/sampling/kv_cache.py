@@ -1,15 +1,16 @@
-"""Forward passes on a canvas that compute what they must: rows that still take part, and columns no cache holds.
+"""KV-cached forward passes: compute only active rows, and only the positions whose keys and values are not cached.
 
-The cache holds keys and values at every column of the canvas. A forward runs on some columns, its *window*, replaces
-their keys and values, and reads those of all others.
+The cache holds keys and values at every column of the canvas. A forward pass computes some columns, replaces their keys
+and values, and reads those of all other columns. Which columns it computes is the plan of the cache mode:
 
-* Block-causal models: a finished block never changes, nor do its keys and values, so the window is the block at work
-  and what was finished since the last forward. This is exact.
+* Block-causal models: a finished block never changes, nor do its keys and values. So a forward pass computes the
+  current block, and the blocks that were finished since the last one. This is exact.
 * Bidirectional models: every key depends on every token. All columns are computed at the start of each block and every
-  `cache_refresh_interval` steps; between, the window is the block and all after it ("prefix") or the block alone
-  ("block"), and the rest is as old as the last full forward. This is the approximation of Fast-dLLM (arXiv 2505.22618).
+  `cache_refresh_interval` steps. Other steps compute the block and everything after it ("prefix") or the block alone
+  ("block"); all other columns keep the values of the last full forward pass. This is the approximation of Fast-dLLM
+  (arXiv 2505.22618).
 
-A shifted model reads the token's logits at the column before, so the window has that column too.
+A shifted model reads the logits of a token one column earlier, so that column is computed too.
 """
 
 from __future__ import annotations
@@ -17,90 +18,135 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..models.denoiser import MaskedDenoiser, token_positions
-from ..models.families import FAMILIES
+from ..models.families import FAMILIES, MDMSpec
+from ..models.quality_head import QualityHead
+from ..schedulers.validation import is_int
 
 CACHES = ("none", "prefix", "block")
 
 
-def check_cache(cache: str, refresh_interval: int | None, denoiser: MaskedDenoiser, quality_head) -> None:
-    """Raise a ValueError, naming the argument, for a cache that cannot be had.
+def check_cache(
+    cache: str, refresh_interval: int | None, denoiser: MaskedDenoiser, quality_head: QualityHead | None
+) -> None:
+    """Raise a ValueError that names the argument if the model or the head cannot run with this cache.
 
     Args:
         cache: one of `CACHES`.
-        refresh_interval: `cache_refresh_interval`, at least 1; None for at the start of a block alone.
-        denoiser: of the model.
-        quality_head: or None.
+        refresh_interval: `cache_refresh_interval`, at least 1; None for a full forward pass at the start of each block
+            alone.
+        denoiser: the model.
+        quality_head: the head in use, or None.
     """
     if cache not in CACHES:
         raise ValueError(f"`cache` must be one of {CACHES}, got {cache!r}.")
-    if refresh_interval is not None:
-        if isinstance(refresh_interval, bool) or not isinstance(refresh_interval, int) or refresh_interval < 1:
-            raise ValueError(
-                f"`cache_refresh_interval` must be None or an integer of at least 1, got {refresh_interval!r}."
-            )
-        if cache == "none":
-            raise ValueError('`cache_refresh_interval` has no meaning with cache="none".')
+    if refresh_interval is not None and not is_int(refresh_interval, 1):
+        raise ValueError(
+            f"`cache_refresh_interval` must be None or an integer of at least 1, got {refresh_interval!r}."
+        )
     if cache == "none":
+        if refresh_interval is not None:
+            raise ValueError('`cache_refresh_interval` has no effect with cache="none". Pass "prefix" or "block" too.')
         return
     if not has_cache(denoiser):
         able = sorted(name for name, spec in FAMILIES.items() if spec.mask_format == "additive")
         raise ValueError(
-            f"`cache` is {cache!r}, but {type(denoiser.model).__name__} keeps no keys and values. "
-            f'Use cache="none"; families that have a cache: {", ".join(able)}.'
+            f"`cache` is {cache!r}, but {type(denoiser.model).__name__} has no KV cache (past_key_values). "
+            f'Pass cache="none". Families with a KV cache: {", ".join(able)}.'
         )
     if quality_head is not None and quality_head.attends:
         raise ValueError(
             f"`cache` is {cache!r}, but this quality head attends to every position (architecture "
-            f"{quality_head.config.architecture!r}), and a cache spares just those forwards. "
-            'Use cache="none", or a "linear" or "mlp" head.'
+            f"{quality_head.config.architecture!r}), and with a cache most positions are not computed. "
+            'Pass cache="none", or use a "linear" or "mlp" head.'
         )
 
 
 def has_cache(denoiser: MaskedDenoiser) -> bool:
-    """Can the model give and take keys and values?"""
+    """Does the model's forward take `past_key_values` and an additive mask?"""
     model = getattr(denoiser.model, "_orig_mod", denoiser.model)  # of torch.compile(model)
     takes = inspect.signature(model.forward).parameters
     return denoiser.spec.mask_format == "additive" and "past_key_values" in takes
 
 
-@dataclass
-class Place:
-    """Where in the store the keys and values of the forward at work belong.
+# --- parts of a canvas, and keys and values at all of it --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows and columns of a canvas (B, L) that a forward pass computes.
 
     Args:
-        batch, length: B and L of the canvas.
-        rows: which rows take part, int64 (A,); None for all.
-        columns: which columns, int64 (A, W), L (which the store has, but nobody reads) for none; None for all.
-        reach: columns that the forward looks at, from the first.
+        rows: int64 (A,); None for all.
+        columns: int64 (A, W), with L where a row has fewer than W; None for all.
+        reach: the number of columns, from the first, whose keys are read; None for all.
     """
 
-    batch: int
-    length: int
     rows: Tensor | None = None
     columns: Tensor | None = None
-    reach: int = 0
+    reach: int | None = None
+
+    @classmethod
+    def of(cls, wanted: Tensor, reach: int | None = None) -> Selection:
+        """Columns of a bool (B, L) mask; `reach` None for up to the last of them. Waits for the device."""
+        length = wanted.shape[1]
+        numbers = torch.arange(length, device=wanted.device)
+        columns = torch.where(wanted, numbers, length).sort(-1).values
+        if reach is None:
+            reach = int(torch.where(wanted, numbers, -1).max()) + 1
+        return cls(None, columns[:, : int(wanted.sum(-1).max())], reach)
+
+    def only(self, rows: Tensor | None) -> Selection:
+        """A selection of all rows, cut to some of them, int64 (A,)."""
+        columns = self.columns if self.columns is None or rows is None else self.columns[rows]
+        return Selection(rows, columns, self.reach)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Selected `values`, (B, L, ...) to (A, W, ...); where a row has fewer than W columns they mean nothing."""
+        values = values if self.rows is None else values[self.rows]
+        if self.columns is None:
+            return values
+        every = torch.arange(len(values), device=values.device)[:, None]
+        return values[every, self.columns.clamp(max=values.shape[1] - 1)]
+
+    def put(self, canvas: Tensor, values: Tensor) -> None:
+        """Write `values` (A, W, ...) into `canvas` (B, L + 1, ...), whose last column takes what has no column."""
+        rows = None if self.rows is None else self.rows.to(canvas.device)
+        if self.columns is None:
+            canvas[slice(None) if rows is None else rows, :-1] = values
+        else:
+            rows = torch.arange(len(canvas), device=canvas.device) if rows is None else rows
+            canvas[rows[:, None], self.columns.to(canvas.device)] = values
+
+
+@dataclass
+class Target:
+    """What all layers of a cache share: the shape (B, L) of the canvas, and the part that a forward pass computes."""
+
+    shape: tuple[int, ...] = (0, 0)
+    selection: Selection = Selection()
 
 
 class ColumnLayer(DynamicLayer):
     """Keys and values of one layer at all columns of a canvas, (B, heads, L + 1, D).
 
     Args:
-        place: shared by all layers; set before each forward.
+        target: set before each forward pass.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.place = place
+        self.target = target
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room for all columns. Zeros: what is not yet there is masked, but a NaN would come through."""
-        batch, length = self.place.batch, self.place.length
+        """Room for all columns. They are zeros, as attention would pass on a NaN even from a masked column."""
+        batch, length = self.target.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
             states.new_zeros(batch, states.shape[1], length + 1, states.shape[3])
@@ -108,97 +154,182 @@ class ColumnLayer(DynamicLayer):
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store the states (A, heads, W, D) of a window; return those of all columns in reach, (A, heads, K, D)."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the states (A, heads, W, D) of a selection; return those of all columns in reach, (A, heads, K, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None  # since they are initialized
         return self._exchange(self.keys, key_states), self._exchange(self.values, value_states)
 
     def _exchange(self, store: Tensor, states: Tensor) -> Tensor:
-        place, device = self.place, store.device
-        rows = None if place.rows is None else place.rows.to(device)
-        if place.columns is None:
-            store[slice(None) if rows is None else rows, :, : place.length] = states
+        selection = self.target.selection
+        selection.put(store.transpose(1, 2), states.transpose(1, 2))
+        if selection.columns is None:
             return states
-        columns = place.columns.to(device)
-        every = torch.arange(place.batch, device=device) if rows is None else rows
-        store[every[:, None], :, columns] = states.transpose(1, 2)
-        within = store[:, :, : place.reach]
-        return within if rows is None else within[rows]
+        within = store[:, :, : selection.reach]
+        return within if selection.rows is None else within[selection.rows.to(store.device)]
 
 
-@dataclass(frozen=True)
-class Window:
-    """Columns that a forward runs on: int64 (B, W), L where a row has fewer; and how far keys are looked at."""
+# --- plans: which columns the next forward pass computes --------------------------------------------------------------
 
-    columns: Tensor
-    reach: int
 
-    @classmethod
-    def of(cls, wanted: Tensor, reach: int | None = None) -> Window:
-        """The window of a bool (B, L) mask; `reach` None for up to the last wanted column. Waits for the device."""
-        length = wanted.shape[1]
-        numbers = torch.arange(length, device=wanted.device)
-        columns = torch.where(wanted, numbers, length).sort(-1).values
-        width = int(wanted.sum(-1).max())
-        if reach is None:
-            reach = int(torch.where(wanted, numbers, -1).max()) + 1
-        return cls(columns[:, :width], reach)
+class NoCachePlan:
+    """Every forward pass computes all columns."""
+
+    def begin(self, sample: Tensor, block_mask: Tensor) -> None:
+        """A new block; arguments as `CachedForward.begin`."""
+
+    def forget(self) -> None:
+        """The canvas was changed from outside: all that is cached is out of date."""
+
+    def next(self, rows: Tensor | None) -> Selection:
+        """What the next forward pass computes for some rows, int64 (A,); None for all rows."""
+        return Selection(rows)
+
+
+class BidirectionalPlan:
+    """All columns at the start of a block and every `refresh_interval` steps; else the block, and with "prefix" the
+    columns after it.
+
+    Args:
+        cache: "prefix" or "block".
+        spec: facts about the model.
+        attention_mask: of the canvas, (B, L); None without padding.
+        refresh_interval: steps from one full forward pass to the next; None for one at the start of each block.
+    """
+
+    def __init__(self, cache: str, spec: MDMSpec, attention_mask: Tensor | None, refresh_interval: int | None) -> None:
+        self.cache, self.spec, self.attention_mask = cache, spec, attention_mask
+        self.refresh_interval = refresh_interval
+        self._age = 0  # steps since the last full forward pass; 0 if one is due
+        self._block = Selection()
+
+    def begin(self, sample: Tensor, block_mask: Tensor) -> None:
+        """A new block."""
+        wanted = block_mask.cumsum(-1) > 0 if self.cache == "prefix" else block_mask
+        self._block = Selection.of(with_read_columns(wanted, self.attention_mask, self.spec), sample.shape[1])
+        self._age = 0
+
+    def forget(self) -> None:
+        """Everything is computed in the next step."""
+        self._age = 0
+
+    def next(self, rows: Tensor | None) -> Selection:
+        """All columns, or those of the block."""
+        selection = Selection() if self._age == 0 else self._block
+        self._age = 0 if self._age + 1 == self.refresh_interval else self._age + 1
+        return selection.only(rows)
+
+
+class BlockCausalPlan:
+    """The current block, and in its first step the blocks that were finished since they were last computed.
+
+    The model's own blocks count here. A block of the run may be several of them, or a part of one.
+
+    Args:
+        spec, attention_mask: as `BidirectionalPlan`.
+        refresh_interval: steps from one full forward pass to the next; None for none.
+    """
+
+    _stored: Tensor  # how many blocks of each row are cached and final, int64 (B,)
+    _first: Tensor  # the block at which the current work begins, int64 (B,)
+    _block_of: Tensor  # block of each column, int64 (B, L)
+    _due: Tensor  # columns up to the end of the current block, bool (B, L)
+    _block: Selection
+
+    def __init__(self, spec: MDMSpec, attention_mask: Tensor | None, refresh_interval: int | None) -> None:
+        self.spec, self.attention_mask, self.refresh_interval = spec, attention_mask, refresh_interval
+        self._age = 0  # steps since `_stored` was brought up to date; 0 if that is due
+        self._stored = torch.zeros((), dtype=torch.long)
+
+    def begin(self, sample: Tensor, block_mask: Tensor) -> None:
+        """A new block."""
+        self._age = 0
+        self._stored = self._stored.to(sample.device).expand(len(sample))
+        assert self.spec.block_length is not None  # of a block-causal model
+        self._block_of = token_positions(sample, self.attention_mask) // self.spec.block_length
+        first = self._block_of.masked_fill(~block_mask, sample.shape[1]).amin(-1)
+        last = self._block_of.masked_fill(~block_mask, -1).amax(-1, keepdim=True)
+        self._first = torch.where(block_mask.any(-1), first, self._stored)
+        self._due = self._block_of <= last
+        self._block = self._from(self._first)
+
+    def forget(self) -> None:
+        """No block is final any more."""
+        self._age, self._stored = 0, torch.zeros_like(self._stored)
+
+    def next(self, rows: Tensor | None) -> Selection:
+        """The current block; and if it is the first step, what was finished since, or at a refresh all before it."""
+        selection = self._block
+        if self._age == 0:
+            start = self._stored if self.refresh_interval is None else torch.zeros_like(self._stored)
+            selection = self._from(torch.minimum(start, self._first))
+            self._stored = self._first if rows is None else self._stored.index_copy(0, rows, self._first[rows])
+        self._age = 0 if self._age + 1 == self.refresh_interval else self._age + 1
+        return selection.only(rows)
+
+    def _from(self, start: Tensor) -> Selection:
+        """Columns from each row's block `start`, (B,), to the end of the current block."""
+        wanted = self._due & (self._block_of >= start[:, None])
+        return Selection.of(with_read_columns(wanted, self.attention_mask, self.spec))
+
+
+def with_read_columns(wanted: Tensor, attention_mask: Tensor | None, spec: MDMSpec) -> Tensor:
+    """Columns bool (B, L) without padding, and for a shifted model with the column before each."""
+    if attention_mask is not None:
+        wanted = wanted & attention_mask.bool()
+    return wanted | torch.nn.functional.pad(wanted[:, 1:], (0, 1)) if spec.logit_shift else wanted
+
+
+def plan_of(
+    cache: str, spec: MDMSpec, attention_mask: Tensor | None, refresh_interval: int | None
+) -> NoCachePlan | BidirectionalPlan | BlockCausalPlan:
+    """The plan of a cache mode for a model."""
+    if cache == "none":
+        return NoCachePlan()
+    if spec.attention == "block_causal":
+        return BlockCausalPlan(spec, attention_mask, refresh_interval)
+    return BidirectionalPlan(cache, spec, attention_mask, refresh_interval)
+
+
+# --- forward passes ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What one forward gives.
+    """What one forward pass gives.
 
     Args:
-        canvas: inputs of the output head, (B, L, H); right where tokens may be written, and elsewhere maybe old.
+        canvas: inputs of the output head, (B, L, H). They are up to date where tokens may be written; elsewhere they
+            may be of an earlier forward pass.
         fresh: those that were computed, (A, W, H).
-        rows: of `fresh`, int64 (A,); None for all.
-        columns: of `fresh`, int64 (A, W), L for none; None for all.
+        selection: where they belong.
     """
 
     canvas: Tensor
     fresh: Tensor
-    rows: Tensor | None
-    columns: Tensor | None
-
-    def take(self, values: Tensor) -> Tensor:
-        """Of `values` (B, L, ...) those at the positions of `fresh`, (A, W, ...); at columns of none any will do."""
-        values = values if self.rows is None else values[self.rows]
-        if self.columns is None:
-            return values
-        every = torch.arange(len(values), device=values.device)[:, None]
-        return values[every, self.columns.clamp(max=values.shape[1] - 1)]
+    selection: Selection
 
     def spread(self, values: Tensor, before: Tensor | None) -> Tensor:
-        """`values` (A, W), one for each of `fresh`, put into `before` (B, L) or zeros; a new tensor."""
-        if self.rows is None and self.columns is None:
+        """`values` (A, W), one for each of `fresh`, written over `before` (B, L) or zeros; a new tensor."""
+        if self.selection.rows is None and self.selection.columns is None:
             return values
         batch, length = self.canvas.shape[:2]
         wide = values.new_zeros(batch, length + 1)
         if before is not None:
             wide[:, :length] = before
-        return put(wide, self.rows, self.columns, values)[:, :length]
-
-
-def put(canvas: Tensor, rows: Tensor | None, columns: Tensor | None, values: Tensor) -> Tensor:
-    """Write `values` (A, W, ...) into `canvas` (B, L + 1, ...), at `rows` (A,) and `columns` (A, W), None for all."""
-    every = torch.arange(len(canvas), device=canvas.device) if rows is None else rows
-    if columns is None:
-        canvas[every, :-1] = values
-    else:
-        canvas[every[:, None], columns] = values
-    return canvas
+        self.selection.put(wide, values)
+        return wide[:, :length]
 
 
 class CachedForward:
-    """The denoiser on one canvas, block by block: `begin` a block, then call it for each step.
+    """The denoiser on one canvas, block by block: `begin` a block, then call it in each step.
 
     Args:
-        denoiser: of the model.
+        denoiser: the model.
         attention_mask: of the canvas, (B, L); None without padding.
         cache: one of `CACHES`; checked by `check_cache`.
-        refresh_interval: steps of a block from one full forward to the next; None for one at its start alone.
+        refresh_interval: steps from one full forward pass to the next; None for one at the start of each block.
     """
 
     def __init__(
@@ -207,108 +338,47 @@ class CachedForward:
         attention_mask: Tensor | None,
         cache: str = "none",
         refresh_interval: int | None = None,
-    ):
+    ) -> None:
         self.denoiser, self.attention_mask = denoiser, attention_mask
-        self.cache, self.refresh_interval = cache, refresh_interval
-        self._causal = denoiser.spec.attention == "block_causal"
+        self._plan = plan_of(cache, denoiser.spec, attention_mask, refresh_interval)
+        self._target, self._cache = Target(), None
+        if cache != "none":
+            layer = partial(ColumnLayer, self._target)
+            self._cache = Cache(layer_class_to_replicate=layer)  # type: ignore[arg-type]  # it is called, and no more
         self._buffer: Tensor | None = None  # (B, L + 1, H)
-        self._place: Place | None = None
-        self._states: Cache | None = None
-        self._age = 0  # steps since everything was computed; 0 if that is due
-        self._window: Window | None = None  # of steps that need not compute everything
-        # Of block-causal models, in blocks of the model, int64 (B,): those stored and final, and where work begins.
-        self._ready: Tensor | None = None
-        self._first: Tensor | None = None
-        self._due: Tensor | None = None  # columns up to the end of the block at work, bool (B, L)
-        self._blocks: Tensor | None = None  # block of each column, int64 (B, L)
 
     def begin(self, sample: Tensor, block_mask: Tensor) -> None:
-        """A new block: what was stored before may be out of date.
+        """A new block: what was computed before may be out of date.
 
         Args:
             sample: the canvas, int64 (B, L).
             block_mask: positions of the block, bool (B, L); none in rows that do not take part in it.
         """
-        self._age = 0
-        if self.cache == "none":
-            return
-        if self._place is None:
-            self._place = Place(*sample.shape)
-            self._states = Cache(layer_class_to_replicate=partial(ColumnLayer, self._place))
-            self._ready = torch.zeros(len(sample), dtype=torch.long, device=sample.device)
-        if not self._causal:
-            wanted = block_mask.cumsum(-1) > 0 if self.cache == "prefix" else block_mask
-            self._window = self._to_window(wanted, sample.shape[1])
-            return
-        self._blocks = token_positions(sample, self.attention_mask) // self.denoiser.spec.block_length
-        first = self._blocks.masked_fill(~block_mask, sample.shape[1]).amin(-1)
-        last = self._blocks.masked_fill(~block_mask, -1).amax(-1, keepdim=True)
-        self._first = torch.where(block_mask.any(-1), first, self._ready)
-        self._due = self._blocks <= last
-        self._window = self._from(self._first)
+        self._plan.begin(sample, block_mask)
 
     def forget(self) -> None:
-        """Somebody changed the canvas: nothing that is stored counts any more."""
-        self._age = 0
-        if self._ready is not None:
-            self._ready = torch.zeros_like(self._ready)
+        """The canvas was changed from outside: all that is cached is out of date."""
+        self._plan.forget()
 
     def __call__(self, sample: Tensor, taking_part: list[bool]) -> ForwardOutput:
-        """One forward on `sample` (B, L), of the rows that take part."""
+        """One forward pass on `sample` (B, L), of the rows that take part."""
         rows = None
         if not all(taking_part):
             rows = torch.tensor([i for i, part in enumerate(taking_part) if part], device=sample.device)
-        ids, mask = sample, self.attention_mask
-        if rows is not None:
-            ids, mask = ids[rows], None if mask is None else mask[rows]
-        if self.cache == "none":
-            return self._seen(sample, self.denoiser.hidden(ids, mask), rows, None)
-        window = self._everything(rows) if self._age == 0 else self._window
-        self._age = 0 if self._age + 1 == self.refresh_interval else self._age + 1
-        columns = None if window is None else window.columns
-        columns = columns if columns is None or rows is None else columns[rows]
-        reach = sample.shape[1] if window is None else window.reach
-        self._place.rows, self._place.columns, self._place.reach = rows, columns, reach
-        hidden = self.denoiser.hidden(ids, mask, columns=columns, reach=reach, past_key_values=self._states)
-        return self._seen(sample, hidden, rows, columns)
-
-    def _seen(self, sample: Tensor, hidden: Tensor, rows: Tensor | None, columns: Tensor | None) -> ForwardOutput:
+        selection = self._plan.next(rows)
+        self._target.shape, self._target.selection = sample.shape, selection
+        ids = sample if rows is None else sample[rows]
+        mask = self.attention_mask if rows is None or self.attention_mask is None else self.attention_mask[rows]
+        columns, reach = selection.columns, selection.reach
+        hidden = self.denoiser.hidden(ids, mask, columns=columns, reach=reach, past_key_values=self._cache)
         if rows is None and columns is None:
-            return ForwardOutput(hidden, hidden, None, None)
+            return ForwardOutput(hidden, hidden, selection)
         batch, length = sample.shape
         if self._buffer is None:
             self._buffer = hidden.new_zeros(batch, length + 1, hidden.shape[-1])
-        put(self._buffer, rows, columns, hidden)
+        selection.put(self._buffer, hidden)
         if columns is not None and self.denoiser.spec.logit_shift and self.attention_mask is not None:
-            # As `MaskedDenoiser.hidden` does: the first token of a row has nothing before it and keeps its own row.
+            # As in `MaskedDenoiser.hidden`: nothing stands before the first token of a row, so it reads its own column.
             every, first = torch.arange(batch, device=sample.device), self.attention_mask.long().argmax(-1)
             self._buffer[every, (first - 1).clamp(min=0)] = self._buffer[every, first]
-        return ForwardOutput(self._buffer[:, :length], hidden, rows, columns)
-
-    # --- windows ------------------------------------------------------------------------------------------------------
-
-    def _everything(self, rows: Tensor | None) -> Window | None:
-        """What must be computed where nothing may be old; None for all columns.
-
-        A block-causal model: what was finished since the last forward, and the block; or, by a refresh interval, all.
-        """
-        if not self._causal:
-            return None
-        start = self._ready if self.refresh_interval is None else torch.zeros_like(self._ready)
-        window = self._from(torch.minimum(start, self._first))
-        done = self._ready.clone()
-        done[slice(None) if rows is None else rows] = self._first[slice(None) if rows is None else rows]
-        self._ready = done
-        return window
-
-    def _from(self, start: Tensor) -> Window:
-        """Block-causal: from each row's block `start` (B,) to the end of the block at work, and not beyond."""
-        return self._to_window(self._due & (self._blocks >= start[:, None]), None)
-
-    def _to_window(self, wanted: Tensor, reach: int | None) -> Window:
-        """Without padding, and with the column before each if the model is shifted."""
-        if self.attention_mask is not None:
-            wanted = wanted & self.attention_mask.bool()
-        if self.denoiser.spec.logit_shift:
-            wanted = wanted | torch.nn.functional.pad(wanted[:, 1:], (0, 1))
-        return Window.of(wanted, reach)
+        return ForwardOutput(self._buffer[:, :length], hidden, selection)

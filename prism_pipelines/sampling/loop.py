@@ -337,10 +337,11 @@ class ModelCall:
         return logits, self._quality, context
 
     def _judge(self, head: QualityHead, seen: ForwardOutput, sample: Tensor, context: RunContext | None) -> Tensor:
-        mask = self.run.canvas.attention_mask if seen.columns is None else None  # a head that reads it has no cache
-        mask = mask if mask is None or seen.rows is None else mask[seen.rows]
+        mask = self.run.canvas.attention_mask
+        # A head that reads it has no cache, and so all columns.
+        mask = None if mask is None or seen.selection.columns is not None else seen.selection.take(mask)
         inputs = head.inputs(context, sample, self.run.mask_token_id)
-        known = {name: None if value is None else seen.take(value) for name, value in inputs.items()}
+        known = {name: None if value is None else seen.selection.take(value) for name, value in inputs.items()}
         return head.quality(seen.fresh, mask, **known)
 
 
