@@ -60,6 +60,13 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
     the most that are made and `nfe_per_row` says how many were. A repair that could not be finished and judged is not
     begun.
 
+    Example:
+        >>> scheduler = JudgeAndRepairScheduler(mask_token_id=9)
+        >>> scheduler.set_timesteps(4)
+        >>> full, quality = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0.99, 0.1, 0.99, 0.99]])
+        >>> scheduler.step(torch.zeros(1, 4, 10), 0, full, quality=quality).prev_sample.tolist()
+        [[4, 9, 6, 7]]
+
     It needs a head whose quality is a probability (calibrated, see docs/judging.md), which reads full canvases.
 
     Args:

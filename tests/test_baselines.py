@@ -128,6 +128,16 @@ def test_remdm_without_sigma_is_ancestral_sampling(monkeypatch):
     assert not scheduler.can_remask
 
 
+def test_remdm_eta_none_is_the_default():
+    """PRISM's config says None where n is a number, and goes over to ReMDM."""
+    one, two = (
+        run(ReMDMScheduler(eta=eta), logits_of(P, 1, 400), all_masks(1, 400), 6, torch.Generator().manual_seed(0))
+        for eta in (None, 0.04)
+    )
+    assert all(torch.equal(a.prev_sample, b.prev_sample) for (_, a), (_, b) in zip(one, two, strict=True))
+    assert ReMDMScheduler(eta=None).can_remask and sum(int(step.remasked.sum()) for _, step in one) > 0
+
+
 def test_remdm_loop_rises_holds_its_level_and_rises_again(monkeypatch):
     scheduler = ReMDMScheduler(strategy="loop", eta=0.05)
     scheduler.set_timesteps(20)

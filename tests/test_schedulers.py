@@ -1,5 +1,6 @@
 """The laws of every scheduler, on ragged batches and hostile models, and each rule against plain Python."""
 
+import doctest
 import inspect
 import itertools
 import json
@@ -673,6 +674,19 @@ def test_a_config_saved_with_the_old_name_of_the_bar_means_the_same():
     assert (made.config.quality_threshold, made.config.max_share, made.config.num_remask) == (0.4, 1.0, 3)
     none = PrismScheduler.from_config({"_class_name": "PrismScheduler", "accept_quality": None, "num_remask": 3})
     assert own_fields(none) == own_fields(PrismScheduler(num_remask=3))
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example_of_a_scheduler_gives_what_its_docstring_says(kind):
+    names = {**vars(schedulers), "torch": torch, "RunContext": RunContext}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(kind), names, kind.__name__, None, 0)
+    assert 3 <= len(example.examples) <= 5
+    said = []
+    failed, _ = doctest.DocTestRunner().run(example, out=said.append)
+    assert not failed, "".join(said)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
