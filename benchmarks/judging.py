@@ -157,7 +157,7 @@ def run_restarts(pipe, puzzles, solutions, seed: int, stops: bool, tries: int) -
         right[rows] = (out.sequences.numpy() == solutions[open_rows]).all(-1)[better]
         best[rows] = confidence[better]
         nfe[open_rows] += out.nfe_per_row
-        gain = (rule["quality_threshold"] - out.quality.float()).clamp(min=0).sum(-1).numpy()
+        gain = (rule["doubt_threshold"] - out.quality.float()).clamp(min=0).sum(-1).numpy()
         accepted[open_rows] |= gain < rule["price"] * 2
     found = {"right": right.tolist(), "nfe": nfe.tolist(), "confidence": best.tolist()}
     return found | ({"accepted": accepted.tolist()} if stops else {})

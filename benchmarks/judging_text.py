@@ -24,7 +24,7 @@ OWN_HEAD = "the model's own head"
 ARMS = [
     {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "eta": 0.03},
-    {"name": "token to mask", "scheduler": "TokenToMaskScheduler", "order": "random", "threshold": 0.1},
+    {"name": "token to mask", "scheduler": "TokenToMaskScheduler", "order": "random", "remask_threshold": 0.1},
     {"name": "sweep", "scheduler": "StridedSweepScheduler", "order": "random"},
     {"name": "PRISM one-step", "scheduler": "PrismScheduler", "order": "random", "eta": 0.1, "model": OWN_HEAD},
     {

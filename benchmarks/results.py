@@ -52,7 +52,8 @@ def sudoku_section(table: dict) -> str:
     forwards = sorted({row["forwards"] for row in rows})
     outside = {arm["name"] for arm in table["arms"] if arm.get("outside")}
     inside = [arm for arm in table["arms"] if arm["name"] not in outside]
-    knobs = [(arm["name"], k, arm[k]) for arm in inside for k in ("num_remask", "eta", "threshold") if k in arm]
+    fields = ("num_remask", "eta", "remask_threshold", "threshold")  # the last is its name in older tables
+    knobs = [(arm["name"], k, arm[k]) for arm in inside for k in fields if k in arm]
     chosen = ", ".join(f"{name} {knob} {value}" for name, knob, value in knobs)
     lines = [
         "## Sudoku",

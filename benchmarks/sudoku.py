@@ -51,7 +51,7 @@ ARMS = [  # a list is a knob
     {"name": PRISM, "scheduler": "PrismScheduler", **SAME, "num_remask": NUM_REMASK},
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", **SAME, "num_remask": NUM_REMASK},
     {"name": "random cells", "scheduler": "PrismScheduler", **SAME, "num_remask": NUM_REMASK, "model": "noise"},
-    {"name": "token-to-mask", "scheduler": "TokenToMaskScheduler", **SAME, "threshold": [0.05, 0.2, 0.5, 0.8]},
+    {"name": "token-to-mask", "scheduler": "TokenToMaskScheduler", **SAME, "remask_threshold": [0.05, 0.2, 0.5, 0.8]},
     {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": [0.02, 0.05, 0.1, 0.2]},
 ]
 OUTSIDE = ("MDLM, confidence order", "PRISM as shipped")

@@ -16,6 +16,7 @@ MEASURES = {
     "distinct_2": "Different word pairs over all",
     "self_bleu": "Self-BLEU (lower is more varied)",
 }
+KNOBS = ("eta", "remask_strength", "remask_threshold", "threshold", "noise")  # `threshold` in older tables
 # Of the tables that were not made anew with the model of 2026-11-26
 EARLIER = "Measured on the text model that shipped before (2,800 steps of 32 texts and 400 of 16)."
 # As others reported them; nothing here was measured by this project.
@@ -137,7 +138,7 @@ def knobs(table: dict) -> str:
     """The settings of the arms that were chosen."""
     parts = []
     for arm in table["arms"]:
-        shown = {k: v for k, v in arm.items() if k in ("eta", "threshold", "noise", "loop_steps", "loop_num_remask")}
+        shown = {k: v for k, v in arm.items() if k in (*KNOBS, "loop_steps", "loop_num_remask")}
         if shown:
             parts.append(f"{arm['name']} " + ", ".join(f"{name} {setting:g}" for name, setting in shown.items()))
     return "; ".join(parts)
@@ -226,7 +227,7 @@ def card_section(metrics: dict) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in metrics["settings_tried"]:
-        knob = next(name for name in ("eta", "threshold", "noise") if name in row)
+        knob = next(name for name in KNOBS if name in row)
         figures = " | ".join(f"{row[name]:.3f}" for name in ("ngram_js", "known_words", "entropy"))
         lines.append(f"| {row['name']} | {knob} {row[knob]:g} | {figures} |")
     seeds = len(metrics["test"]["seeds"])

@@ -7,13 +7,14 @@ from .scheduling_draw_confidence import DrawConfidenceScheduler
 from .scheduling_judge_repair import JudgeAndRepairScheduler
 from .scheduling_mdlm import MDLMScheduler
 from .scheduling_p2 import P2Scheduler
-from .scheduling_prism import PrismScheduler, PrismSchedulerOutput
+from .scheduling_prism import PrismScheduler
 from .scheduling_prompt_confidence import PromptConfidenceScheduler
 from .scheduling_remdm import ReMDMScheduler
 from .scheduling_self_confidence import SelfConfidenceScheduler
 from .scheduling_strided_sweep import StridedSweepScheduler
 from .scheduling_token_critic import TokenCriticScheduler
 from .scheduling_token_to_mask import TokenToMaskScheduler
+from .step import PrismSchedulerOutput
 
 __all__ = [
     "DrawConfidenceScheduler",

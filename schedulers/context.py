@@ -59,6 +59,24 @@ class RunContext:
     own_mean: Tensor | None = None
     own_min: Tensor | None = None
 
+    @classmethod
+    def unwatched(
+        cls, generated: Tensor, draw_logprob: Tensor | None = None, prompt_logprob: Tensor | None = None
+    ) -> RunContext:
+        """What is known of texts that nobody watched being written, but for what is given here; (B, L) each."""
+        count = torch.zeros(generated.shape, dtype=torch.int64, device=generated.device)
+        unknown = torch.full(generated.shape, torch.nan, device=generated.device)
+        return cls(
+            generated=generated,
+            now=count.sum(-1),
+            written_at=count - 1,
+            num_remasked=count,
+            draw_logprob=unknown if draw_logprob is None else draw_logprob,
+            prompt_logprob=unknown if prompt_logprob is None else prompt_logprob,
+            first_max=unknown,
+            first_entropy=unknown,
+        )
+
 
 def check_inputs(names) -> tuple[str, ...]:
     """The names of inputs as a tuple.

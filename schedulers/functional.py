@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+Generators = torch.Generator | list[torch.Generator] | None  # one, or one for each row, or torch's default one
 ORDERS = ("random", "confidence", "margin", "entropy", "left_to_right")
 
 
@@ -18,7 +19,7 @@ ORDERS = ("random", "confidence", "margin", "entropy", "left_to_right")
 
 def uniform(
     shape: tuple[int, ...],
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Independent uniform numbers in [0, 1), drawn where the generator lives and then moved.
@@ -46,9 +47,7 @@ def _moved(drawn: Tensor, device: torch.device | str | None) -> Tensor:
     return drawn.to(device or "cpu", non_blocking=drawn.device.type == "cpu")
 
 
-def uniform_at(
-    positions: Tensor, draws: int, generator: torch.Generator | list[torch.Generator] | None = None
-) -> Tensor:
+def uniform_at(positions: Tensor, draws: int, generator: Generators = None) -> Tensor:
     """Uniform numbers in [0, 1) for some positions of a batch.
 
     With a list of generators each row takes from its own exactly `draws` times its number of positions. So neither
@@ -104,7 +103,7 @@ def mask_tokens(
     rate: Tensor,
     mask_token_id: int,
     trainable: Tensor | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
 ) -> tuple[Tensor, Tensor]:
     """The forward process of masked diffusion: each trainable token is masked with probability `rate` of its row.
 
@@ -148,16 +147,16 @@ def visible_target(step: int, num_steps: int, num_generated: Tensor) -> Tensor:
 
 
 def share_of(count: Tensor, share: float) -> Tensor:
-    """The largest number of tokens that is at most a share of a count, but at least 1 where the count is not 0.
+    """A share of a count, rounded down.
 
     Args:
         count: int64 of any shape.
-        share: in (0, 1].
+        share: in [0, 1].
     Returns:
         int64 of the same shape.
     """
     exact = Fraction(share).limit_denominator(10**6)  # as floats, 0.21 of 300 is 62
-    return torch.maximum(count * exact.numerator // exact.denominator, count.clamp(max=1))
+    return count * exact.numerator // exact.denominator
 
 
 def remdm_cap(alpha_t: Tensor | float, alpha_s: Tensor | float, eta: float) -> Tensor | float:
@@ -247,9 +246,7 @@ def highest(score: Tensor, allowed: Tensor, n: Tensor | int) -> Tensor:
     return lowest(-score, allowed, n)
 
 
-def choose(
-    allowed: Tensor, n: Tensor | int, generator: torch.Generator | list[torch.Generator] | None = None
-) -> Tensor:
+def choose(allowed: Tensor, n: Tensor | int, generator: Generators = None) -> Tensor:
     """n allowed positions of each row, every set of n equally likely.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .validation import is_int, is_number, require
+from .validation import is_number, require
 
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 # Arguments of `BlockRefinementScheduler.step` that ours does not have: one of them tells whose loop is calling.
@@ -81,17 +81,14 @@ def runs_in_llada2_pipeline(cls):
 
 
 def check_dropin_config(config: Mapping) -> None:
-    """Raise a ValueError for wrong values of the config fields `block_length`, `use_threshold` and `threshold`."""
-    require(is_int(config["block_length"], 1), "block_length", config["block_length"], "an integer of at least 1")
-    require(isinstance(config["use_threshold"], bool), "use_threshold", config["use_threshold"], "True or False")
-    require(is_number(config["threshold"], 0), "threshold", config["threshold"], "a number of at least 0")
+    """Raise a ValueError for `use_threshold` with another order than "confidence"."""
     fits = not config["use_threshold"] or config["order"] == "confidence"
     require(
         fits, "order", config["order"], '"confidence" with use_threshold=True, which writes what the model is sure of'
     )
 
 
-def read_threshold(config: Mapping, threshold: float | None) -> float | None:
+def resolve_threshold(config: Mapping, threshold: float | None) -> float | None:
     """The confidence above which every token is written: the argument, or if it is None the config's.
 
     None without `use_threshold`: `LLaDA2Pipeline` passes its default in every call, which cannot be told from a wish.

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import SchedulerMixin
+from typing import Annotated
+
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .context import RunContext, token_logprob
-from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
-from .scheduling_prism import PrismSchedulerOutput, check_remasking, remask_and_reveal, remasks_by_quality
-from .validation import SchedulerConfig, check_config, check_run, read_sampling, read_step
+from .functional import Generators
+from .llada2 import resolve_threshold, runs_in_llada2_pipeline
+from .mixin import MDMSchedulerMixin
+from .scheduling_prism import check_remasking, remask_and_reveal, remasks
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits
+from .validation import Flag, Order, Temperature, TokenId, TopK, TopP, integer, number, one_of
 
 
 @runs_in_llada2_pipeline
-class DrawConfidenceScheduler(SchedulerMixin, SchedulerConfig):
+class DrawConfidenceScheduler(MDMSchedulerMixin):
     """`PrismScheduler`'s rule with the probability at which a visible token was drawn as its quality.
 
-    That is the model's own probability, at temperature 1 and before truncation, in the forward pass in which the
-    token was written. ReMDM "conf" remasks at random by it; here the lowest go, in PRISM's numbers.
+        q_i = p(y_i | the canvas in which y_i was drawn)
 
-    It needs no trained head and no further forward pass.
+    p is the model's own probability, at temperature 1 and before truncation, in the forward pass in which the token was
+    written. ReMDM "conf" remasks at random by it; here the lowest go, in PRISM's numbers. It needs no trained head and
+    no further forward pass.
+
+    Example:
+        >>> scheduler = DrawConfidenceScheduler(num_remask=1, mask_token_id=9)
+        >>> scheduler.set_timesteps(2)
+        >>> x, logprob = torch.tensor([[3, 5, 9, 9]]), torch.tensor([[-2.0, -0.1, torch.nan, torch.nan]])
+        >>> context = RunContext.unwatched(x == x, draw_logprob=logprob)
+        >>> scheduler.step(torch.zeros(1, 4, 10), 0, x, context=context).remasked.tolist()
+        [[True, False, False, False]]
 
     Args:
         all fields: as `PrismScheduler`, so `from_config` turns one into the other.
@@ -29,59 +42,37 @@ class DrawConfidenceScheduler(SchedulerMixin, SchedulerConfig):
     Source: the confidence of ReMDM (arXiv 2503.00307), "conf", with the counts of PRISM (arXiv 2510.01384).
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    fields_as = "BlockRefinementScheduler"  # diffusers': threshold and block_length mean the same there
-    needs_quality = False
     reads_context = ("draw",)
+    can_remask = property(remasks)
 
     @register_to_config
     def __init__(
         self,
-        order: str = "random",
-        num_remask: int | None = None,
-        eta: float | None = None,
-        eta_schedule: str = "constant",
-        eta_reference_steps: int | None = None,
-        remask_start: float = 0.0,
-        remask_end: float = 1.0,
-        loop_steps: int = 0,
-        loop_num_remask: int = 0,
-        loop_at: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-        use_threshold: bool = False,
-        threshold: float = 0.9,
-        block_length: int = 32,
-        quality_threshold: float | None = None,
-        max_share: float = 0.25,
-    ):
-        check_config(self.config)
-        check_dropin_config(self.config)
-        check_remasking(self.config)
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-
-    @property
-    def can_remask(self) -> bool:
-        """Would this configuration ever remask a token?"""
-        return remasks_by_quality(self.config) or self.config.loop_steps > 0
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
+        order: Order = "random",
+        num_remask: Annotated[int | None, integer(0)] = None,
+        eta: Annotated[float | None, number(0, 1)] = None,
+        eta_schedule: Annotated[str, one_of("constant", "inverse")] = "constant",
+        eta_reference_steps: Annotated[int | None, integer(1)] = None,
+        remask_start: Annotated[float, number(0, 1)] = 0.0,
+        remask_end: Annotated[float, number(0, 1)] = 1.0,
+        loop_steps: Annotated[int, integer(0)] = 0,
+        loop_num_remask: Annotated[int, integer(0)] = 0,
+        loop_at: Annotated[float, number(0, 1, above=True)] = 1.0,
+        temperature: Temperature = 1.0,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
+        use_threshold: Flag = False,
+        threshold: Annotated[float, number(0)] = 0.9,
+        block_length: Annotated[int, integer(1)] = 32,
+        quality_threshold: Annotated[float | None, number(0, 1, above=True)] = None,
+        max_share: Annotated[float, number(0, 1, above=True)] = 0.25,
     ) -> None:
-        """Begin a run of `num_inference_steps` steps and `loop_steps` more. As `PrismScheduler.set_timesteps`."""
-        check_run(num_inference_steps, block_length)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps + self.config.loop_steps)
+        check_remasking(DrawConfidenceScheduler, self.config)
 
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -93,7 +84,7 @@ class DrawConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         top_p: float | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Remask the visible tokens of the lowest probability at drawing, fill masks.
@@ -104,16 +95,13 @@ class DrawConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         Raises:
             ValueError: also if tokens are to be remasked by their score and `context` is None.
         """
-        place = read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id)
-        output = remask_and_reveal(
-            self.config,
-            self.num_inference_steps,
-            place,
-            read_sampling(self.config, temperature, top_p, top_k),
-            model_output,
-            sample,
-            lambda visible: token_logprob(context, "draw_logprob", sample, type(self).__name__).exp(),
-            generator,
-            read_threshold(self.config, threshold),
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
+
+        def score(visible: Tensor) -> Tensor:
+            return token_logprob(context, "draw_logprob", sample, "DrawConfidenceScheduler").exp()
+
+        threshold = resolve_threshold(self.config, threshold)
+        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
         return output if return_dict else output.to_tuple()

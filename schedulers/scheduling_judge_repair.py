@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import lowest, uniform_at
-from .scheduling_prism import PrismSchedulerOutput
-from .token_sampling import reveal
-from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
+from .functional import Generators, lowest
+from .mixin import MDMSchedulerMixin
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits, reveal
+from .validation import (
+    Order,
+    Temperature,
+    TokenId,
+    TopK,
+    TopP,
+    check_fields,
+    check_quality,
+    integer,
+    number,
+    require,
+)
 
 # How sure the judge must be of a token before its being drawn again is no longer held against it.
 SURE = 0.999
@@ -22,13 +34,13 @@ EDGE = 1e-4
 PATIENCE = 4
 
 
-class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
+class JudgeAndRepairScheduler(MDMSchedulerMixin):
     """Spends forward passes where the quality head says that they pay, row by row.
 
     Of each row, with M tokens to generate in at most T forward passes, and P(y_i is right) the head's quality q_i:
 
         1. FILL    all masks in at most F = min(ceil(M / tokens_per_step), max(1, floor(T / 2))) passes. With order
-                   "confidence" every token of a probability above quality_threshold = b is written at once, so an easy
+                   "confidence" every token of a probability above doubt_threshold = b is written at once, so an easy
                    canvas takes fewer; each pass fills at least what the schedule of F passes asks for.
         2. JUDGE   the full canvas in one pass. If it has the largest sum of q_i so far, keep it as the best.
         3. ACCEPT  if the gain that redrawing the tokens with q_i < b promises, sum (b - q_i), is below the price of the
@@ -48,13 +60,20 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
     the most that are made and `nfe_per_row` says how many were. A repair that could not be finished and judged is not
     begun.
 
+    Example:
+        >>> scheduler = JudgeAndRepairScheduler(mask_token_id=9)
+        >>> scheduler.set_timesteps(4)
+        >>> full, quality = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0.99, 0.1, 0.99, 0.99]])
+        >>> scheduler.step(torch.zeros(1, 4, 10), 0, full, quality=quality).prev_sample.tolist()
+        [[4, 9, 6, 7]]
+
     It needs a head whose quality is a probability (calibrated, see docs/judging.md), which reads full canvases.
 
     Args:
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
         temperature: of filling.
         repair_temperature: of repairs, which need randomness: at 0 they would repeat the same errors.
-        quality_threshold: b, in (0, 1].
+        doubt_threshold: b, in (0, 1].
         tokens_per_step: tokens that a forward pass fills, at least 1; more where T is small.
         price: tokens that a further forward pass must be expected to set right, above 0.
         pool_factor: at least 1. Above 1, T is what the rows of a batch may take on average: what finished rows leave
@@ -66,34 +85,26 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
     Source: ours; see docs/judging.md.
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    needs_quality = True
-    can_remask = True
+    @property
+    def needs_quality(self) -> bool:
+        """Does `step` want `quality`?"""
+        return True
 
     @register_to_config
     def __init__(
         self,
-        order: str = "confidence",
-        temperature: float = 0.0,
-        repair_temperature: float = 1.0,
-        quality_threshold: float = 0.95,
-        tokens_per_step: int = 4,
-        price: float = 0.05,
-        pool_factor: int = 1,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-    ):
-        check_config(self.config)
-        heat, bar = repair_temperature, quality_threshold
-        require(is_number(heat, 0), "repair_temperature", heat, "a number of at least 0")
-        require(is_number(bar, 0, 1) and bar > 0, "quality_threshold", bar, "a number in (0, 1]")
-        require(is_int(tokens_per_step, 1), "tokens_per_step", tokens_per_step, "an integer of at least 1")
-        require(is_number(price, 0) and price > 0, "price", price, "a number above 0")
-        require(is_int(pool_factor, 1), "pool_factor", pool_factor, "an integer of at least 1")
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-        self._rows: _Rows | None = None
+        order: Order = "confidence",
+        temperature: Temperature = 0.0,
+        repair_temperature: Temperature = 1.0,
+        doubt_threshold: Annotated[float, number(0, 1, above=True)] = 0.95,
+        tokens_per_step: Annotated[int, integer(1)] = 4,
+        price: Annotated[float, number(0, above=True)] = 0.05,
+        pool_factor: Annotated[int, integer(1)] = 1,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
+    ) -> None:
+        check_fields(JudgeAndRepairScheduler, self.config)
 
     def set_timesteps(
         self,
@@ -101,21 +112,19 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
         device: torch.device | str | None = None,
         block_length: int | None = None,
     ) -> None:
-        """Begin a run of at most `num_inference_steps` steps. As `PrismScheduler.set_timesteps`.
+        """Begin a run of at most `num_inference_steps` steps, `pool_factor` times as many for a row.
 
         Raises:
             ValueError: fewer than 2, one to fill and one to judge; in `PrismPipeline` that is 2 for each block.
         """
-        check_run(num_inference_steps, block_length)
+        super().set_timesteps(num_inference_steps, device, block_length)
         enough = "at least 2 for JudgeAndRepairScheduler, one to fill the canvas (or each block) and one to judge it"
         require(num_inference_steps > 1, "num_inference_steps", num_inference_steps, enough)
-        self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps * self.config.pool_factor)
-        self._rows = None
 
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -125,7 +134,7 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Fill masks of rows that have some; judge rows that have none. As `PrismScheduler.step`.
@@ -137,57 +146,68 @@ class JudgeAndRepairScheduler(SchedulerMixin, SchedulerConfig):
         Raises:
             ValueError: also if `quality` is None.
         """
-        index, generation_mask, mask_token_id = read_step(
-            self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
-        heat, top_p, top_k = read_sampling(self.config, temperature, top_p, top_k)
-        given = None if quality is None else f"{quality.dtype} {tuple(quality.shape)}"
-        fits = quality is not None and quality.is_floating_point() and quality.shape == sample.shape
-        require(fits, "quality", given, f"the quality head's probabilities, floats {tuple(sample.shape)}, as `sample`")
-        masked = generation_mask & (sample == mask_token_id)  # (B, L)
-        if index == 0 or self._rows is None or self._rows.best.shape != sample.shape:
-            budget = self.num_inference_steps - index
-            self._rows = _Rows.begin(sample, masked, generation_mask, self.config.tokens_per_step, budget)
-        rows = self._rows
-        left = rows.passes_left(generation_mask, len(self.timesteps) - 1 - index)
-        verdict = rows.judge(self.config, sample, quality, generation_mask, masked, left)
-        finished, accepted, remasked, restored, judged = verdict
-
-        n = rows.due(masked, left)
-        u_order, u_token = uniform_at(generation_mask, 2, generator)
-        tokens, probs = sample, torch.zeros(sample.shape, device=sample.device)
-        unmasked = torch.zeros_like(masked)
-        for again in (False, True):  # rows that are filled, and rows that are repaired: two temperatures
-            some = masked & (rows.repairing == again)[:, None]
-            sampling = (self.config.repair_temperature if again else heat, top_p, top_k)
-            penalty = (rows.rejected, rows.penalty) if again else None
-            new, drawn, drawn_probs = reveal(
-                model_output,
-                some,
-                n,
-                self.config.order,
-                *sampling,
-                mask_token_id,
-                u_order,
-                u_token,
-                self.config.quality_threshold if self.config.order == "confidence" else None,
-                penalty,
-            )
-            tokens = tokens.masked_scatter(new, drawn.to(sample.dtype))
-            probs, unmasked = probs.masked_scatter(new, drawn_probs), unmasked | new
-        prev_sample = torch.where(restored, rows.best, tokens).masked_fill(remasked, mask_token_id)
+        wanted = f"the quality head's probabilities, floats {tuple(sample.shape)}, as `sample`"
+        require(quality is not None, "quality", None, wanted)
+        check_quality(quality, sample)
+        rows = self._memory
+        if now.index == 0 or rows is None or rows.best.shape != sample.shape:
+            rows = self._memory = _Rows.begin(now, self.config.tokens_per_step)
+        left = rows.passes_left(now, len(self.timesteps) - 1 - now.index)
+        verdict = rows.judge(self.config, now, quality, left)
+        filled, probs, unmasked = self._fill(now, rows, rows.due(now.masked, left))
+        prev_sample = torch.where(verdict.restored, rows.best, filled).masked_fill(verdict.remasked, now.mask_token_id)
         output = PrismSchedulerOutput(
             prev_sample,
             unmasked,
-            remasked,
-            tokens[unmasked].long(),
+            verdict.remasked,
+            filled[unmasked].long(),
             probs[unmasked],
-            finished,
-            accepted,
-            restored,
-            judged,
+            verdict.finished,
+            verdict.accepted,
+            verdict.restored,
+            verdict.judged,
         )
         return output if return_dict else output.to_tuple()
+
+    def _fill(self, now: Step, rows: _Rows, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps 1 and 6: the sample with n (B,) masks or more filled, probabilities there, and which, (B, L) each."""
+        u_order, u_token = now.uniform(2)
+        threshold = self.config.doubt_threshold if now.order == "confidence" else None
+        filled, probs, unmasked = now.sample, torch.zeros(now.sample.shape, device=now.sample.device), now.nothing
+        for repairing in (False, True):
+            masked = now.masked & (rows.repairing == repairing)[:, None]
+            sampling, penalty = now.sampling, None
+            if repairing:
+                sampling = now.sampling._replace(temperature=self.config.repair_temperature)
+                penalty = (rows.rejected, rows.penalty)
+            new, tokens, their_probs = reveal(
+                now.model_output,
+                masked,
+                n,
+                now.order,
+                sampling,
+                now.mask_token_id,
+                u_order,
+                u_token,
+                threshold,
+                penalty,
+            )
+            filled = filled.masked_scatter(new, tokens.to(filled.dtype))
+            probs, unmasked = probs.masked_scatter(new, their_probs), unmasked | new
+        return filled, probs, unmasked
+
+
+class _Verdict(NamedTuple):
+    """What `_Rows.judge` decides: see `PrismSchedulerOutput`."""
+
+    finished: Tensor
+    accepted: Tensor
+    remasked: Tensor
+    restored: Tensor
+    judged: Tensor
 
 
 @dataclass
@@ -223,31 +243,32 @@ class _Rows:
     delivered: Tensor
 
     @classmethod
-    def begin(cls, sample: Tensor, masked: Tensor, generation_mask: Tensor, tokens_per_step: int, budget: int) -> _Rows:
-        """Rows whose masks (B, L) are to be filled, and then repaired, in `budget` passes, on average if they pool."""
-        masks, blank = masked.sum(-1), torch.zeros(sample.shape, device=sample.device)
+    def begin(cls, now: Step, tokens_per_step: int) -> _Rows:
+        """Rows whose masks are to be filled, and then repaired, in the passes left, on average if the rows pool."""
+        budget = now.num_steps - now.index
+        masks, blank = now.masked.sum(-1), torch.zeros(now.sample.shape, device=now.sample.device)
         steps = _quotient(masks, tokens_per_step).clamp(1, max(1, budget // 2))
         no = torch.zeros_like(masks, dtype=torch.bool)
         return cls(
-            purse=budget * generation_mask.any(-1).sum(),
+            purse=budget * now.generation_mask.any(-1).sum(),
             masks=masks,
             steps=steps,
             done=torch.zeros_like(masks),
             pace=_quotient(masks, steps).clamp(min=1),
             repairing=no,
             finished=no,
-            best=sample,
+            best=now.sample,
             best_quality=blank - 1,
-            rejected=sample.long(),
+            rejected=now.sample.long(),
             penalty=blank,
             repairs=torch.zeros_like(masks),
             promised=blank.sum(-1),
             delivered=blank.sum(-1),
         )
 
-    def passes_left(self, generation_mask: Tensor, most: int) -> Tensor:
-        """How many passes each row at work can take after this one, at most `most`, int64 ()."""
-        rows = (generation_mask.any(-1) & ~self.finished).sum().clamp(min=1)
+    def passes_left(self, now: Step, most: int) -> Tensor:
+        """How many passes each working row can take after this one, at most `most`, int64 ()."""
+        rows = (now.generation_mask.any(-1) & ~self.finished).sum().clamp(min=1)
         self.purse = self.purse - rows
         return (self.purse // rows).clamp(0, most)
 
@@ -259,44 +280,50 @@ class _Rows:
         ends = self.done >= self.steps
         return torch.where(ends | (left == 0), rest, (rest - after).clamp(min=1))
 
-    def judge(
-        self, config, sample: Tensor, quality: Tensor, generation_mask: Tensor, masked: Tensor, left: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Steps 2 to 5 of the algorithm in rows without a mask; the repair is filled in the passes that follow.
-
-        Returns:
-            finished and accepted, bool (B,); remasked and restored, bool (B, L); judged, float32 (B, L).
-        """
-        bar, price = config["quality_threshold"], config["price"]
-        full = generation_mask.any(-1) & ~masked.any(-1) & ~self.finished  # (B,)
-        at = generation_mask & full[:, None]  # (B, L)
+    def judge(self, config, now: Step, quality: Tensor, left: Tensor) -> _Verdict:
+        """Steps 2 to 5 of the algorithm in rows without a mask. A repair is filled in the passes that follow."""
+        bar = config.doubt_threshold
+        working = now.generation_mask.any(-1) & ~self.finished  # (B,)
+        full = working & ~now.masked.any(-1)  # (B,)
+        at = now.generation_mask & full[:, None]  # (B, L)
         q = quality.float().nan_to_num(1.0).clamp(0, 1).masked_fill(~at, 0)
-        brought = (q.sum(-1) - (self.best_quality * at).sum(-1)) * full
-        better = brought > 0
-        self.best = torch.where(better[:, None], sample, self.best)
-        self.best_quality = torch.where(better[:, None], q, self.best_quality)
-        self.delivered = self.delivered + ((brought / self.promised).clamp(0, 1) * (self.repairs > 0)).nan_to_num(0.0)
 
-        doubtful = at & (q < bar)
-        gain, passes = ((bar - q) * doubtful).sum(-1), _quotient(doubtful.sum(-1), self.pace) + 1
-        accepted = full & (gain < price * passes)
+        def gain(tokens: Tensor) -> Tensor:
+            return ((bar - q).clamp(min=0) * tokens).sum(-1)
+
+        def price(tokens: Tensor) -> Tensor:
+            return config.price * (_quotient(tokens.sum(-1), self.pace) + 1)
+
+        self._note_best(now.sample, q, at, full)
+        below = at & (q < bar)
+        accepted = full & (gain(below) < price(below))
         failed = self.repairs - self.delivered
         doubtful = at & (q < 1 - (1 - bar) / (1 + failed)[:, None])
         chosen = lowest(q, doubtful, self.pace * (left - 1).clamp(min=0))
-        gain, passes = ((bar - q).clamp(min=0) * chosen).sum(-1), _quotient(chosen.sum(-1), self.pace) + 1
         kept = (PATIENCE + self.delivered) / (PATIENCE + self.repairs)
-        repair = full & ~accepted & chosen.any(-1) & (kept * gain >= price * passes)
+        repair = full & ~accepted & chosen.any(-1) & (kept * gain(chosen) >= price(chosen))
 
-        ended = full & ~repair
-        judged = torch.where(accepted[:, None], q, self.best_quality)
-        judged = judged.masked_fill(~(at & ended[:, None]), torch.nan)
-        restored = at & (ended & ~accepted)[:, None] & (self.best != sample)
-        ended = ended | (generation_mask.any(-1) & ~self.finished & (left == 0))
-        self.finished = self.finished | ended
+        ended, remasked = full & ~repair, chosen & repair[:, None]
+        judged = torch.where(accepted[:, None], q, self.best_quality).masked_fill(~(at & ended[:, None]), torch.nan)
+        restored = at & (ended & ~accepted)[:, None] & (self.best != now.sample)
+        finished = ended | (working & (left == 0))
+        self.finished = self.finished | finished
+        self._begin_repairs(now.sample, q, repair, remasked, gain(chosen))
+        return _Verdict(finished, accepted, remasked, restored, judged)
 
-        remasked = chosen & repair[:, None]
-        self.masks = torch.where(repair, remasked.sum(-1), self.masks)
-        self.steps = torch.where(repair, passes - 1, self.steps)
+    def _note_best(self, sample: Tensor, q: Tensor, at: Tensor, full: Tensor) -> None:
+        """Step 2: keep the canvas if it is the best so far, and note what share of its promise the repair kept."""
+        brought = (q.sum(-1) - (self.best_quality * at).sum(-1)) * full
+        better = (brought > 0)[:, None]
+        self.best = torch.where(better, sample, self.best)
+        self.best_quality = torch.where(better, q, self.best_quality)
+        self.delivered = self.delivered + ((brought / self.promised).clamp(0, 1) * (self.repairs > 0)).nan_to_num(0.0)
+
+    def _begin_repairs(self, sample: Tensor, q: Tensor, repair: Tensor, remasked: Tensor, gain: Tensor) -> None:
+        """Step 6: the tokens `remasked` (B, L) of the rows `repair` (B,) are to be drawn again."""
+        number = remasked.sum(-1)
+        self.masks = torch.where(repair, number, self.masks)
+        self.steps = torch.where(repair, _quotient(number, self.pace), self.steps)
         self.done = self.done.masked_fill(repair, 0)
         self.repairing = self.repairing | repair
         self.promised = torch.where(repair, gain, self.promised)
@@ -304,7 +331,6 @@ class _Rows:
         self.rejected = torch.where(remasked, sample.long(), self.rejected)
         off = torch.logit(torch.tensor(SURE)).item() - q.clamp(EDGE, 1 - EDGE).logit()
         self.penalty = torch.where(repair[:, None], (off * remasked).clamp(min=0), self.penalty)
-        return ended, accepted, remasked, restored, judged
 
 
 def _quotient(a: Tensor, b: Tensor | int) -> Tensor:

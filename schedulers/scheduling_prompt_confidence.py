@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import SchedulerMixin
+from typing import Annotated
+
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .context import RunContext, token_logprob
-from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
-from .scheduling_prism import PrismSchedulerOutput, check_remasking, remask_and_reveal, remasks_by_quality
-from .validation import SchedulerConfig, check_config, check_run, read_sampling, read_step
+from .functional import Generators
+from .llada2 import resolve_threshold, runs_in_llada2_pipeline
+from .mixin import MDMSchedulerMixin
+from .scheduling_prism import check_remasking, remask_and_reveal, remasks
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits
+from .validation import Flag, Order, Temperature, TokenId, TopK, TopP, integer, number, one_of
 
 
 @runs_in_llada2_pipeline
-class PromptConfidenceScheduler(SchedulerMixin, SchedulerConfig):
+class PromptConfidenceScheduler(MDMSchedulerMixin):
     """`PrismScheduler`'s rule with p(y_i | prompt) as the quality of a visible token y_i.
 
-    p(y_i | prompt) is the model's probability of the token in the first forward pass of the run (of the block, where
-    there are blocks), on the canvas in which all that is generated is masked. What was written since bends around a
-    wrong token and supports it; the prompt does not. So where the prompt determines the answer, this score finds wrong
-    tokens better than the model's present opinion. Where nothing is given it says how common a token is, and no more.
+        q_i = p(y_i | the canvas in which everything that is generated is masked)
 
-    It needs no trained head and no further forward pass: the pipeline keeps the hidden states of the first one.
+    That is the model's probability of the token in the first forward pass of the run, or of the block where there are
+    blocks. What was written since bends around a wrong token and supports it; the prompt does not. So where the prompt
+    determines the answer, this score finds wrong tokens better than the model's present opinion. Where nothing is given
+    it says how common a token is, and no more. It needs no trained head and no further forward pass: the pipeline keeps
+    the hidden states of the first one.
+
+    Example:
+        >>> scheduler = PromptConfidenceScheduler(num_remask=1, mask_token_id=9)
+        >>> scheduler.set_timesteps(2)
+        >>> x, logprob = torch.tensor([[3, 5, 9, 9]]), torch.tensor([[-2.0, -3.0, torch.nan, torch.nan]])
+        >>> context = RunContext.unwatched(x == x, prompt_logprob=logprob)
+        >>> scheduler.step(torch.zeros(1, 4, 10), 0, x, context=context).remasked.tolist()
+        [[False, True, False, False]]
 
     Args:
         all fields: as `PrismScheduler`, so `from_config` turns one into the other.
@@ -31,59 +44,37 @@ class PromptConfidenceScheduler(SchedulerMixin, SchedulerConfig):
     Source: ours; see docs/judging.md.
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    fields_as = "BlockRefinementScheduler"  # diffusers': threshold and block_length mean the same there
-    needs_quality = False
     reads_context = ("prompt",)
+    can_remask = property(remasks)
 
     @register_to_config
     def __init__(
         self,
-        order: str = "random",
-        num_remask: int | None = None,
-        eta: float | None = None,
-        eta_schedule: str = "constant",
-        eta_reference_steps: int | None = None,
-        remask_start: float = 0.0,
-        remask_end: float = 1.0,
-        loop_steps: int = 0,
-        loop_num_remask: int = 0,
-        loop_at: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-        use_threshold: bool = False,
-        threshold: float = 0.9,
-        block_length: int = 32,
-        quality_threshold: float | None = None,
-        max_share: float = 0.25,
-    ):
-        check_config(self.config)
-        check_dropin_config(self.config)
-        check_remasking(self.config)
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-
-    @property
-    def can_remask(self) -> bool:
-        """Would this configuration ever remask a token?"""
-        return remasks_by_quality(self.config) or self.config.loop_steps > 0
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
+        order: Order = "random",
+        num_remask: Annotated[int | None, integer(0)] = None,
+        eta: Annotated[float | None, number(0, 1)] = None,
+        eta_schedule: Annotated[str, one_of("constant", "inverse")] = "constant",
+        eta_reference_steps: Annotated[int | None, integer(1)] = None,
+        remask_start: Annotated[float, number(0, 1)] = 0.0,
+        remask_end: Annotated[float, number(0, 1)] = 1.0,
+        loop_steps: Annotated[int, integer(0)] = 0,
+        loop_num_remask: Annotated[int, integer(0)] = 0,
+        loop_at: Annotated[float, number(0, 1, above=True)] = 1.0,
+        temperature: Temperature = 1.0,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
+        use_threshold: Flag = False,
+        threshold: Annotated[float, number(0)] = 0.9,
+        block_length: Annotated[int, integer(1)] = 32,
+        quality_threshold: Annotated[float | None, number(0, 1, above=True)] = None,
+        max_share: Annotated[float, number(0, 1, above=True)] = 0.25,
     ) -> None:
-        """Begin a run of `num_inference_steps` steps and `loop_steps` more. As `PrismScheduler.set_timesteps`."""
-        check_run(num_inference_steps, block_length)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps + self.config.loop_steps)
+        check_remasking(PromptConfidenceScheduler, self.config)
 
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -95,7 +86,7 @@ class PromptConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         top_p: float | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Remask the visible tokens of the lowest p(token | prompt), fill masks.
@@ -106,16 +97,13 @@ class PromptConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         Raises:
             ValueError: also if tokens are to be remasked by their score and `context` is None.
         """
-        place = read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id)
-        output = remask_and_reveal(
-            self.config,
-            self.num_inference_steps,
-            place,
-            read_sampling(self.config, temperature, top_p, top_k),
-            model_output,
-            sample,
-            lambda visible: token_logprob(context, "prompt_logprob", sample, type(self).__name__).exp(),
-            generator,
-            read_threshold(self.config, threshold),
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
+
+        def score(visible: Tensor) -> Tensor:
+            return token_logprob(context, "prompt_logprob", sample, "PromptConfidenceScheduler").exp()
+
+        threshold = resolve_threshold(self.config, threshold)
+        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
         return output if return_dict else output.to_tuple()

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Annotated, NamedTuple
+
 import torch
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .llada2 import check_dropin_config, read_threshold, runs_in_llada2_pipeline
-from .scheduling_prism import (
-    PrismSchedulerOutput,
-    check_remasking,
-    remask_and_reveal,
-    remasks_by_quality,
-)
-from .token_sampling import probability_at
-from .validation import SchedulerConfig, check_config, check_run, is_int, read_sampling, read_step, require
+from .functional import Generators
+from .llada2 import resolve_threshold, runs_in_llada2_pipeline
+from .mixin import MDMSchedulerMixin
+from .scheduling_prism import check_remasking, remask_and_reveal, remasks
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits
+from .validation import Flag, Order, Temperature, TokenId, TopK, TopP, integer, number, one_of
 
 
 @runs_in_llada2_pipeline
-class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
+class SelfConfidenceScheduler(MDMSchedulerMixin):
     """`PrismScheduler`'s rule with the backbone's own probability of a visible token as its quality.
+
+        q_i = p(y_i | y)
 
     It needs no trained head and so runs on every masked diffusion model. But a backbone is trained to predict masked
     tokens only: its logits at a visible position, where it sees the token, were never trained, and tend to just
-    repeat the token. They are a poor proxy for the exact quality p(token | the others), which would take one forward
-    pass for each token. That gap is what PRISM's head closes.
+    repeat the token. They are a poor proxy for the exact quality p(y_i | the others), which would take one forward pass
+    for each token. That gap is what PRISM's head closes.
 
     In steps that remask, the output head also runs at the visible generated tokens; with a history, in every step.
+
+    Example:
+        >>> scheduler = SelfConfidenceScheduler(num_remask=1, mask_token_id=9)
+        >>> scheduler.set_timesteps(2)
+        >>> logits = torch.tensor([[0.9, 0.1]]).expand(4, 2).log()[None]  # p(0) = 0.9 everywhere
+        >>> scheduler.step(logits, 0, torch.tensor([[0, 1, 9, 9]])).remasked.tolist()
+        [[False, True, False, False]]
 
     Args:
         history: score a token by the mean of its probability over this many forward passes, the present one and those
@@ -40,64 +48,37 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         (arXiv 2602.02927), whose released code averages over all passes, as None does.
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    fields_as = "BlockRefinementScheduler"  # diffusers': threshold and block_length mean the same there
-    needs_quality = False
+    can_remask = property(remasks)
 
     @register_to_config
     def __init__(
         self,
-        order: str = "random",
-        num_remask: int | None = None,
-        eta: float | None = None,
-        eta_schedule: str = "constant",
-        eta_reference_steps: int | None = None,
-        remask_start: float = 0.0,
-        remask_end: float = 1.0,
-        loop_steps: int = 0,
-        loop_num_remask: int = 0,
-        loop_at: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-        history: int | None = 1,
-        use_threshold: bool = False,
-        threshold: float = 0.9,
-        block_length: int = 32,
-        quality_threshold: float | None = None,
-        max_share: float = 0.25,
-    ):
-        check_config(self.config)
-        check_dropin_config(self.config)
-        check_remasking(self.config)
-        require(history is None or is_int(history, 1), "history", history, "None or an integer of at least 1")
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-        self._seen: Tensor | None = None  # the sample of the step before, (B, L)
-        self._past: list[Tensor] = []  # own probabilities in the last steps, (B, L), NaN where they do not count
-        self._total = self._count = 0  # with history None: sum and number of all that count, (B, L)
-
-    @property
-    def can_remask(self) -> bool:
-        """Would this configuration ever remask a token?"""
-        return remasks_by_quality(self.config) or self.config.loop_steps > 0
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
+        order: Order = "random",
+        num_remask: Annotated[int | None, integer(0)] = None,
+        eta: Annotated[float | None, number(0, 1)] = None,
+        eta_schedule: Annotated[str, one_of("constant", "inverse")] = "constant",
+        eta_reference_steps: Annotated[int | None, integer(1)] = None,
+        remask_start: Annotated[float, number(0, 1)] = 0.0,
+        remask_end: Annotated[float, number(0, 1)] = 1.0,
+        loop_steps: Annotated[int, integer(0)] = 0,
+        loop_num_remask: Annotated[int, integer(0)] = 0,
+        loop_at: Annotated[float, number(0, 1, above=True)] = 1.0,
+        temperature: Temperature = 1.0,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
+        history: Annotated[int | None, integer(1)] = 1,
+        use_threshold: Flag = False,
+        threshold: Annotated[float, number(0)] = 0.9,
+        block_length: Annotated[int, integer(1)] = 32,
+        quality_threshold: Annotated[float | None, number(0, 1, above=True)] = None,
+        max_share: Annotated[float, number(0, 1, above=True)] = 0.25,
     ) -> None:
-        """Begin a run of `num_inference_steps` steps and `loop_steps` more. As `PrismScheduler.set_timesteps`."""
-        check_run(num_inference_steps, block_length)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps + self.config.loop_steps)
-        self._seen = None
+        check_remasking(SelfConfidenceScheduler, self.config)
 
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -108,7 +89,7 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         top_p: float | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Remask the visible tokens that the model finds least likely, fill masks, from one forward pass on `sample`.
@@ -116,42 +97,40 @@ class SelfConfidenceScheduler(SchedulerMixin, SchedulerConfig):
         As `PrismScheduler.step`, but `quality` is not read: the score comes from `model_output`, at temperature 1 and
         without the mask token. A visible token at -inf has probability 0 and so goes first.
         """
-        place = read_step(self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id)
-
-        def own_probability(visible: Tensor) -> Tensor:
-            return probability_at(model_output, visible, sample, place[2])
-
-        quality_of = own_probability
-        if self.config.history != 1:  # every step is recorded, not only those that remask
-            visible = place[1] & (sample != place[2])
-            mean = self._mean_with_past(place[0], sample, own_probability(visible).where(visible, torch.nan))
-
-            def quality_of(_: Tensor) -> Tensor:
-                return mean
-
-        output = remask_and_reveal(
-            self.config,
-            self.num_inference_steps,
-            place,
-            read_sampling(self.config, temperature, top_p, top_k),
-            model_output,
-            sample,
-            quality_of,
-            generator,
-            read_threshold(self.config, threshold),
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
+        mean = None if self.config.history == 1 else self._mean_with_past(now)  # which records every step
+
+        def score(visible: Tensor) -> Tensor:
+            return now.own_probability(visible) if mean is None else mean
+
+        threshold = resolve_threshold(self.config, threshold)
+        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
         return output if return_dict else output.to_tuple()
 
-    def _mean_with_past(self, timestep: int, sample: Tensor, now: Tensor) -> Tensor:
-        """Mean of `now` (B, L), NaN at masks, and the passes before it in which the same token stood there."""
-        if timestep == 0 or self._seen is None or self._seen.shape != sample.shape:
-            self._seen, self._past = sample, []
-            self._total, self._count = torch.zeros_like(now), torch.zeros_like(now)
-        same, self._seen = sample == self._seen, sample
+    def _mean_with_past(self, now: Step) -> Tensor:
+        """Mean probability of each visible token over the passes in which it stood there, (B, L); NaN at masks."""
+        p = now.own_probability(now.visible).where(now.visible, torch.nan)
+        nothing = torch.zeros_like(p)
+        past = now.recall(self._memory) or _Past(now.sample, [], nothing, nothing)
+        same = now.sample == past.sample
         if self.config.history is None:  # no list of all passes: T of them would cost T squared
-            self._total = self._total * same + now.nan_to_num(0.0)
-            self._count = self._count * same + ~now.isnan()
-            return self._total / self._count
-        kept = [before.where(same, torch.nan) for before in self._past] + [now]
-        self._past = kept[-self.config.history :]
-        return torch.stack(self._past).nanmean(0)
+            total, count = past.total * same + p.nan_to_num(0.0), past.count * same + ~p.isnan()
+            self._memory = _Past(now.sample, [], total, count)
+            return total / count
+        recent = [*(before.where(same, torch.nan) for before in past.recent), p][-self.config.history :]
+        self._memory = _Past(now.sample, recent, nothing, nothing)
+        return torch.stack(recent).nanmean(0)
+
+
+class _Past(NamedTuple):
+    """Probabilities of the tokens of `sample` (B, L) in the passes in which they stood there, NaN where they did not.
+
+    Either the `recent` ones, (B, L) each, or the sum and the number of all.
+    """
+
+    sample: Tensor
+    recent: list[Tensor]
+    total: Tensor
+    count: Tensor

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import uniform, uniform_at, visible_target
-from .scheduling_prism import PrismSchedulerOutput
-from .token_sampling import draw_at, probability_at, reveal, true_positions
-from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
+from .functional import Generators, uniform, visible_target
+from .mixin import MDMSchedulerMixin
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits
+from .validation import Order, Temperature, TokenId, TopK, TopP, check_fields, integer, number
 
 
-class StridedSweepScheduler(SchedulerMixin, SchedulerConfig):
+class StridedSweepScheduler(MDMSchedulerMixin):
     """Fill the canvas in a share of the steps; in the others mask every s-th token and redraw the improbable ones.
 
-    1. Steps before F = max(1, floor(fill_share * T)): fill on the static schedule, ceil(M (i + 1) / F) tokens.
+    1. Steps before F = max(1, floor(fill_share * T)): fill on the static schedule, ceil(M (i + 1) / F) of M tokens.
     2. The step that ends the filling, and each later one but the last: mask every s-th generated token, from an
-       offset that goes on by one from step to step.
-    3. The next step has p(y_i | the tokens that are not masked) at each of these: below `redraw_threshold` the token
-       is drawn anew from that same forward pass, else it comes back.
+       offset that moves on by one from step to step.
+    3. The next step has the probability of each of these tokens given those that are not masked:
+
+        p(y_i | unmasked) < redraw_threshold    =>    y_i is drawn anew from that same forward pass, else it comes back
 
     A masked diffusion model is trained for just these probabilities, while its logits at a visible token were never
     trained. The price is that a forward pass judges M / s tokens only. The larger s, the nearer p is to the exact
-    conditional p(y_i | all other tokens). With random offsets at the start, the positions at the end of a row take
+    conditional p(y_i | all other tokens). The first offset is random, so that the positions at the end of a row take
     part as often as all others.
+
+    Example:
+        >>> scheduler = StridedSweepScheduler(stride=2, mask_token_id=9)
+        >>> scheduler.set_timesteps(4)  # 2 to fill, then every other token is masked and judged
+        >>> output = scheduler.step(torch.zeros(1, 4, 9), 1, torch.tensor([[1, 1, 1, 1]]))
+        >>> output.remasked.sum().item()
+        2
 
     Args:
         redraw_threshold: redraw a token of probability below this, in [0, 1]; 0 for never.
@@ -36,61 +46,32 @@ class StridedSweepScheduler(SchedulerMixin, SchedulerConfig):
         mask_token_id: None if every `step` is given it.
     Raises:
         ValueError: a field out of its range.
-    Source: ours; see docs/judging.md. Of the family of predictor-correctors for masked diffusion: Gibbs steps
-        on a part of the tokens.
+    Source: ours; see docs/judging.md. It is a predictor-corrector for masked diffusion: Gibbs steps on a part of the
+        tokens.
     """
-
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    needs_quality = False
 
     @register_to_config
     def __init__(
         self,
-        redraw_threshold: float = 0.1,
-        stride: int = 8,
-        fill_share: float = 0.5,
-        order: str = "random",
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-    ):
-        check_config(self.config)
-        bar, share = redraw_threshold, fill_share
-        require(is_number(bar, 0, 1), "redraw_threshold", bar, "a number in [0, 1]")
-        require(is_int(stride, 2), "stride", stride, "an integer of at least 2")
-        require(is_number(share, 0, 1) and share > 0, "fill_share", share, "a number in (0, 1]")
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-        self._held: Tensor | None = None  # tokens that the step before masked, int64 (B, L); -1 elsewhere
-        self._offset: Tensor | None = None  # of the next tokens to be masked, int64 (B,)
+        redraw_threshold: Annotated[float, number(0, 1)] = 0.1,
+        stride: Annotated[int, integer(2)] = 8,
+        fill_share: Annotated[float, number(0, 1, above=True)] = 0.5,
+        order: Order = "random",
+        temperature: Temperature = 1.0,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
+    ) -> None:
+        check_fields(StridedSweepScheduler, self.config)
 
     @property
     def can_remask(self) -> bool:
         """Would this configuration ever remask a token?"""
         return self.config.redraw_threshold > 0 and self.config.fill_share < 1
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
-    ) -> None:
-        """Begin a run of `num_inference_steps` steps. As `PrismScheduler.set_timesteps`."""
-        check_run(num_inference_steps, block_length)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps)
-        self._held = None
-
-    @property
-    def _fill_steps(self) -> int:
-        if not self.can_remask:
-            return self.num_inference_steps
-        return max(1, int(self.config.fill_share * self.num_inference_steps + 1e-6))
-
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -100,51 +81,44 @@ class StridedSweepScheduler(SchedulerMixin, SchedulerConfig):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Fill masks, or give back or redraw what the step before masked; then mask the next tokens.
 
         As `PrismScheduler.step`, but `quality` is not read.
         """
-        index, generation_mask, mask_token_id = read_step(
-            self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
-        sampling = read_sampling(self.config, temperature, top_p, top_k)
-        u_order, u_token = uniform_at(generation_mask, 2, generator)
-        if index == 0 or self._held is None or self._held.shape != sample.shape:
-            self._held = torch.full_like(sample, -1)
-            start = uniform((len(sample), 1), generator, sample.device)[:, 0] * self.config.stride
-            self._offset = start.long()
-        masked = generation_mask & (sample == mask_token_id)  # (B, L)
-        if index < self._fill_steps:
-            total, shown = generation_mask.sum(-1), (generation_mask & ~masked).sum(-1)  # (B,)
-            due = visible_target(index, self._fill_steps, total) - shown
-            order = self.config.order
-            unmasked, tokens, probs = reveal(
-                model_output, masked, due, order, *sampling, mask_token_id, u_order, u_token
-            )
+        u_order, u_token = now.uniform(2)
+        held, offset = now.recall(self._memory) or self._nothing_held(now)
+        fill_steps = max(1, int(self.config.fill_share * now.num_steps + 1e-6)) if self.can_remask else now.num_steps
+        if now.index < fill_steps:
+            due = visible_target(now.index, fill_steps, now.total) - now.shown
+            unmasked, tokens, probs = now.reveal(due, u_order, u_token)
         else:
-            unmasked = masked
-            tokens, probs = self._judged(model_output, masked, sampling, mask_token_id, u_token)
-        prev_sample = sample.masked_scatter(unmasked, tokens.to(sample.dtype))
-
-        remasked = torch.zeros_like(masked)
-        if self.can_remask and self._fill_steps - 1 <= index < self.num_inference_steps - 1:
-            number = generation_mask.cumsum(-1) - 1  # of each generated token in its row
-            remasked = generation_mask & ~masked & ((number - self._offset[:, None]) % self.config.stride == 0)
-            self._held = sample.masked_fill(~remasked, -1)
-            self._offset = (self._offset + 1) % self.config.stride
-        prev_sample = prev_sample.masked_fill(remasked, mask_token_id)
-        output = PrismSchedulerOutput(prev_sample, unmasked, remasked, tokens, probs)
+            unmasked, (tokens, probs) = now.masked, self._judged(now, held, u_token)
+        remasked = now.nothing
+        if self.can_remask and fill_steps - 1 <= now.index and not now.is_last:
+            number_in_row = now.generation_mask.cumsum(-1) - 1
+            remasked = now.visible & ((number_in_row - offset[:, None]) % self.config.stride == 0)
+            held, offset = sample.masked_fill(~remasked, -1), (offset + 1) % self.config.stride
+        self._memory = (held, offset)
+        output = now.output(unmasked, tokens, probs, remasked)
         return output if return_dict else output.to_tuple()
 
-    def _judged(self, model_output, masked, sampling, mask_token_id, u_token) -> tuple[Tensor, Tensor]:
+    def _nothing_held(self, now: Step) -> tuple[Tensor, Tensor]:
+        """What is remembered: tokens that the step before masked, (B, L), -1 elsewhere; the next offset, int64 (B,)."""
+        rows = (len(now.sample), 1)
+        offset = uniform(rows, now.generator, now.sample.device)[:, 0] * self.config.stride
+        return torch.full_like(now.sample, -1), offset.long()
+
+    def _judged(self, now: Step, held: Tensor, u_token: Tensor) -> tuple[Tensor, Tensor]:
         """For each mask the token that stood there, or a new one if that is improbable, and its probability, (N,)."""
-        held = self._held.masked_fill(self._held < 0, 0)
-        at = true_positions(masked, int(masked.sum()))
-        drawn, drawn_probs, _ = draw_at(model_output, masked, at, sampling, mask_token_id, u_token)
-        held_probs = probability_at(model_output, masked, held, mask_token_id)[at]
-        # What somebody else masked is not held: it is drawn.
-        stays = (self._held[at] >= 0) & (held_probs >= self.config.redraw_threshold)
-        return torch.where(stays, held[at], drawn), torch.where(stays, held_probs, drawn_probs)
+        drawn, drawn_probs = now.draw(now.masked, u_token)
+        held_probs = now.own_probability(now.masked, held.clamp(min=0))[now.masked]
+        held = held[now.masked]
+        # A mask that another put there holds no token: one is drawn.
+        stays = (held >= 0) & (held_probs >= self.config.redraw_threshold)
+        return torch.where(stays, held, drawn), torch.where(stays, held_probs, drawn_probs)

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import warnings
+from typing import Annotated, NamedTuple
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import lowest, uniform_at, visible_target
-from .scheduling_prism import PrismSchedulerOutput
-from .token_sampling import reveal
-from .validation import SchedulerConfig, check_config, check_run, is_number, read_sampling, read_step, require
+from .functional import Generators, lowest, visible_target
+from .mixin import MDMSchedulerMixin
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits
+from .validation import Order, Temperature, TokenId, TopK, TopP, check_fields, check_quality, number
 
 
-class TokenCriticScheduler(SchedulerMixin, SchedulerConfig):
+class HalfStep(NamedTuple):
+    """Where a timestep of Token-Critic stands.
+
+    Args:
+        full_step: k, the full step that it belongs to.
+        full_steps: K, the number of full steps.
+        action: "reveal" (the first pass of an even T), "draw" or "judge".
+    """
+
+    full_step: int
+    full_steps: int
+    action: str
+
+
+class TokenCriticScheduler(MDMSchedulerMixin):
     """T forward passes, two for each full step but the last: one draws, one judges.
 
     A drawing half-step fills every mask. A judging half-step, on the full sequence, keeps the tokens that the critic
-    finds best, as many as the static schedule wants, and masks all others, old or new. The critic's score is
-    `quality`, so its forward pass is a timestep like any other and NFE = T.
+    finds best, and masks all others, old or new. The critic's score is `quality`. Of M generated tokens so many are
+    visible after full step k of K:
+
+        M_k = ceil(M (k + 1) / K)
 
     The last full step only draws, for nothing may be masked after it: T = 2 K - 1 passes make K full steps. If T is
-    even, the pass left over comes first, as a step of `MDLMScheduler`, so K = T / 2 + 1. After full step k, of M
-    generated tokens ceil(M (k + 1) / K) are visible.
+    even, the pass left over comes first, as a step of `MDLMScheduler`, so K = T / 2 + 1.
+
+    Example:
+        >>> scheduler = TokenCriticScheduler(mask_token_id=9)
+        >>> scheduler.set_timesteps(3)  # draw, judge, draw
+        >>> full, quality = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[0.9, 0.2, 0.1, 0.8]])
+        >>> scheduler.step(torch.zeros(1, 4, 10), 1, full, quality=quality).prev_sample.tolist()
+        [[4, 9, 9, 7]]
 
     Args:
-        order: which masks that first step of an even T fills; as `MDLMScheduler`, and else not used.
+        order: which masks that first step of an even T fills, as `MDLMScheduler`; not used otherwise.
         noise: noise * (1 - (k + 1) / K) * (u - 1/2) is added to the critic's score, u uniform; at least 0.
         temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
@@ -37,54 +60,37 @@ class TokenCriticScheduler(SchedulerMixin, SchedulerConfig):
         is the quality head, and the schedule is linear, as for the other rules.
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    can_remask = True
-    needs_quality = True
+    _warned = False
 
     @register_to_config
     def __init__(
         self,
-        order: str = "random",
-        noise: float = 0.0,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-    ):
-        check_config(self.config)
-        require(is_number(noise, 0), "noise", noise, "a number of at least 0")
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-        self._warned = False
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
+        order: Order = "random",
+        noise: Annotated[float, number(0)] = 0.0,
+        temperature: Temperature = 1.0,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
     ) -> None:
-        """Begin a run of `num_inference_steps` forward passes. As `PrismScheduler.set_timesteps`."""
-        check_run(num_inference_steps, block_length)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps)
+        check_fields(TokenCriticScheduler, self.config)
 
-    def place_in_schedule(self, timestep: int) -> tuple[int, int, str]:
-        """Where a timestep stands.
+    @property
+    def needs_quality(self) -> bool:
+        """Does `step` want `quality`?"""
+        return True
 
-        Returns:
-            the full step k it belongs to, the number of full steps K, and what it does: "reveal" (the first pass of an
-            even T), "draw" or "judge".
-        """
+    def place_in_schedule(self, timestep: int) -> HalfStep:
+        """Where a timestep stands."""
         left_over = 1 - self.num_inference_steps % 2
         full_steps = (self.num_inference_steps + 1) // 2 + left_over
         if timestep < left_over:
-            return 0, full_steps, "reveal"
+            return HalfStep(0, full_steps, "reveal")
         half = timestep - left_over
-        return left_over + half // 2, full_steps, "judge" if half % 2 else "draw"
+        return HalfStep(left_over + half // 2, full_steps, "judge" if half % 2 else "draw")
 
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -94,47 +100,36 @@ class TokenCriticScheduler(SchedulerMixin, SchedulerConfig):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Draw at all masks, or judge and remask. As `PrismScheduler.step`; judging half-steps alone read `quality`.
 
         With `quality` None a judging half-step masks nothing, and a warning says so once.
         """
-        index, generation_mask, mask_token_id = read_step(
-            self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
-        sampling = read_sampling(self.config, temperature, top_p, top_k)
         if quality is not None:
-            given = f"{quality.dtype} {tuple(quality.shape)}"
-            fits = quality.is_floating_point() and quality.shape == sample.shape
-            require(fits, "quality", given, f"floats of shape {tuple(sample.shape)}, as `sample`")
-        u_order, u_token, u_noise = uniform_at(generation_mask, 3, generator)
-        masked = generation_mask & (sample == mask_token_id)  # (B, L)
-        visible = generation_mask & ~masked  # (B, L)
-        total, shown = generation_mask.sum(-1), visible.sum(-1)  # (B,)
-        full_step, full_steps, action = self.place_in_schedule(index)
-        target = visible_target(full_step, full_steps, total)  # (B,)
-
-        remasked, due = torch.zeros_like(masked), torch.zeros_like(total)
+            check_quality(quality, sample)
+        u_order, u_token, u_noise = now.uniform(3)
+        full_step, full_steps, action = self.place_in_schedule(now.index)
+        target = visible_target(full_step, full_steps, now.total)
+        remasked, due = now.nothing, torch.zeros_like(now.total)
         if action == "judge" and quality is not None:
             spread = self.config.noise * (1 - (full_step + 1) / full_steps)
-            remasked = lowest(quality + spread * (u_noise - 0.5), visible, shown - target)
+            remasked = lowest(quality + spread * (u_noise - 0.5), now.visible, now.shown - target)
         elif action == "judge":
             self._warn()
         else:
-            due = total - shown if action == "draw" else target - shown
-        unmasked, tokens, probs = reveal(
-            model_output, masked, due, self.config.order, *sampling, mask_token_id, u_order, u_token
-        )
-        prev_sample = sample.masked_scatter(unmasked, tokens.to(sample.dtype)).masked_fill(remasked, mask_token_id)
-        output = PrismSchedulerOutput(prev_sample, unmasked, remasked, tokens, probs)
+            due = (now.total if action == "draw" else target) - now.shown
+        output = now.output(*now.reveal(due, u_order, u_token), remasked)
         return output if return_dict else output.to_tuple()
 
     def _warn(self) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "TokenCriticScheduler got quality=None and so masks nothing. Pass the critic's score as `quality`.",
+                "TokenCriticScheduler got quality=None, so nothing is masked. Pass the critic's score as `quality`.",
                 stacklevel=3,
             )

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
+from typing import Annotated
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import lowest, uniform_at, visible_target
-from .scheduling_prism import PrismSchedulerOutput
-from .token_sampling import probability_at, reveal
-from .validation import SchedulerConfig, check_config, check_run, is_int, is_number, read_sampling, read_step, require
+from .functional import Generators, lowest, share_of
+from .mixin import MDMSchedulerMixin
+from .step import PrismSchedulerOutput, Step
+from .token_sampling import Logits
+from .validation import Order, Temperature, TokenId, TopK, TopP, check_fields, integer, number
 
 
-class TokenToMaskScheduler(SchedulerMixin, SchedulerConfig):
-    """Static schedule of T steps; visible tokens of probability below a threshold are remasked.
+class TokenToMaskScheduler(MDMSchedulerMixin):
+    """Static schedule of T steps; visible tokens of low probability are remasked.
 
-    The probability is the model's own of the token that stands there, at temperature 1, as `SelfConfidenceScheduler`
-    reads it. Of the tokens below the threshold the least probable go first: in a step at most a share of the visible
-    ones, from each position at most so many times in a run, and never so many that the schedule could not be met: of M
-    generated tokens ceil(M (i + 1) / T) are visible after step i.
+        p(y_i) < remask_threshold    =>    y_i becomes a mask
+
+    p is the model's own probability of the visible token y_i, at temperature 1, as `SelfConfidenceScheduler` reads it.
+    The least probable go first: in a step at most a share of the visible tokens, from each position at most so many
+    times in a run, and never so many that the schedule could not be met. Of M generated tokens ceil(M (i + 1) / T) are
+    visible after step i.
+
+    Example:
+        >>> scheduler = TokenToMaskScheduler(mask_token_id=9, max_remask_ratio=0.5)
+        >>> scheduler.set_timesteps(2)
+        >>> logits = torch.tensor([[0.9, 0.1]]).expand(4, 2).log()[None]  # p(0) = 0.9 everywhere
+        >>> scheduler.step(logits, 0, torch.tensor([[0, 1, 9, 9]])).remasked.tolist()
+        [[False, True, False, False]]
 
     Args:
-        threshold: remask a token of probability below this, in [0, 1]; 0 for never.
+        remask_threshold: remask a token of probability below this, in [0, 1]; 0 for never.
         max_remask_per_position: how often one position may be remasked in a run; at least 0.
         max_remask_ratio: the largest share of the visible tokens remasked in one step, rounded down, in [0, 1].
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
@@ -36,50 +45,29 @@ class TokenToMaskScheduler(SchedulerMixin, SchedulerConfig):
         token is below the threshold, and may always remask one token; here T is fixed, and the share is a hard limit.
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    needs_quality = False
-
     @register_to_config
     def __init__(
         self,
-        threshold: float = 0.5,
-        max_remask_per_position: int = 5,
-        max_remask_ratio: float = 0.25,
-        order: str = "random",
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        mask_token_id: int | None = None,
-    ):
-        check_config(self.config)
-        often, share = max_remask_per_position, max_remask_ratio
-        require(is_number(threshold, 0, 1), "threshold", threshold, "a number in [0, 1]")
-        require(is_int(often, 0), "max_remask_per_position", often, "an integer of at least 0")
-        require(is_number(share, 0, 1), "max_remask_ratio", share, "a number in [0, 1]")
-        self.num_inference_steps: int | None = None
-        self.timesteps: Tensor | None = None
-        self._times_remasked: Tensor | None = None  # in this run, int64 (B, L)
+        remask_threshold: Annotated[float, number(0, 1)] = 0.5,
+        max_remask_per_position: Annotated[int, integer(0)] = 5,
+        max_remask_ratio: Annotated[float, number(0, 1)] = 0.25,
+        order: Order = "random",
+        temperature: Temperature = 1.0,
+        top_p: TopP = None,
+        top_k: TopK = None,
+        mask_token_id: TokenId = None,
+    ) -> None:
+        check_fields(TokenToMaskScheduler, self.config)
 
     @property
     def can_remask(self) -> bool:
         """Would this configuration ever remask a token?"""
-        return min(self.config.threshold, self.config.max_remask_per_position, self.config.max_remask_ratio) > 0
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
-    ) -> None:
-        """Begin a run of `num_inference_steps` steps. As `PrismScheduler.set_timesteps`."""
-        check_run(num_inference_steps, block_length)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps)
-        self._times_remasked = None
+        config = self.config
+        return min(config.remask_threshold, config.max_remask_per_position, config.max_remask_ratio) > 0
 
     def step(
         self,
-        model_output,
+        model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
         *,
@@ -89,42 +77,23 @@ class TokenToMaskScheduler(SchedulerMixin, SchedulerConfig):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
         """Remask what has become improbable, fill masks. As `PrismScheduler.step`, but `quality` is not read."""
-        index, generation_mask, mask_token_id = read_step(
-            self.config, self.timesteps, model_output, timestep, sample, generation_mask, mask_token_id
+        now = Step.of(
+            self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
-        sampling = read_sampling(self.config, temperature, top_p, top_k)
-        u_order, u_token = uniform_at(generation_mask, 2, generator)
-        masked = generation_mask & (sample == mask_token_id)  # (B, L)
-        visible = generation_mask & ~masked  # (B, L)
-        total, shown = generation_mask.sum(-1), visible.sum(-1)  # (B,)
-        target = visible_target(index, self.num_inference_steps, total)  # (B,)
-
-        if index == 0 or self._times_remasked is None or self._times_remasked.shape != sample.shape:
-            self._times_remasked = torch.zeros_like(sample, dtype=torch.int64)
-        remasked = torch.zeros_like(masked)
-        if self.can_remask and index < self.num_inference_steps - 1:
-            probability = probability_at(model_output, visible, sample, mask_token_id)
-            free = self._times_remasked < self.config.max_remask_per_position
-            suspect = visible & free & (probability < self.config.threshold)
-            share = Fraction(self.config.max_remask_ratio).limit_denominator(10**6)  # as floats, 0.21 of 300 is 62
-            most = shown * share.numerator // share.denominator
-            remasked = lowest(probability, suspect, torch.minimum(most, total - target))
-            self._times_remasked = self._times_remasked + remasked
-
-        unmasked, tokens, probs = reveal(
-            model_output,
-            masked,
-            target - shown + remasked.sum(-1),
-            self.config.order,
-            *sampling,
-            mask_token_id,
-            u_order,
-            u_token,
-        )
-        prev_sample = sample.masked_scatter(unmasked, tokens.to(sample.dtype)).masked_fill(remasked, mask_token_id)
-        output = PrismSchedulerOutput(prev_sample, unmasked, remasked, tokens, probs)
+        u_order, u_token = now.uniform(2)
+        (times_remasked,) = now.recall(self._memory) or (torch.zeros_like(sample, dtype=torch.int64),)
+        remasked = now.nothing
+        if self.can_remask and not now.is_last:
+            p = now.own_probability(now.visible)
+            free = times_remasked < self.config.max_remask_per_position
+            suspect = now.visible & free & (p < self.config.remask_threshold)
+            most = share_of(now.shown, self.config.max_remask_ratio)
+            remasked = lowest(p, suspect, torch.minimum(most, now.total - now.target))
+        self._memory = (times_remasked + remasked,)
+        filled = now.reveal(now.target - now.shown + remasked.sum(-1), u_order, u_token)
+        output = now.output(*filled, remasked)
         return output if return_dict else output.to_tuple()

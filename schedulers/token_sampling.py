@@ -7,16 +7,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .functional import highest, lowest, uniform
+from .functional import Generators, highest, lowest, uniform
 
 # Logits that are worked on at once: 64 MB of float32. More rows go in turn, so memory does not grow with their number.
 CHUNK = 2**24
 # Tokens among which a nucleus is looked for before the whole vocabulary is sorted.
 NUCLEUS = 512
+
+
+class Logits(Protocol):
+    """(B, L, V) logits, or anything that gives the rows (N, V) where it is indexed by a bool (B, L) mask.
+
+    If it has a method `at(row, column)`, that is asked for the logits at these indices instead, some at a time.
+    """
+
+    def __getitem__(self, positions: Tensor, /) -> Tensor:
+        """Logits (N, V) where `positions`, bool (B, L), is true."""
+        ...
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn, see `sample_tokens`."""
+
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
 
 
 def sample_tokens(
@@ -27,7 +47,7 @@ def sample_tokens(
     u: Tensor | None = None,
     *,
     mask_token_id: int | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution, in float32.
 
@@ -54,7 +74,8 @@ def sample_tokens(
         u = uniform(logits.shape[:1], generator, logits.device)
     u = torch.zeros(len(logits), device=logits.device) if u is None else u
     parts = zip(logits.split(chunk_rows(logits.shape[-1])), u.split(chunk_rows(logits.shape[-1])), strict=True)
-    drawn = [_sample(suppress(part, mask_token_id), temperature, top_p, top_k, some, None) for part, some in parts]
+    sampling = Sampling(temperature, top_p, top_k)
+    drawn = [_sample(suppress(part, mask_token_id), sampling, some, None) for part, some in parts]
     tokens, probs, _ = (torch.cat(part) for part in zip(*drawn, strict=True))
     return tokens, probs
 
@@ -74,9 +95,7 @@ def chunk_rows(vocab_size: int) -> int:
 
 def _sample(
     logits: Tensor,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
+    sampling: Sampling,
     u: Tensor,
     order: str | None,
     drawn_from: Tensor | None = None,
@@ -85,6 +104,7 @@ def _sample(
 
     `drawn_from`: other logits (N, V) that the tokens are drawn from; probabilities and scores stay those of `logits`.
     """
+    temperature, top_p, top_k = sampling
     p = probabilities(logits)  # (N, V)
     wanted = logits if drawn_from is None else drawn_from
     if temperature == 0:
@@ -256,11 +276,13 @@ def true_positions(mask: Tensor, count: int) -> tuple[Tensor, ...]:
     return torch.unravel_index(flat, mask.shape)
 
 
-def logit_chunks(model_output, positions: Tensor, index: tuple[Tensor, Tensor], mask_token_id: int) -> Iterator[Tensor]:
+def logit_chunks(
+    model_output: Logits, positions: Tensor, index: tuple[Tensor, ...], mask_token_id: int
+) -> Iterator[Tensor]:
     """Logits (n, V) at some positions, at most `CHUNK` numbers at a time, with the mask token at -inf.
 
     Args:
-        model_output: as `reveal`.
+        model_output: see `Logits`.
         positions: bool of shape (B, L), N of them true.
         index: the same as rows and columns, int64 of shape (N,) each, in row-major order.
         mask_token_id: the mask token.
@@ -279,10 +301,10 @@ def logit_chunks(model_output, positions: Tensor, index: tuple[Tensor, Tensor], 
 
 
 def draw_at(
-    model_output,
+    model_output: Logits,
     positions: Tensor,
     index: tuple[Tensor, Tensor],
-    sampling: tuple[float, float | None, int | None],
+    sampling: Sampling,
     mask_token_id: int,
     u: Tensor,
     order: str | None = None,
@@ -306,13 +328,13 @@ def draw_at(
         if penalty is not None:
             token, amount = (values[index][done : done + len(logits), None] for values in penalty)
             drawn_from = logits.float().scatter_add(-1, token, -amount.float())
-        drawn.append(_sample(logits, *sampling, u[done : done + len(logits)], order, drawn_from))
+        drawn.append(_sample(logits, sampling, u[done : done + len(logits)], order, drawn_from))
         done += len(logits)
     tokens, probs, score = (torch.cat(part) for part in zip(*drawn, strict=True))
     return tokens, probs, score
 
 
-def probability_at(model_output, positions: Tensor, tokens: Tensor, mask_token_id: int) -> Tensor:
+def probability_at(model_output: Logits, positions: Tensor, tokens: Tensor, mask_token_id: int) -> Tensor:
     """The model's own probability, at temperature 1, of the tokens that stand at some positions.
 
     Args:
@@ -331,13 +353,11 @@ def probability_at(model_output, positions: Tensor, tokens: Tensor, mask_token_i
 
 
 def reveal(
-    model_output,
+    model_output: Logits,
     masked: Tensor,
     n: Tensor,
     order: str,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
+    sampling: Sampling,
     mask_token_id: int,
     u_order: Tensor,
     u_token: Tensor,
@@ -350,12 +370,11 @@ def reveal(
     token at every mask and write those of the highest `order_score`, so they need logits at all masks.
 
     Args:
-        model_output: (B, L, V) logits, or anything that gives (N, V) when indexed by a bool (B, L) mask. If it has a
-            method `at(row, column)`, that is asked for the logits at these indices instead, some at a time.
+        model_output: see `Logits`.
         masked: bool of shape (B, L).
         n: int64 of shape (B,); below 1 fills nothing.
         order: one of `ORDERS`.
-        temperature, top_p, top_k, mask_token_id: as `sample_tokens`.
+        sampling, mask_token_id: as `sample_tokens`.
         u_order, u_token: independent uniform numbers, float32 of shape (B, L).
         threshold: with order "confidence", every token of a confidence above it is written too; None for n alone.
         penalty: as `draw_at`.
@@ -363,25 +382,25 @@ def reveal(
         which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these tokens,
         float32 (N,).
     """
+    scored = order not in ("random", "left_to_right")
     if order == "random":
         candidates = lowest(u_order, masked, n)
     elif order == "left_to_right":
         candidates = masked & (masked.cumsum(-1) <= n[:, None])
     else:
         candidates = masked
-    number, written = candidates.sum(), torch.minimum(n, masked.sum(-1)).clamp(min=0).sum()
-    number, written = torch.stack([number, written]).tolist()  # the one time that a step waits for the device
+    written = torch.minimum(n, masked.sum(-1)).clamp(min=0).sum()
+    number, kept_number = torch.stack([candidates.sum(), written]).tolist()  # the one time that a step waits
     index = true_positions(candidates, number)
-    sampling = (temperature, top_p, top_k)
-    if order in ("random", "left_to_right"):
-        return candidates, *draw_at(model_output, candidates, index, sampling, mask_token_id, u_token, penalty=penalty)[
-            :2
-        ]
-    tokens, probs, score = draw_at(model_output, candidates, index, sampling, mask_token_id, u_token, order, penalty)
+    tokens, probs, score = draw_at(
+        model_output, candidates, index, sampling, mask_token_id, u_token, order if scored else None, penalty
+    )
+    if not scored:
+        return candidates, tokens, probs
     score = torch.zeros_like(u_order).masked_scatter(masked, score)
     if threshold is not None:
         n = torch.maximum(n, (masked & (score > threshold)).sum(-1))
-        written = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
+        kept_number = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
     unmasked = highest(score, masked, n)
-    (kept,) = true_positions(unmasked[index], written)  # among the masks, those that are filled
+    (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
     return unmasked, tokens[kept], probs[kept]

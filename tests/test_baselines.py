@@ -18,7 +18,6 @@ from prism_pipelines.schedulers import (
     StridedSweepScheduler,
     TokenCriticScheduler,
     TokenToMaskScheduler,
-    scheduling_remdm,
 )
 
 V, MASK = 4, 3  # tokens 0, 1, 2 and the mask
@@ -78,7 +77,7 @@ def transitions(scheduler, t, monkeypatch):
     coarse = (torch.arange(COARSE) + 0.5) / COARSE
     u_fill, u_token = (u.reshape(-1, 1) for u in torch.meshgrid(fine, coarse, indexing="ij"))
     grid = torch.stack([u_fill, u_token, u_fill])  # a token is either filled or remasked: both may use the same
-    monkeypatch.setattr(scheduling_remdm, "uniform_at", lambda positions, draws, generator: grid)
+    monkeypatch.setattr("prism_pipelines.schedulers.step.uniform_at", lambda positions, draws, generator: grid)
     table = {}
     for now in range(V):
         sample = torch.full((FINE * COARSE, 1), now)
@@ -127,6 +126,16 @@ def test_remdm_without_sigma_is_ancestral_sampling(monkeypatch):
         assert all(table[x][x] == 1.0 for x in range(MASK))
         assert abs(1 - table[MASK][MASK] - 1 / (5 - t)) < 1e-3
     assert not scheduler.can_remask
+
+
+def test_remdm_eta_none_is_the_default():
+    """PRISM's config says None where n is a number, and goes over to ReMDM."""
+    one, two = (
+        run(ReMDMScheduler(eta=eta), logits_of(P, 1, 400), all_masks(1, 400), 6, torch.Generator().manual_seed(0))
+        for eta in (None, 0.04)
+    )
+    assert all(torch.equal(a.prev_sample, b.prev_sample) for (_, a), (_, b) in zip(one, two, strict=True))
+    assert ReMDMScheduler(eta=None).can_remask and sum(int(step.remasked.sum()) for _, step in one) > 0
 
 
 def test_remdm_loop_rises_holds_its_level_and_rises_again(monkeypatch):
@@ -271,7 +280,7 @@ def test_token_critic_without_quality_warns_once_and_masks_nothing():
 @pytest.mark.parametrize("num_steps", [1, 3, 8, 15])
 def test_p2_ranks_all_positions_as_the_reference_does(eta, num_steps):
     table = random_table(num_steps, 4, 9, seed=num_steps)
-    trace = run(P2Scheduler(eta=eta, temperature=0), table, all_masks(4, 9), num_steps)
+    trace = run(P2Scheduler(remask_strength=eta, temperature=0), table, all_masks(4, 9), num_steps)
     rows = all_masks(4, 9).tolist()
     remasked = 0
     for t, ((_, step), logits) in enumerate(zip(trace, table, strict=True)):
@@ -290,10 +299,10 @@ def test_p2_ranks_all_positions_as_the_reference_does(eta, num_steps):
 
 def test_p2_at_eta_zero_is_confidence_order_without_remasking():
     table = random_table(6, 3, 10)
-    one = run(P2Scheduler(eta=0.0, temperature=0), table, all_masks(3, 10), 6)
+    one = run(P2Scheduler(remask_strength=0.0, temperature=0), table, all_masks(3, 10), 6)
     two = run(MDLMScheduler(order="confidence", temperature=0), table, all_masks(3, 10), 6)
     assert all(torch.equal(a.prev_sample, b.prev_sample) for (_, a), (_, b) in zip(one, two, strict=True))
-    assert not P2Scheduler(eta=0.0).can_remask and P2Scheduler().can_remask
+    assert not P2Scheduler(remask_strength=0.0).can_remask and P2Scheduler().can_remask
 
 
 def test_p2_gives_an_old_tokens_place_to_a_surer_new_one():
@@ -331,12 +340,17 @@ def test_token_to_mask_takes_the_least_probable_below_the_threshold_up_to_a_quar
 
     assert remasked() == [1, 3]  # three are below 0.5, a quarter of eight may go
     assert remasked(max_remask_ratio=0.5) == [0, 1, 3]
-    assert remasked(threshold=0.15) == [1]
-    assert remasked(threshold=0.0) == remasked(max_remask_ratio=0.0) == remasked(max_remask_per_position=0) == []
-    assert remasked(max_remask_ratio=1.0, threshold=1.0) == [0, 1, 3, 4]  # more than 16 - 12 could not be refilled
+    assert remasked(remask_threshold=0.15) == [1]
+    assert remasked(remask_threshold=0.0) == remasked(max_remask_ratio=0.0) == remasked(max_remask_per_position=0) == []
+    assert remasked(max_remask_ratio=1.0, remask_threshold=1.0) == [
+        0,
+        1,
+        3,
+        4,
+    ]  # more than 16 - 12 could not be refilled
 
 
-@pytest.mark.parametrize("config", [{}, {"threshold": 0.9, "max_remask_per_position": 2}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"remask_threshold": 0.9, "max_remask_per_position": 2}], ids=str)
 @pytest.mark.parametrize("num_steps", [1, 5, 20, 40])
 def test_token_to_mask_keeps_its_bounds_and_the_schedule(config, num_steps):
     scheduler = TokenToMaskScheduler(**config)
@@ -345,7 +359,7 @@ def test_token_to_mask_keeps_its_bounds_and_the_schedule(config, num_steps):
     for t, (before, step) in enumerate(run(scheduler, table, all_masks(3, 16), num_steps)):
         times += step.remasked
         for b, i in step.remasked.nonzero().tolist():
-            assert probability(table[t], b, i, before[b, i].item()) < scheduler.config.threshold
+            assert probability(table[t], b, i, before[b, i].item()) < scheduler.config.remask_threshold
         assert (step.remasked.sum(-1) * 4 <= (before != MASK).sum(-1)).all()
         assert ((step.prev_sample != MASK).sum(-1) == math.ceil(Fraction(16 * (t + 1), num_steps))).all()
     assert times.max() <= scheduler.config.max_remask_per_position
@@ -356,7 +370,7 @@ def test_token_to_mask_keeps_its_bounds_and_the_schedule(config, num_steps):
 @pytest.mark.parametrize("ratio", ["0.07", "0.21", "0.29", "0.57", "0.58", "0.999", "1.0"])
 def test_token_to_mask_rounds_the_exact_share_down(ratio):
     """In float32, 0.21 of 300 is just below 63."""
-    scheduler = TokenToMaskScheduler(threshold=1.0, max_remask_ratio=float(ratio))
+    scheduler = TokenToMaskScheduler(remask_threshold=1.0, max_remask_ratio=float(ratio))
     scheduler.set_timesteps(3)
     shown = 100 * (torch.arange(10) + 1)
     sample = torch.where(torch.arange(3000) < shown[:, None], 0, MASK)
@@ -365,7 +379,7 @@ def test_token_to_mask_rounds_the_exact_share_down(ratio):
 
 
 def test_token_to_mask_counts_anew_in_a_new_run():
-    scheduler = TokenToMaskScheduler(threshold=1.0, max_remask_per_position=1)
+    scheduler = TokenToMaskScheduler(remask_threshold=1.0, max_remask_per_position=1)
     table = random_table(20, 2, 12)
     one, two = (run(scheduler, table, all_masks(2, 12), 20, torch.Generator().manual_seed(0)) for _ in range(2))
     assert all(torch.equal(a.prev_sample, b.prev_sample) for (_, a), (_, b) in zip(one, two, strict=True))
@@ -437,8 +451,7 @@ def test_history_averages_over_the_passes_since_the_token_was_written(history):
 def test_a_history_of_all_passes_keeps_no_list_of_them():
     scheduler = SelfConfidenceScheduler(history=None)
     run(scheduler, random_table(12, 3, 8), all_masks(3, 8), 12)
-    kept = [value for value in vars(scheduler).values() if isinstance(value, list)]
-    assert not any(kept)
+    assert scheduler._memory.recent == []
 
 
 def test_history_of_one_step_can_overrule_the_present_one():
@@ -533,15 +546,14 @@ def test_lazy_logits_give_the_same_tokens_and_a_judging_half_step_reads_none(arm
     [
         (ReMDMScheduler, "strategy", "best"),
         (ReMDMScheduler, "eta", 1.5),
-        (ReMDMScheduler, "eta", None),
         (ReMDMScheduler, "loop_start", 0),
         (ReMDMScheduler, "loop_end", 0.3),
         (ReMDMScheduler, "loop_end", 1.0),
         (ReMDMScheduler, "loop_alpha", 1),
         (TokenCriticScheduler, "noise", -1),
-        (P2Scheduler, "eta", -0.5),
-        (P2Scheduler, "eta", math.inf),
-        (TokenToMaskScheduler, "threshold", 1.5),
+        (P2Scheduler, "remask_strength", -0.5),
+        (P2Scheduler, "remask_strength", math.inf),
+        (TokenToMaskScheduler, "remask_threshold", 1.5),
         (TokenToMaskScheduler, "max_remask_per_position", 1.5),
         (TokenToMaskScheduler, "max_remask_per_position", -1),
         (TokenToMaskScheduler, "max_remask_ratio", "quarter"),

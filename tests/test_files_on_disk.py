@@ -13,7 +13,7 @@ import torch
 from fixtures.make_fixtures import generated, letters_e
 from safetensors.torch import load_file
 
-from prism_pipelines import PrismPipeline
+from prism_pipelines import PrismPipeline, schedulers
 from prism_pipelines.evaluation import run_comparison
 from prism_pipelines.training.run import main
 
@@ -74,6 +74,24 @@ def test_a_training_run_goes_on_from_its_checkpoint_to_the_same_end(name, tmp_pa
     assert weights
     for file in weights:
         torch.testing.assert_close(load_file(run / file), load_file(result / file), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "schedulers.json").read_text())["cases"], ids=str)
+def test_a_scheduler_saved_with_former_field_names_writes_what_it_wrote(case, tmp_path):
+    """Also one of a user's subclass, `Mine`."""
+    table = json.loads((FIXTURES / "schedulers.json").read_text())
+    logits, quality = torch.tensor(table["logits"]), torch.tensor(table["quality"])
+    name = case["config"]["_class_name"]
+    kind = getattr(schedulers, name) if name != "Mine" else type("Mine", (schedulers.P2Scheduler,), {})
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(case["config"]))
+    scheduler, generator = kind.from_pretrained(tmp_path), torch.Generator().manual_seed(1)
+    scheduler.set_timesteps(len(logits))
+    mask = logits.shape[-1] - 1
+    sample = torch.full(logits.shape[1:3], mask)
+    for t, tokens in enumerate(case["tokens"]):
+        step = scheduler.step(logits[t], t, sample, quality=quality[t], mask_token_id=mask, generator=generator)
+        sample = step.prev_sample
+        assert sample.tolist() == tokens
 
 
 def never(pipe, steps, seed):

@@ -20,7 +20,14 @@ from prism_pipelines.schedulers.functional import (
     unmask_probability,
     visible_target,
 )
-from prism_pipelines.schedulers.token_sampling import order_score, probabilities, probability_at, reveal, sample_tokens
+from prism_pipelines.schedulers.token_sampling import (
+    Sampling,
+    order_score,
+    probabilities,
+    probability_at,
+    reveal,
+    sample_tokens,
+)
 
 INF = math.inf
 
@@ -373,7 +380,7 @@ def test_reveal_fills_the_masks_that_its_order_names(order):
     logits = torch.randn(3, 6, 5, generator=seeded())
     masked = torch.tensor([[True] * 6, [True, False, True, True, False, True], [False] * 6])
     n, u_order, u_token = [3, 2, 4], torch.rand(3, 6, generator=seeded(1)), torch.rand(3, 6, generator=seeded(2))
-    unmasked, tokens, probs = reveal(logits, masked, torch.tensor(n), order, 1.0, None, None, 4, u_order, u_token)
+    unmasked, tokens, probs = reveal(logits, masked, torch.tensor(n), order, Sampling(), 4, u_order, u_token)
     want = []
     for b in range(3):
         candidates = {}

@@ -403,7 +403,7 @@ def test_too_few_steps_for_the_blocks_of_a_prompt_are_told_before_anything_is_wr
 def test_another_rule_takes_over_only_what_means_the_same_there():
     pipe = pipeline(scheduler=PrismScheduler(order="confidence", temperature=0.5, eta=0.1, threshold=0.8))
     pipe.scheduler = change_scheduler(pipe.scheduler, "TokenToMaskScheduler")
-    assert pipe.scheduler.config.threshold == TokenToMaskScheduler().config.threshold
+    assert pipe.scheduler.config.remask_threshold == TokenToMaskScheduler().config.remask_threshold
     assert pipe.scheduler.config.temperature == 0.5
     pipe.scheduler = PrismScheduler(eta=0.1, order="confidence")
     pipe.scheduler = change_scheduler(pipe.scheduler, fields='{"num_remask": 2}')

@@ -7,7 +7,7 @@ import torch
 
 from prism_pipelines.schedulers import JudgeAndRepairScheduler
 from prism_pipelines.schedulers.scheduling_judge_repair import PATIENCE
-from prism_pipelines.schedulers.token_sampling import draw_at, true_positions
+from prism_pipelines.schedulers.token_sampling import Sampling, draw_at, true_positions
 
 V, MASK = 12, 11
 
@@ -81,7 +81,7 @@ def reference(trace, mask, b, budget, bar, pace_wanted, price):
     "budget,bar,pace,price", [(2, 0.9, 4, 0.05), (9, 0.9, 4, 0.05), (40, 0.5, 3, 0.3), (60, 1.0, 1, 2.0)]
 )
 def test_every_row_does_what_the_algorithm_box_says(seed, budget, bar, pace, price):
-    fields = {"quality_threshold": bar, "tokens_per_step": pace, "price": price}
+    fields = {"doubt_threshold": bar, "tokens_per_step": pace, "price": price}
     scheduler = JudgeAndRepairScheduler(order="margin", **fields)  # in which no token is written ahead of the schedule
     trace, mask = run(scheduler, budget, [9, 20, 1, 14], noisy(seed, low=0.3 * (seed % 3)), seed)
     seen = set()
@@ -123,7 +123,7 @@ def test_a_row_that_is_given_up_ends_as_its_best_canvas_and_an_accepted_one_as_i
 
 
 def test_tokens_above_the_bar_are_written_at_once_and_the_schedule_at_least():
-    trace, mask = run(JudgeAndRepairScheduler(quality_threshold=0.3), 40, [20, 14], noisy(0, low=0.2), seed=3)
+    trace, mask = run(JudgeAndRepairScheduler(doubt_threshold=0.3), 40, [20, 14], noisy(0, low=0.2), seed=3)
     ahead = 0
     for sample, _, step in trace[:5]:
         masked = (sample == MASK) & mask
@@ -195,7 +195,7 @@ def test_the_penalty_keeps_from_drawing_the_rejected_token_and_leaves_probabilit
     logits = torch.zeros(1, 4000, V)
     positions = torch.ones(1, 4000, dtype=torch.bool)
     token, amount = torch.full((1, 4000), 3), torch.full((1, 4000), math.log(4))
-    for sampling in [(1.0, None, None), (1.0, None, 11), (1.0, 0.999, None)]:
+    for sampling in [Sampling(), Sampling(top_k=11), Sampling(top_p=0.999)]:
         drawn, probs, _ = draw_at(
             logits,
             positions,
@@ -214,8 +214,8 @@ def test_the_penalty_keeps_from_drawing_the_rejected_token_and_leaves_probabilit
 @pytest.mark.parametrize(
     "name,value",
     [
-        ("quality_threshold", 0),
-        ("quality_threshold", 1.1),
+        ("doubt_threshold", 0),
+        ("doubt_threshold", 1.1),
         ("tokens_per_step", 0),
         ("price", 0),
         ("pool_factor", 0),

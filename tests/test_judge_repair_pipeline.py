@@ -15,7 +15,7 @@ from prism_pipelines import (
 )
 from prism_pipelines.sudoku import HARD_PUZZLE, MASK_ID, sudoku_tokenizer
 
-FEW = {"quality_threshold": 0.5, "tokens_per_step": 8}
+FEW = {"doubt_threshold": 0.5, "tokens_per_step": 8}
 
 
 def pipeline(temperature=1.0, scheduler=None):

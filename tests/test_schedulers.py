@@ -1,5 +1,6 @@
 """The laws of every scheduler, on ragged batches and hostile models, and each rule against plain Python."""
 
+import doctest
 import inspect
 import itertools
 import json
@@ -10,7 +11,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,8 @@ from prism_pipelines.schedulers import (
     TokenToMaskScheduler,
 )
 from prism_pipelines.schedulers.context import RunContext
-from prism_pipelines.schedulers.validation import SchedulerConfig, own_fields
+from prism_pipelines.schedulers.mixin import MDMSchedulerMixin
+from prism_pipelines.schedulers.validation import own_fields
 
 VOCAB, MASK = 5, 3
 # Exact counts and rows of logits are tested here for these. ReMDM's counts are random by design, Token-Critic's
@@ -49,13 +50,13 @@ BASELINES = {
         {"strategy": "loop", "eta": 0.1},
     ],
     TokenCriticScheduler: [{}, {"noise": 2.0}],
-    P2Scheduler: [{}, {"eta": 0.0}, {"eta": 3.0}],
-    TokenToMaskScheduler: [{}, {"threshold": 1.0, "max_remask_ratio": 1.0, "max_remask_per_position": 1}],
+    P2Scheduler: [{}, {"remask_strength": 0.0}, {"remask_strength": 3.0}],
+    TokenToMaskScheduler: [{}, {"remask_threshold": 1.0, "max_remask_ratio": 1.0, "max_remask_per_position": 1}],
     StridedSweepScheduler: [{}, {"redraw_threshold": 1.0, "stride": 2}, {"redraw_threshold": 0.0}, {"fill_share": 0.1}],
     JudgeAndRepairScheduler: [
         {},
-        {"quality_threshold": 0.4, "tokens_per_step": 2},
-        {"quality_threshold": 1.0, "price": 0.001, "tokens_per_step": 1},
+        {"doubt_threshold": 0.4, "tokens_per_step": 2},
+        {"doubt_threshold": 1.0, "price": 0.001, "tokens_per_step": 1},
         {"repair_temperature": 0.0, "price": 3.0},
     ],
 }
@@ -675,6 +676,19 @@ def test_a_config_saved_with_the_old_name_of_the_bar_means_the_same():
     assert own_fields(none) == own_fields(PrismScheduler(num_remask=3))
 
 
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example_of_a_scheduler_gives_what_its_docstring_says(kind):
+    names = {**vars(schedulers), "torch": torch, "RunContext": RunContext}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(kind), names, kind.__name__, None, 0)
+    assert 3 <= len(example.examples) <= 5
+    said = []
+    failed, _ = doctest.DocTestRunner().run(example, out=said.append)
+    assert not failed, "".join(said)
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 WRONG_SAMPLING = [
@@ -869,68 +883,57 @@ def test_what_another_class_had_is_kept_in_silence_and_is_no_field(monkeypatch):
     assert "num_remsk" in said[0]
 
 
-@pytest.mark.parametrize("source", ["fresh", "loaded"])
-@pytest.mark.parametrize("kind", [ReMDMScheduler, P2Scheduler, TokenToMaskScheduler, TokenCriticScheduler])
-def test_another_rule_takes_from_a_config_only_what_means_the_same(kind, source, tmp_path):
-    scheduler = PrismScheduler(eta=0.3, threshold=0.7, use_threshold=True, order="confidence", top_p=0.8)
-    if source == "loaded":
-        scheduler.save_pretrained(tmp_path)
-        scheduler = PrismScheduler.from_pretrained(tmp_path)
-    made, plain = kind.from_config(scheduler.config), kind()
-    for name, value in plain.config.items():
-        if not name.startswith("_"):
-            kept = {"order": "confidence", "top_p": 0.8}
-            assert made.config[name] == kept.get(name, value), name
-    back = PrismScheduler.from_config(made.config)
-    assert back.config.eta is None and back.config.threshold == 0.9 and back.config.top_p == 0.8
-    made.save_pretrained(tmp_path / "made")
-    assert json.loads((tmp_path / "made" / "scheduler_config.json").read_text())["_class_name"] == kind.__name__
+SETTINGS = [(kind, fields) for kind in KINDS for fields in BASELINES.get(kind, [{}, {"order": "margin", "top_p": 0.8}])]
+SETTINGS += [(kind, fields) for kind in REMASKERS for fields in REMASKING + BY_THRESHOLD]
 
 
-def test_a_subclass_takes_all_fields_and_a_foreign_threshold_is_not_one_of_ours():
-    from diffusers import BlockRefinementScheduler
+@pytest.mark.parametrize("between", KINDS)
+def test_from_a_to_b_to_a_gives_the_config_of_a_back_in_silence(between, monkeypatch, tmp_path):
+    """For all pairs of rules: a field has one meaning, so b takes those that it has and keeps the others."""
+    said = []
+    monkeypatch.setattr("diffusers.configuration_utils.logger.warning", said.append)
+    for number, (kind, fields) in enumerate(SETTINGS):
+        there = between.from_config(kind(**fields).config)
+        if number % 10 == 0:  # also over the disk
+            there.save_pretrained(tmp_path)
+            assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == between.__name__
+            there = between.from_pretrained(tmp_path)
+        back = kind.from_config(there.config)
+        assert own_fields(back) == own_fields(kind(**fields)), (kind, fields)
+    assert not said
 
-    class Mine(PrismScheduler):
-        pass
 
-    made = Mine.from_config(PrismScheduler(num_remask=5, threshold=0.7).config)
-    assert made.config.num_remask == 5 and PrismScheduler.from_config(made.config).config.num_remask == 5
-    theirs = dict(BlockRefinementScheduler(threshold=0.8).config) | {"_class_name": "BlockRefinementScheduler"}
-    assert TokenToMaskScheduler.from_config(theirs).config.threshold == 0.5
-    assert PrismScheduler.from_config(theirs).config.threshold == 0.8
-
-
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in COUNTED])
-@pytest.mark.parametrize("taker", KINDS)
-def test_from_a_users_subclass_goes_over_what_goes_over_from_its_rule(kind, taker, tmp_path):
-    changed = {"eta": 0.7, "threshold": 0.3, "noise": 0.5, "temperature": 0.5, "order": "margin"}
-    changed = {name: value for name, value in changed.items() if takes(kind, name)}
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_subclass_of_a_users_takes_and_gives_what_its_rule_does(kind, tmp_path):
     subclass = type("Mine", (kind,), {})
-    want = own_fields(taker.from_config(kind(**changed).config))
-    assert want["temperature"] == 0.5 and (
-        taker is kind
-        or want
-        == own_fields(taker(**{n: changed[n] for n in ("temperature", "order") if n in changed and takes(taker, n)}))
-    )
-    made = subclass(**changed)
+    made = subclass(temperature=0.5)
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert saved["_class_name"] == "Mine"
-    old = {name: value for name, value in kind(**changed).config.items() if name != "_fields_as"}
-    for config in (made.config, saved, saved | {"_class_name": "NotHere"}, old):
-        assert own_fields(taker.from_config(config)) == want
-    assert own_fields(subclass.from_config(kind(**changed).config)) == own_fields(made)
+    for config in (made.config, saved, saved | {"_class_name": "NotHere"}):
+        assert own_fields(kind.from_config(config)) == own_fields(subclass.from_config(config)) == own_fields(made)
 
 
-def test_a_rule_that_is_in_no_list_keeps_its_own_fields():
-    class New(SchedulerMixin, SchedulerConfig):
+def test_a_threshold_of_diffusers_is_that_of_prism_and_of_no_other_rule():
+    from diffusers import BlockRefinementScheduler
+
+    theirs = dict(BlockRefinementScheduler(threshold=0.8).config) | {"_class_name": "BlockRefinementScheduler"}
+    assert own_fields(TokenToMaskScheduler.from_config(theirs)) == own_fields(TokenToMaskScheduler())
+    assert PrismScheduler.from_config(theirs).config.threshold == 0.8
+
+
+def test_a_new_rule_is_known_to_the_others_by_being_written(monkeypatch):
+    class New(MDMSchedulerMixin):
         @register_to_config
-        def __init__(self, eta: float = 3.0, temperature: float = 1.0):
+        def __init__(self, strength: float = 3.0, temperature: float = 1.0):
             pass
 
-    for kind in (PrismScheduler, P2Scheduler):
-        assert own_fields(kind.from_config(New(temperature=0.5).config)) == own_fields(kind(temperature=0.5))
-        assert own_fields(New.from_config(kind(eta=0.5, temperature=0.5).config)) == own_fields(New(temperature=0.5))
+    said = []
+    monkeypatch.setattr("diffusers.configuration_utils.logger.warning", said.append)
+    for kind in KINDS:
+        there = kind.from_config(New(strength=0.5, temperature=0.25).config)
+        assert there.config.temperature == 0.25 and New.from_config(there.config).config.strength == 0.5
+    assert not said and New in PrismScheduler().compatibles
 
 
 AMOUNTS = [{"eta": 0.1}, {"num_remask": 0}, {"num_remask": 2}, {"quality_threshold": 0.5}]

@@ -16,6 +16,7 @@ from prism_pipelines.models.denoiser import UNMASKED, LazyLogits, OutputHeadHook
 from prism_pipelines.schedulers import token_sampling
 from prism_pipelines.schedulers.functional import ORDERS
 from prism_pipelines.schedulers.token_sampling import (
+    Sampling,
     first_largest,
     probabilities,
     reveal,
@@ -102,12 +103,12 @@ def test_draws_from_a_large_vocabulary_follow_their_probabilities_to_the_tail():
 def test_chunks_change_nothing(monkeypatch, order, settings):
     logits = torch.randn(3, 9, 30, generator=seeded())
     masked = torch.rand(3, 9, generator=seeded(1)) < 0.7
-    sampling = (settings.get("temperature", 1.0), settings.get("top_p"), settings.get("top_k"))
+    sampling = Sampling(**settings)
     u = torch.rand(2, 3, 9, generator=seeded(2))
     found = []
     for chunk in (1, 30, 70, 10**9):  # one row at a time, one, two, all
         monkeypatch.setattr(token_sampling, "CHUNK", chunk)
-        found.append(reveal(logits, masked, torch.tensor([2, 3, 9]), order, *sampling, 29, *u))
+        found.append(reveal(logits, masked, torch.tensor([2, 3, 9]), order, sampling, 29, *u))
     for other in found[:-1]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[-1], strict=True))
 
@@ -117,7 +118,7 @@ def test_temperature_0_writes_the_likeliest_tokens_at_the_surest_masks():
     masked = torch.rand(4, 8, generator=seeded(1)) < 0.8
     n, mask_id = torch.tensor([1, 2, 3, 20]), 7
     u = torch.rand(2, 4, 8, generator=seeded(2))
-    unmasked, tokens, _ = reveal(logits, masked, n, "confidence", 0.0, None, None, mask_id, *u)
+    unmasked, tokens, _ = reveal(logits, masked, n, "confidence", Sampling(0.0), mask_id, *u)
     want = []
     for b in range(4):
         rows = {}

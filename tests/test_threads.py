@@ -102,7 +102,7 @@ def remembering():
     [
         ReMDMScheduler(strategy="conf"),
         SelfConfidenceScheduler(num_remask=1, history=3),
-        TokenToMaskScheduler(threshold=0.9),
+        TokenToMaskScheduler(remask_threshold=0.9),
         remembering(),
     ],
     ids=lambda scheduler: type(scheduler).__name__,

@@ -27,7 +27,7 @@ from prism_pipelines.evaluation.text import words
 VALIDATION = ("henry_v",)  # settings are chosen on it; the other held-out works are the test
 LENGTH, STEPS = 256, 32  # tokens of a sample; forwards at which settings are chosen
 CHOOSE_SEED, SHOW_SEED = 40_000, 0
-ETAS = [0.01, 0.03, 0.1, 0.3]
+ETAS, BARS = [0.01, 0.03, 0.1, 0.3], [0.02, 0.05, 0.1, 0.2]
 RANDOM = {"order": "random"}
 # The paper's window for text. Early on the quality of a token is little more than how frequent it is.
 SECOND_HALF = {"remask_start": 0.5}
@@ -37,8 +37,8 @@ RULES = [  # a list is a knob
     {"name": "ReMDM-conf", "scheduler": "ReMDMScheduler", "strategy": "conf"},
     {"name": "ReMDM-loop", "scheduler": "ReMDMScheduler", "strategy": "loop", "eta": ETAS},
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", **RANDOM, **SECOND_HALF, "eta": ETAS},
-    {"name": "P2", "scheduler": "P2Scheduler", "eta": [0.25, 0.5, 1.0, 2.0]},
-    {"name": "token-to-mask", "scheduler": "TokenToMaskScheduler", **RANDOM, "threshold": [0.02, 0.05, 0.1, 0.2]},
+    {"name": "P2", "scheduler": "P2Scheduler", "remask_strength": [0.25, 0.5, 1.0, 2.0]},
+    {"name": "token-to-mask", "scheduler": "TokenToMaskScheduler", **RANDOM, "remask_threshold": BARS},
     {"name": "PRISM", "scheduler": "PrismScheduler", **RANDOM, **SECOND_HALF, "eta": ETAS},
 ]
 SHOWN = ("MDLM", "ReMDM-cap", "self-confidence", "PRISM")  # arms of the card

@@ -14,7 +14,7 @@ CONFIRM_SEED = 700_000  # data that the choice is confirmed on begin this far fr
 FIELDS = {
     "JudgeAndRepairScheduler": {
         "tokens_per_step": [2, 3, 4, 6, 8],
-        "quality_threshold": [0.8, 0.9, 0.95, 0.98],
+        "doubt_threshold": [0.8, 0.9, 0.95, 0.98],
         "price": [0.02, 0.05, 0.1, 0.2],
         "repair_temperature": [0.5, 1.0],
     },
