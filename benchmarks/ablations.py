@@ -27,6 +27,7 @@ import torch
 from benchmarks.shared import ROOT, fingerprint, origin
 from benchmarks.text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 from prism_pipelines import bundled
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
 from prism_pipelines.evaluation import fingerprint as weights_of
 from prism_pipelines.models.precision import bfloat16_is_emulated
@@ -35,13 +36,13 @@ TABLE = ROOT / "docs" / "figures" / "ablations.json"
 # name: flags that differ from the recipe
 TRAINING = {
     "recipe (k 16, lambda 1, block)": [],
-    "k 1": ["--num_revealed", "1"],
-    "k 4": ["--num_revealed", "4"],
-    "lambda 0": ["--lambda_mdm", "0"],
-    "lambda 5": ["--lambda_mdm", "5"],
+    "k 1": ["--num-revealed", "1"],
+    "k 4": ["--num-revealed", "4"],
+    "lambda 0": ["--lambda-mdm", "0"],
+    "lambda 5": ["--lambda-mdm", "5"],
     "linear head": ["--head", "linear"],
     "mlp head": ["--head", "mlp"],
-    "head alone": ["--full", "false", "--freeze_backbone", "true", "--optimizer", "adamw"],
+    "head alone": ["--full", "false", "--freeze-backbone", "true", "--optimizer", "adamw"],
 }
 CALIBRATED_ON = 256  # stretches of held-out text
 # name: fields that differ from the shipped arm; of a window both ends, whatever the shipped one is
@@ -70,10 +71,10 @@ def fine_tune(base: Path, data: Path, folder: Path, flags: list[str], steps: int
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
     words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     words += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), "-m", "prism_pipelines.training"]
-    words += ["--args_file", str(ROOT / "examples/text/prism.args"), "--resume_from_checkpoint", "latest"]
-    words += ["--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")]
-    words += ["--base_model", str(base), "--output_dir", str(folder), "--max_steps", str(steps)]
-    words += ["--eval_strategy", "steps", "--eval_steps", str(steps), *flags]
+    words += ["--args-file", str(ROOT / "examples/text/prism.args"), "--resume-from-checkpoint", "latest"]
+    words += ["--dataset", str(data / "train.jsonl"), "--eval-dataset", str(data / "heldout.jsonl")]
+    words += ["--base-model", str(base), "--output-dir", str(folder), "--max-steps", str(steps)]
+    words += ["--eval-strategy", "steps", "--eval-steps", str(steps), *flags]
     words += ["--bf16", "false"] if not torch.cuda.is_available() and bfloat16_is_emulated() else []
     print(" ".join(flags), file=sys.stderr)
     done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
@@ -109,7 +110,7 @@ def compare(pipe, task, arms, args, forwards, mark, models=None) -> dict:
 
 def main(argv=None) -> int:
     """Train and measure what is missing, then write the table. Returns exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="run folder of the pretrained model; needed for the fine-tunes")
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "text-data", help="folder of prepare.py")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where the fine-tunes go")
@@ -143,7 +144,7 @@ def main(argv=None) -> int:
         sequences = torch.tensor(ids[: CALIBRATED_ON * LENGTH]).view(-1, LENGTH)
         models, heads, arms = {}, {}, []
         for name in args.variants:
-            flags = [*TRAINING[name], "--per_device_train_batch_size", str(args.batch)]
+            flags = [*TRAINING[name], "--per-device-train-batch-size", str(args.batch)]
             folder = run_folder(args.runs, name, flags, args.base, args.data, args.steps)
             fine_tune(args.base, args.data, folder, flags, args.steps)
             tuned = load(folder, args.dtype, args.device)

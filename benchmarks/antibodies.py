@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.shared import origin
 from prism_pipelines import MDLMScheduler, PrismPipeline
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.generation.sequences import read_fasta
 
 # Anchors of a heavy chain: C22 and W36 around CDR-H1, W36 and the R/K of FR3 around H2, C92 and W103-G-x-G around H3.
@@ -146,7 +147,7 @@ def write_fasta(path: Path, sequences: list[str], name: str) -> None:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["verify", "sample"])
     parser.add_argument("model", help="folder that `prism convert` wrote")
     parser.add_argument("place", help="verify: FASTA file; sample: folder to write")

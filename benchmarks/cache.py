@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.shared import origin
 from prism_pipelines import FAMILIES, MDLMScheduler, MDMSpec, PrismPipeline
+from prism_pipelines.cli.arguments import Parser
 
 SEED = 0
 
@@ -144,7 +145,7 @@ def measure(pipe, name: str, shape: Shape, batch: int, repeats: int, cuda: bool)
 
 def main(argv=None) -> int:
     """Measure, print the table, and the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["vocabulary", "body"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=2)

@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.shared import ROOT, origin
 from prism_pipelines import PrismPipeline
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import fingerprint, run_comparison, tune_arms, unigram_entropy
 
 SPAN, LONGEST, CHOOSE_STEPS, CHOOSE_SEED = 0.3, 128, 32, 40_000
@@ -95,7 +96,7 @@ def last_step(run: Path) -> int | None:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="saved pipeline of examples/code/train.sh")
     parser.add_argument("--base", type=Path, default=None, help="the run that it started from, to name its steps")
     parser.add_argument("--data", type=Path, default=Path("runs/code-data"), help="folder of examples/code/prepare.py")

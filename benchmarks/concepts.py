@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 
 from benchmarks.shared import ROOT
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.figure_style import ARMS, GREY, INK, new_figure, save_figure, styled
 
 FIGURES = ROOT / "docs" / "figures"
@@ -173,7 +174,7 @@ def repair_picture(run: dict, path) -> None:
 
 def main() -> None:
     """Draw the three pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="make the run of the third picture again")
     path = FIGURES / "concepts_repair.json"
     if parser.parse_args().run:

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.shared import origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import detection_measures, detection_table
 from prism_pipelines.evaluation.detection import FREE_SCORES, NAMES, JudgedRow
 from prism_pipelines.sampling.canvas import Canvas
@@ -159,7 +160,7 @@ def docs_tables(result: dict) -> str:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="60 puzzles of each kind, 12 texts")
     parser.add_argument("--tasks", nargs="+", choices=["sudoku", "text"], default=["sudoku", "text"])
     parser.add_argument("--model", help="Hub id or folder of another model, in place of the bundled text model")

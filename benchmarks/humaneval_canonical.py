@@ -12,19 +12,19 @@ input.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.code.sandbox import Limits, SandboxUnavailable, run_tests
 from prism_pipelines.evaluation.code.tasks import load_problems
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="HumanEval or MBPP problems: .jsonl, .jsonl.gz, .json or .parquet")
     parser.add_argument("--workers", type=int, default=1, help="programs at a time (default 1)")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="wall time of each (default %(default)s)")

@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.shared import ROOT, fingerprint, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, schedulers, sudoku
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import risk_coverage, row_generators, wilson_interval
 
 PAGE, MARKS = ROOT / "docs" / "judging.md", ("<!-- judging.json -->\n", "<!-- end of judging.json -->\n")
@@ -244,7 +245,7 @@ def write_page(table: dict) -> None:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="30 puzzles a kind, fixed rules in 17 forwards: minutes")
     parser.add_argument("--num-puzzles", type=int, default=300, help="of each kind (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="NAME")

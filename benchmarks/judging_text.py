@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.shared import ROOT, origin
 from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import fingerprint, folder_contents, run_comparison, task_of_folder
 
 LENGTH, FORWARDS = 256, (16, 32, 64)
@@ -39,7 +40,7 @@ ARMS = [
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 texts of one seed at 16 forwards: minutes")
     parser.add_argument("--quality-head", required=True, help="folder of the distilled head")
     parser.add_argument("--num-samples", type=int, default=64, help="texts a cell (default: %(default)s)")

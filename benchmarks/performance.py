@@ -11,6 +11,7 @@ import re
 import sys
 
 from benchmarks.shared import ROOT
+from prism_pipelines.cli.arguments import Parser
 
 PAGE = ROOT / "docs" / "performance.md"
 COLUMNS = {
@@ -61,7 +62,7 @@ def page(text: str) -> str:
 
 def main(argv=None) -> int:
     """Write or check the page. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args(argv)
     text = PAGE.read_text()

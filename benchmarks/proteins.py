@@ -28,6 +28,7 @@ import torch
 from benchmarks.antibodies import heavy_chains, regions
 from benchmarks.shared import fingerprint, origin
 from prism_pipelines import PrismPipeline, schedulers
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import bootstrap_interval, distinct_n
 from prism_pipelines.evaluation.figure_style import GREY, new_figure, save_figure, styled
 from prism_pipelines.evaluation.statistics import tabulate
@@ -291,7 +292,7 @@ def draw(result: dict, path) -> None:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder that `prism convert` wrote")
     parser.add_argument("test", nargs="+", help="FASTA of heavy chains")
     parser.add_argument("--quick", action="store_true", help="few sequences and settings, in minutes")

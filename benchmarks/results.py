@@ -22,6 +22,7 @@ from benchmarks.text_results import (
     text_section,
     value,
 )
+from prism_pipelines.cli.arguments import Parser
 
 TEXT = ("text", "text_64", "text_128", "text_256")  # tables of other numbers of forwards; the later may lack arms
 RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -200,7 +201,7 @@ def code_section(table: dict) -> str:
         f"`{table['commit']}`, {table['device']}, torch {table['versions']['torch']}): an experiment, not shipped. A "
         f"small model of short functions of the standard library (at most {settings['longest']} tokens), "
         f"{settings['steps']['pretraining']} steps of pretraining and {settings['steps']['prism']} of PRISM (by "
-        f"`--max_steps`; the `.args` files say more); temperature 1, random order; each knob the best of four by what "
+        f"`--max-steps`; the `.args` files say more); temperature 1, random order; each knob the best of four by what "
         f"parses, on other functions: {knobs}. Entropy of held-out functions: {table['held_out_entropy']:.2f} nats. "
         "95 % intervals: Wilson's for what parses, else bootstrap over functions.",
         "",
@@ -233,7 +234,7 @@ def ratio(pair: dict) -> str:
 
 def main() -> int:
     """Write or check the page. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file in place of writing it")
     args = parser.parse_args()
     folder, tables = ROOT / "docs" / "figures", {}

@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.shared import origin
 from prism_pipelines import FAMILIES, MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines.cli.arguments import Parser
 
 MASK = 126336  # LLaDA's mask token; the model has random weights
 SEED = 0
@@ -323,12 +324,12 @@ def build(shape: Shape, device: str) -> tuple[LlamaForCausalLM, QualityHead]:
 
 def main(argv=None) -> int:
     """Time every arm and print the table, or profile one arm."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=None, help="this batch alone")
     parser.add_argument("--generated", type=int, default=None, help="this length alone")
-    parser.add_argument("--tokens_per_step", type=int, default=None, help="written by each forward")
+    parser.add_argument("--tokens-per-step", type=int, default=None, help="written by each forward")
     parser.add_argument("--arms", default="", help="arms whose name holds this, beside the bare forwards")
     parser.add_argument("--turns", type=int, default=3, help="of each arm but LLaDA2Pipeline")
     parser.add_argument("--threads", type=int, default=1)

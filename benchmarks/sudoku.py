@@ -31,6 +31,7 @@ import torch
 
 from benchmarks.shared import ROOT, disagreements, fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import (
     evaluate_sudoku,
     head_calibration,
@@ -187,7 +188,7 @@ def draw_calibration(result: dict, path: Path) -> None:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part, in minutes, checked against the committed table")
     parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every cell (default: %(default)s)")

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.shared import origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import pipeline_solver
 from prism_pipelines.schedulers.validation import loop_steps
 
@@ -40,7 +41,7 @@ def seconds(runs: dict, repeats: int) -> dict[str, list[float]]:
 
 def main(argv=None) -> int:
     """Time every scheduler beside the bare forwards and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="saved pipeline folder (default: the bundled one)")
     parser.add_argument("--puzzles", type=int, default=64)
     parser.add_argument("--steps", type=int, default=52)

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.shared import ROOT, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
 
 ARMS = {"mdm": "MDM, no remasking", "full": "full", "lora": "LoRA", "frozen": "frozen backbone"}
@@ -92,7 +93,7 @@ def table(cells: list[dict], puzzles: int) -> list[dict]:
 
 def main(argv=None) -> int:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="saved pipeline of the pretrained MDM")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of sudoku-heads-full, -lora, -frozen")
     parser.add_argument("--puzzles", type=int, default=500)

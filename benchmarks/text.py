@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.shared import ROOT, disagreements, fingerprint, origin
 from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import fingerprint as weights_of
 from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms
 from prism_pipelines.evaluation.plots import measures_figure
@@ -138,7 +139,7 @@ def draw(result: dict, path: Path) -> None:
 
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part, in minutes, checked against the committed table")
     parser.add_argument("--model", type=Path, default=None, help="saved pipeline folder (default: the bundled one)")
     parser.add_argument(

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.shared import ROOT, fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, bundled
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import bootstrap_interval
 
 LENGTH, LOWEST, MASKED, STEPS = 256, 8, 0.4, 32
@@ -87,7 +88,7 @@ def texts_of(pipe, count: int) -> dict[str, torch.Tensor]:
 
 def main() -> int:
     """Score all texts and write the table. Returns exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-texts", type=int, default=16, help="of each kind (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "figures" / "text_ranking.json")

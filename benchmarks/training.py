@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.shared import origin
 from prism_pipelines import MDMSpec, QualityHead
+from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.models.denoiser import MaskedDenoiser
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 
@@ -175,7 +176,7 @@ def measure(sizes: dict, batch: int, length: int, repeats: int, device: str) -> 
 
 def main(argv=None) -> int:
     """Measure, print the table and whether the goals hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller, one repeat")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.training import PeakMemory, llama, prism, step
+from prism_pipelines.cli.arguments import Parser
 
 # config.json of the checkpoints; LLaDA under the names of its native class (docs/models.md).
 MODELS = {
@@ -112,7 +113,7 @@ def check(rank: int | None, checkpointing: bool) -> dict[str, float]:
 
 def main(argv=None) -> int:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="count a random model instead")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=4096)
@@ -135,7 +136,7 @@ def main(argv=None) -> int:
                     m,
                     batch=args.batch,
                     length=args.length,
-                    drawn=512,  # --reveal_order confidence --reveal_window 512
+                    drawn=512,  # --reveal-order confidence --reveal-window 512
                     width=2,
                     rank=rank,
                     checkpointing=True,

@@ -11,9 +11,9 @@ if ! "$BIN/python" -c "import torch; raise SystemExit(not torch.cuda.is_availabl
   more+=(--dtype float32)  # not every CPU is fast in bfloat16
 fi
 run() {
-  "$BIN/python" -m prism_pipelines.training --resume_from_checkpoint latest --disable_tqdm true "$@" "${more[@]}"
+  "$BIN/python" -m prism_pipelines.training --resume-from-checkpoint latest --disable-tqdm true "$@" "${more[@]}"
 }
-run --args_file examples/sudoku/rollouts.args --base_model $B/sudoku --head_from $B/sudoku --output_dir "$RUNS/sudoku-head"
-run --args_file examples/text/distill.args --base_model $B/text --head_from $B/text --output_dir "$RUNS/text-head"
+run --args-file examples/sudoku/rollouts.args --base-model $B/sudoku --head-from $B/sudoku --output-dir "$RUNS/sudoku-head"
+run --args-file examples/text/distill.args --base-model $B/text --head-from $B/text --output-dir "$RUNS/text-head"
 "$BIN/python" examples/ship_head.py "$RUNS/sudoku-head" sudoku
 "$BIN/python" examples/ship_head.py "$RUNS/text-head" text

@@ -2,8 +2,8 @@
 
     python examples/language_models.py llada --prompt "Write a haiku about the sea."
     python examples/language_models.py dream --device cuda --dtype bfloat16
-    python examples/language_models.py mdlm --num_samples 2
-    python examples/language_models.py llada --quality_head you/llada-8b-prism
+    python examples/language_models.py mdlm --num-samples 2
+    python examples/language_models.py llada --quality-head you/llada-8b-prism
 
 The settings are those that the authors of each model recommend, except that the share of steps given remasks tokens.
 `--model` takes another checkpoint of the same family, or a local folder.
@@ -45,12 +45,12 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=sorted(MODELS))
     parser.add_argument("--model", help="Hub id or folder, in place of the family's own")
-    parser.add_argument("--quality_head", help="Hub id or folder of a head; default: training-free remasking")
+    parser.add_argument("--quality-head", help="Hub id or folder of a head; default: training-free remasking")
     parser.add_argument("--prompt", default="Explain in two sentences why the sky is blue.")
-    parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--num_remask", type=int, default=1, help="tokens remasked a step (default: %(default)s)")
-    parser.add_argument("--gen_length", type=int)
-    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--num-samples", type=int, default=1)
+    parser.add_argument("--num-remask", type=int, default=1, help="tokens remasked a step (default: %(default)s)")
+    parser.add_argument("--gen-length", type=int)
+    parser.add_argument("--num-inference-steps", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)

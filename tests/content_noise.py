@@ -3,7 +3,7 @@
 python tests/content_noise.py <flags of the training command>
 
 Then a step is a function of its examples, and one process can be compared with several. Drawn tokens must be the most
-likely ones: --draw_temperature 0 --reveal_order confidence.
+likely ones: --draw-temperature 0 --reveal-order confidence.
 """
 
 import sys

@@ -117,8 +117,8 @@ def test_the_module_runs_as_the_command_does():
         (["nowhere/puzzles.txt"], "no file has that name"),
         (["a\nb"], "no file"),
         (["\0"], "character 1"),
-        ([PUZZLE, "--steps", "0"], "--steps"),
-        ([PUZZLE, "--steps", "many"], "--steps"),
+        ([PUZZLE, "--num-inference-steps", "0"], "--num-inference-steps"),
+        ([PUZZLE, "--num-inference-steps", "many"], "--num-inference-steps"),
         ([PUZZLE, "--seed", "-1"], "--seed"),
         ([PUZZLE, "--temperature", "nan"], "--temperature"),
         ([PUZZLE, "--temperature", "-1"], "--temperature"),
@@ -200,7 +200,7 @@ def test_files_may_have_comments_blank_lines_a_byte_order_mark_and_windows_line_
 
 
 def test_a_solved_puzzle_is_plain_and_parseable_with_status_0(capsys, knowing):
-    status, out, err = run(capsys, PUZZLE, "--steps", "7", "--seed", "3")
+    status, out, err = run(capsys, PUZZLE, "--num-inference-steps", "7", "--seed", "3")
     assert (status, err) == (0, "")
     record = dict(line.split("\t") for line in out.splitlines())
     assert record["puzzle"] == PUZZLE and record["grid"] == SOLUTION
@@ -209,7 +209,7 @@ def test_a_solved_puzzle_is_plain_and_parseable_with_status_0(capsys, knowing):
 
 
 def test_an_unsolved_puzzle_keeps_its_clues_and_has_status_1(capsys, model):
-    status, out, _ = run(capsys, PUZZLE, "--model", model, "--steps", "6", "--json")
+    status, out, _ = run(capsys, PUZZLE, "--model", model, "--num-inference-steps", "6", "--json")
     record = json.loads(out)
     assert status == 1 and record["verdict"] == "not solved" and record["forwards"] == 6
     assert all(clue in (".", digit) for clue, digit in zip(PUZZLE, record["grid"], strict=True))
@@ -223,7 +223,7 @@ def test_the_same_seed_gives_the_same_grid_and_another_seed_another(capsys, mode
 
 @pytest.mark.parametrize("rule", ["prism", "mdlm", "self-confidence"])
 def test_every_rule_runs_at_the_forwards_asked_for(capsys, model, rule):
-    _, out, err = run(capsys, PUZZLE, "--model", model, "--scheduler", rule, "--steps", "5", "--json")
+    _, out, err = run(capsys, PUZZLE, "--model", model, "--scheduler", rule, "--num-inference-steps", "5", "--json")
     record = json.loads(out)
     assert not err
     assert record["forwards"] == 5 and (record["remasked"] > 0) == (rule != "mdlm")
@@ -253,10 +253,10 @@ def test_a_puzzle_without_a_solution_is_said_to_have_none(capsys, model):
 
 def test_a_search_that_takes_too_long_is_cut_off_and_the_model_runs(capsys, model, monkeypatch):
     monkeypatch.setattr(cli_sudoku, "MAX_VISITS", 3)
-    status, out, err = run(capsys, PUZZLE, "--model", model, "--steps", "5", "--json")
+    status, out, err = run(capsys, PUZZLE, "--model", model, "--num-inference-steps", "5", "--json")
     record = json.loads(out)
     assert (status, err, record["solutions"], record["forwards"]) == (1, "", "unknown", 5)
-    _, out, _ = run(capsys, PUZZLE, "--model", model, "--steps", "5")
+    _, out, _ = run(capsys, PUZZLE, "--model", model, "--num-inference-steps", "5")
     assert "unknown" in out
     hopeless = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
     assert sudoku.count_solutions(sudoku.parse_puzzle(hopeless), max_visits=2000) is None
@@ -270,7 +270,7 @@ def test_several_solutions_are_said_and_a_grid_that_is_one_of_them_counts(capsys
 
 
 def test_several_solutions_and_a_grid_that_is_none_of_them(capsys, model):
-    status, out, _ = run(capsys, "." * 81, "--model", model, "--json", "--steps", "5")
+    status, out, _ = run(capsys, "." * 81, "--model", model, "--json", "--num-inference-steps", "5")
     assert status == 1 and json.loads(out)["solutions"] == "several" and json.loads(out)["verdict"] == "not solved"
 
 
@@ -299,13 +299,13 @@ def test_people_are_told_what_was_found(outcome, words):
 def test_a_file_gives_one_row_a_puzzle_in_order(capsys, knowing, tmp_path):
     path = tmp_path / "many.txt"
     path.write_text(f"{PUZZLE}\n{NO_SOLUTION}\n{SOLUTION[:40]}{'.' * 41}\n{SOLUTION}\n")
-    status, out, err = run(capsys, path, "--steps", "4")
+    status, out, err = run(capsys, path, "--num-inference-steps", "4")
     header, *rows = [line.split("\t") for line in out.splitlines()]
     records = [dict(zip(header, row, strict=True)) for row in rows]
     assert status == 1 and "3 of 4 solved" in err  # one puzzle has no solution
     assert [record["verdict"] for record in records] == ["solved", "no solution", "solved", "solved"]
     assert [record["forwards"] for record in records] == ["4", "0", "4", "0"]
-    status, out, _ = run(capsys, path, "--steps", "4", "--json")
+    status, out, _ = run(capsys, path, "--num-inference-steps", "4", "--json")
     told = json.loads(out)
     assert (told["solved"], told["n"], len(told["puzzles"])) == (3, 4, 4)
     assert [str(record["grid"]) for record in told["puzzles"]] == [record["grid"] for record in records]
@@ -315,8 +315,8 @@ def test_a_puzzle_runs_the_same_in_a_file_as_alone(capsys, model, tmp_path):
     puzzles = [sudoku.format_grid(puzzle) for puzzle in sudoku.make_puzzles(3, clues=40, seed=1)[0]]
     path = tmp_path / "many.txt"
     path.write_text("\n".join(puzzles))
-    many = json.loads(run(capsys, path, "--model", model, "--json", "--steps", "9")[1])["puzzles"]
-    alone = json.loads(run(capsys, puzzles[1], "--model", model, "--json", "--steps", "9")[1])
+    many = json.loads(run(capsys, path, "--model", model, "--json", "--num-inference-steps", "9")[1])["puzzles"]
+    alone = json.loads(run(capsys, puzzles[1], "--model", model, "--json", "--num-inference-steps", "9")[1])
     assert (many[1]["grid"], many[1]["remasked"]) == (alone["grid"], alone["remasked"])
 
 
@@ -325,7 +325,7 @@ def test_a_puzzle_runs_the_same_in_a_file_as_alone(capsys, model, tmp_path):
 
 def test_the_page_is_written_and_needs_nothing_else(capsys, knowing, tmp_path):
     page = tmp_path / "run.html"
-    status, out, _ = run(capsys, PUZZLE, "--steps", "5", "--html", page, "--json")
+    status, out, _ = run(capsys, PUZZLE, "--num-inference-steps", "5", "--html", page, "--json")
     text = page.read_text(encoding="utf-8")
     assert status == 0 and json.loads(out)["verdict"] == "solved"
     assert "<html" in text and "http://" not in text and "https://" not in text and "src=" not in text
@@ -360,7 +360,7 @@ def test_the_live_view_ends_with_the_verdict_and_survives_a_terminal_without_col
         raw = io.BytesIO()
         screen = io.TextIOWrapper(raw, encoding=encoding)
         console = Console(file=screen, force_terminal=True, color_system=color, width=100, highlight=False)
-        args = _args(PUZZLE, "--steps", "6", "--delay", "0")
+        args = _args(PUZZLE, "--num-inference-steps", "6", "--delay", "0")
         assert cli_sudoku._run_one(knowing, sudoku.parse_puzzle(PUZZLE)[None], args, console) == 0
         screen.flush()
         shown = raw.getvalue().decode(encoding)
@@ -396,9 +396,9 @@ def test_train_prints_and_runs_the_command(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == line
     here = [sys.executable, "-m", "prism_pipelines.cli.launch", "--quiet"]  # not another environment's on PATH
     assert ran == [here + line.split()[3:]]
-    main(["train", "--dataset", "sudoku", "--output_dir", "my run"])
-    assert ran[1] == [*here, "-m", "prism_pipelines.training", "--dataset", "sudoku", "--output_dir", "my run"]
-    assert "--output_dir 'my run'" in capsys.readouterr().err
+    main(["train", "--dataset", "sudoku", "--output-dir", "my run"])
+    assert ran[1] == [*here, "-m", "prism_pipelines.training", "--dataset", "sudoku", "--output-dir", "my run"]
+    assert "--output-dir 'my run'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def told(capsys):
 
 
 def test_sudoku(capsys):
-    assert main(["eval", "sudoku", "--num-puzzles", "4", "--clues", "44", "--steps", "20", "--json"]) == 0
+    assert main(["eval", "sudoku", "--num-puzzles", "4", "--clues", "44", "--forwards", "20", "--json"]) == 0
     result = told(capsys)
     assert result["puzzles"] == 4
     assert result["low"] <= result["solved"] <= result["high"]
@@ -29,15 +29,15 @@ def test_risk_falls_with_coverage_only_as_the_confidence_says_and_needs_a_calibr
     flags = ["eval", "sudoku", "--num-puzzles", "10", "--clues", "44", "--json", "--risk-coverage"]
     pipe = PrismPipeline.from_pretrained(bundled("sudoku"))
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr("prism_pipelines.cli.eval._pipeline", lambda args: pipe)
+    monkeypatch.setattr("prism_pipelines.cli.eval_sudoku.load_bundled_or", lambda *_: pipe)
     pipe.quality_head.register_to_config(temperature=None)
     assert main(flags) == 2
     assert "--risk-coverage needs a calibrated quality head" in capsys.readouterr().err
     pipe.quality_head.register_to_config(temperature=1.0)
-    assert main([*flags, "--steps", "1"]) == 2
-    assert "--steps 1 leaves no forward" in capsys.readouterr().err
+    assert main([*flags, "--forwards", "1"]) == 2
+    assert "--forwards 1 leaves no forward" in capsys.readouterr().err
     pipe.scheduler = JudgeAndRepairScheduler()
-    assert main([*flags, "--steps", "20"]) == 0
+    assert main([*flags, "--forwards", "20"]) == 0
     result = told(capsys)
     assert result["mean_forwards"] <= 20 and result["accepted_right"] <= result["accepted"] <= 10
     assert list(result["risk"]) == [f"{tenth}0 %" for tenth in range(1, 11)]
@@ -75,10 +75,10 @@ def test_forwards_are_those_that_were_made(monkeypatch, capsys):
 
     monkeypatch.setattr(PrismPipeline, "__call__", counted)
     flags = ["eval", "sudoku", "--num-puzzles", "1", "--scheduler-config", '{"loop_steps": 4, "loop_num_remask": 2}']
-    assert main([*flags, "--steps", "6", "--json"]) == 0
+    assert main([*flags, "--forwards", "6", "--json"]) == 0
     assert told(capsys)["forwards"] == 6 and made == [6]
-    assert main([*flags, "--steps", "4"]) == 2
-    assert "--steps 4 must be more than the 4 forwards" in capsys.readouterr().err
+    assert main([*flags, "--forwards", "4"]) == 2
+    assert "--forwards 4 must be more than the 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_flags_without_effect_are_refused(flags, match, capsys):
 )
 def test_what_scoring_refuses_is_said_before_texts_are_written(reference, flags, match, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mauve", None)
-    monkeypatch.setattr("prism_pipelines.cli.eval._pipeline", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("prism_pipelines.cli.eval_text.load_bundled_or", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "r.jsonl").write_text(reference + "\n")
     assert main(["eval", "text", "--model", "M", "--reference", str(tmp_path / "r.jsonl"), *flags]) == 2
     assert match in capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_lists_in_a_config_are_settings_to_choose_from(tmp_path, capsys):
     best = max(tuned["tried"], key=lambda row: row["solved"])
     found = next(arm for arm in told(capsys)["arms"] if arm["name"] == "PRISM")
     assert found == {name: best[name] for name in found}
-    assert main([*flags, "--num-puzzles", "3", "--clues", "30", "--tune-steps", "5", "--trials", "4"]) == 0
+    assert main([*flags, "--num-puzzles", "3", "--clues", "30", "--tune-forwards", "5", "--trials", "4"]) == 0
     capsys.readouterr()
     assert json.loads((tmp_path / "out" / "tuning" / "tuning.json").read_text())["steps"] == 5
 
@@ -204,7 +204,11 @@ def test_lists_in_a_config_are_settings_to_choose_from(tmp_path, capsys):
         ({"arms": [{"scheduler": "PrismScheduler", "num_remask": [1, 4]}]}, [], "An arm is"),
         ({}, ["--tune-reference", "x.jsonl"], "--tune-reference is for text"),
         ({"arms": [{"name": "a", "scheduler": "PrismScheduler"}]}, ["--trials", "4"], "--trials has no effect"),
-        ({"arms": [{"name": "a", "scheduler": "PrismScheduler"}]}, ["--tune-steps", "4"], "--tune-steps has no effect"),
+        (
+            {"arms": [{"name": "a", "scheduler": "PrismScheduler"}]},
+            ["--tune-forwards", "4"],
+            "--tune-forwards has no effect",
+        ),
     ],
 )
 def test_what_a_comparison_refuses_is_said_before_settings_are_searched(tmp_path, capsys, plan, flags, match):
@@ -251,7 +255,7 @@ def test_code_of_a_model_that_cannot_write_any(tmp_path, capsys):
     problem["test"] = "def check(candidate):\n    assert candidate() == 1\n"
     (tmp_path / "p.jsonl").write_text(json.dumps(problem) + "\n")
     arguments = ["eval", "code", "--model", str(tmp_path), "--problems", str(tmp_path / "p.jsonl"), "--json"]
-    arguments += ["--gen-length", "8", "--block-length", "8", "--steps", "4"]
+    arguments += ["--gen-length", "8", "--block-length", "8", "--forwards", "4"]
     assert main(arguments) == 2
     assert "--allow-execution" in capsys.readouterr().err
     if isolation_problem():
@@ -313,9 +317,9 @@ def test_bad_input_is_one_line(flags, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["calibration", "--length", "0"], "--length"),
+        (["calibration", "--max-length", "0"], "--max-length"),
         (["calibration", "--num-sequences", "-1"], "--num-sequences"),
-        (["sudoku", "--steps", "0"], "--steps"),
+        (["sudoku", "--forwards", "0"], "--forwards"),
         (["compare", "--seed", "-1"], "--seed"),
     ],
 )
@@ -328,7 +332,7 @@ def test_a_bad_number_is_one_line(flags, named, capsys):
 
 def test_texts_are_calibrated_on_a_model_that_reads_them(tmp_path, capsys):
     (tmp_path / "t.txt").write_text("To be or not to be that is the question " * 8)
-    flags = ["eval", "calibration", "--data", str(tmp_path / "t.txt"), "--length", "32", "--num-sequences", "2"]
+    flags = ["eval", "calibration", "--data", str(tmp_path / "t.txt"), "--max-length", "32", "--num-sequences", "2"]
     assert main([*flags, "--json"]) == 0
     assert told(capsys)["sequences"] == 2
     assert main([*flags, "--model", bundled("sudoku")]) == 2

@@ -24,7 +24,7 @@ def world(monkeypatch, tmp_path):
         return task
 
     monkeypatch.setattr("prism_pipelines.cli.tune._task", task_of)
-    flags = ["tune", "--scheduler", "self-confidence", "--steps", "9", "--json", "--out", str(tmp_path / "run")]
+    flags = ["tune", "--scheduler", "self-confidence", "--forwards", "9", "--json", "--out", str(tmp_path / "run")]
     return calls, [*flags, "--fields", '{"num_remask": [2, 8, 4]}'], tmp_path
 
 

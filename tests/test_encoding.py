@@ -133,7 +133,7 @@ def test_all_turns_are_learned_and_nothing_else_differs_from_the_last_turn_alone
 
 def test_turns_that_the_template_writes_differently_later_are_refused_by_name():
     pipe = chat_model(FORGETFUL)
-    with pytest.raises(ValueError, match=r"Row 0 .*writes earlier turns differently .*--train_on last_turn"):
+    with pytest.raises(ValueError, match=r"Row 0 .*writes earlier turns differently .*--train-on last_turn"):
         list(encode_rows([{"messages": CHATS}], rows_of(pipe, train_on="all_turns")))
     (example,) = encode_rows([{"messages": CHATS[1:3]}], rows_of(chat_model()))
     assert words(pipe, example["input_ids"][example["trainable_mask"]]) == "w4 [EOS]"
@@ -151,7 +151,7 @@ def test_an_answer_that_was_begun_goes_on_in_the_pipeline_and_in_prism_generate(
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": begun}) + "\n")
     flags = [str(tmp_path / "model"), f"--prompts={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'o.jsonl'}"]
-    flags += ["--gen_length=2", "--steps=2", "--device=cpu", "--temperature=0"]
+    flags += ["--gen-length=2", "--num-inference-steps=2", "--device=cpu", "--temperature=0"]
     assert main(["generate", *flags, "--continue-final-message"]) == 0
     pipe.scheduler = MDLMScheduler(temperature=0.0)
     generator = [torch.Generator().manual_seed(0)]
@@ -201,7 +201,7 @@ def test_tokens_that_are_never_written_stay_in_a_text_and_are_not_learned():
 def test_a_text_too_long_is_refused_or_dropped_and_never_cut():
     pipe = encoder_model()
     long = {"text": "w1 " * 39}  # 41 tokens with its special ones
-    with pytest.raises(ValueError, match=r"Row 0 .*has 41 tokens, and --max_length is 40.*--packing true"):
+    with pytest.raises(ValueError, match=r"Row 0 .*has 41 tokens, and --max-length is 40.*--packing true"):
         list(encode_rows([long], rows_of(pipe)))
     assert len(list(encode_rows([long, {"text": "w1"}], rows_of(pipe, too_long="drop")))) == 1
 
@@ -232,10 +232,10 @@ def test_the_default_of_max_length_is_what_the_model_takes_and_is_said(tmp_path,
         with caplog.at_level(logging.WARNING):
             train, held_out, _ = load_examples(run, args, pipe.model, pipe.tokenizer, pipe.spec)
         assert run.max_length == expected and len(train) + len(held_out) == 18
-        assert ("--max_length is 64 tokens, the smaller of 512 and 64" in caplog.text) == (not given)
+        assert ("--max-length is 64 tokens, the smaller of 512 and 64" in caplog.text) == (not given)
         assert "one sequence a row between [CLS] and [SEP]" in caplog.text
     run = RunArguments(objective="mdm", dataset=str(tmp_path / "data.txt"), max_length=128)
-    with pytest.raises(ValueError, match="`--max_length` is 128, and the model takes 64"):
+    with pytest.raises(ValueError, match="`--max-length` is 128, and the model takes 64"):
         load_examples(run, args, pipe.model, pipe.tokenizer, pipe.spec)
 
 
@@ -300,11 +300,11 @@ def test_samples_at_an_evaluation_stand_between_what_is_given():
 
 
 def test_the_flags_of_text_are_read_from_the_command_line(tmp_path):
-    words = ["--objective=mdm", "--dataset=d.txt", f"--output_dir={tmp_path}", "--use_cpu"]
+    words = ["--objective=mdm", "--dataset=d.txt", f"--output-dir={tmp_path}", "--use-cpu"]
     run, _ = parse_arguments(words)
     assert (run.packing, run.max_length, run.no_chat_template, run.train_on) == (None, None, False, "last_turn")
-    run, _ = parse_arguments([*words, "--packing", "false", "--no_chat_template", "--train_on", "all_turns"])
+    run, _ = parse_arguments([*words, "--packing", "false", "--no-chat-template", "--train-on", "all_turns"])
     assert (run.packing, run.no_chat_template, run.train_on) == (False, True, "all_turns")
     assert parse_arguments([*words, "--packing=true"])[0].packing is True
-    with pytest.raises(ValueError, match="`--train_on` must be one of last_turn, all_turns"):
-        parse_arguments([*words, "--train_on=first_turn"])
+    with pytest.raises(ValueError, match="`--train-on` must be one of last_turn, all_turns"):
+        parse_arguments([*words, "--train-on=first_turn"])

@@ -87,8 +87,8 @@ def authors_hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("family", ["llada", "dream", "mdlm"])
 def test_language_models_runs_each_recipe_on_the_layout_of_the_real_repository(family, authors_hub, capsys):
-    arguments = [family, "--prompt", "why is the sky blue", "--gen_length", "64", "--num_inference_steps", "16"]
-    arguments += ["--dtype", "float32", "--num_samples", "2", "--device", "cpu"]
+    arguments = [family, "--prompt", "why is the sky blue", "--gen-length", "64", "--num-inference-steps", "16"]
+    arguments += ["--dtype", "float32", "--num-samples", "2", "--device", "cpu"]
     texts = script("language_models").main(arguments)
     assert len(texts) == 2 and any(texts)
     assert all(re.fullmatch("[a-z ]{0,64}", text) for text in texts)
@@ -101,8 +101,8 @@ def test_language_models_with_a_head(authors_hub, tmp_path):
     QualityHead(H, base_model="GSAI-ML/LLaDA-8B-Instruct").save_pretrained(tmp_path / "head" / "quality_head")
     PrismScheduler(num_remask=2).save_pretrained(tmp_path / "head" / "scheduler")
     authors_hub.commit("you/llada-8b-prism", tmp_path / "head")
-    arguments = ["llada", "--quality_head", "you/llada-8b-prism", "--prompt", "why", "--gen_length", "32"]
-    assert len(script("language_models").main([*arguments, "--num_inference_steps", "8", "--device", "cpu"])) == 1
+    arguments = ["llada", "--quality-head", "you/llada-8b-prism", "--prompt", "why", "--gen-length", "32"]
+    assert len(script("language_models").main([*arguments, "--num-inference-steps", "8", "--device", "cpu"])) == 1
 
 
 def test_a_folder_of_mdlm_downloads_no_tokenizer(authors_hub, tmp_path):

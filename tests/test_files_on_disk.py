@@ -58,7 +58,7 @@ def test_a_training_run_goes_on_from_its_checkpoint_to_the_same_end(name, tmp_pa
     expected, run = EXPECTED["runs"][name], tmp_path / name
     sealed = (run / "checkpoint-3" / "manifest.json").stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
-    assert main([*expected["flags"], "--resume_from_checkpoint=latest"]) == 0
+    assert main([*expected["flags"], "--resume-from-checkpoint=latest"]) == 0
     # A run that began again would have ended the same, and would have written this checkpoint anew.
     assert (run / "checkpoint-3" / "manifest.json").stat().st_mtime_ns == sealed
 

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, out, *more):
-    settings = ["--gen_length=8", "--steps=16", "--batch_size=2", "--seed=3", "--device=cpu"]
+    settings = ["--gen-length=8", "--num-inference-steps=16", "--batch-size=2", "--seed=3", "--device=cpu"]
     return [str(folder / "model"), f"--prompts={folder / 'prompts.jsonl'}", f"--out={out}", *settings, *more]
 
 
@@ -228,10 +228,10 @@ def test_the_command_for_several_processes(monkeypatch, folder, tmp_path):
     monkeypatch.setattr(
         subprocess, "run", lambda words, check: started.append(words) or subprocess.CompletedProcess(words, 0)
     )
-    assert main(["generate", *flags(folder, tmp_path / "o.jsonl", "--eos_early_stop", "--num_processes=2")]) == 0
+    assert main(["generate", *flags(folder, tmp_path / "o.jsonl", "--eos-early-stop", "--num_processes=2")]) == 0
     words = started[0]
     assert words[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    assert {"--eos_early_stop", "--gen_length=8", "--steps=16"} <= set(words)
+    assert {"--eos-early-stop", "--gen-length=8", "--num-inference-steps=16"} <= set(words)
     assert not any("num_processes" in word for word in words)
     assert command(["m"], 4, cpu=False)[:5] == ["accelerate", "launch", "--multi_gpu", "--num_processes", "4"]
 
@@ -337,9 +337,9 @@ def test_a_part_file_in_use_or_damaged_is_refused(tmp_path):
 
 def test_a_run_that_was_refused_before_its_first_batch_is_in_nobodys_way(folder, tmp_path, capsys):
     out = tmp_path / "o.jsonl"
-    assert main(["generate", *flags(folder, out, "--block_length=1", "--steps=2")]) == 2
+    assert main(["generate", *flags(folder, out, "--block-length=1", "--num-inference-steps=2")]) == 2
     assert "8 blocks of 1 tokens" in capsys.readouterr().err
-    assert main(["generate", *flags(folder, out, "--max_prompts=2", "--cache=prefix")]) == 0
+    assert main(["generate", *flags(folder, out, "--max-prompts=2", "--cache=prefix")]) == 0
     assert len(out.read_text().splitlines()) == 2
     assert json.loads(run_file(out).read_text())["cache"] == "prefix"
 
@@ -416,17 +416,13 @@ def test_another_rule_takes_over_only_what_means_the_same_there():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ("--scheduler=PrismSchedulerOutput", "No scheduler is called 'PrismSchedulerOutput'"),
-        ("--scheduler=Nothing", "No scheduler is called 'Nothing'"),
-        ("--scheduler_config=[1]", "must be an object"),
-        ("--scheduler_config={", "are not JSON"),
-        ('--scheduler_config={"remask": 1}', "PrismScheduler has no field 'remask'"),
-        ("--batch_size=0", "`batch_size` must be an integer of at least 1, got 0"),
-        ("--num_processes=0", "--num_processes must be at least 1"),
+        ("--scheduler-config=[1]", "must be an object"),
+        ("--scheduler-config={", "are not JSON"),
+        ('--scheduler-config={"remask": 1}', "PrismScheduler has no field 'remask'"),
         ("--out=nowhere/out.jsonl", "folder of the output does not exist: 'nowhere'"),
         ("--threshold=1.5", "`threshold` must be a number in (0, 1], got 1.5"),
-        ("--cache_refresh_interval=2", "`cache_refresh_interval` has no meaning"),
-        ("--gen_length=0", "`gen_length` must be an integer of at least 1"),
+        ("--cache-refresh-interval=2", "`cache_refresh_interval` has no meaning"),
+        ("--gen-length=0", "`gen_length` must be an integer of at least 1"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more, says):
@@ -435,9 +431,26 @@ def test_bad_flags_are_refused_in_one_line(folder, tmp_path, capsys, more, says)
     assert says in told[-1]
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--scheduler=PrismSchedulerOutput", "No scheduler is called 'PrismSchedulerOutput'"),
+        ("--scheduler=Nothing", "No scheduler is called 'Nothing'"),
+        ("--batch-size=0", "--batch-size: must be a whole number of at least 1, got '0'"),
+        ("--num-processes=0", "--num-processes: must be a whole number of at least 1, got '0'"),
+        ("--dtype=int8", "--dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_flags_that_no_run_takes_are_refused_in_one_line(folder, tmp_path, capsys, more, says):
+    with pytest.raises(SystemExit) as left:
+        main(["generate", *flags(folder, tmp_path / "o.jsonl", more)])
+    told = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(told) == 1 and says in told[0]
+
+
 def test_a_scheduler_can_be_chosen_and_its_fields_set(folder, tmp_path):
     out = tmp_path / "o.jsonl"
-    chosen = ["--scheduler=SelfConfidenceScheduler", '--scheduler_config={"num_remask": 1}', "--max_prompts=2"]
+    chosen = ["--scheduler=SelfConfidenceScheduler", '--scheduler-config={"num_remask": 1}', "--max-prompts=2"]
     assert main(["generate", *flags(folder, out, *chosen)]) == 0
     scheduler = json.loads(run_file(out).read_text())["scheduler"]
     assert scheduler.startswith("SelfConfidenceScheduler") and '"num_remask": 1' in scheduler
@@ -466,8 +479,8 @@ def test_a_blank_line_is_no_row(tmp_path):
 
 def test_stop_top_p_and_guidance_are_those_of_the_pipeline(folder, tmp_path):
     out = tmp_path / "o.jsonl"
-    more = ["--top-p=0.7", "--cfg-scale=0.5", "--stop=w24", "--stop=w10", "--block_length=4", "--batch_size=1"]
-    assert main(["generate", *flags(folder, out, *more), "--max_prompts=6"]) == 0
+    more = ["--top-p=0.7", "--cfg-scale=0.5", "--stop=w24", "--stop=w10", "--block-length=4", "--batch-size=1"]
+    assert main(["generate", *flags(folder, out, *more), "--max-prompts=6"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     pipe = PrismPipeline.from_pretrained(folder / "model")
     pipe.set_progress_bar_config(disable=True)
@@ -486,4 +499,4 @@ def test_flags_that_hold_several_values_or_an_object_reach_the_processes():
     from prism_pipelines.cli.generate import flags_of
 
     words = flags_of(Namespace(model="m", stop=["a b", "c"], chat_template_kwargs={"fast": False}, seed=0))
-    assert words == ["m", "--stop=a b", "--stop=c", '--chat_template_kwargs={"fast": false}', "--seed=0"]
+    assert words == ["m", "--stop=a b", "--stop=c", '--chat-template-kwargs={"fast": false}', "--seed=0"]

@@ -63,13 +63,13 @@ def test_sampling_in_bfloat16_warns_once(monkeypatch, caplog, fast):
     ("flags", "slow"),
     [
         (["--bf16", "true"], True),
-        (["--objective=prism", "--base_model=x/y", "--dtype", "bfloat16"], True),
+        (["--objective=prism", "--base-model=x/y", "--dtype", "bfloat16"], True),
         (["--bf16", "false"], False),
     ],
 )
 def test_training_in_bfloat16_warns(monkeypatch, caplog, flags, slow):
     a_cpu(monkeypatch, False)
-    words = ["--objective=mdm", "--dataset=sudoku", "--output_dir=z", "--use_cpu=true", *flags]
+    words = ["--objective=mdm", "--dataset=sudoku", "--output-dir=z", "--use-cpu=true", *flags]
     with caplog.at_level(logging.WARNING, logger="prism_pipelines"):
         parse_arguments(words)
     assert ("Pass --bf16 false" in caplog.text) == slow

@@ -21,7 +21,7 @@ def prism(*words):
 
 
 def test_training_names_no_defaults_of_accelerate():
-    status, _, errors = prism("train", "--", "--objective", "prism", "--dataset", "missing", "--output_dir", "x")
+    status, _, errors = prism("train", "--", "--objective", "prism", "--dataset", "missing", "--output-dir", "x")
     assert status == 1 and "had defaults used instead" not in errors
 
 

@@ -66,7 +66,19 @@ def rows_of(path):
 
 def test_every_record_comes_back_with_its_given_residues_and_its_case(model, tmp_path, capsys):
     source, out = written(tmp_path, "a.fasta", FASTA), tmp_path / "out.jsonl"
-    words = ["infill", str(model), str(source), "--out", str(out), "--mask", "Xx", "--steps", "3", "--device", "cpu"]
+    words = [
+        "infill",
+        str(model),
+        str(source),
+        "--out",
+        str(out),
+        "--mask",
+        "Xx",
+        "--num-inference-steps",
+        "3",
+        "--device",
+        "cpu",
+    ]
     assert main(words) == 0
     told, rows = capsys.readouterr().err, rows_of(out)
     assert "line 8: the name 'two' is that of line 4" in told and "4 rows, 1 with nothing to fill" in told

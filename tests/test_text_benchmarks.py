@@ -51,8 +51,8 @@ def test_a_fine_tune_of_other_steps_weights_or_data_has_a_folder_of_its_own(tmp_
 
 
 def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says():
-    recipe = ["--args_file", str(ROOT / "examples/text/prism.args"), "--dataset", "x.jsonl", "--base_model", "x/y"]
-    recipe += ["--output_dir", "z", "--bf16", "false"]
+    recipe = ["--args-file", str(ROOT / "examples/text/prism.args"), "--dataset", "x.jsonl", "--base-model", "x/y"]
+    recipe += ["--output-dir", "z", "--bf16", "false"]
     runs = {name: parse_arguments([*recipe, *flags])[0] for name, flags in ablations.TRAINING.items()}
     assert [(run.num_revealed, run.lambda_mdm, run.head, run.full) for run in runs.values()] == [
         (16, 1, "block", True),

@@ -9,7 +9,7 @@ from prism_pipelines import PrismPipeline, PrismScheduler
 from prism_pipelines.cli.main import main
 from prism_pipelines.training.held_out import HeadReport
 
-FAST = ("--steps=3", "--batch-size=4", "--max-length=24")
+FAST = ("--max-steps=3", "--batch-size=4", "--max-length=24")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,6 @@ def test_a_head_that_no_free_score_is_behind_is_not_recommended(tmp_path, model,
         (["no/such-folder-here/at-all"], "error"),
         (["{model}", "--max-length=999"], "--max-length is 999, and the model takes 82 tokens at most"),
         (["{model}", "--head=big"], "`architecture` must be one of"),
-        (["{model}", "--dtype=int8"], "`--dtype` must be one of"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path, model, capsys, words, message):

@@ -24,21 +24,21 @@ from prism_pipelines.training.setup import RUN_CONFIG, read_origin_fingerprint
 
 TINY = [
     "--dataset=sudoku",
-    "--config_overrides=hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64",
-    "--num_base_grids=8",
-    "--num_train_examples=64",
-    "--num_eval_examples=8",
-    "--per_device_train_batch_size=8",
-    "--learning_rate=1e-3",
-    "--logging_steps=1",
-    "--disable_tqdm=true",
-    "--use_cpu",
+    "--config-overrides=hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64",
+    "--num-base-grids=8",
+    "--num-train-examples=64",
+    "--num-eval-examples=8",
+    "--per-device-train-batch-size=8",
+    "--learning-rate=1e-3",
+    "--logging-steps=1",
+    "--disable-tqdm=true",
+    "--use-cpu",
 ]
 
 
 def arguments(folder, *flags):
-    based = any(flag.startswith("--base_model") for flag in flags)  # and brings its own sizes
-    return [*(word for word in TINY if not (based and "overrides" in word)), f"--output_dir={folder}", *flags]
+    based = any(flag.startswith("--base-model") for flag in flags)  # and brings its own sizes
+    return [*(word for word in TINY if not (based and "overrides" in word)), f"--output-dir={folder}", *flags]
 
 
 def run(folder, *flags):
@@ -76,7 +76,7 @@ def run_and_die(folder, monkeypatch, step, *flags):
 def pretrained(tmp_path_factory):
     """A saved pipeline of a tiny MDM, and its folder."""
     folder = tmp_path_factory.mktemp("mdm")
-    run(folder, "--objective=mdm", "--max_steps=4", "--optimizer=muon", "--save_steps=2", "--weighting=uniform")
+    run(folder, "--objective=mdm", "--max-steps=4", "--optimizer=muon", "--save-steps=2", "--weighting=uniform")
     return folder
 
 
@@ -98,7 +98,7 @@ def assert_identical(a, b):
 
 
 def test_a_finished_run_is_left_as_it_is_when_started_again(tmp_path):
-    flags = ("--objective=mdm", "--max_steps=2", "--save_steps=2", "--resume_from_checkpoint=latest")
+    flags = ("--objective=mdm", "--max-steps=2", "--save-steps=2", "--resume-from-checkpoint=latest")
     run(tmp_path, *flags)
     before = weights(tmp_path)
     run(tmp_path, *flags)
@@ -108,29 +108,29 @@ def test_a_finished_run_is_left_as_it_is_when_started_again(tmp_path):
 
 def test_a_run_goes_on_only_from_what_it_began_with(tmp_path, pretrained):
     """Or the result of one base would count as the result of another."""
-    run(tmp_path / "other", "--objective=mdm", "--max_steps=1", "--seed=9")
-    flags = ("--max_steps=1", "--save_steps=1", "--resume_from_checkpoint=latest")
+    run(tmp_path / "other", "--objective=mdm", "--max-steps=1", "--seed=9")
+    flags = ("--max-steps=1", "--save-steps=1", "--resume-from-checkpoint=latest")
     head = (*flags, "--objective=prism", "--full=true")
-    run(tmp_path / "run", *head, f"--base_model={pretrained}")
-    run(tmp_path / "run", *head, f"--base_model={pretrained}")
+    run(tmp_path / "run", *head, f"--base-model={pretrained}")
+    run(tmp_path / "run", *head, f"--base-model={pretrained}")
     before = weights(tmp_path / "run")
-    with pytest.raises(ValueError, match="began from other weights than `--base_model` has now"):
-        run(tmp_path / "run", *head, f"--base_model={tmp_path / 'other'}")
+    with pytest.raises(ValueError, match="began from other weights than `--base-model` has now"):
+        run(tmp_path / "run", *head, f"--base-model={tmp_path / 'other'}")
     with pytest.raises(ValueError, match="holds a run of --objective prism, not mdm"):
-        run(tmp_path / "run", *flags, "--objective=mdm", f"--base_model={pretrained}")
+        run(tmp_path / "run", *flags, "--objective=mdm", f"--base-model={pretrained}")
     assert_identical(before, weights(tmp_path / "run"))
 
 
 def test_a_run_from_nothing_is_no_run_on_a_base_and_a_checkpoint_elsewhere_is_checked_too(tmp_path, pretrained):
-    flags = ("--objective=mdm", "--max_steps=1", "--save_steps=1")
+    flags = ("--objective=mdm", "--max-steps=1", "--save-steps=1")
     run(tmp_path / "new", *flags)
-    based = (*flags, f"--base_model={pretrained}")
+    based = (*flags, f"--base-model={pretrained}")
     with pytest.raises(ValueError, match="began from other weights"):
-        run(tmp_path / "new", *based, "--resume_from_checkpoint=latest")
+        run(tmp_path / "new", *based, "--resume-from-checkpoint=latest")
     with pytest.raises(ValueError, match="began from other weights"):
-        run(tmp_path / "else", *based, f"--resume_from_checkpoint={tmp_path / 'new' / 'checkpoint-1'}")
+        run(tmp_path / "else", *based, f"--resume-from-checkpoint={tmp_path / 'new' / 'checkpoint-1'}")
     (tmp_path / "new" / RUN_CONFIG).unlink()  # of a version that wrote none
-    run(tmp_path / "new", *flags, "--resume_from_checkpoint=latest")
+    run(tmp_path / "new", *flags, "--resume-from-checkpoint=latest")
     assert read_origin_fingerprint(tmp_path / "new") == {"objective": "mdm", "base_weights": "new"}
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / RUN_CONFIG).write_text('{"lr": 1}')
@@ -138,9 +138,9 @@ def test_a_run_from_nothing_is_no_run_on_a_base_and_a_checkpoint_elsewhere_is_ch
         run(tmp_path / "theirs", *flags)
 
 
-@pytest.mark.parametrize("flags", [("--optimizer=muon",), ("--optimizer=adamw", "--lr_scheduler_type=cosine")])
+@pytest.mark.parametrize("flags", [("--optimizer=muon",), ("--optimizer=adamw", "--lr-scheduler-type=cosine")])
 def test_an_interrupted_pretraining_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, flags):
-    flags = ("--objective=mdm", "--max_steps=6", "--save_steps=2", "--resume_from_checkpoint=latest", *flags)
+    flags = ("--objective=mdm", "--max-steps=6", "--save-steps=2", "--resume-from-checkpoint=latest", *flags)
     run(tmp_path / "whole", *flags)
     run_and_die(tmp_path / "cut", monkeypatch, 4, *flags)
     assert latest_checkpoint(tmp_path / "cut").endswith("checkpoint-4")
@@ -153,12 +153,12 @@ def test_an_interrupted_prism_run_ends_with_the_weights_of_an_uninterrupted_one(
     flags = (
         "--objective=prism",
         "--full",
-        f"--base_model={pretrained}",
-        "--num_revealed=4",
-        "--max_steps=4",
-        "--save_steps=2",
+        f"--base-model={pretrained}",
+        "--num-revealed=4",
+        "--max-steps=4",
+        "--save-steps=2",
     )
-    flags += ("--head=mlp", "--optimizer=muon", "--resume_from_checkpoint=latest")
+    flags += ("--head=mlp", "--optimizer=muon", "--resume-from-checkpoint=latest")
     run(tmp_path / "whole", *flags)
     run_and_die(tmp_path / "cut", monkeypatch, 2, *flags)
     run(tmp_path / "cut", *flags)
@@ -168,8 +168,8 @@ def test_an_interrupted_prism_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path):
     """SIGKILL, at whatever it is doing; then the same command again."""
-    flags = arguments(tmp_path / "run", "--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest")
-    child = Forked(main, [*flags, "--save_total_limit=2", "--max_steps=100000"])
+    flags = arguments(tmp_path / "run", "--objective=mdm", "--save-steps=1", "--resume-from-checkpoint=latest")
+    child = Forked(main, [*flags, "--save-total-limit=2", "--max-steps=100000"])
     try:
         deadline = time.monotonic() + 120
         while latest_checkpoint(tmp_path / "run") is None:
@@ -178,14 +178,14 @@ def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path):
     finally:
         child.kill()
     step = int(latest_checkpoint(tmp_path / "run").rsplit("-", 1)[1])
-    flags = ("--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest", f"--max_steps={step + 1}")
+    flags = ("--objective=mdm", "--save-steps=1", "--resume-from-checkpoint=latest", f"--max-steps={step + 1}")
     run(tmp_path / "run", *flags)
     assert latest_checkpoint(tmp_path / "run").endswith(f"checkpoint-{step + 1}")
     assert (tmp_path / "run" / "model_index.json").is_file()
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
-    run(tmp_path, "--objective=mdm", "--max_steps=4", "--save_steps=2")
+    run(tmp_path, "--objective=mdm", "--max-steps=4", "--save-steps=2")
     newest = tmp_path / "checkpoint-4" / WEIGHTS
     assert is_whole(tmp_path / "checkpoint-4")
     data = bytearray(newest.read_bytes())
@@ -199,14 +199,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
 
 
 def test_checkpoints_of_other_flags_are_refused(tmp_path, pretrained):
-    flags = ("--objective=prism", "--full", f"--base_model={pretrained}", "--save_steps=2")
-    run(tmp_path, *flags, "--max_steps=2", "--head=linear")
+    flags = ("--objective=prism", "--full", f"--base-model={pretrained}", "--save-steps=2")
+    run(tmp_path, *flags, "--max-steps=2", "--head=linear")
     with pytest.raises(ValueError, match="other trainable tensors"):
-        run(tmp_path, *flags, "--max_steps=4", "--head=block", "--resume_from_checkpoint=latest")
+        run(tmp_path, *flags, "--max-steps=4", "--head=block", "--resume-from-checkpoint=latest")
 
 
 def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained):
-    run(tmp_path, "--objective=prism", "--full", f"--base_model={pretrained}", "--max_steps=1")
+    run(tmp_path, "--objective=prism", "--full", f"--base-model={pretrained}", "--max-steps=1")
     pipe = PrismPipeline.from_pretrained(str(tmp_path))
     out = pipe(infill="1" + "." * 80, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
     assert out.texts[0][0] == "1" and set(out.texts[0]) <= set("123456789") and len(out.texts[0]) == 81
@@ -216,8 +216,8 @@ def test_what_training_saves_is_a_pipeline_that_fills_grids(tmp_path, pretrained
 
 def test_flags_of_files_give_way_to_the_command_line_and_win_over_a_preset(tmp_path):
     (tmp_path / "mine.args").write_text("--rank 8  # small\n--num_revealed 3\n--preset llada\n")
-    words = ["--args_file", str(tmp_path / "mine.args"), "--num_revealed=5", "--base_model=a/b", "--dataset=c"]
-    run_args, _ = parse_arguments([*words, f"--output_dir={tmp_path}", "--use_cpu"])
+    words = ["--args-file", str(tmp_path / "mine.args"), "--num-revealed=5", "--base-model=a/b", "--dataset=c"]
+    run_args, _ = parse_arguments([*words, f"--output-dir={tmp_path}", "--use-cpu"])
     assert (run_args.rank, run_args.num_revealed, run_args.preset) == (8, 5, "llada")
     assert run_args.reveal_window == 512  # of the preset that the file names
 
@@ -225,33 +225,33 @@ def test_flags_of_files_give_way_to_the_command_line_and_win_over_a_preset(tmp_p
 def test_the_folder_of_another_trainer_is_left_alone(tmp_path):
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "checkpoint-9" / "model.safetensors").write_text("theirs")
-    flags = ("--objective=mdm", "--max_steps=1", "--resume_from_checkpoint=latest", "--save_total_limit=1")
+    flags = ("--objective=mdm", "--max-steps=1", "--resume-from-checkpoint=latest", "--save-total-limit=1")
     with pytest.raises(ValueError, match="is no folder of a training run"):
         run(tmp_path, *flags)
     assert (tmp_path / "checkpoint-9" / "model.safetensors").read_text() == "theirs"
 
 
 def test_a_run_is_not_resumed_with_another_rank(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--lora_targets=query", "--save_steps=1")
-    run(tmp_path, *flags, "--rank=2", "--max_steps=1")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--lora-targets=query", "--save-steps=1")
+    run(tmp_path, *flags, "--rank=2", "--max-steps=1")
     with pytest.raises(ValueError, match="other trainable tensors"):
-        run(tmp_path, *flags, "--rank=1", "--max_steps=2", "--resume_from_checkpoint=latest")
+        run(tmp_path, *flags, "--rank=1", "--max-steps=2", "--resume-from-checkpoint=latest")
 
 
 def test_a_head_that_was_tuned_with_its_backbone_is_pushed_with_it_alone(tmp_path, pretrained):
-    pipe = run(tmp_path, "--objective=prism", "--full", f"--base_model={pretrained}", "--max_steps=1")
+    pipe = run(tmp_path, "--objective=prism", "--full", f"--base-model={pretrained}", "--max-steps=1")
     with pytest.raises(ValueError, match='what="pipeline"'):
         pipe.push_to_hub("me/head")
 
 
 def test_an_adapter_is_no_base_and_another_pipeline_is_named(tmp_path, pretrained):
-    run(tmp_path / "lora", "--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--rank=2")
+    run(tmp_path / "lora", "--objective=prism", f"--base-model={pretrained}", "--max-steps=1", "--rank=2")
     with pytest.raises(ValueError, match="is an adapter or a head with one"):
-        run(tmp_path / "x", "--objective=prism", f"--base_model={tmp_path / 'lora'}", "--max_steps=1", "--full")
+        run(tmp_path / "x", "--objective=prism", f"--base-model={tmp_path / 'lora'}", "--max-steps=1", "--full")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "LLaDA2Pipeline"}')
     with pytest.raises(ValueError, match="holds a saved LLaDA2Pipeline"):
-        run(tmp_path / "y", "--objective=mdm", f"--base_model={tmp_path / 'other'}", "--max_steps=1")
+        run(tmp_path / "y", "--objective=mdm", f"--base-model={tmp_path / 'other'}", "--max-steps=1")
     with pytest.raises(ValueError, match="holds a saved LLaDA2Pipeline"):
         PrismPipeline.from_pretrained(tmp_path / "other")
 
@@ -259,7 +259,7 @@ def test_an_adapter_is_no_base_and_another_pipeline_is_named(tmp_path, pretraine
 def test_a_head_alone_is_saved_without_its_backbone(tmp_path, pretrained):
     """Its base is named, and untouched by training."""
     pipe = run(
-        tmp_path, "--objective=prism", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone", "--head=mlp"
+        tmp_path, "--objective=prism", f"--base-model={pretrained}", "--max-steps=2", "--freeze-backbone", "--head=mlp"
     )
     before = weights(pretrained)["model"]
     assert all(torch.equal(value, before[name]) for name, value in pipe.model.state_dict().items() if name in before)
@@ -272,9 +272,9 @@ def test_a_head_alone_is_saved_without_its_backbone(tmp_path, pretrained):
 def test_texts_are_written_at_each_evaluation_and_training_does_not_notice(tmp_path, pretrained):
     rows = [{"prompt": "12", "completion": "345" + "6789"[i % 4]} for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--objective=prism", f"--base_model={pretrained}", "--freeze_backbone", "--max_length=12"]
-    flags += [f"--dataset={tmp_path / 'data.jsonl'}", "--max_steps=2", "--eval_strategy=steps", "--eval_steps=1"]
-    one = run(tmp_path / "one", *flags, "--sample_texts=2")
+    flags = ["--objective=prism", f"--base-model={pretrained}", "--freeze-backbone", "--max-length=12"]
+    flags += [f"--dataset={tmp_path / 'data.jsonl'}", "--max-steps=2", "--eval-strategy=steps", "--eval-steps=1"]
+    one = run(tmp_path / "one", *flags, "--sample-texts=2")
     other = run(tmp_path / "other", *flags)
     log = [json.loads(line) for line in (tmp_path / "one" / "training_log.jsonl").read_text().splitlines()]
     written = {entry["step"]: entry["texts"] for entry in log if "texts" in entry}
@@ -289,8 +289,8 @@ def test_texts_are_written_at_each_evaluation_and_training_does_not_notice(tmp_p
 
 
 def test_lora_is_saved_as_an_adapter_with_a_head(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=3", "--rank=4", "--save_steps=2")
-    pipe = run(tmp_path, *flags, "--lora_targets=query,value", "--num_revealed=4", "--eval_strategy=steps")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--max-steps=3", "--rank=4", "--save-steps=2")
+    pipe = run(tmp_path, *flags, "--lora-targets=query,value", "--num-revealed=4", "--eval-strategy=steps")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 4 and set(config["target_modules"]) == {"query", "value"}
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -304,8 +304,8 @@ def test_lora_is_saved_as_an_adapter_with_a_head(tmp_path, pretrained):
 
 
 def test_an_interrupted_lora_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--rank=2", "--lora_dropout=0.1", "--max_steps=4")
-    flags += ("--save_steps=2", "--eval_strategy=steps", "--eval_steps=2", "--resume_from_checkpoint=latest")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--rank=2", "--lora-dropout=0.1", "--max-steps=4")
+    flags += ("--save-steps=2", "--eval-strategy=steps", "--eval-steps=2", "--resume-from-checkpoint=latest")
     run(tmp_path / "whole", *flags)
     run_and_die(tmp_path / "cut", monkeypatch, 2, *flags)
     run(tmp_path / "cut", *flags)
@@ -315,10 +315,10 @@ def test_an_interrupted_lora_run_ends_with_the_weights_of_an_uninterrupted_one(t
 
 
 def test_evaluation_writes_the_measures_of_the_head_and_the_drift_of_the_posterior(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=4", "--eval_strategy=steps")
-    flags += ("--num_revealed=16",)
-    run(tmp_path / "lora", *flags, "--eval_steps=2", "--rank=4", "--learning_rate=1e-2")
-    run(tmp_path / "frozen", *flags, "--eval_steps=2", "--freeze_backbone")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--max-steps=4", "--eval-strategy=steps")
+    flags += ("--num-revealed=16",)
+    run(tmp_path / "lora", *flags, "--eval-steps=2", "--rank=4", "--learning-rate=1e-2")
+    run(tmp_path / "frozen", *flags, "--eval-steps=2", "--freeze-backbone")
     drift = {}
     for name in ("lora", "frozen"):
         log = [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
@@ -331,7 +331,7 @@ def test_evaluation_writes_the_measures_of_the_head_and_the_drift_of_the_posteri
 
 
 def test_a_critic_is_trained_and_saved_with_its_scheduler(tmp_path, pretrained):
-    flags = ("--objective=critic", f"--base_model={pretrained}", "--max_steps=2", "--freeze_backbone", "--top_p=0.9")
+    flags = ("--objective=critic", f"--base-model={pretrained}", "--max-steps=2", "--freeze-backbone", "--top-p=0.9")
     run(tmp_path, *flags)
     scheduler = PrismPipeline.from_pretrained(str(tmp_path)).scheduler
     assert isinstance(scheduler, TokenCriticScheduler) and scheduler.config.top_p == 0.9
@@ -339,27 +339,27 @@ def test_a_critic_is_trained_and_saved_with_its_scheduler(tmp_path, pretrained):
 
 
 def test_the_recommended_settings_draw_tokens_as_training_did(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
-    run(tmp_path, *flags, "--reveal_order=confidence", "--draw_temperature=0", "--top_p=0.9")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--max-steps=1", "--freeze-backbone")
+    run(tmp_path, *flags, "--reveal-order=confidence", "--draw-temperature=0", "--top-p=0.9")
     config = PrismPipeline.from_pretrained(str(tmp_path)).scheduler.config
     assert (config.order, config.temperature, config.top_p, config.num_remask) == ("confidence", 0, 0.9, 4)
 
 
 def test_going_back_deletes_the_checkpoints_of_the_way_that_is_left(tmp_path, monkeypatch, capsys):
     """Or `latest` would take them after an interruption, and their rotation delete the new ones."""
-    flags = ("--objective=mdm", "--max_steps=4", "--save_steps=1")
+    flags = ("--objective=mdm", "--max-steps=4", "--save-steps=1")
     run(tmp_path, *flags)
-    back = f"--resume_from_checkpoint={tmp_path / 'checkpoint-1'}"
-    run_and_die(tmp_path, monkeypatch, 2, *flags, back, "--save_total_limit=1")
+    back = f"--resume-from-checkpoint={tmp_path / 'checkpoint-1'}"
+    run_and_die(tmp_path, monkeypatch, 2, *flags, back, "--save-total-limit=1")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert capsys.readouterr().out.count("the run goes on from step 1") == 3
 
 
 def test_damaged_checkpoints_do_not_outlive_the_new_ones(tmp_path):
-    flags = ("--objective=mdm", "--save_steps=1", "--resume_from_checkpoint=latest")
-    run(tmp_path, *flags, "--max_steps=3")
+    flags = ("--objective=mdm", "--save-steps=1", "--resume-from-checkpoint=latest")
+    run(tmp_path, *flags, "--max-steps=3")
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
-    run(tmp_path, *flags, "--max_steps=3", "--save_total_limit=1")
+    run(tmp_path, *flags, "--max-steps=3", "--save-total-limit=1")
     assert is_whole(tmp_path / "checkpoint-3")
 
 
@@ -385,11 +385,11 @@ def test_ways_to_split_a_model_that_would_train_wrongly_are_refused(state, words
 
 
 def test_evaluations_have_the_same_noise_and_take_none_from_training(tmp_path):
-    flags = ("--objective=mdm", "--max_steps=3", "--save_strategy=no")
+    flags = ("--objective=mdm", "--max-steps=3", "--save-strategy=no")
     run(tmp_path / "none", *flags)
-    run(tmp_path / "some", *flags, "--eval_strategy=steps", "--eval_steps=1")
+    run(tmp_path / "some", *flags, "--eval-strategy=steps", "--eval-steps=1")
     assert_identical(weights(tmp_path / "none"), weights(tmp_path / "some"))
-    run(tmp_path / "still", *flags, "--eval_strategy=steps", "--eval_steps=1", "--learning_rate=0")
+    run(tmp_path / "still", *flags, "--eval-strategy=steps", "--eval-steps=1", "--learning-rate=0")
     losses = [entry["eval_loss"] for entry in log_of(tmp_path / "still") if "eval_loss" in entry]
     assert len(losses) == 3 and len(set(losses)) == 1
 
@@ -401,8 +401,8 @@ def test_trackers_get_the_measures_of_the_head(tmp_path, pretrained):
         def on_log(self, args, state, control, logs=None, **_):
             seen.extend((state.global_step, name) for name in logs)
 
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
-    flags += ("--eval_strategy=steps", "--eval_steps=1", "--num_revealed=8", "--sample_puzzles=1")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--max-steps=1", "--freeze-backbone")
+    flags += ("--eval-strategy=steps", "--eval-steps=1", "--num-revealed=8", "--sample-puzzles=1")
     run_args, args = parse_arguments(arguments(tmp_path, *flags))
     trainer, pipe = prepare(run_args, args)
     trainer.callback_handler.callbacks.insert(0, Tracker())  # where the Trainer has its own
@@ -413,9 +413,9 @@ def test_trackers_get_the_measures_of_the_head(tmp_path, pretrained):
 
 def test_all_held_out_examples_are_measured_and_the_drift_rests_on_the_first_batches(tmp_path, pretrained, monkeypatch):
     monkeypatch.setattr("prism_pipelines.training.callbacks.DRIFT_BATCHES", 2)
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--freeze_backbone")
-    flags += ("--eval_strategy=steps", "--eval_steps=1", "--num_eval_examples=20", "--per_device_eval_batch_size=1")
-    run_args, args = parse_arguments(arguments(tmp_path, *flags, "--mask_rate_min=0.5"))
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--max-steps=1", "--freeze-backbone")
+    flags += ("--eval-strategy=steps", "--eval-steps=1", "--num-eval-examples=20", "--per-device-eval-batch-size=1")
+    run_args, args = parse_arguments(arguments(tmp_path, *flags, "--mask-rate-min=0.5"))
     trainer, pipe = prepare(run_args, args)
     train(trainer, pipe, run_args)
     progress = trainer.callback_handler.callbacks[-1]
@@ -424,28 +424,28 @@ def test_all_held_out_examples_are_measured_and_the_drift_rests_on_the_first_bat
 
 
 def test_resuming_with_other_held_out_batches_leaves_the_drift_out(tmp_path, pretrained, caplog):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--freeze_backbone", "--eval_strategy=steps")
-    flags += ("--eval_steps=1", "--save_steps=1", "--resume_from_checkpoint=latest", "--num_revealed=8")
-    run(tmp_path, *flags, "--max_steps=1")
-    run(tmp_path, *flags, "--max_steps=2")
-    run(tmp_path, *flags, "--max_steps=3", "--per_device_eval_batch_size=3")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--freeze-backbone", "--eval-strategy=steps")
+    flags += ("--eval-steps=1", "--save-steps=1", "--resume-from-checkpoint=latest", "--num-revealed=8")
+    run(tmp_path, *flags, "--max-steps=1")
+    run(tmp_path, *flags, "--max-steps=2")
+    run(tmp_path, *flags, "--max-steps=3", "--per-device-eval-batch-size=3")
     assert "held-out batches are others now" in caplog.text
     entries = {entry["step"]: entry for entry in log_of(tmp_path) if "eval_auroc" in entry}
     assert ["eval_posterior_drift" in entries[step] for step in range(4)] == [True, True, True, False]
 
 
 def test_every_name_of_lora_targets_is_a_module(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--max_steps=1", "--rank=2")
-    run(tmp_path / "run", *flags, "--lora_targets=query, value")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--max-steps=1", "--rank=2")
+    run(tmp_path / "run", *flags, "--lora-targets=query, value")
     names = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert any(".query." in name for name in names) and any(".value." in name for name in names)
-    with pytest.raises(ValueError, match=r"`--lora_targets` names 'v_proj', and .* query, .*value"):
-        run(tmp_path / "other", *flags, "--lora_targets=query,v_proj")
+    with pytest.raises(ValueError, match=r"`--lora-targets` names 'v_proj', and .* query, .*value"):
+        run(tmp_path / "other", *flags, "--lora-targets=query,v_proj")
 
 
 def test_muon_takes_the_flags_of_adam_and_does_not_decay_norms_and_biases(tmp_path):
-    flags = ("--objective=mdm", "--max_steps=1", "--optimizer=muon", "--weight_decay=0.1")
-    trainer, _ = prepare(*parse_arguments(arguments(tmp_path, *flags, "--adam_beta2=0.5", "--adam_epsilon=1e-3")))
+    flags = ("--objective=mdm", "--max-steps=1", "--optimizer=muon", "--weight-decay=0.1")
+    trainer, _ = prepare(*parse_arguments(arguments(tmp_path, *flags, "--adam-beta2=0.5", "--adam-epsilon=1e-3")))
     assert isinstance(trainer.optimizer, MuonAdamW)
     groups = trainer.optimizer.parts["adamw"].param_groups
     assert all(group["betas"] == (0.9, 0.5) and group["eps"] == 1e-3 for group in groups)
@@ -457,15 +457,15 @@ def test_muon_takes_the_flags_of_adam_and_does_not_decay_norms_and_biases(tmp_pa
 
 def test_predictions_that_are_no_numbers_are_one_line_too(tmp_path, pretrained, capsys):
     """The loss is NaN no sooner than the tokens that PRISM draws."""
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--full", "--max_steps=6", "--logging_steps=500")
-    flags += ("--optim=sgd", "--learning_rate=1e30", "--max_grad_norm=0")
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--full", "--max-steps=6", "--logging-steps=500")
+    flags += ("--optim=sgd", "--learning-rate=1e30", "--max-grad-norm=0")
     assert main(arguments(tmp_path, *flags)) == 1
     assert "no numbers any more" in capsys.readouterr().err
 
 
 def test_a_base_in_a_folder_is_found_from_other_folders(tmp_path, pretrained, monkeypatch):
     monkeypatch.chdir(pretrained.parent)
-    flags = ("--objective=prism", f"--base_model={pretrained.name}", "--max_steps=1", "--freeze_backbone")
+    flags = ("--objective=prism", f"--base-model={pretrained.name}", "--max-steps=1", "--freeze-backbone")
     run(tmp_path / "run", *flags)
     monkeypatch.chdir(tmp_path)
     assert PrismPipeline.from_pretrained(str(tmp_path / "run")).quality_head is not None
@@ -476,13 +476,13 @@ def test_a_streamed_run_goes_on_exactly_after_the_first_pass(tmp_path, pretraine
     """A pass of the 19 examples ends within a step."""
     rows = [{"prompt": "12", "completion": f"34{i % 9 + 1}{i % 7 + 1}"} for i in range(20)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--objective=mdm", f"--base_model={pretrained}", "--max_length=12", f"--dataset={tmp_path / 'data.jsonl'}"]
+    flags = ["--objective=mdm", f"--base-model={pretrained}", "--max-length=12", f"--dataset={tmp_path / 'data.jsonl'}"]
     flags += [
         "--streaming",
-        "--num_eval_examples=1",
-        "--max_steps=8",
-        "--save_steps=2",
-        "--resume_from_checkpoint=latest",
+        "--num-eval-examples=1",
+        "--max-steps=8",
+        "--save-steps=2",
+        "--resume-from-checkpoint=latest",
     ]
     run(tmp_path / "whole", *flags)
     run_and_die(tmp_path / "cut", monkeypatch, 4, *flags)
@@ -492,7 +492,7 @@ def test_a_streamed_run_goes_on_exactly_after_the_first_pass(tmp_path, pretraine
 
 def test_a_preset_gives_flags_that_the_command_line_overrides():
     run_args, args = parse_arguments(
-        ["--preset=llada", "--base_model=some/model", "--dataset=some/data", "--output_dir=x", "--rank=8", "--use_cpu"]
+        ["--preset=llada", "--base-model=some/model", "--dataset=some/data", "--output-dir=x", "--rank=8", "--use-cpu"]
     )
     assert (run_args.objective, run_args.head, run_args.num_revealed, run_args.rank) == ("prism", "mlp", 8, 8)
     assert run_args.lora_alpha == 256 and args.output_dir == "x"
@@ -501,30 +501,30 @@ def test_a_preset_gives_flags_that_the_command_line_overrides():
 def test_an_output_folder_that_is_not_ours_or_holds_a_run_is_refused(tmp_path, pretrained):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no folder of a training run"):
-        run(tmp_path, "--objective=mdm", "--max_steps=1")
+        run(tmp_path, "--objective=mdm", "--max-steps=1")
     with pytest.raises(ValueError, match="holds a run already"):
-        run(pretrained, "--objective=mdm", "--max_steps=1")
+        run(pretrained, "--objective=mdm", "--max-steps=1")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="The loss is"):
-        run(tmp_path, "--objective=mdm", "--max_steps=20", "--learning_rate=1e30", "--max_grad_norm=0")
+        run(tmp_path, "--objective=mdm", "--max-steps=20", "--learning-rate=1e30", "--max-grad-norm=0")
 
 
-@pytest.mark.parametrize("flags", [("--save_strategy=no",), ("--save_strategy=epoch", "--num_train_epochs=1")])
+@pytest.mark.parametrize("flags", [("--save-strategy=no",), ("--save-strategy=epoch", "--num-train-epochs=1")])
 def test_weights_that_are_no_numbers_are_never_saved_also_where_no_loss_was_logged(tmp_path, pretrained, flags, capsys):
-    broken = ("--learning_rate=1e39", "--logging_steps=500", "--max_steps=3", "--freeze_backbone")
-    flags = ("--objective=prism", f"--base_model={pretrained}", *broken, *flags)
+    broken = ("--learning-rate=1e39", "--logging-steps=500", "--max-steps=3", "--freeze-backbone")
+    flags = ("--objective=prism", f"--base-model={pretrained}", *broken, *flags)
     assert main(arguments(tmp_path / "run", *flags)) == 1
     assert "no numbers any more" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.safetensors")) and not list((tmp_path / "run").glob("checkpoint*"))
 
 
 def test_more_epochs_go_on_from_a_finished_run(tmp_path, pretrained):
-    flags = ("--objective=prism", f"--base_model={pretrained}", "--freeze_backbone")
-    resumed = "--resume_from_checkpoint=latest"
+    flags = ("--objective=prism", f"--base-model={pretrained}", "--freeze-backbone")
+    resumed = "--resume-from-checkpoint=latest"
     for epochs in (1, 2, 2):
-        run(tmp_path / "run", *flags, f"--num_train_epochs={epochs}", resumed)
+        run(tmp_path / "run", *flags, f"--num-train-epochs={epochs}", resumed)
         assert latest_checkpoint(tmp_path / "run").endswith(f"-{8 * epochs}")
 
 
@@ -535,7 +535,7 @@ def test_sudokus_are_refused_by_a_model_of_other_tokens(tmp_path, pretrained):
     vocab = content["model"]["vocab"]
     vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
     file.write_text(json.dumps(content))
-    flags = ("--objective=prism", f"--base_model={folder}", "--max_steps=1")
+    flags = ("--objective=prism", f"--base-model={folder}", "--max-steps=1")
     with pytest.raises(ValueError, match="other tokens"):
         run(tmp_path / "run", *flags)
 
@@ -543,19 +543,19 @@ def test_sudokus_are_refused_by_a_model_of_other_tokens(tmp_path, pretrained):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--freeze_backbone", "--draw_temperature=0", "--seed=7"),
-        ("--full", "--lambda_mdm=0", "--num_eval_examples=0"),
-        ("--rank=4", "--adam_beta2=0.95"),
-        ("--preset=llada", "--draw_temperature=1"),
+        ("--freeze-backbone", "--draw-temperature=0", "--seed=7"),
+        ("--full", "--lambda-mdm=0", "--num-eval-examples=0"),
+        ("--rank=4", "--adam-beta2=0.95"),
+        ("--preset=llada", "--draw-temperature=1"),
     ],
 )
 def test_the_command_on_the_card_is_the_run(tmp_path, pretrained, monkeypatch, flags):
     monkeypatch.chdir(pretrained.parent)
-    flags = ("--objective=prism", f"--base_model={pretrained.name}", "--max_steps=2", *flags)
+    flags = ("--objective=prism", f"--base-model={pretrained.name}", "--max-steps=2", *flags)
     first, args = parse_arguments(arguments(tmp_path, *flags))
     words = shlex.split(run_facts(first, args)["command"])[4:]
-    assert "--shuffle_buffer" not in words and "--preset" not in words
-    again, more = parse_arguments([*words, "--use_cpu", f"--output_dir={tmp_path}"])
+    assert "--shuffle-buffer" not in words and "--preset" not in words
+    again, more = parse_arguments([*words, "--use-cpu", f"--output-dir={tmp_path}"])
     first.preset = None
     assert again == first  # its flags one by one: some may be overridden
     assert (more.seed, more.adam_beta2, more.max_steps) == (args.seed, args.adam_beta2, args.max_steps)
@@ -563,12 +563,12 @@ def test_the_command_on_the_card_is_the_run(tmp_path, pretrained, monkeypatch, f
 
 def test_a_card_names_the_folder_that_a_run_was_started_in(tmp_path, pretrained, monkeypatch):
     monkeypatch.chdir(pretrained)
-    facts = run_facts(*parse_arguments(arguments(tmp_path, "--objective=prism", "--base_model=.")))
-    assert f"--base_model {pretrained.name} " in facts["command"] + " "
+    facts = run_facts(*parse_arguments(arguments(tmp_path, "--objective=prism", "--base-model=.")))
+    assert f"--base-model {pretrained.name} " in facts["command"] + " "
 
 
 def test_the_loss_falls(tmp_path):
-    flags = ("--max_steps=60", "--learning_rate=3e-3", "--weighting=uniform", "--num_base_grids=1")
+    flags = ("--max-steps=60", "--learning-rate=3e-3", "--weighting=uniform", "--num-base-grids=1")
     run(tmp_path, "--objective=mdm", *flags)
     losses = [json.loads(line).get("loss") for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss]
@@ -613,38 +613,38 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
     ("flags", "words"),
     [
         (["--objective=critics"], "`--objective` must be one of mdm, prism, critic, distill, got 'critics'"),
-        (["--objective=mdm", "--dataset=no/such.txt"], "pass `--base_model`"),
-        (["--objective=prism"], "pass --base_model"),
+        (["--objective=mdm", "--dataset=no/such.txt"], "pass `--base-model`"),
+        (["--objective=prism"], "pass --base-model"),
         (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be one of adamw, muon"),
-        (["--objective=mdm", "--mask_rate_min=0.9", "--mask_rate_max=0.1"], "mask_rate_min=0.9"),
-        (["--objective=mdm", "--no_such_flag=1"], "no_such_flag"),
-        (["--objective=mdm", "--puzzle_clues_min=30", "--puzzle_clues_max=25"], "min <= max <= 80, got 30 and 25"),
-        (["--objective=mdm", "--freeze_backbone"], "--freeze_backbone goes with --objective prism"),
-        (["--objective=prism", "--base_model=x/y", "--full", "--rank=4"], "Pass one of --freeze_backbone, --full"),
-        (["--objective=prism", "--base_model=x/y", "--rank=0"], "`--rank` must be at least 1"),
-        (["--objective=prism", "--base_model=x/y", "--full", "--load_in_4bit"], "cannot be trained"),
+        (["--objective=mdm", "--mask-rate-min=0.9", "--mask-rate-max=0.1"], "mask_rate_min=0.9"),
+        (["--objective=mdm", "--no-such-flag=1"], "no_such_flag"),
+        (["--objective=mdm", "--puzzle-clues-min=30", "--puzzle-clues-max=25"], "min <= max <= 80, got 30 and 25"),
+        (["--objective=mdm", "--freeze-backbone"], "--freeze-backbone goes with --objective prism"),
+        (["--objective=prism", "--base-model=x/y", "--full", "--rank=4"], "Pass one of --freeze-backbone, --full"),
+        (["--objective=prism", "--base-model=x/y", "--rank=0"], "`--rank` must be at least 1"),
+        (["--objective=prism", "--base-model=x/y", "--full", "--load-in-4bit"], "cannot be trained"),
         (["--objective=mdm", "--preset=imagenet"], "`--preset` must be one of sudoku, owt, llada"),
-        (["--objective=mdm", "--num_base_grids=0"], "`--num_base_grids` must be at least 1, got 0"),
-        (["--objective=mdm", "--num_eval_examples=-1"], "`--num_eval_examples` must be at least 0, got -1"),
-        (["--objective=mdm", "--puzzle_share=2"], "`--puzzle_share` must be in [0, 1], got 2.0"),
-        (["--objective=mdm", "--lora_dropout=0.1"], "--lora_dropout is of an adapter, which needs a pretrained model"),
-        (["--objective=mdm", "--save_only_model"], "`--save_only_model` is not supported"),
-        (["--objective=mdm", "--load_best_model_at_end", "--eval_strategy=steps"], "is not supported"),
-        (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader_num_workers=2"], "is at most 1"),
+        (["--objective=mdm", "--num-base-grids=0"], "`--num-base-grids` must be at least 1, got 0"),
+        (["--objective=mdm", "--num-eval-examples=-1"], "`--num-eval-examples` must be at least 0, got -1"),
+        (["--objective=mdm", "--puzzle-share=2"], "`--puzzle-share` must be in [0, 1], got 2.0"),
+        (["--objective=mdm", "--lora-dropout=0.1"], "--lora-dropout is of an adapter, which needs a pretrained model"),
+        (["--objective=mdm", "--save-only-model"], "`--save-only-model` is not supported"),
+        (["--objective=mdm", "--load-best-model-at-end", "--eval-strategy=steps"], "is not supported"),
+        (["--objective=mdm", "--dataset=a.txt", "--streaming", "--dataloader-num-workers=2"], "is at most 1"),
         (
-            ["--objective=mdm", "--num_revealed=4"],
-            "`--num_revealed` goes with --objective prism and --states one_step or mixed; mdm has no use",
+            ["--objective=mdm", "--num-revealed=4"],
+            "`--num-revealed` goes with --objective prism and --states one_step or mixed; mdm has no use",
         ),
         (["--objective=mdm", "--head=mlp"], "`--head` goes with --objective prism, critic or distill; mdm has no use"),
-        (["--objective=critic", "--base_model=x/y", "--reveal_order=confidence"], "critic has no use for it"),
-        (["--objective=mdm", "--args_file=no/such.args"], "`--args_file` 'no/such.args' is no file"),
-        (["--objective=mdm", "--lr_scheduler_type=warmup_stable_decay"], "needs its length"),
-        (["--objective=mdm", "--sample_puzzles=3"], "pass --eval_strategy"),
-        (["--objective=prism", "--base_model=x/y", "--tokenizer=a/b"], "`--tokenizer` is of a new model"),
-        (["--objective=mdm", "--push_to_hub"], "needs `--hub_model_id"),
+        (["--objective=critic", "--base-model=x/y", "--reveal-order=confidence"], "critic has no use for it"),
+        (["--objective=mdm", "--args-file=no/such.args"], "`--args-file` 'no/such.args' is no file"),
+        (["--objective=mdm", "--lr-scheduler-type=warmup_stable_decay"], "needs its length"),
+        (["--objective=mdm", "--sample-puzzles=3"], "pass --eval-strategy"),
+        (["--objective=prism", "--base-model=x/y", "--tokenizer=a/b"], "`--tokenizer` is of a new model"),
+        (["--objective=mdm", "--push-to-hub"], "needs `--hub-model-id"),
         (
-            ["--objective=prism", "--base_model=./mine", "--push_to_hub", "--hub_model_id=a/b"],
-            "`--base_model` './mine' is no id on the Hub",
+            ["--objective=prism", "--base-model=./mine", "--push-to-hub", "--hub-model-id=a/b"],
+            "`--base-model` './mine' is no id on the Hub",
         ),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_prompt_is_tokenized_as_the_pipeline_does_opened_once_and_not_closed(t
 
 def test_a_row_too_long_is_an_error_or_dropped(tokenizer):
     rows = [{"prompt": "a b c", "completion": "d"}, {"prompt": "a", "completion": "b"}]
-    with pytest.raises(ValueError, match="Row 0 of the data set has 5 tokens, and --max_length is 4"):
+    with pytest.raises(ValueError, match="Row 0 of the data set has 5 tokens, and --max-length is 4"):
         list(encode_rows(rows, RowEncoder(tokenizer, MASK, 4, len(WORDS))))
     (kept,) = encode_rows(rows, RowEncoder(tokenizer, MASK, 4, len(WORDS), "drop"))
     assert words(kept) == ["b", "<eos>"]

@@ -28,7 +28,7 @@ def test_the_quickstart_trains_pushes_and_generates(tmp_path):
         port = str(probe.getsockname()[1])
     environment = {k: v for k, v in os.environ.items() if k != "HF_ENDPOINT"}
     environment |= {"PYTHON": sys.executable, "PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    few = ["--max_steps", "3", "--eval_steps", "3", "--num_eval_examples", "8"]
+    few = ["--max-steps", "3", "--eval-steps", "3", "--num-eval-examples", "8"]
     done = subprocess.run(
         ["bash", str(ROOT / "examples/quickstart_head/train_head.sh"), str(tmp_path), *few],
         env=environment,
@@ -51,8 +51,8 @@ def test_heads_of_the_side_by_side_train_what_they_say():
     calls = [shlex.split(line.replace('"$@"', ""))[1:] for line in lines if re.match("train [a-z]", line)]
     trained = {}
     for way, *flags in calls:
-        words = ["--args_file", str(ROOT / "examples/sudoku/prism.args"), "--base_model", "x/y", "--output_dir", "z"]
-        run_args, _ = parse_arguments([*words, *flags, "--use_cpu"])
+        words = ["--args-file", str(ROOT / "examples/sudoku/prism.args"), "--base-model", "x/y", "--output-dir", "z"]
+        run_args, _ = parse_arguments([*words, *flags, "--use-cpu"])
         trained[way] = (run_args.full, run_args.freeze_backbone, run_args.optimizer)
         assert run_args.num_revealed == 16 and run_args.lambda_mdm == 5
     assert trained == {
@@ -67,8 +67,8 @@ def test_heads_of_the_side_by_side_train_what_they_say():
 )
 def test_every_file_of_flags_is_one_that_a_run_takes_as_it_stands(file):
     """A flag on the command line hides what the file says of it, so a quick recipe alone does not read the file."""
-    words = ["--args_file", str(file), "--output_dir", "z", "--dataset", "sudoku", "--use_cpu", "true"]
-    words += [] if "--model_type" in file.read_text() else ["--base_model", "x/y"]
+    words = ["--args-file", str(file), "--output-dir", "z", "--dataset", "sudoku", "--use-cpu", "true"]
+    words += [] if "--model-type" in file.read_text() else ["--base-model", "x/y"]
     _, args = parse_arguments(words)
     assert (args.lr_scheduler_type == "warmup_stable_decay") == bool(args.lr_scheduler_kwargs)
     assert args.max_steps > 0
@@ -95,7 +95,7 @@ def stages_of(tmp_path: Path, recipe: str, *flags: str, cuda: bool) -> list[tupl
     stages = []
     for words in map(json.loads, log.read_text().splitlines()):
         words = words[words.index("prism_pipelines.training") + 1 :]
-        file = words.index("--args_file") + 1
+        file = words.index("--args-file") + 1
         words[file] = str(ROOT / words[file])
         stages.append(parse_arguments([word.replace(str(tmp_path / "runs") + "/", "x/") for word in words]))
     return stages
@@ -124,8 +124,8 @@ def test_the_quick_recipes_are_short(tmp_path, recipe):
 
 @pytest.mark.slow
 def test_growing_repeats_the_middle_layers_and_saves_a_pipeline_that_trains_on(tmp_path):
-    layers = "--config_overrides=hidden_size=32,num_hidden_layers=8,num_attention_heads=2,intermediate_size=64"
-    run(tmp_path / "mdm", "--objective=mdm", "--max_steps=1", layers)
+    layers = "--config-overrides=hidden_size=32,num_hidden_layers=8,num_attention_heads=2,intermediate_size=64"
+    run(tmp_path / "mdm", "--objective=mdm", "--max-steps=1", layers)
     script = ["examples/sudoku/grow.py", str(tmp_path / "mdm"), str(tmp_path / "grown")]
     subprocess.run([sys.executable, *script], cwd=ROOT, check=True, timeout=280)
     encoders = [
@@ -136,15 +136,15 @@ def test_growing_repeats_the_middle_layers_and_saves_a_pipeline_that_trains_on(t
     for new, old in enumerate([0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]):
         one, other = encoders[1][new].state_dict(), encoders[0][old].state_dict()
         assert all(torch.equal(value, other[name]) for name, value in one.items()), new
-    run(tmp_path / "on", "--objective=mdm", "--max_steps=1", f"--base_model={tmp_path / 'grown'}")
+    run(tmp_path / "on", "--objective=mdm", "--max-steps=1", f"--base-model={tmp_path / 'grown'}")
 
 
 def test_the_side_by_side_measures_each_arm_once(tmp_path, capsys):
-    run(tmp_path / "mdm", "--objective=mdm", "--max_steps=1")
-    ways = {"full": ("--full",), "lora": ("--rank=2",), "frozen": ("--freeze_backbone",)}
+    run(tmp_path / "mdm", "--objective=mdm", "--max-steps=1")
+    ways = {"full": ("--full",), "lora": ("--rank=2",), "frozen": ("--freeze-backbone",)}
     for way, flags in ways.items():
         folder = tmp_path / f"sudoku-heads-{way}"
-        run(folder, "--objective=prism", f"--base_model={tmp_path / 'mdm'}", "--max_steps=1", *flags)
+        run(folder, "--objective=prism", f"--base-model={tmp_path / 'mdm'}", "--max-steps=1", *flags)
     out = tmp_path / "heads.json"
     words = [str(tmp_path / "mdm"), "--runs", str(tmp_path), "--puzzles", "2", "--clues", "60", "--out", str(out)]
     assert sudoku_heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0

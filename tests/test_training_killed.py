@@ -17,8 +17,8 @@ from prism_pipelines.training import checkpointing, trainer
 from prism_pipelines.training.checkpointing import is_whole, latest_checkpoint
 from prism_pipelines.training.run import main
 
-FLAGS = ("--objective=mdm", "--max_steps=4", "--save_steps=1", "--logging_steps=3", "--save_total_limit=2")
-FLAGS += ("--eval_strategy=steps", "--eval_steps=2", "--resume_from_checkpoint=latest")
+FLAGS = ("--objective=mdm", "--max-steps=4", "--save-steps=1", "--logging-steps=3", "--save-total-limit=2")
+FLAGS += ("--eval-strategy=steps", "--eval-steps=2", "--resume-from-checkpoint=latest")
 
 
 def die(*_, **__):
@@ -118,12 +118,12 @@ def test_a_run_killed_in_a_save_ends_as_one_that_was_not(tmp_path, whole, moment
 
 def test_a_full_disk_while_saving_is_an_error_that_keeps_the_checkpoint_before(tmp_path, capfd):
     """A limit on the size of files is a disk that is full for anything larger."""
-    run(tmp_path, "--objective=mdm", "--max_steps=1", "--save_steps=1")
+    run(tmp_path, "--objective=mdm", "--max-steps=1", "--save-steps=1")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (20_000, 150_000):  # the weights do not fit; the weights fit and the optimizer does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            flags = ("--objective=mdm", "--max_steps=3", "--save_steps=1", "--resume_from_checkpoint=latest")
+            flags = ("--objective=mdm", "--max-steps=3", "--save-steps=1", "--resume-from-checkpoint=latest")
             assert main(arguments(tmp_path, *flags)) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -135,16 +135,16 @@ def test_a_full_disk_while_saving_is_an_error_that_keeps_the_checkpoint_before(t
 
 
 def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
-    run(tmp_path, "--objective=mdm", "--max_steps=2", "--save_steps=1")
+    run(tmp_path, "--objective=mdm", "--max-steps=2", "--save-steps=1")
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="is no whole checkpoint"):
-        run(tmp_path, "--objective=mdm", "--max_steps=2", f"--resume_from_checkpoint={tmp_path / 'checkpoint-1'}")
+        run(tmp_path, "--objective=mdm", "--max-steps=2", f"--resume-from-checkpoint={tmp_path / 'checkpoint-1'}")
 
 
 def test_going_back_to_an_earlier_checkpoint_replaces_the_later_ones(tmp_path, whole):
-    flags = ("--objective=mdm", "--max_steps=4", "--save_steps=1", "--logging_steps=3", "--eval_strategy=steps")
-    run(tmp_path, *flags, "--eval_steps=2")
-    again = f"--resume_from_checkpoint={tmp_path / 'checkpoint-2'}"
-    run(tmp_path, *flags, "--eval_steps=2", again)
+    flags = ("--objective=mdm", "--max-steps=4", "--save-steps=1", "--logging-steps=3", "--eval-strategy=steps")
+    run(tmp_path, *flags, "--eval-steps=2")
+    again = f"--resume-from-checkpoint={tmp_path / 'checkpoint-2'}"
+    run(tmp_path, *flags, "--eval-steps=2", again)
     assert log(tmp_path) == log(whole)
     assert all(is_whole(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4))

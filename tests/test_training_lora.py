@@ -16,7 +16,7 @@ from prism_pipelines.training.arguments import RunArguments, check_run
 from prism_pipelines.training.run import main
 from prism_pipelines.training.setup import build_objective
 
-LORA = ("--objective=mdm", "--rank=3", "--lora_alpha=6", "--learning_rate=1e-2")
+LORA = ("--objective=mdm", "--rank=3", "--lora-alpha=6", "--learning-rate=1e-2")
 
 
 def logits_of(pipe, ids):
@@ -28,7 +28,7 @@ def logits_of(pipe, ids):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, pretrained):  # noqa: F811
     folder = tmp_path_factory.mktemp("lora")
-    pipe = run(folder, *LORA, "--max_steps=6", f"--base_model={pretrained}")
+    pipe = run(folder, *LORA, "--max-steps=6", f"--base-model={pretrained}")
     return pipe, folder
 
 
@@ -62,10 +62,10 @@ def test_the_backbone_stays_as_it_was(tuned, pretrained):  # noqa: F811
 
 
 def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, pretrained):  # noqa: F811
-    flags = (*LORA, "--max_steps=6", "--save_steps=2", f"--base_model={pretrained}")
+    flags = (*LORA, "--max-steps=6", "--save-steps=2", f"--base-model={pretrained}")
     run(tmp_path / "whole", *flags)
     run_and_die(tmp_path / "broken", monkeypatch, 3, *flags)
-    run(tmp_path / "broken", *flags, "--resume_from_checkpoint=latest")
+    run(tmp_path / "broken", *flags, "--resume-from-checkpoint=latest")
     found = [{"adapter": load_file(tmp_path / name / "adapter_model.safetensors")} for name in ("whole", "broken")]
     assert_identical(*found)
 
@@ -97,24 +97,24 @@ def test_the_card_says_how_it_is_loaded_and_trained(tuned):
     [
         (
             ("--objective=mdm", "--rank=2"),
-            "--rank is of an adapter, which needs a pretrained model: pass --base_model",
+            "--rank is of an adapter, which needs a pretrained model: pass --base-model",
         ),
         (
             ("--objective=mdm", "--full=true"),
             "--full goes with --objective prism or critic; mdm trains all weights, or",
         ),
         (
-            ("--rank=2", "--objective=mdm", "--optimizer=muon", "--base_model=x"),
+            ("--rank=2", "--objective=mdm", "--optimizer=muon", "--base-model=x"),
             "`--optimizer muon` is for all weights",
         ),
-        (("--objective=mdm", "--load_in_4bit=true", "--base_model=x"), "Weights in 4 or 8 bits cannot be trained"),
+        (("--objective=mdm", "--load-in-4bit=true", "--base-model=x"), "Weights in 4 or 8 bits cannot be trained"),
         (
-            ("--objective=mdm", "--rank=2", "--push_to_hub=true", "--hub_model_id=a/b", "--base_model=/nowhere/x"),
+            ("--objective=mdm", "--rank=2", "--push-to-hub=true", "--hub-model-id=a/b", "--base-model=/nowhere/x"),
             "a head or an adapter needs a base model that others can load",
         ),
     ],
 )
 def test_what_no_run_can_use_is_named(flags, says, tmp_path, capsys):
-    dataset = ["--dataset=sudoku", f"--output_dir={tmp_path}", "--use_cpu"]
+    dataset = ["--dataset=sudoku", f"--output-dir={tmp_path}", "--use-cpu"]
     assert main([*dataset, *flags]) == 2
     assert says in capsys.readouterr().err

@@ -18,9 +18,9 @@ from prism_pipelines.training.run import main
 from prism_pipelines.training.trainer import trainable
 
 TESTS = Path(__file__).parent
-STEP = ("--max_steps=3", "--optim=sgd", "--learning_rate=0.5", "--weighting=uniform", "--num_revealed=6")
-STEP += ("--draw_temperature=0", "--reveal_order=confidence", "--lambda_mdm=2", "--save_steps=2", "--head=mlp")
-WAYS = {"full": ("--full",), "lora": ("--rank=2", "--lora_targets=query,value"), "frozen": ("--freeze_backbone",)}
+STEP = ("--max-steps=3", "--optim=sgd", "--learning-rate=0.5", "--weighting=uniform", "--num-revealed=6")
+STEP += ("--draw-temperature=0", "--reveal-order=confidence", "--lambda-mdm=2", "--save-steps=2", "--head=mlp")
+WAYS = {"full": ("--full",), "lora": ("--rank=2", "--lora-targets=query,value"), "frozen": ("--freeze-backbone",)}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mdm")
     sizes = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
     sizes += ",hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"  # its noise would be another in each process
-    pipe = run(folder, "--objective=mdm", "--max_steps=1", f"--config_overrides={sizes}")
+    pipe = run(folder, "--objective=mdm", "--max-steps=1", f"--config-overrides={sizes}")
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in pipe.model.parameters():
@@ -41,11 +41,11 @@ def base(tmp_path_factory):
 def flags(base, way, batch, accumulate):
     return (
         "--objective=prism",
-        f"--base_model={base}",
+        f"--base-model={base}",
         *WAYS[way],
         *STEP,
-        f"--per_device_train_batch_size={batch}",
-        f"--gradient_accumulation_steps={accumulate}",
+        f"--per-device-train-batch-size={batch}",
+        f"--gradient-accumulation-steps={accumulate}",
     )
 
 
@@ -91,7 +91,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, base, way):
 def test_two_processes_give_the_step_of_one(tmp_path, base, way):
     with Rates():
         run(tmp_path / "one", *flags(base, way, 8, 1))
-    words = [*arguments(tmp_path / "two", *flags(base, way, 2, 2)), "--ddp_backend=gloo"]
+    words = [*arguments(tmp_path / "two", *flags(base, way, 2, 2)), "--ddp-backend=gloo"]
     assert_all_end_well(launched(train_on_content, words))
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
 
@@ -100,7 +100,7 @@ def test_two_processes_give_the_step_of_one(tmp_path, base, way):
 def test_torchrun_starts_what_gives_the_step_of_one(tmp_path, base):
     with Rates():
         run(tmp_path / "one", *flags(base, "lora", 8, 1))
-    words = [*arguments(tmp_path / "two", *flags(base, "lora", 2, 2)), "--ddp_backend=gloo"]
+    words = [*arguments(tmp_path / "two", *flags(base, "lora", 2, 2)), "--ddp-backend=gloo"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(TESTS / "content_noise.py"), *words]

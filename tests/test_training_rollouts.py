@@ -19,17 +19,17 @@ from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
 from prism_pipelines.training.setup import begin_at_free_scores, build_objective
 
 WAYS = {
-    "rollout": ("--objective=prism", "--states=rollout", "--freeze_backbone", "--puzzle_share=1"),
-    "mixed": ("--objective=prism", "--states=mixed", "--rank=2", "--lora_targets=query", "--puzzle_share=1"),
+    "rollout": ("--objective=prism", "--states=rollout", "--freeze-backbone", "--puzzle-share=1"),
+    "mixed": ("--objective=prism", "--states=mixed", "--rank=2", "--lora-targets=query", "--puzzle-share=1"),
     "distill": ("--objective=distill", "--dataset=sudoku"),
 }
-SHORT = ("--rollout_steps_min=3", "--rollout_steps_max=9", "--rollout_runs=3", "--head=block")
+SHORT = ("--rollout-steps-min=3", "--rollout-steps-max=9", "--rollout-runs=3", "--head=block")
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mdm")
-    run(folder, "--objective=mdm", "--max_steps=4", "--weighting=uniform")
+    run(folder, "--objective=mdm", "--max-steps=4", "--weighting=uniform")
     return folder
 
 
@@ -146,8 +146,8 @@ def test_every_token_is_labelled_once_over_the_offsets_of_a_stride():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, pretrained, way):
-    flags = (*WAYS[way], *SHORT, f"--base_model={pretrained}", "--max_steps=5", "--save_steps=2")
-    flags += ("--gradient_accumulation_steps=2", "--per_device_train_batch_size=4", "--resume_from_checkpoint=latest")
+    flags = (*WAYS[way], *SHORT, f"--base-model={pretrained}", "--max-steps=5", "--save-steps=2")
+    flags += ("--gradient-accumulation-steps=2", "--per-device-train-batch-size=4", "--resume-from-checkpoint=latest")
     run(tmp_path / "whole", *flags)
     run_and_die(tmp_path / "cut", monkeypatch, 4, *flags)
     run(tmp_path / "cut", *flags)
@@ -159,8 +159,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
 
 
 def test_a_head_on_rollouts_is_saved_calibrated_and_loaded_by_the_pipeline(tmp_path, pretrained):
-    flags = (*WAYS["rollout"], *SHORT, f"--base_model={pretrained}", "--max_steps=3", "--eval_strategy=steps")
-    pipe = run(tmp_path / "one", *flags, "--eval_steps=2")
+    flags = (*WAYS["rollout"], *SHORT, f"--base-model={pretrained}", "--max-steps=3", "--eval-strategy=steps")
+    pipe = run(tmp_path / "one", *flags, "--eval-steps=2")
     before = weights(pretrained)["model"]
     assert all(torch.equal(value, before[name]) for name, value in pipe.model.state_dict().items() if name in before)
     again = PrismPipeline.from_pretrained(str(pretrained), quality_head=str(tmp_path / "one"))
@@ -180,27 +180,27 @@ def test_a_head_on_rollouts_is_saved_calibrated_and_loaded_by_the_pipeline(tmp_p
 
 
 def test_a_head_begins_from_another_where_layers_fit(tmp_path, pretrained):
-    flags = (f"--base_model={pretrained}", "--freeze_backbone", "--max_steps=1")
-    first = run(tmp_path / "first", "--objective=prism", "--head=mlp", *flags, "--num_revealed=8").quality_head
-    more = (*WAYS["rollout"], f"--base_model={pretrained}", "--max_steps=1", "--head=block_mlp", "--learning_rate=1e-9")
-    second = run(tmp_path / "second", *more, f"--head_from={tmp_path / 'first'}").quality_head
+    flags = (f"--base-model={pretrained}", "--freeze-backbone", "--max-steps=1")
+    first = run(tmp_path / "first", "--objective=prism", "--head=mlp", *flags, "--num-revealed=8").quality_head
+    more = (*WAYS["rollout"], f"--base-model={pretrained}", "--max-steps=1", "--head=block_mlp", "--learning-rate=1e-9")
+    second = run(tmp_path / "second", *more, f"--head-from={tmp_path / 'first'}").quality_head
     torch.testing.assert_close(second.inner.weight, first.inner.weight, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"`--head_from` .* holds no quality head"):
-        run(tmp_path / "third", *more, f"--head_from={tmp_path}")
+    with pytest.raises(ValueError, match=r"`--head-from` .* holds no quality head"):
+        run(tmp_path / "third", *more, f"--head-from={tmp_path}")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_rollouts_from_nothing_are_refused_where_the_label_is_the_truth(tmp_path, pretrained):
-    flags = (*WAYS["rollout"][:3], f"--base_model={pretrained}", "--max_steps=1", "--mask_rate_min=1")
+    flags = (*WAYS["rollout"][:3], f"--base-model={pretrained}", "--max-steps=1", "--mask-rate-min=1")
     with pytest.raises(ValueError, match="needs rows with a given part"):
         run(tmp_path, *flags)
 
 
 def test_a_stride_longer_than_the_text_is_refused_by_name(tmp_path, pretrained):
-    with pytest.raises(ValueError, match="`--label_stride` is 99, and the rows have 81 tokens"):
-        run(tmp_path, *WAYS["distill"], f"--base_model={pretrained}", "--max_steps=1", "--label_stride=99")
+    with pytest.raises(ValueError, match="`--label-stride` is 99, and the rows have 81 tokens"):
+        run(tmp_path, *WAYS["distill"], f"--base-model={pretrained}", "--max-steps=1", "--label-stride=99")
 
 
 class Constant(torch.nn.Module):
@@ -243,17 +243,17 @@ def test_a_model_that_writes_end_tokens_alone_is_refused():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"objective": "prism", "label_stride": 8}, "`--label_stride` goes with --objective distill"),
-        ({"objective": "prism", "rollout_runs": 2}, "`--rollout_runs` goes with --objective distill, or prism with"),
+        ({"objective": "prism", "label_stride": 8}, "`--label-stride` goes with --objective distill"),
+        ({"objective": "prism", "rollout_runs": 2}, "`--rollout-runs` goes with --objective distill, or prism with"),
         ({"objective": "critic", "states": "rollout"}, "`--states` goes with --objective prism"),
         ({"objective": "mdm", "states": "rollout"}, "`--states` goes with --objective prism"),
-        ({"objective": "distill", "num_revealed": 4}, "`--num_revealed` goes with --objective prism and"),
+        ({"objective": "distill", "num_revealed": 4}, "`--num-revealed` goes with --objective prism and"),
         ({"objective": "distill", "full": True}, "--full does not go with --objective distill"),
         ({"objective": "distill", "rank": 4}, "--rank does not go with --objective distill"),
         ({"objective": "prism", "dataset": None}, "pass --dataset. Only distill needs none"),
-        ({"objective": "distill", "distill_loss": "kl"}, "`--distill_loss` must be one of squared, bce"),
-        ({"objective": "distill", "rollout_runs": 0}, "`--rollout_runs` must be at least 1, got 0"),
-        ({"objective": "distill", "forget_share": 2.0}, r"`--forget_share` must be in \[0, 1\], got 2.0"),
+        ({"objective": "distill", "distill_loss": "kl"}, "`--distill-loss` must be one of squared, bce"),
+        ({"objective": "distill", "rollout_runs": 0}, "`--rollout-runs` must be at least 1, got 0"),
+        ({"objective": "distill", "forget_share": 2.0}, r"`--forget-share` must be in \[0, 1\], got 2.0"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused_by_name(flags, message):
@@ -276,11 +276,11 @@ def test_values_that_no_run_can_use_are_refused_by_name(flags, message):
 
 def test_prompts_alone_are_answered_by_the_model(tmp_path, pretrained):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": "12" + "3456789"[i % 7]}) for i in range(30)))
-    flags = ("--objective=distill", f"--dataset={tmp_path / 'data.jsonl'}", f"--base_model={pretrained}", *SHORT)
-    run(tmp_path / "out", *flags, "--max_steps=2", "--max_length=20")
+    flags = ("--objective=distill", f"--dataset={tmp_path / 'data.jsonl'}", f"--base-model={pretrained}", *SHORT)
+    run(tmp_path / "out", *flags, "--max-steps=2", "--max-length=20")
     assert (tmp_path / "out" / "quality_head").is_dir()
-    with pytest.raises(ValueError, match="has a prompt of 3 tokens, and --max_length is 3: no token is left"):
-        run(tmp_path / "short", *flags, "--max_steps=2", "--max_length=3", "--label_stride=2")
+    with pytest.raises(ValueError, match="has a prompt of 3 tokens, and --max-length is 3: no token is left"):
+        run(tmp_path / "short", *flags, "--max-steps=2", "--max-length=3", "--label-stride=2")
 
 
 def report(label, **found):

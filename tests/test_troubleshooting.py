@@ -57,7 +57,7 @@ MESSAGES = {
     "and the model never writes that token": "sampling/rows.py",
     "`gen_length` is": "pipeline_checks.py",
     "The canvas has": "pipeline_checks.py",
-    "--max_length is": "training",
+    "--max-length is": "training",
     "what the model takes": "training",
 }
 

@@ -35,8 +35,8 @@ fi
 #    More chains and more HEAD_STEPS make a better one.
 [ -f "$folder/head/quality_head/config.json" ] || {
   grep -v '>' "$folder/data/train.fasta" > "$folder/data/train.txt"
-  "$python" -m prism_pipelines.training --args_file examples/antibody/rollouts.args --base_model "$folder/model" \
-    --dataset "$folder/data/train.txt" --output_dir "$folder/head" --max_steps "${HEAD_STEPS:-130}"
+  "$python" -m prism_pipelines.training --args-file examples/antibody/rollouts.args --base-model "$folder/model" \
+    --dataset "$folder/data/train.txt" --output-dir "$folder/head" --max-steps "${HEAD_STEPS:-130}"
 }
 
 # 5. What people do with it: fill every loop, and colour the doubtful residues of known antibodies.

@@ -1,6 +1,6 @@
 """Sentences written with a shared head, and how many of them are true.
 
-    python examples/quickstart_head/generate.py me/counting-mdm-prism [--num_samples 64]
+    python examples/quickstart_head/generate.py me/counting-mdm-prism [--num-samples 64]
 
 The same model without remasking, at as many forwards, stands beside it.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     """Write, count, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("head", help="Hub id or folder of the head")
-    parser.add_argument("--num_samples", type=int, default=64)
+    parser.add_argument("--num-samples", type=int, default=64)
     args = parser.parse_args()
     pipe = PrismPipeline.from_pretrained(args.head)
     pipe.set_progress_bar_config(disable=True)

@@ -20,15 +20,15 @@ fi
 
 train() {
   "$python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    -m prism_pipelines.training --dataset "$folder/data/text.txt" --resume_from_checkpoint latest --push_to_hub "$@"
+    -m prism_pipelines.training --dataset "$folder/data/text.txt" --resume-from-checkpoint latest --push-to-hub "$@"
 }
 # 1. A masked diffusion model, from nothing.
-train --args_file examples/quickstart_head/pretrain.args --tokenizer "$folder/data/tokenizer" \
-  --output_dir "$folder/mdm" --hub_model_id "$me/counting-mdm" "$@"
+train --args-file examples/quickstart_head/pretrain.args --tokenizer "$folder/data/tokenizer" \
+  --output-dir "$folder/mdm" --hub-model-id "$me/counting-mdm" "$@"
 
 # 2. A quality head on it, with a LoRA adapter.
-train --args_file examples/quickstart_head/prism.args --base_model "$me/counting-mdm" \
-  --output_dir "$folder/head" --hub_model_id "$me/counting-mdm-prism" "$@"
+train --args-file examples/quickstart_head/prism.args --base-model "$me/counting-mdm" \
+  --output-dir "$folder/head" --hub-model-id "$me/counting-mdm-prism" "$@"
 
 # 3. Anybody generates with it, by its name.
 "$python" examples/quickstart_head/generate.py "$me/counting-mdm-prism"

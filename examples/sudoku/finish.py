@@ -150,14 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("earlier_runs", type=Path, nargs="+", help="folders STAGE of the runs before, for their logs")
     parser.add_argument("prism_run", type=Path)
-    parser.add_argument("--num_puzzles", type=int, default=400, help="puzzles for each figure")
-    parser.add_argument("--num_to_choose", type=int, default=200, help="puzzles that the settings are chosen on")
+    parser.add_argument("--num-puzzles", type=int, default=400, help="puzzles for each figure")
+    parser.add_argument("--num-to-choose", type=int, default=200, help="puzzles that the settings are chosen on")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model, to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--output_dir", type=Path, help="default: PRISM_RUN without its -prism")
+    parser.add_argument("--output-dir", type=Path, help="default: PRISM_RUN without its -prism")
     args = parser.parse_args()
     if args.num_puzzles < 1 or args.num_to_choose < 2:
-        parser.error("--num_puzzles must be at least 1 and --num_to_choose 2: half of these have 25 clues, half 30")
+        parser.error("--num-puzzles must be at least 1 and --num-to-choose 2: half of these have 25 clues, half 30")
     output = args.output_dir or args.prism_run.with_name(args.prism_run.name.removesuffix("-prism"))
 
     pipe = PrismPipeline.from_pretrained(str(args.prism_run)).to(args.device, getattr(torch, args.dtype))

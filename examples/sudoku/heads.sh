@@ -20,11 +20,11 @@ train() {
   way=$1
   shift
   "$BIN/python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    -m prism_pipelines.training --resume_from_checkpoint latest --args_file examples/sudoku/prism.args \
-    --base_model "$base" --output_dir "$RUNS/sudoku-heads-$way" --sample_puzzles 0 "${device[@]}" "$@"
+    -m prism_pipelines.training --resume-from-checkpoint latest --args-file examples/sudoku/prism.args \
+    --base-model "$base" --output-dir "$RUNS/sudoku-heads-$way" --sample-puzzles 0 "${device[@]}" "$@"
 }
-train full --muon_learning_rate 0.01 "$@"
-train lora --full false --optimizer adamw --rank 32 --learning_rate 6e-3 "$@"
-train frozen --full false --optimizer adamw --freeze_backbone --learning_rate 2e-3 "$@"
+train full --muon-learning-rate 0.01 "$@"
+train lora --full false --optimizer adamw --rank 32 --learning-rate 6e-3 "$@"
+train frozen --full false --optimizer adamw --freeze-backbone --learning-rate 2e-3 "$@"
 # shellcheck disable=SC2086
 "$BIN/python" -m benchmarks.sudoku_heads "$base" --runs "$RUNS" ${MEASURE:-}

@@ -11,22 +11,22 @@ cuda() { "$BIN/python" -c "import torch; raise SystemExit(not torch.cuda.is_avai
 more=() name=sudoku mdm=() puzzles=() deep=() prism=() finish=(--dtype bfloat16)
 if [ "${1:-}" = --quick ]; then
   name=sudoku-quick
-  mdm=(--max_steps 380 --warmup_steps 50 --lr_scheduler_kwargs '{"num_decay_steps": 100}' --eval_strategy no)
-  puzzles=(--max_steps 60 --warmup_steps 10 --eval_strategy no --sample_puzzles 0)
-  deep=(--max_steps 30 --warmup_steps 10 --eval_strategy no --sample_puzzles 0)
-  prism=(--max_steps 30 --warmup_steps 10 --eval_strategy no --sample_puzzles 0)
-  finish+=(--num_puzzles 50 --num_to_choose 20)
+  mdm=(--max-steps 380 --warmup-steps 50 --lr-scheduler-kwargs '{"num_decay_steps": 100}' --eval-strategy no)
+  puzzles=(--max-steps 60 --warmup-steps 10 --eval-strategy no --sample-puzzles 0)
+  deep=(--max-steps 30 --warmup-steps 10 --eval-strategy no --sample-puzzles 0)
+  prism=(--max-steps 30 --warmup-steps 10 --eval-strategy no --sample-puzzles 0)
+  finish+=(--num-puzzles 50 --num-to-choose 20)
 elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2
   exit 2
 elif cuda; then
-  more=(--per_device_train_batch_size 512 --gradient_accumulation_steps 1 --dataloader_num_workers 2 --bf16 true)
-  more+=(--num_train_examples 10000000 --save_steps 500 --sample_puzzles 0)
-  mdm+=(--max_steps 1200 --lr_scheduler_kwargs '{"num_decay_steps": 400}' --eval_steps 500)
-  puzzles+=(--max_steps 800 --eval_steps 500)
-  deep+=(--max_steps 2200 --eval_steps 500 --num_base_grids 40000)
-  prism+=(--max_steps 600 --eval_steps 300)
-  finish+=(--num_puzzles 1000 --num_to_choose 400)
+  more=(--per-device-train-batch-size 512 --gradient-accumulation-steps 1 --dataloader-num-workers 2 --bf16 true)
+  more+=(--num-train-examples 10000000 --save-steps 500 --sample-puzzles 0)
+  mdm+=(--max-steps 1200 --lr-scheduler-kwargs '{"num_decay_steps": 400}' --eval-steps 500)
+  puzzles+=(--max-steps 800 --eval-steps 500)
+  deep+=(--max-steps 2200 --eval-steps 500 --num-base-grids 40000)
+  prism+=(--max-steps 600 --eval-steps 300)
+  finish+=(--num-puzzles 1000 --num-to-choose 400)
 fi
 if ! cuda && ! "$BIN/python" -c "import prism_pipelines.models.precision as p; raise SystemExit(p.bfloat16_is_emulated())"; then
   more+=(--bf16 false)  # not every CPU is fast in bfloat16
@@ -34,12 +34,12 @@ if ! cuda && ! "$BIN/python" -c "import prism_pipelines.models.precision as p; r
 fi
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest "$@" "${more[@]}"
+    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume-from-checkpoint latest "$@" "${more[@]}"
 }
-run --args_file examples/sudoku/pretrain.args --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
-run --args_file examples/sudoku/puzzles.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-puzzles" "${puzzles[@]}"
+run --args-file examples/sudoku/pretrain.args --output-dir "$RUNS/$name-mdm" "${mdm[@]}"
+run --args-file examples/sudoku/puzzles.args --base-model "$RUNS/$name-mdm" --output-dir "$RUNS/$name-puzzles" "${puzzles[@]}"
 "$BIN/python" examples/sudoku/grow.py "$RUNS/$name-puzzles" "$RUNS/$name-grown"
-run --args_file examples/sudoku/deep.args --base_model "$RUNS/$name-grown" --output_dir "$RUNS/$name-deep" "${deep[@]}"
-run --args_file examples/sudoku/prism.args --base_model "$RUNS/$name-deep" --output_dir "$RUNS/$name-prism" "${prism[@]}"
+run --args-file examples/sudoku/deep.args --base-model "$RUNS/$name-grown" --output-dir "$RUNS/$name-deep" "${deep[@]}"
+run --args-file examples/sudoku/prism.args --base-model "$RUNS/$name-deep" --output-dir "$RUNS/$name-prism" "${prism[@]}"
 "$BIN/python" examples/sudoku/finish.py "$RUNS/$name-mdm" "$RUNS/$name-puzzles" "$RUNS/$name-deep" "$RUNS/$name-prism" \
   "${finish[@]}"

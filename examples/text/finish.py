@@ -71,7 +71,7 @@ def held_out_losses(prism_run: Path) -> dict[str, float]:
     rows = [json.loads(line) for line in (prism_run / "training_log.jsonl").read_text().splitlines()]
     found = [row["eval_loss_mdm"] for row in rows if "eval_loss_mdm" in row]
     if not found:
-        raise SystemExit(f"error: {prism_run} has no eval_loss_mdm in its log: train it with --eval_strategy steps.")
+        raise SystemExit(f"error: {prism_run} has no eval_loss_mdm in its log: train it with --eval-strategy steps.")
     return {"before": found[0], "after": found[-1]}
 
 
@@ -167,12 +167,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of prepare.py")
     parser.add_argument("mdm_run", type=Path)
     parser.add_argument("prism_run", type=Path)
-    parser.add_argument("--num_samples", type=int, default=64, help="texts for each figure")
+    parser.add_argument("--num-samples", type=int, default=64, help="texts for each figure")
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64], help="of the card's table")
     parser.add_argument("--seeds", type=int, default=3, help="of the card's table")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model, to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--output_dir", type=Path, help="default: PRISM_RUN without its -prism")
+    parser.add_argument("--output-dir", type=Path, help="default: PRISM_RUN without its -prism")
     args = parser.parse_args()
     output = args.output_dir or args.prism_run.with_name(args.prism_run.name.removesuffix("-prism"))
 

@@ -10,16 +10,16 @@ cuda() { "$BIN/python" -c "import torch; raise SystemExit(not torch.cuda.is_avai
 more=() name=text mdm=() prism=() finish=()
 if [ "${1:-}" = --quick ]; then
   name=text-quick
-  mdm=(--max_steps 300 --warmup_steps 50 --lr_scheduler_kwargs '{"num_decay_steps": 80}' --eval_strategy no)
-  prism=(--max_steps 60 --warmup_steps 10 --eval_steps 60)
-  finish=(--num_samples 16)
+  mdm=(--max-steps 300 --warmup-steps 50 --lr-scheduler-kwargs '{"num_decay_steps": 80}' --eval-strategy no)
+  prism=(--max-steps 60 --warmup-steps 10 --eval-steps 60)
+  finish=(--num-samples 16)
 elif [ $# -gt 0 ]; then
   echo "usage: train.sh [--quick]" >&2
   exit 2
 elif cuda; then
-  more=(--per_device_train_batch_size 128 --save_steps 500)
-  mdm+=(--max_steps 2000 --lr_scheduler_kwargs '{"num_decay_steps": 600}' --eval_steps 1000)
-  prism+=(--max_steps 800 --eval_steps 500)
+  more=(--per-device-train-batch-size 128 --save-steps 500)
+  mdm+=(--max-steps 2000 --lr-scheduler-kwargs '{"num_decay_steps": 600}' --eval-steps 1000)
+  prism+=(--max-steps 800 --eval-steps 500)
 fi
 
 [ -f "$RUNS/text-data/tokenizer/tokenizer.json" ] || "$BIN/python" examples/text/prepare.py "$RUNS/text-data"
@@ -28,9 +28,9 @@ if ! cuda && ! "$BIN/python" -c "import prism_pipelines.models.precision as p; r
 fi
 run() {
   "$BIN/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume_from_checkpoint latest \
-    --dataset "$RUNS/text-data/train.jsonl" --eval_dataset "$RUNS/text-data/heldout.jsonl" "$@" "${more[@]}"
+    --num_cpu_threads_per_process "$(nproc)" -m prism_pipelines.training --resume-from-checkpoint latest \
+    --dataset "$RUNS/text-data/train.jsonl" --eval-dataset "$RUNS/text-data/heldout.jsonl" "$@" "${more[@]}"
 }
-run --args_file examples/text/pretrain.args --tokenizer "$RUNS/text-data/tokenizer" --output_dir "$RUNS/$name-mdm" "${mdm[@]}"
-run --args_file examples/text/prism.args --base_model "$RUNS/$name-mdm" --output_dir "$RUNS/$name-prism" "${prism[@]}"
+run --args-file examples/text/pretrain.args --tokenizer "$RUNS/text-data/tokenizer" --output-dir "$RUNS/$name-mdm" "${mdm[@]}"
+run --args-file examples/text/prism.args --base-model "$RUNS/$name-mdm" --output-dir "$RUNS/$name-prism" "${prism[@]}"
 "$BIN/python" examples/text/finish.py "$RUNS/text-data" "$RUNS/$name-mdm" "$RUNS/$name-prism" "${finish[@]}"

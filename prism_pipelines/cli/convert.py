@@ -5,26 +5,33 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .arguments import Commands, add_command
 
-def add_parser(commands) -> None:
+
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `convert` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
+        run,
+        "SRC DST [FLAGS]",
         help="pickled weights (pytorch_model.bin) as safetensors with a tokenizer, checked",
         description="Read pickled weights without running code (weights_only=True), match their names with those of "
         "the model's class, write safetensors, config.json and a tokenizer, and probe the result as `prism info` does.",
-        epilog="Exit status: 0 done, 1 written but a probe failed, 2 it cannot be converted and nothing was written.",
+        examples="""
+            prism convert AntiBERTy_md_smooth antibody --vocab vocab.txt
+            prism convert owner/old-model converted --tokenizer bert-base-uncased""",
+        status="0 done, 1 written but a probe failed, 2 it cannot be converted and nothing was written.",
     )
     parser.add_argument("source", metavar="SRC", help="folder or Hub id with config.json and pickled weights")
     parser.add_argument("folder", metavar="DST", help="folder to write; empty or absent")
-    parser.add_argument("--subfolder", default="", help="of SRC")
-    parser.add_argument("--revision", help="branch, tag or commit of SRC")
+    parser.add_argument("--subfolder", metavar="NAME", default="", help="of SRC")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of SRC")
     parser.add_argument("--weights", metavar="FILE", help="file in SRC (default: pytorch_model.bin, also in parts)")
     parser.add_argument("--vocab", metavar="FILE", help="one token a line: a tokenizer of one token a character")
-    parser.add_argument("--tokenizer", metavar="REPO", help="folder or Hub id of a tokenizer, in place of --vocab")
-    parser.add_argument("--mask-token-id", type=int, help="overrides what is detected, for the probes")
-    parser.add_argument("--text", help="ordinary text that the shift probe hides tokens of (default: English)")
-    parser.set_defaults(run=run)
+    parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of a tokenizer, in place of --vocab")
+    parser.add_argument("--mask-token-id", metavar="ID", type=int, help="overrides what is detected, for the probes")
+    parser.add_argument("--text", metavar="TEXT", help="ordinary text for the shift probe (default: English)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,66 +9,63 @@ import subprocess
 import sys
 
 from ..generation.batch import generate_many, read_prompts
+from .arguments import COUNT, Commands, add_command, add_seed_flag, add_temperature_flags
 from .loading import add_model_flags, leave_processes, load_pipeline
 from .quiet import is_quiet
 
 COMMAND = ("-m", "prism_pipelines", "generate")  # what each of several processes runs
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `generate` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "generate",
+        run,
+        "MODEL --prompts FILE --out FILE [FLAGS]",
         help="continue every prompt of a file; resumable, on one or several GPUs",
-        description="Continue every prompt of a file and write a JSON line for each, in input order. The same command "
-        "again goes on after a kill.",
-        epilog="Exit status: 0 done, 2 bad input. On several machines: accelerate launch -m prism_pipelines generate",
+        description="Continue every prompt of a file and write a JSON line for each, in input order. "
+        "The same command again goes on after a kill.",
+        examples="""
+            prism generate MODEL --prompts prompts.jsonl --out out.jsonl --gen-length 256
+            prism generate MODEL --prompts prompts.jsonl --out out.jsonl --num-processes 4""",
     )
-    add_flags(parser)
-    parser.add_argument("--num_processes", type=int, default=1, help="one for each GPU (default: %(default)s)")
-    parser.set_defaults(run=run)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `prism generate` but for --num_processes."""
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id: a pipeline, a model, or a head")
     parser.add_argument("--prompts", metavar="FILE", required=True, help=".jsonl or .txt, a prompt a line")
     parser.add_argument("--out", metavar="FILE", required=True, help="the .jsonl to write; an unfinished one goes on")
-    parser.add_argument("--gen_length", type=int, default=128, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--block_length", type=int, help="blocks of this many tokens (default: the pipeline's)")
-    parser.add_argument("--steps", type=int, help="forward passes of a prompt (default: the pipeline's)")
-    parser.add_argument("--temperature", type=float, help="default: the scheduler's")
-    parser.add_argument("--top-p", "--top_p", type=float, help="nucleus, in (0, 1] (default: the scheduler's)")
-    parser.add_argument("--cfg-scale", "--cfg_scale", type=float, help="guidance: a second forward pass in each step")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end a text before this; may be given again")
-    parser.add_argument("--eos_early_stop", action="store_true", help="spend no blocks after the end token")
-    parser.add_argument("--threshold", type=float, help="also write every token surer than this, in (0, 1]")
-    parser.add_argument("--cache", choices=["none", "prefix", "block"], default="none", help="see docs/cache.md")
-    parser.add_argument("--cache_refresh_interval", type=int, help="steps between full forwards (default: a block's)")
-    parser.add_argument("--no_chat_template", action="store_true", help="continue prompts as plain text")
-    parser.add_argument(
-        "--chat_template_kwargs",
-        metavar="JSON",
-        type=json.loads,
-        help="for the chat template, such as '{\"enable_thinking\": false}'",
+    parser.add_argument("--batch-size", metavar="N", type=COUNT, default=8, help="prompts a forward pass (default: 8)")
+    parser.add_argument("--max-prompts", metavar="N", type=COUNT, help="only that many, from the first")
+    parser.add_argument("--too-long", choices=["error", "skip"], default="error", help="prompts that do not fit")
+    parser.add_argument("--num-processes", metavar="N", type=COUNT, default=1, help="one for each GPU (default: 1)")
+    add_sampling_flags(parser.add_argument_group("sampling"))
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--no-chat-template", action="store_true", help="continue prompts as plain text")
+    chat.add_argument(
+        "--chat-template-kwargs", metavar="JSON", type=json.loads, help="such as '{\"enable_thinking\": false}'"
     )
-    parser.add_argument(
-        "--continue-final-message",
-        "--continue_final_message",
-        action="store_true",
-        help="the last of the messages is the assistant's and begins the answer",
+    chat.add_argument(
+        "--continue-final-message", action="store_true", help="the last message begins the assistant's answer"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts a forward (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_prompts", type=int, help="only that many, from the first")
-    parser.add_argument("--too_long", choices=["error", "skip"], default="error", help="default: %(default)s")
     add_model_flags(parser)
+
+
+def add_sampling_flags(group: argparse._ActionsContainer) -> None:
+    """How each prompt is continued."""
+    group.add_argument("--gen-length", metavar="N", type=int, default=128, help="tokens to generate (default: 128)")
+    group.add_argument("--num-inference-steps", metavar="N", type=int, help="forward passes of a prompt")
+    group.add_argument("--block-length", metavar="N", type=int, help="tokens of a block (default: the pipeline's)")
+    add_temperature_flags(group)
+    group.add_argument("--cfg-scale", metavar="X", type=float, help="guidance: a second forward pass in each step")
+    group.add_argument("--threshold", metavar="P", type=float, help="also write every token surer than this, in (0, 1]")
+    group.add_argument("--stop", metavar="TEXT", action="append", help="end a text before this; may be given again")
+    group.add_argument("--eos-early-stop", action="store_true", help="spend no blocks after the end token")
+    group.add_argument("--cache", choices=["none", "prefix", "block"], default="none", help="see docs/cache.md")
+    group.add_argument("--cache-refresh-interval", metavar="N", type=int, help="steps between full forward passes")
+    add_seed_flag(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate in this process, or print and run the command for several. Returns the exit status."""
-    if args.num_processes < 1:
-        raise ValueError(f"--num_processes must be at least 1, got {args.num_processes}.")
     try:
         read_prompts(args.prompts)  # a bad file is reported before minutes of loading
         return launch(args) if args.num_processes > 1 else generate(args)
@@ -101,11 +98,12 @@ def flags_of(args: argparse.Namespace) -> list[str]:
     for name, value in vars(args).items():
         if name in ("model", "run", "num_processes", "quiet") or value is None or value is False:
             continue
+        flag = "--" + name.replace("_", "-")
         if value is True:
-            flags.append(f"--{name}")
+            flags.append(flag)
             continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}={one}" for one in values]
+        flags += [f"{flag}={one}" for one in values]
     return flags
 
 
@@ -118,7 +116,7 @@ def generate(args: argparse.Namespace) -> int:
         args.out,
         gen_length=args.gen_length,
         block_length=args.block_length,
-        num_inference_steps=args.steps,
+        num_inference_steps=args.num_inference_steps,
         temperature=args.temperature,
         top_p=args.top_p,
         cfg_scale=args.cfg_scale,

@@ -5,43 +5,44 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .arguments import number_type
+from .arguments import COUNT, Commands, add_command, add_seed_flag, add_temperature_flags
 from .loading import add_model_flags, leave_processes, load_pipeline
 from .quiet import is_quiet
 
-COUNT = number_type(int, 1, "a whole number of at least 1")
 
-
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `infill` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "infill",
+        run,
+        "MODEL FILE --out FILE [FLAGS]",
         help="fill in the masked parts of every sequence of a file (FASTA, CSV, JSONL, text)",
         description="Fill in what is masked in every sequence of a file, and write each with its quality, in input "
         "order. The same command again goes on after a kill.",
-        epilog="Exit status: 0 done, 2 bad input.",
+        examples="""
+            prism infill MODEL chains.fasta --out filled.jsonl --mask X
+            prism infill MODEL chains.csv --out filled.fasta --positions 97-110
+            prism infill MODEL chains.jsonl --out best.jsonl --num-samples 8 --select confidence""",
     )
     add_file_flags(parser)
-    parser.add_argument("--positions", metavar="LIST", help="characters to fill in every row, such as 97-110,120")
-    parser.add_argument(
-        "--positions-column",
-        metavar="NAME",
-        default="positions",
-        help="column that says so by row (default: %(default)s)",
+    what = parser.add_argument_group("what is filled")
+    what.add_argument("--mask", metavar="CHARS", default="", help="characters that stand for one token each, such as X")
+    what.add_argument("--positions", metavar="LIST", help="characters to fill in every row, such as 97-110,120")
+    what.add_argument(
+        "--positions-column", metavar="NAME", default="positions", help="column that says so by row (%(default)s)"
     )
-    parser.add_argument(
-        "--mask", metavar="CHARS", default="", help="characters that stand for one token to fill, such as X"
-    )
-    parser.add_argument("--num-samples", type=COUNT, default=1, help="of each sequence (default: %(default)s)")
-    parser.add_argument(
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--num-samples", metavar="N", type=COUNT, default=1, help="of each sequence (default: 1)")
+    group.add_argument(
         "--select", choices=["confidence"], help="keep the surest of the samples; needs a calibrated head"
     )
-    parser.add_argument("--steps", type=COUNT, default=16, help="forward passes (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, help="default: the scheduler's")
-    parser.add_argument("--top-p", type=float, help="nucleus, in (0, 1] (default: the scheduler's)")
-    parser.add_argument("--seed", type=number_type(int, 0, "a whole number, not negative"), default=0)
+    group.add_argument(
+        "--num-inference-steps", metavar="N", type=COUNT, default=16, help="forward passes (default: 16)"
+    )
+    add_temperature_flags(group)
+    add_seed_flag(group)
     add_model_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def add_file_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +54,10 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--column", metavar="NAME", help="of the text (default: infill, sequence or text)")
     parser.add_argument("--drop", metavar="CHARS", default="", help="characters to leave out, such as '-*'")
+    parser.add_argument("--invalid", choices=["error", "skip"], default="error", help="rows that cannot be used")
     parser.add_argument(
-        "--invalid", choices=["error", "skip"], default="error", help="rows that cannot be used (default: %(default)s)"
+        "--batch-size", metavar="N", type=COUNT, default=8, help="sequences a forward pass (default: 8)"
     )
-    parser.add_argument("--batch-size", type=COUNT, default=8, help="sequences a forward (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         drop=args.drop,
         num_samples=args.num_samples,
         select=args.select,
-        num_inference_steps=args.steps,
+        num_inference_steps=args.num_inference_steps,
         temperature=args.temperature,
         top_p=args.top_p,
         batch_size=args.batch_size,

@@ -7,26 +7,32 @@ import dataclasses
 import json
 import sys
 
+from .arguments import Commands, add_command, add_device_flag
+from .loading import add_head_flag, add_source_flags
 
-def add_parser(commands) -> None:
+
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `info` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "info",
+        run,
+        "MODEL [FLAGS]",
         help="what is known about a model, and whether it behaves so",
         description="Load a masked diffusion model, print what was detected and why, and probe it.",
-        epilog="Exit status: 0 no probe failed, 1 a probe failed, 2 the model cannot be loaded.",
+        examples="""
+            prism info GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --device cuda
+            prism info my-model --mask-token-id 126336 --json""",
+        status="0 no probe failed, 1 a probe failed, 2 the model cannot be loaded.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id: a pipeline, a model, or a head")
-    parser.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for it")
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
-    parser.add_argument("--subfolder", default="", help="of MODEL")
-    parser.add_argument("--mask-token-id", type=int, help="overrides what is detected")
-    parser.add_argument("--text", help="ordinary text that the shift probe hides tokens of (default: English)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code of the repository")
+    parser.add_argument("--subfolder", metavar="NAME", default="", help="of MODEL")
+    parser.add_argument("--mask-token-id", metavar="ID", type=int, help="overrides what is detected")
+    parser.add_argument("--text", metavar="TEXT", help="ordinary text for the shift probe (default: English)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.set_defaults(run=run)
+    add_head_flag(parser)
+    add_source_flags(parser)
+    add_device_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:

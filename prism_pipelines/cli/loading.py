@@ -4,36 +4,80 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING, Any
+
+from .arguments import add_device_flag, add_scheduler_flags, add_seed_flag, check_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipeline_prism import PrismPipeline
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of scheduler, head, revision, dtype and device; MODEL itself is the command's."""
-    parser.add_argument("--scheduler", metavar="NAME", help="such as SelfConfidenceScheduler (default: the pipeline's)")
-    parser.add_argument(
-        "--scheduler-config",
-        "--scheduler_config",
-        metavar="JSON",
-        help="fields to set in it, such as '{\"num_remask\": 4}'",
-    )
-    parser.add_argument("--quality-head", "--quality_head", metavar="HEAD", help="folder or Hub id of a head for MODEL")
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
-    parser.add_argument(
-        "--torch-dtype", "--torch_dtype", "--dtype", choices=DTYPES, default="float32", help="default: %(default)s"
-    )
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument(
-        "--trust-remote-code", "--trust_remote_code", action="store_true", help="run model code of the repository"
-    )
+    group = parser.add_argument_group("model")
+    add_head_flag(group)
+    add_scheduler_flags(group)
+    add_source_flags(group)
+    add_device_flag(group, None)
 
 
-def load_pipeline(args: argparse.Namespace):
+def add_head_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for the model")
+
+
+def add_source_flags(group: argparse._ActionsContainer) -> None:
+    """How the files of MODEL are read: revision, dtype, code of the repository."""
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL")
+    group.add_argument(
+        "--dtype", metavar="DTYPE", choices=DTYPES, default="float32", help="float32 (default), bfloat16 or float16"
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run model code of the repository")
+
+
+def add_bundled_model_flags(group: argparse._ActionsContainer, otherwise: str) -> None:
+    """Flags of commands that take a bundled model unless another is named."""
+    group.add_argument("--model", metavar="MODEL", help=f"folder or Hub id ({otherwise})")
+    add_head_flag(group)
+    add_device_flag(group)
+
+
+def add_eval_flags(parser: argparse.ArgumentParser, otherwise: str, sampling: bool = True) -> None:
+    """What the evaluations share: model, scheduler (with `sampling`), seed and output.
+
+    Args:
+        otherwise: what is measured without `--model`, in words.
+    """
+    group = parser.add_argument_group("model and sampling")
+    add_bundled_model_flags(group, otherwise)
+    if sampling:
+        add_scheduler_flags(group)
+    else:
+        parser.set_defaults(scheduler=None, scheduler_config=None)
+    add_seed_flag(group)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def load_bundled_or(args: argparse.Namespace, default: str) -> PrismPipeline:
+    """The pipeline of `--model`, or the bundled one called `default`, with the scheduler that the flags ask for."""
+    from .. import bundled
+    from ..pipeline_prism import PrismPipeline
+
+    device = check_device(args.device)
+    pipe = PrismPipeline.from_pretrained(args.model or bundled(default), quality_head=args.quality_head)
+    pipe.set_progress_bar_config(disable=True)
+    change_scheduler(pipe, args)
+    return pipe.to(device)
+
+
+def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     """The pipeline of a command's flags, on its device; joins the other processes if a launcher started several."""
     import torch
 
     from ..pipeline_prism import PrismPipeline
-    from ..schedulers.by_name import change_scheduler
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -42,13 +86,37 @@ def load_pipeline(args: argparse.Namespace):
         args.model,
         quality_head=args.quality_head,
         revision=args.revision,
-        torch_dtype=getattr(torch, args.torch_dtype),
+        dtype=getattr(torch, args.dtype),
         trust_remote_code=args.trust_remote_code,
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
-    if args.scheduler is not None or args.scheduler_config is not None:
-        pipe.scheduler = change_scheduler(pipe.scheduler, args.scheduler, args.scheduler_config)
+    change_scheduler(pipe, args)
     return pipe
+
+
+def change_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:
+    """Give the pipeline the scheduler of `--scheduler` and `--scheduler-config`, if there is one."""
+    if args.scheduler is not None or args.scheduler_config is not None:
+        from ..schedulers import by_name
+
+        pipe.scheduler = by_name.change_scheduler(pipe.scheduler, args.scheduler, args.scheduler_config)
+
+
+def scheduler_facts(pipe: PrismPipeline) -> dict[str, Any]:
+    """The scheduler that a result was made with, and its fields."""
+    from ..schedulers.validation import own_fields
+
+    return {"scheduler": {"name": type(pipe.scheduler).__name__, **own_fields(pipe.scheduler)}}
+
+
+def steps_within(forwards: int, pipe: PrismPipeline, blocks: int = 1) -> int:
+    """`num_inference_steps` that make `--forwards` forward passes: a refinement loop makes more, in every block."""
+    from ..schedulers.validation import loop_steps
+
+    loop = blocks * loop_steps(pipe.scheduler)
+    if loop and forwards <= loop:
+        raise ValueError(f"--forwards {forwards} must be more than the {loop} of the scheduler's loop_steps.")
+    return forwards - loop
 
 
 def leave_processes() -> None:
@@ -59,7 +127,7 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _join(device: str):
+def _join(device: str) -> torch.device:
     """Join the process group that the launcher describes; this process's device."""
     try:
         from accelerate import PartialState

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from . import convert, generate, infill, info, score, sudoku, text, train, train_head, tune
 from . import eval as evaluate
+from .arguments import OneLineErrors, Parser, page
 from .quiet import hide_loading_bars, silence
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line; argparse prints the whole usage before it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _version() -> str:
@@ -26,29 +19,20 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineErrors:
     """The parser of `prism` with all its subcommands; a parsed command carries its function in `args.run`."""
-    parser = _Parser(
+    parser = OneLineErrors(
         prog="prism",
+        usage="prism [-q] COMMAND ...",
+        formatter_class=page,
         description="Self-correcting inference for masked diffusion models (PRISM).",
-        epilog="Start here: prism sudoku",
+        epilog="Start here: prism sudoku. Of each command: prism COMMAND --help",
     )
-    parser.add_argument(
-        "-q", "--quiet", action="store_true", help="no bars and no warnings, of any command: results and errors alone"
-    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="results and errors alone: no bars, no warnings")
     parser.add_argument("--version", action="version", version=f"prism-pipelines {_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    sudoku.add_parser(commands)
-    text.add_parser(commands)
-    generate.add_parser(commands)
-    infill.add_parser(commands)
-    score.add_parser(commands)
-    info.add_parser(commands)
-    convert.add_parser(commands)
-    train.add_parser(commands)
-    train_head.add_parser(commands)
-    evaluate.add_parser(commands)
-    tune.add_parser(commands)
+    commands = parser.add_subparsers(prog="prism", title="commands", metavar="COMMAND", parser_class=Parser)
+    for command in (sudoku, text, generate, infill, score, info, convert, train, train_head, evaluate, tune):
+        command.add_parser(commands)
     return parser
 
 
@@ -59,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 not solved, 2 bad input (one line on stderr), 130 interrupted.
     """
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next, and wants no other answer
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     if "run" not in args:
         parser.print_help()
@@ -68,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.run is not train.run:  # that is another process
             hide_loading_bars()
-        return args.run(args)
+        return int(args.run(args))
     except BrokenPipeError:
         # The reader (`| head`) has gone; a second failure when Python flushes stdout at exit would show a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,33 +5,37 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .arguments import Commands, add_command
 from .infill import add_file_flags, report, tell_duplicates
 from .loading import add_model_flags, load_pipeline
 from .quiet import is_quiet
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `score` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "score",
+        run,
+        "MODEL FILE --out FILE [FLAGS]",
         help="the quality of every token of every sequence of a file",
-        description="Say how likely every token of every sequence of a file is right, in input order. The same command "
-        "again goes on after a kill.",
-        epilog="Exit status: 0 done, 2 bad input.",
+        description="Say how likely every token of every sequence of a file is right, in input order. "
+        "The same command again goes on after a kill.",
+        examples="""
+            prism score MODEL chains.fasta --out scores.jsonl --html scores.html
+            prism score MODEL chains.csv --out scores.csv --by leave-one-out""",
     )
     add_file_flags(parser)
-    parser.add_argument(
-        "--mask", metavar="CHARS", default="", help="characters that stand for a token that is not known"
-    )
+    parser.add_argument("--mask", metavar="CHARS", default="", help="characters that stand for an unknown token")
     parser.add_argument(
         "--by",
+        metavar="SCORE",
         choices=["head", "own", "leave-one-out"],
-        help="the quality head; the model's own probability in the pass that sees the token; or without seeing it, "
-        "a forward for each token (default: the head if there is one, else own)",
+        help="head: the quality head; own: the model's probability in the pass that sees the token; leave-one-out: "
+        "without seeing it, a forward pass for each token (default: head if there is one, else own)",
     )
-    parser.add_argument("--html", metavar="PAGE", help="also a page with the tokens coloured; --out must be .jsonl")
+    parser.add_argument("--html", metavar="FILE", help="also a page with the tokens coloured; --out must be .jsonl")
     add_model_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,22 +11,28 @@ from pathlib import Path
 import numpy as np
 
 from .. import sudoku
-from .arguments import check_device, number_type, scheduler_name
+from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
 from .quiet import is_quiet
 
 BATCH_SIZE = 32
 MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `sudoku` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "sudoku",
+        run_sudoku,
+        "[PUZZLE|FILE] [FLAGS]",
         help="solve Sudoku with the bundled model and watch it correct itself",
-        description="Solve a Sudoku by masked diffusion with self-correction and watch it happen.",
-        epilog="Exit status: 0 solved, 1 not solved or no solution, 2 bad input.",
+        examples="""
+            prism sudoku
+            prism sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+            prism sudoku puzzles.txt --json
+            prism sudoku --scheduler self-confidence --num-inference-steps 81 --html run.html""",
+        status="0 solved, 1 not solved or no solution, 2 bad input.",
     )
-    count = number_type(int, 1, "a whole number of at least 1")
     parser.add_argument(
         "puzzle",
         nargs="?",
@@ -34,31 +40,13 @@ def add_parser(commands) -> None:
         help="81 characters row by row ('.', '0' or '_' for a blank), or a file with one such puzzle a line and '#' "
         "comments; default: a built-in puzzle",
     )
-    run = parser.add_argument_group("sampling")
-    run.add_argument("--steps", type=count, default=52, help="forward passes of the model (default: %(default)s)")
-    run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
-    run.add_argument(
-        "--scheduler",
-        metavar="NAME",
-        type=scheduler_name,
-        help="such as mdlm, self-confidence, judge-and-repair (default: the model's own settings)",
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--num-inference-steps", metavar="N", type=COUNT, default=52, help="forward passes, at most (default: 52)"
     )
-    run.add_argument(
-        "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest digit"
-    )
-    run.add_argument(
-        "--num-remask", type=number_type(int, 0, "a whole number of at least 0"), help="cells remasked a step"
-    )
-    run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
-    run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
-    output = parser.add_argument_group("output")
-    output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
-    output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    output.add_argument("--no-live", action="store_true", help="no animation, only the result")
-    output.add_argument(
-        "--delay", type=number_type(float, 0, "seconds of at least 0"), default=0.08, help="seconds a frame"
-    )
-    parser.set_defaults(run=run_sudoku)
+    add_scheduler_flags(group, config=False)
+    group.add_argument("--num-remask", metavar="N", type=WHOLE, help="cells remasked a step")
+    add_live_flags(parser, group, delay=0.08)
 
 
 def read_puzzles(text: str | None) -> tuple[np.ndarray, bool]:
@@ -146,7 +134,7 @@ class Outcome:
             return f"This puzzle has several solutions; the grid found is {found}. All clues are kept."
         if self.solved:
             return "Solved: every row, column and box holds 1-9 once, and all clues are kept."
-        return f"Not solved: {wrong}. All clues are kept. Try another --seed or more --steps."
+        return f"Not solved: {wrong}. All clues are kept. Try another --seed or more --num-inference-steps."
 
 
 def load_pipeline(args):
@@ -215,7 +203,7 @@ def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[
 
         out = pipe(
             infill=torch.from_numpy(sudoku.to_ids(puzzles[rows])),
-            num_inference_steps=args.steps,
+            num_inference_steps=args.num_inference_steps,
             generator=row_generators(puzzles[rows], args.seed),
             output_type="seq",
             callback_on_step_end=count,

@@ -5,43 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .arguments import check_device, number_type, scheduler_name
+from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `text` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "text",
+        run_text,
+        "[PROMPT] [FLAGS]",
         help="write with the bundled text model and watch it correct itself",
-        description="Write text by masked diffusion with self-correction and watch it happen.",
-        epilog="Exit status: 0 done, 2 bad input.",
+        examples="""
+            prism text
+            prism text "KING HENRY." --num-samples 3
+            prism text --scheduler mdlm --seed 7 --html run.html""",
     )
-    count = number_type(int, 1, "a whole number of at least 1")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue (default: write from nothing)")
-    run = parser.add_argument_group("sampling")
-    run.add_argument("--num-samples", type=count, default=1, help="texts (default: %(default)s)")
-    run.add_argument("--num-inference-steps", type=count, default=64, help="forward passes (default: %(default)s)")
-    run.add_argument("--gen-length", type=count, help="tokens to write (default: what fits, at most 256)")
-    run.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0, help="default: 0")
-    run.add_argument(
-        "--scheduler",
-        metavar="NAME",
-        type=scheduler_name,
-        help="such as mdlm, self-confidence, judge-and-repair (default: the model's own settings)",
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--num-samples", metavar="N", type=COUNT, default=1, help="texts (default: 1)")
+    group.add_argument(
+        "--gen-length", metavar="N", type=COUNT, help="tokens to write (default: what fits, at most 256)"
     )
-    run.add_argument(
-        "--temperature", type=number_type(float, 0, "a number of at least 0"), help="0: the likeliest token"
+    group.add_argument(
+        "--num-inference-steps", metavar="N", type=COUNT, default=64, help="forward passes, at most (default: 64)"
     )
-    run.add_argument("--model", metavar="PATH", help="saved pipeline folder (default: the bundled model)")
-    run.add_argument("--device", default="cpu", help='"cpu", "cuda", ... (default: %(default)s)')
-    output = parser.add_argument_group("output")
-    output.add_argument("--html", metavar="FILE", help="write a self-contained page that steps through the run")
-    output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    output.add_argument("--no-live", action="store_true", help="no animation, only the result")
-    output.add_argument(
-        "--delay", type=number_type(float, 0, "seconds of at least 0"), default=0.05, help="seconds a frame"
-    )
-    parser.set_defaults(run=run_text)
+    add_scheduler_flags(group, config=False)
+    add_live_flags(parser, group, delay=0.05)
 
 
 def load_pipeline(args):

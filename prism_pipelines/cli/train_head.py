@@ -6,7 +6,8 @@ import argparse
 import sys
 import time
 
-from .arguments import number_type
+from .arguments import COUNT, Commands, add_command, add_seed_flag
+from .loading import add_source_flags
 from .quiet import is_quiet
 
 LENGTH = 256  # tokens of a text at most, where the model takes more
@@ -15,33 +16,36 @@ RATE = 0.5  # learning rate times hidden size, at most FASTEST
 FASTEST = 4e-3
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `train-head` to the subparsers of `prism`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train-head",
+        run,
+        "MODEL --out FOLDER [FLAGS]",
         help="make a quality head for a model from the model alone, without data",
         description="Let the model write, and teach a small head to predict, from what the run knows, the model's own "
-        "probability of each token given all others; the model itself stays as it is. Then compare what the head "
-        "finds on held-out texts with what needs no head. The same command again goes on after an interruption.",
-        epilog="Exit status: 0 done and ahead of every free score, 1 made but not recommended, 2 bad input.",
+        "probability of each token given all others. The model itself stays as it is. Then compare what the "
+        "head finds on held-out texts with what needs no head. The same command again goes on after a kill.",
+        examples="""
+            prism train-head GSAI-ML/LLaDA-8B-Instruct --out head --dtype bfloat16
+            prism train-head antibody --out head --max-length 122
+            prism train-head MODEL --out head --dataset prompts.jsonl --max-steps 2000""",
+        status="0 done and ahead of every free score, 1 made but not recommended, 2 bad input.",
     )
-    count = number_type(int, 1, "a whole number of at least 1")
     parser.add_argument("model", metavar="MODEL", help="Hub id, folder or saved pipeline of a masked diffusion model")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the head; empty or absent")
-    parser.add_argument("--steps", type=count, default=500, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=count, default=16, help="texts of a step (default: %(default)s)")
-    parser.add_argument("--max-length", type=count, help=f"tokens of a text (default: {LENGTH}, or what it takes)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the head; empty or absent")
+    parser.add_argument("--max-steps", metavar="N", type=COUNT, default=500, help="training steps (default: 500)")
+    parser.add_argument("--batch-size", metavar="N", type=COUNT, default=16, help="texts of a step (default: 16)")
     parser.add_argument(
-        "--dataset", metavar="DATA", help="prompts or texts to begin from, Hub id or file (default: none)"
+        "--max-length", metavar="N", type=COUNT, help=f"tokens of a text (default: {LENGTH}, or what it takes)"
     )
-    parser.add_argument("--head", default="block", help="linear, mlp, block or block_mlp (default: %(default)s)")
-    parser.add_argument("--block-length", type=count, help="of semi-autoregressive runs")
-    parser.add_argument("--dtype", default="float32", help="of the model's weights: float32, bfloat16 or float16")
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
-    parser.add_argument("--mask-token-id", type=int, help="overrides what is detected")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code of MODEL if no class serves")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=run)
+    parser.add_argument("--dataset", metavar="DATA", help="prompts or texts to begin from, Hub id or file")
+    parser.add_argument("--head", metavar="KIND", default="block", help="linear, mlp, block (default) or block_mlp")
+    parser.add_argument("--block-length", metavar="N", type=COUNT, help="of semi-autoregressive runs")
+    parser.add_argument("--mask-token-id", metavar="ID", type=int, help="overrides what is detected")
+    add_source_flags(parser)
+    add_seed_flag(parser)
 
 
 def training_flags(args: argparse.Namespace, hidden_size: int, length: int) -> list[str]:
@@ -50,7 +54,7 @@ def training_flags(args: argparse.Namespace, hidden_size: int, length: int) -> l
         "objective": "distill",
         "base_model": args.model,
         "output_dir": args.out,
-        "max_steps": args.steps,
+        "max_steps": args.max_steps,
         "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": 12,
         "max_length": length,
@@ -62,19 +66,19 @@ def training_flags(args: argparse.Namespace, hidden_size: int, length: int) -> l
         "rollout_steps_max": min(128, length),
         "learning_rate": f"{min(FASTEST, RATE / hidden_size):.2g}",
         "lr_scheduler_type": "cosine",
-        "warmup_steps": min(30, args.steps // 10),
+        "warmup_steps": min(30, args.max_steps // 10),
         "adam_beta2": 0.98,
         "max_grad_norm": 1,
-        "logging_steps": max(1, args.steps // 20),
-        "save_steps": max(1, args.steps // 5),
+        "logging_steps": max(1, args.max_steps // 20),
+        "save_steps": max(1, args.max_steps // 5),
         "save_total_limit": 1,
         "resume_from_checkpoint": "latest",
         "disable_tqdm": "true",
         "num_eval_examples": 24,
     }
     flags |= {name: getattr(args, name) for name in ("dataset", "block_length", "revision", "mask_token_id")}
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    return [*words, *(["--trust_remote_code"] if args.trust_remote_code else [])]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
+    return [*words, *(["--trust-remote-code"] if args.trust_remote_code else [])]
 
 
 def size_of(args: argparse.Namespace) -> tuple[int, int]:

@@ -7,7 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from .arguments import check_device, number_type
+from .arguments import (
+    COUNT,
+    Commands,
+    add_command,
+    add_scheduler_flags,
+    add_seed_flag,
+    add_temperature_flags,
+)
+from .loading import add_bundled_model_flags, load_bundled_or
 
 CONFIRM_SEED = 700_000  # data that the choice is confirmed on begin this far from those it is made on
 # What is tried where --fields says nothing else: lists of values in order, the default among them.
@@ -27,56 +35,59 @@ FIELDS = {
 }
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the subcommand `tune` to the subparsers of `prism`."""
-    count = number_type(int, 1, "a whole number of at least 1")
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "tune",
-        help="choose a scheduler's fields for a number of forwards, on generated puzzles or held-out texts",
+        run_tune,
+        "[FLAGS]",
+        help="choose a scheduler's fields for a number of forward passes",
         description="Try settings of a scheduler on a task at a number of forward passes, compare the best with the "
         "present setting on other data, and write it if it is better. The same command again tries nothing twice.",
+        examples="""
+            prism tune --scheduler judge-and-repair --quality-head HEAD --forwards 52 --write HEAD
+            prism tune --scheduler prism --fields '{"num_remask": [2, 4, 8]}'
+            prism tune --task text --reference a.jsonl --confirm-reference b.jsonl""",
     )
     parser.add_argument("--task", choices=["sudoku", "text"], default="sudoku", help="default: %(default)s")
-    parser.add_argument("--model", help="folder or Hub id (default: the bundled model for the task)")
-    parser.add_argument("--quality-head", metavar="HEAD", help="folder or Hub id of a head for it")
-    parser.add_argument("--scheduler", metavar="NAME", help="such as judge-and-repair (default: the model's own)")
     parser.add_argument(
-        "--fields", metavar="JSON", help="what to try, such as '{\"num_remask\": [2, 4, 8]}' (default: by scheduler)"
+        "--forwards", metavar="N", type=COUNT, help="forward passes, at most (default: 52 for sudoku, 32 for text)"
     )
-    parser.add_argument("--steps", type=count, help="forward passes, at most (default: 52 for sudoku, 32 for text)")
-    parser.add_argument("--trials", type=count, default=16, help="settings tried (default: %(default)s)")
-    parser.add_argument("--num-puzzles", type=count, default=100, help="of each half (default: %(default)s)")
-    parser.add_argument("--clues", type=int, default=26, help="of each puzzle, 20 to 81 (default: %(default)s)")
-    parser.add_argument("--reference", metavar="FILE", help="held-out texts that settings are chosen on")
-    parser.add_argument("--confirm-reference", metavar="FILE", help="other held-out texts, to confirm on")
-    parser.add_argument("--num-samples", type=count, default=32, help="texts of each half (default: %(default)s)")
-    parser.add_argument("--gen-length", type=count, default=128, help="tokens of a text (default: %(default)s)")
-    parser.add_argument("--temperature", type=number_type(float, 0, "a number of at least 0"), help="of all settings")
-    parser.add_argument("--seed", type=number_type(int, 0, "a whole number of at least 0"), default=0)
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--out", metavar="FOLDER", default="runs/tune", help="trials, to go on from (%(default)s)")
+    parser.add_argument("--fields", metavar="JSON", help="what to try, lists of values (default: by scheduler)")
+    parser.add_argument("--trials", metavar="N", type=COUNT, default=16, help="settings tried (default: 16)")
+    parser.add_argument("--out", metavar="FOLDER", default="runs/tune", help="finished trials (default: %(default)s)")
     parser.add_argument("--write", metavar="FOLDER", help="write the chosen scheduler to FOLDER/scheduler, a head's")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(run=run_tune)
+    puzzles = parser.add_argument_group("task sudoku")
+    puzzles.add_argument("--num-puzzles", metavar="N", type=COUNT, default=100, help="of each half (default: 100)")
+    puzzles.add_argument("--clues", metavar="N", type=int, default=26, help="of each puzzle, 20 to 81 (default: 26)")
+    texts = parser.add_argument_group("task text")
+    texts.add_argument("--reference", metavar="FILE", help="held-out texts that settings are chosen on")
+    texts.add_argument("--confirm-reference", metavar="FILE", help="other held-out texts, to confirm on")
+    texts.add_argument("--num-samples", metavar="N", type=COUNT, default=32, help="texts of each half (default: 32)")
+    texts.add_argument("--gen-length", metavar="N", type=COUNT, default=128, help="tokens of a text (default: 128)")
+    model = parser.add_argument_group("model and sampling")
+    add_bundled_model_flags(model, "default: the bundled model for the task")
+    add_scheduler_flags(model, config=False)
+    add_temperature_flags(model, top_p=False)
+    add_seed_flag(model)
+    parser.set_defaults(scheduler_config=None)
 
 
 def run_tune(args: argparse.Namespace) -> int:
     """Choose, confirm and write. Returns the exit status: 0 also where the present setting stays."""
-    from .. import bundled, evaluation
-    from ..pipeline_prism import PrismPipeline
+    from .. import evaluation
     from ..schedulers.by_name import change_scheduler
 
     if args.write is not None and not Path(args.write).is_dir():
         raise ValueError(f"--write {args.write} is not a folder: pass that of the head or the pipeline.")
     if args.task == "text" and (args.reference is None or args.confirm_reference is None):
         raise ValueError("--task text needs --reference and --confirm-reference, two files of held-out texts.")
-    device = check_device(args.device)
-    pipe = PrismPipeline.from_pretrained(args.model or bundled(args.task), quality_head=args.quality_head).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = change_scheduler(pipe.scheduler, args.scheduler)
+    pipe = load_bundled_or(args, args.task)
     arm, present = arms_of(pipe.scheduler, args.fields)
     temperature = pipe.scheduler.config.temperature if args.temperature is None else args.temperature
-    steps = args.steps or {"sudoku": 52, "text": 32}[args.task]
+    steps = args.forwards or {"sudoku": 52, "text": 32}[args.task]
     mark = f"{args.task} [{evaluation.fingerprint(pipe)}] {present}"
     quality, lower = ("ngram_js", True) if args.task == "text" else ("solved", False)
     named = {"temperature": temperature, "quality": quality, "higher_is_better": not lower}

@@ -286,7 +286,7 @@ def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
             if too_long == "error":
                 raise ValueError(
                     f"The prompt with id {rows[i]['id']!r} is {why}. Shorten it, lower gen_length, or pass "
-                    'too_long="skip" (--too_long skip) to record it in the output without a text.'
+                    'too_long="skip" (--too-long skip) to record it in the output without a text.'
                 )
             skipped[i] = why
     return skipped

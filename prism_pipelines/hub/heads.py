@@ -147,7 +147,7 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
     if bad := non_finite(quality_head.state_dict().items()):
         raise ValueError(
             f"A weight of `quality_head` holds NaN or inf: {bad}. It would remask at random. Load another head, or "
-            "train it again with a lower --learning_rate."
+            "train it again with a lower --learning-rate."
         )
     made_for, has = quality_head.config.hidden_size, model.config.hidden_size
     base, here = quality_head.config.base_model, getattr(model.config, "_name_or_path", "")

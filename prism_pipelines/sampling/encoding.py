@@ -189,12 +189,12 @@ def answer_spans(
     if not whole.startswith(starts[-1]):
         raise ValueError(
             "the chat template writes the prompt differently once the answer is there, so the two cannot be told "
-            "apart. Pass prompt and completion with --no_chat_template."
+            "apart. Pass prompt and completion with --no-chat-template."
         )
     if not all(whole.startswith(text) for text in (*starts, *ends)):
         raise ValueError(
             "the chat template writes earlier turns differently once more follow (a reasoning model's drops its "
-            "thoughts), so they cannot be learned as they are generated. Pass --train_on last_turn."
+            "thoughts), so they cannot be learned as they are generated. Pass --train-on last_turn."
         )
     return Spans(whole, [(len(start), len(end)) for start, end in zip(starts, ends, strict=True)])
 
@@ -211,7 +211,7 @@ def span_ids(spans: Spans, tokenizer) -> tuple[list[int], list[bool]]:
     learned = [False] * len(given)
     if earlier:
         if not tokenizer.is_fast:
-            raise ValueError("--train_on all_turns needs a fast tokenizer, which says where its tokens stand.")
+            raise ValueError("--train-on all_turns needs a fast tokenizer, which says where its tokens stand.")
         places = tokenizer(before, return_offsets_mapping=True).offset_mapping[kept_ids(before, tokenizer)]
         learned = [any(first <= place[0] < place[1] <= last for first, last in earlier) for place in places]
     return [*given, *answer], learned + [True] * len(answer)

@@ -126,8 +126,8 @@ class RowEncoder:
             if self.too_long == "drop":
                 return None
             raise ValueError(
-                f"Row {number} of the data set has a prompt of {len(given)} tokens, and --max_length is "
-                f"{self.max_length}: no token is left to be written. Raise it, or pass --too_long drop."
+                f"Row {number} of the data set has a prompt of {len(given)} tokens, and --max-length is "
+                f"{self.max_length}: no token is left to be written. Raise it, or pass --too-long drop."
             )
         return written_by_the_model(given, count, self.frame.closing, self.mask_token_id)
 
@@ -164,8 +164,8 @@ class RowEncoder:
         if self.too_long == "drop":
             return None
         raise ValueError(
-            f"Row {number} of the data set has {len(ids)} tokens, and --max_length is {self.max_length}. Raise it up "
-            "to what the model takes, shorten the row, or pass --too_long drop; --packing true cuts rows of text."
+            f"Row {number} of the data set has {len(ids)} tokens, and --max-length is {self.max_length}. Raise it up "
+            "to what the model takes, shorten the row, or pass --too-long drop; --packing true cuts rows of text."
         )
 
     def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
@@ -188,7 +188,7 @@ class RowEncoder:
                     "The data set holds `messages`, and the tokenizer has no chat template to write them by."
                 )
             if not self.use_chat_template:
-                raise ValueError("`messages` need the chat template: leave out --no_chat_template.")
+                raise ValueError("`messages` need the chat template: leave out --no-chat-template.")
             return row["messages"]
         for name, value in (("prompt", row["prompt"]), ("answer", row["completion"])):
             if not isinstance(value, str):

@@ -31,6 +31,11 @@ ROLLING += ("rollout_temperature", "block_length")
 DISTILLING = ("distill_loss", "label_stride", "label_floor")
 
 
+def flag(name: str) -> str:
+    """How a field is written on the command line: `--base-model` (or `--base-model`) for base_model."""
+    return "--" + name.replace("_", "-")
+
+
 def _flag(default, text: str):
     return field(default=default, metadata={"help": text})
 
@@ -43,11 +48,11 @@ class RunArguments:
     dataset: str | None = _flag(None, "sudoku (generated grids), or a Hub id, file or folder; distill needs none.")
     preset: str | None = _flag(None, "Flags of the paper's sudoku, owt or llada setting; those given besides win.")
     base_model: str | None = _flag(None, "Hub id, folder or saved pipeline to start from; none makes a new model.")
-    revision: str | None = _flag(None, "Branch, tag or commit of --base_model.")
+    revision: str | None = _flag(None, "Branch, tag or commit of --base-model.")
     dtype: str = _flag("float32", "Of the base model's weights; bfloat16 halves them. Adapter and head stay float32.")
     mask_token_id: int | None = _flag(None, "Mask token of a base model that is not known.")
-    trust_remote_code: bool = _flag(False, "Run model code of --base_model where no native class serves.")
-    load_in_4bit: bool = _flag(False, "Base model in 4 bits (NF4) by bitsandbytes; for LoRA or --freeze_backbone.")
+    trust_remote_code: bool = _flag(False, "Run model code of --base-model where no native class serves.")
+    load_in_4bit: bool = _flag(False, "Base model in 4 bits (NF4) by bitsandbytes; for LoRA or --freeze-backbone.")
     load_in_8bit: bool = _flag(False, "The same in 8 bits.")
     model_type: str = _flag("roberta-prelayernorm", "transformers model_type of a new model.")
     config_overrides: str | None = _flag(None, "Config of a new model: hidden_size=128,num_hidden_layers=8,...")
@@ -57,14 +62,14 @@ class RunArguments:
     dataset_split: str = _flag("train", "Split of a Hub data set.")
     dataset_revision: str | None = _flag(None, "Commit of a Hub data set.")
     eval_dataset: str | None = _flag(None, "Held-out data: Hub id, file or folder; none holds out part of --dataset.")
-    eval_split: str = _flag("validation", "Split of a Hub --eval_dataset.")
-    streaming: bool = _flag(False, "Read the data as training goes; needs --max_steps.")
+    eval_split: str = _flag("validation", "Split of a Hub --eval-dataset.")
+    streaming: bool = _flag(False, "Read the data as training goes; needs --max-steps.")
     max_length: int | None = _flag(
         None, "Most tokens of an example, and those of a packed text; 512, or what the model takes if that is less."
     )
     too_long: str = _flag("error", "Rows longer than that: error, or drop.")
     packing: bool | None = _flag(
-        None, "Rows of text end to end, cut into --max_length; by default for language models, not for encoders."
+        None, "Rows of text end to end, cut into --max-length; by default for language models, not for encoders."
     )
     no_chat_template: bool = _flag(False, "Train prompt and completion as plain text, without the chat template.")
     chat_template_kwargs: str | None = _flag(
@@ -122,11 +127,11 @@ class RunArguments:
     num_pools: int = field(default=1, init=False)  # batches of a step, which gradient accumulation says
     push_to_hub: bool = field(
         default=False, init=False
-    )  # --push_to_hub: ours, and not each checkpoint as the Trainer would
+    )  # --push-to-hub: ours, and not each checkpoint as the Trainer would
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transformers.TrainingArguments]:
-    """Flags of the command line (and of files given by `--args_file`, and of `--preset`); unknown ones are an error.
+    """Flags of the command line (and of files given by `--args-file`, and of `--preset`); unknown ones are an error.
 
     Raises:
         ValueError: a value that no run can use.
@@ -141,7 +146,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     )
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
-        parser.parse_args(["--help"])  # transformers' reading of --args_file would show that flag alone
+        parser.parse_args(["--help"])  # transformers' reading of --args-file would show that flag alone
     words = expanded(words)
     run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], look_for_args_file=False)
     # A loss that is no number would be replaced by the mean of the others, and the run would go on.
@@ -154,29 +159,29 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         )
     if run.streaming:
         if args.dataloader_num_workers > 1:
-            raise ValueError("`--dataloader_num_workers` is at most 1 with --streaming: each reads other rows.")
+            raise ValueError("`--dataloader-num-workers` is at most 1 with --streaming: each reads other rows.")
         args.accelerator_config.dispatch_batches = False  # each process reads for itself: batches differ in length
     if args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in (args.lr_scheduler_kwargs or {}):
         raise ValueError(
-            "`--lr_scheduler_type warmup_stable_decay` needs its length: --lr_scheduler_kwargs "
+            "`--lr-scheduler-type warmup_stable_decay` needs its length: --lr-scheduler-kwargs "
             "'{\"num_decay_steps\": 100}'."
         )
     if (run.sample_texts or run.sample_puzzles) and args.eval_strategy == "no":
-        raise ValueError("`--sample_texts` and `--sample_puzzles` are written at evaluations: pass --eval_strategy.")
+        raise ValueError("`--sample-texts` and `--sample-puzzles` are written at evaluations: pass --eval-strategy.")
     if args.load_best_model_at_end:
         raise ValueError(
-            "`--load_best_model_at_end` is not supported: the last weights are the result. Choose a checkpoint by "
-            "training_log.jsonl, and stop there by --max_steps."
+            "`--load-best-model-at-end` is not supported: the last weights are the result. Choose a checkpoint by "
+            "training_log.jsonl, and stop there by --max-steps."
         )
     if args.save_only_model:
         raise ValueError(
-            "`--save_only_model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
-            "Pass --save_total_limit 1 for a small folder."
+            "`--save-only-model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
+            "Pass --save-total-limit 1 for a small folder."
         )
     run.push_to_hub, args.push_to_hub = args.push_to_hub, False
     run.num_pools = args.gradient_accumulation_steps
     if run.push_to_hub and not args.hub_model_id:
-        raise ValueError("`--push_to_hub` needs `--hub_model_id owner/name`.")
+        raise ValueError("`--push-to-hub` needs `--hub-model-id owner/name`.")
     if (args.bf16 or run.dtype == "bfloat16") and args.device.type == "cpu":
         warn_of_slow_bfloat16("Pass --bf16 false --dtype float32.")
     check_run(run)
@@ -184,7 +189,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
 
 
 def expanded(words: list[str]) -> list[str]:
-    """The words with the flags of the files of `--args_file FILE` before them: those on the command line win.
+    """The words with the flags of the files of `--args-file FILE` before them: those on the command line win.
 
     Raises:
         ValueError: there is no such file, or one names another.
@@ -192,15 +197,15 @@ def expanded(words: list[str]) -> list[str]:
     from_files, rest, left = [], [], iter(words)
     for word in left:
         name, equals, value = word.partition("=")
-        if name != "--args_file":
+        if name.replace("_", "-") != "--args-file":
             rest.append(word)
             continue
         file = Path(value if equals else next(left, ""))
         if not file.is_file():
-            raise ValueError(f"`--args_file` {str(file)!r} is no file.")
+            raise ValueError(f"`--args-file` {str(file)!r} is no file.")
         flags = shlex.split(file.read_text(), comments=True)
-        if any(flag.partition("=")[0] == "--args_file" for flag in flags):
-            raise ValueError(f"`--args_file` {str(file)!r} names another --args_file; pass both on the command line.")
+        if any(word.partition("=")[0].replace("_", "-") == "--args-file" for word in flags):
+            raise ValueError(f"`--args-file` {str(file)!r} names another --args-file; pass both on the command line.")
         from_files += flags
     return from_files + rest
 
@@ -230,16 +235,16 @@ def check_run(run: RunArguments) -> None:
     """
     for name, choices in CHOICES.items():
         if getattr(run, name) not in choices:
-            raise ValueError(f"`--{name}` must be one of {', '.join(choices)}, got {getattr(run, name)!r}.")
-    tuned = [f"--{name}" for name in ("freeze_backbone", "full") if getattr(run, name)]
-    adapter = [f"--{name}" for name in ("rank", "lora_alpha", "lora_targets") if getattr(run, name) is not None]
-    adapter += ["--lora_dropout"] if run.lora_dropout else []
+            raise ValueError(f"`{flag(name)}` must be one of {', '.join(choices)}, got {getattr(run, name)!r}.")
+    tuned = [flag(name) for name in ("freeze_backbone", "full") if getattr(run, name)]
+    adapter = [flag(name) for name in ("rank", "lora_alpha", "lora_targets") if getattr(run, name) is not None]
+    adapter += ["--lora-dropout"] if run.lora_dropout else []
     if run.objective == "mdm" and tuned:
         raise ValueError(
             f"{tuned[0]} goes with --objective prism or critic; mdm trains all weights, or an adapter with --rank."
         )
     if run.objective == "mdm" and adapter and run.base_model is None:
-        raise ValueError(f"{adapter[0]} is of an adapter, which needs a pretrained model: pass --base_model.")
+        raise ValueError(f"{adapter[0]} is of an adapter, which needs a pretrained model: pass --base-model.")
     run.adapter = bool(adapter) if run.objective == "mdm" else not tuned
     check_unused(run)
     if run.dataset is None and run.objective != "distill":
@@ -250,32 +255,32 @@ def check_run(run: RunArguments) -> None:
                 f"{(tuned + adapter)[-1]} does not go with --objective distill: an adapter would change the posterior "
                 "that the head is taught. The backbone is frozen."
             )
-        run.freeze_backbone, run.adapter, tuned = True, False, ["--freeze_backbone"]
+        run.freeze_backbone, run.adapter, tuned = True, False, ["--freeze-backbone"]
     if run.objective != "mdm" and run.base_model is None:
-        raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
+        raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base-model.")
     new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
     if run.base_model is not None and new:
-        raise ValueError(f"`--{new[0]}` is of a new model; `--base_model` brings its own.")
+        raise ValueError(f"`{flag(new[0])}` is of a new model; `--base-model` brings its own.")
     if len(tuned) + bool(adapter) > 1:
-        raise ValueError(f"Pass one of --freeze_backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
+        raise ValueError(f"Pass one of --freeze-backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
     all_weights = run.full or (run.objective == "mdm" and not run.adapter)
     if run.optimizer == "muon" and not all_weights:
         raise ValueError("`--optimizer muon` is for all weights: pass --full, or leave it out.")
     if (run.load_in_4bit or run.load_in_8bit) and all_weights:
-        raise ValueError("Weights in 4 or 8 bits cannot be trained; use LoRA or --freeze_backbone.")
+        raise ValueError("Weights in 4 or 8 bits cannot be trained; use LoRA or --freeze-backbone.")
     if run.dtype != "float32" and all_weights:
         raise ValueError("`--dtype` must be float32 where all weights are trained; --bf16 computes in bfloat16.")
     check_ranges(run)
     if run.dataset != "sudoku" and (run.puzzle_share or run.sample_puzzles):
-        raise ValueError("`--puzzle_share` and `--sample_puzzles` go with --dataset sudoku.")
+        raise ValueError("`--puzzle-share` and `--sample-puzzles` go with --dataset sudoku.")
     if run.dataset == "sudoku" and (run.sample_texts or run.streaming):
-        raise ValueError("`--sample_texts` and `--streaming` go with a data set of text.")
+        raise ValueError("`--sample-texts` and `--streaming` go with a data set of text.")
     texts = ("packing", "no_chat_template", "chat_template_kwargs", "train_on")
     if run.dataset == "sudoku" and (given := [n for n in texts if getattr(run, n) != getattr(RunArguments, n)]):
-        raise ValueError(f"`--{given[0]}` goes with a data set of text.")
+        raise ValueError(f"`{flag(given[0])}` goes with a data set of text.")
     if not 20 <= run.puzzle_clues_min <= run.puzzle_clues_max <= 80:
         raise ValueError(
-            "`--puzzle_clues_min` and `--puzzle_clues_max` must hold 20 <= min <= max <= 80, got "
+            "`--puzzle-clues-min` and `--puzzle-clues-max` must hold 20 <= min <= max <= 80, got "
             f"{run.puzzle_clues_min} and {run.puzzle_clues_max}."
         )
     run.rank = run.rank or 16
@@ -301,7 +306,7 @@ def check_unused(run: RunArguments) -> None:
     unused += () if of_runs else ROLLING
     if given := [name for name in unused if getattr(run, name) != getattr(RunArguments, name)]:
         place = places.get(given[0], "prism or critic")
-        raise ValueError(f"`--{given[0]}` goes with --objective {place}; {run.objective} has no use for it.")
+        raise ValueError(f"`{flag(given[0])}` goes with --objective {place}; {run.objective} has no use for it.")
 
 
 def check_ranges(run: RunArguments) -> None:
@@ -316,7 +321,7 @@ def check_ranges(run: RunArguments) -> None:
     for name, least in lowest.items():
         value = getattr(run, name)
         if value is not None and value < least:
-            raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+            raise ValueError(f"`{flag(name)}` must be at least {least}, got {value}.")
     for name in ("puzzle_share", "lora_dropout", "forget_share"):
         if not 0 <= getattr(run, name) <= 1:
-            raise ValueError(f"`--{name}` must be in [0, 1], got {getattr(run, name)}.")
+            raise ValueError(f"`{flag(name)}` must be in [0, 1], got {getattr(run, name)}.")

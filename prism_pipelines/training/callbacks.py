@@ -91,7 +91,7 @@ class MetricsLog(TrainerCallback):
         loss = entry.get("loss")
         if loss is not None and not torch.tensor(loss).isfinite():
             raise FloatingPointError(
-                f"The loss is {loss} at step {state.global_step}. Lower --learning_rate, or check the data; the last "
+                f"The loss is {loss} at step {state.global_step}. Lower --learning-rate, or check the data; the last "
                 "checkpoint was written before this."
             )
         if loss is not None and self.counts:
@@ -284,10 +284,10 @@ class HeadProgress(TrainerCallback):
         if not len(quality):
             raise ValueError(
                 f"None of the {sum(len(batch['input_ids']) for batch in self.batches)} held-out examples had a masked "
-                "token to judge: raise --num_eval_examples, or pass --eval_strategy no."
+                "token to judge: raise --num-eval-examples, or pass --eval-strategy no."
             )
         if not quality.isfinite().all():
-            raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning_rate.")
+            raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning-rate.")
         self.score = score = calibration(quality.sigmoid().numpy(), right.numpy())
         return {
             "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),

@@ -82,7 +82,7 @@ class BlankCanvases(Dataset):
         self.mask_token_id, self.opening, self.closing = mask_token_id, opening, closing
         ends = len(opening) + len(closing)
         if lengths[0] <= ends:
-            raise ValueError(f"`--max_length` {lengths[1]} leaves no token to write besides {ends} special ones.")
+            raise ValueError(f"`--max-length` {lengths[1]} leaves no token to write besides {ends} special ones.")
 
     def __len__(self):
         return self.num_examples
@@ -198,7 +198,7 @@ def split_examples(rows, encoder: RowEncoder, num_eval: int, streaming: bool = F
         return StreamedExamples(rows, encoder, len(first)), held_out or first
     examples = list(encode_rows(rows, encoder))
     if not examples:
-        dropped = " (rows longer than --max_length are dropped)" if encoder.too_long == "drop" else ""
+        dropped = " (rows longer than --max-length are dropped)" if encoder.too_long == "drop" else ""
         raise ValueError(f"`--dataset` is empty: none of its rows gives an example{dropped}.")
     if eval_rows is not None or len(examples) == 1:
         return examples, held_out

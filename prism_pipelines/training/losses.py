@@ -544,7 +544,7 @@ class PRISMObjective(MDMObjective):
             logits = self.denoiser.logits(hidden, part)
             if not logits.amax(-1).isfinite().all():  # sample_tokens would end the process, on a GPU without a word
                 raise FloatingPointError(
-                    "The predictions of the model are no numbers any more. Lower --learning_rate, or check the data; "
+                    "The predictions of the model are no numbers any more. Lower --learning-rate, or check the data; "
                     "the last checkpoint was written before this."
                 )
             parts.append(sample_tokens(logits, self.temperature, self.top_p, generator=generator))

@@ -247,11 +247,11 @@ class RolloutObjective(PRISMObjective):
         if self.label == "truth" and nothing_given and self.settings.mask_rate_min == 1:
             raise ValueError(
                 "`--states rollout` needs rows with a given part: from nothing, what the model writes says nothing of "
-                "the data. Pass prompts with answers, lower --mask_rate_min, or take --objective distill."
+                "the data. Pass prompts with answers, lower --mask-rate-min, or take --objective distill."
             )
         if self.label == "posterior" and self.stride > ids.shape[1]:
             raise ValueError(
-                f"`--label_stride` is {self.stride}, and the rows have {ids.shape[1]} tokens. Pass at most that."
+                f"`--label-stride` is {self.stride}, and the rows have {ids.shape[1]} tokens. Pass at most that."
             )
 
     def check_written(self, pool: RolloutPool) -> None:
@@ -264,7 +264,7 @@ class RolloutObjective(PRISMObjective):
         if len(written) >= FEW and len(written.unique()) == 1:
             raise ValueError(
                 f"The model wrote nothing but the token {int(written[0])} in {len(written)} places, so a head has "
-                "nothing to learn. Pass a --dataset of prompts, or another --max_length."
+                "nothing to learn. Pass a --dataset of prompts, or another --max-length."
             )
 
     def check_stride(self, pool: RolloutPool) -> None:

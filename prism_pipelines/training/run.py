@@ -28,7 +28,7 @@ from ..hub.publish import (
     write_card,
 )
 from ..pipeline_prism import PrismPipeline
-from .arguments import RunArguments, parse_arguments
+from .arguments import RunArguments, flag, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
 from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
 from .held_out import HeadReport, RolloutProgress
@@ -64,8 +64,8 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     whole = run.full or (run.objective == "mdm" and not run.adapter)
     if run.push_to_hub and not (whole or is_hub_id(run.base_model)):
         raise ValueError(
-            "`--push_to_hub` of a head or an adapter needs a base model that others can load, and "
-            f"`--base_model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
+            "`--push-to-hub` of a head or an adapter needs a base model that others can load, and "
+            f"`--base-model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
             "on its id."
         )
     set_seed(args.seed)
@@ -90,7 +90,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     check_plugins(trainer.accelerator.state)
     if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
         raise ValueError(
-            "`--sample_texts`, `--sample_puzzles` and `--optimizer muon` need a model that is not sharded."
+            "`--sample-texts`, `--sample-puzzles` and `--optimizer muon` need a model that is not sharded."
         )
     if isinstance(objective, RolloutObjective):
         trainer.held_out = eval_batches(held_out, collate, args)
@@ -149,7 +149,7 @@ def eval_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
         ValueError: there is none.
     """
     if not len(examples):
-        raise ValueError("No example is held out: raise --num_eval_examples, or pass --eval_strategy no.")
+        raise ValueError("No example is held out: raise --num-eval-examples, or pass --eval-strategy no.")
     return list(DataLoader(examples, batch_size=args.per_device_eval_batch_size, collate_fn=collate))
 
 
@@ -172,7 +172,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     for name in ("base_model", "dataset", "eval_dataset", "tokenizer"):
         if name in flags and Path(flags[name]).exists():
             flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(getattr(value, "value", value)))]
+    words = [word for name, value in flags.items() for word in (flag(name), str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     call = {"use_chat_template": False} if run.no_chat_template else {}
     if run.chat_template_kwargs:
@@ -188,7 +188,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
 
 
 def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
-    """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` goes on.
+    """Trains and saves into `--output-dir`; `--resume-from-checkpoint latest` goes on.
 
     All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB. Adapter
     alone: a plain PEFT adapter.
@@ -200,7 +200,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
     elif checkpoint and not is_whole(Path(checkpoint)):
         raise ValueError(
-            f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
+            f"`--resume-from-checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
         )
     if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
         if checkpoint:
@@ -253,7 +253,7 @@ def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismP
 
 
 def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
-    """Writes the result, and pushes it with `--push_to_hub`."""
+    """Writes the result, and pushes it with `--push-to-hub`."""
     folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
     if (folder / "calibration.png").is_file():
         facts["figure"] = str(folder / "calibration.png")

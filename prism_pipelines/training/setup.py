@@ -30,7 +30,7 @@ from .rollouts import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 512  # tokens of an example, where --max_length does not say and the model takes more
+MAX_LENGTH = 512  # tokens of an example, where --max-length does not say and the model takes more
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
 RUN_CONFIG = "training_run.json"  # in the folder of a run: what it began from
 # What a head reads of the run by default. Where the answer is determined, the probability given the prompt says
@@ -44,7 +44,7 @@ ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
 def load_base(run):
-    """(model, tokenizer, spec) to start from: those of `--base_model`, or a new model of `--model_type`.
+    """(model, tokenizer, spec) to start from: those of `--base-model`, or a new model of `--model-type`.
 
     Raises:
         OSError, ValueError: as `backbones.load_plain`; or a new model without a tokenizer.
@@ -56,7 +56,7 @@ def load_base(run):
     subfolder = "" if index is None else "model"
     if read_json(run.base_model, inside(subfolder, "adapter_config.json"), hub_kwargs) is not None:
         raise ValueError(
-            f"`--base_model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
+            f"`--base-model` {run.base_model!r} is an adapter or a head with one. Train on the model that it is for, "
             "or merge it into that first."
         )
     loaded = backbones.load_plain(
@@ -73,12 +73,12 @@ def load_base(run):
     if index is not None and tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(run.base_model, subfolder="tokenizer", revision=run.revision)
     if tokenizer is None:
-        raise ValueError(f"`--base_model` {run.base_model!r} has no tokenizer.")
+        raise ValueError(f"`--base-model` {run.base_model!r} has no tokenizer.")
     return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
 
 
 def resolve_revision(run) -> str | None:
-    """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
+    """The commit that `--base-model` is at, so that a head names what it was trained on; `--revision` if unknown."""
     if not is_hub_id(run.base_model):
         return run.revision
     hub_kwargs = {"revision": run.revision}
@@ -90,7 +90,7 @@ def resolve_revision(run) -> str | None:
 
 
 def quantization(run):
-    """The bitsandbytes config of `--load_in_4bit` or `--load_in_8bit`, or None.
+    """The bitsandbytes config of `--load-in-4bit` or `--load-in-8bit`, or None.
 
     Raises:
         ValueError: both; or bitsandbytes is not there.
@@ -101,9 +101,9 @@ def quantization(run):
     from transformers.utils import is_bitsandbytes_available
 
     if run.load_in_4bit and run.load_in_8bit:
-        raise ValueError("Pass one of `--load_in_4bit` and `--load_in_8bit`.")
+        raise ValueError("Pass one of `--load-in-4bit` and `--load-in-8bit`.")
     if not is_bitsandbytes_available():
-        raise ValueError("`--load_in_4bit` and `--load_in_8bit` need a GPU and: pip install bitsandbytes")
+        raise ValueError("`--load-in-4bit` and `--load-in-8bit` need a GPU and: pip install bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=run.load_in_4bit,
         load_in_8bit=run.load_in_8bit,
@@ -117,7 +117,7 @@ def new_model(run):
     if run.dataset == "sudoku":
         tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
     elif run.tokenizer is None:
-        raise ValueError("A new model needs `--tokenizer` (folder or Hub id), or pass `--base_model`.")
+        raise ValueError("A new model needs `--tokenizer` (folder or Hub id), or pass `--base-model`.")
     else:
         tokenizer, length = AutoTokenizer.from_pretrained(run.tokenizer), run.max_length or MAX_LENGTH
     if tokenizer.mask_token_id is None:
@@ -148,12 +148,12 @@ def add_lora(run, model, spec) -> None:
 
     targets = [name.strip() for name in run.lora_targets.split(",")] if run.lora_targets else list(spec.lora_targets)
     if not targets:
-        raise ValueError("No LoRA targets are known for this model: pass `--lora_targets` (module names, commas).")
+        raise ValueError("No LoRA targets are known for this model: pass `--lora-targets` (module names, commas).")
     matrices = [name for name, m in model.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
     for target in targets if run.lora_targets else ():  # PEFT is content if one of several is found
         if not any(f".{name}".endswith(f".{target}") for name in matrices):
             names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
-            raise ValueError(f"`--lora_targets` names {target!r}, and the model's modules with a matrix are {names}.")
+            raise ValueError(f"`--lora-targets` names {target!r}, and the model's modules with a matrix are {names}.")
     model.add_adapter(
         LoraConfig(r=run.rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets),
         adapter_name=ADAPTER,
@@ -224,13 +224,13 @@ def begin_from(head: QualityHead, folder: str) -> None:
     """
     place = next((p for p in (Path(folder), Path(folder) / "quality_head") if (p / "config.json").is_file()), None)
     if place is None:
-        raise ValueError(f"`--head_from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
+        raise ValueError(f"`--head-from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
     other = QualityHead.from_pretrained(place)
     own, found = head.state_dict(), other.state_dict()
     fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     if other.config.hidden_size != head.config.hidden_size or not fitting:
         raise ValueError(
-            f"`--head_from` {folder!r} is a head for hidden states of size {other.config.hidden_size}, architecture "
+            f"`--head-from` {folder!r} is a head for hidden states of size {other.config.hidden_size}, architecture "
             f"{other.config.architecture!r}; this one reads {head.config.hidden_size}. None of its layers fits."
         )
     if other.reads_context != head.reads_context:  # the channels would mean other inputs
@@ -348,18 +348,18 @@ def load_examples(run, args, model, tokenizer, spec):
         run.max_length = min(MAX_LENGTH, limit or MAX_LENGTH)
         if args.process_index == 0:
             logger.warning(
-                "--max_length is %d tokens, %s.",
+                "--max-length is %d tokens, %s.",
                 run.max_length,
                 f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default",
             )
     if limit is not None and run.max_length > limit:
-        raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+        raise ValueError(f"`--max-length` is {run.max_length}, and the model takes {limit} tokens at most.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     collate = functools.partial(pad_batch, pad_token_id=pad)
     if run.dataset is None:
         return *blank_examples(run, args, tokenizer, spec), collate
     if run.streaming and args.max_steps <= 0:
-        raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
+        raise ValueError("`--streaming` data has no known length: pass `--max-steps`.")
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     encoder = RowEncoder(
         tokenizer,
@@ -394,7 +394,7 @@ def load_examples(run, args, model, tokenizer, spec):
             split=run.eval_split,
             name=run.dataset_name if same else None,
             revision=run.dataset_revision if same else None,
-            flag="--eval_dataset",
+            flag="--eval-dataset",
         )
     train, held_out = split_examples(rows, encoder, run.num_eval_examples, run.streaming, eval_rows)
     if args.process_index == 0:
@@ -403,7 +403,7 @@ def load_examples(run, args, model, tokenizer, spec):
 
 
 def template_kwargs(words: str | None) -> dict | None:
-    """What `--chat_template_kwargs` says, a JSON object; None without it.
+    """What `--chat-template-kwargs` says, a JSON object; None without it.
 
     Raises:
         ValueError: it is something else.
@@ -411,16 +411,16 @@ def template_kwargs(words: str | None) -> dict | None:
     try:
         found = None if words is None else json.loads(words)
     except ValueError as error:
-        raise ValueError(f"`--chat_template_kwargs` {words!r} is not JSON: {error}.") from None
+        raise ValueError(f"`--chat-template-kwargs` {words!r} is not JSON: {error}.") from None
     if found is not None and not isinstance(found, dict):
         raise ValueError(
-            f'`--chat_template_kwargs` must be an object such as {{"enable_thinking": false}}, got {words}.'
+            f'`--chat-template-kwargs` must be an object such as {{"enable_thinking": false}}, got {words}.'
         )
     return found
 
 
 def blank_examples(run, args, tokenizer, spec):
-    """As `load_examples`, of a training without data: rows of masks of at most `--max_length`.
+    """As `load_examples`, of a training without data: rows of masks of at most `--max-length`.
 
     An encoder was trained on one sequence a row, of any length, so its rows differ in length.
     """
@@ -444,7 +444,7 @@ def check_output_dir(folder: str, resume) -> None:
     """
     path = Path(folder)
     if path.is_file():
-        raise ValueError(f"`--output_dir` {folder!r} is a file.")
+        raise ValueError(f"`--output-dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     # Of a run that was killed as it began, and of trackers.
     entries -= {".training_log.jsonl.partial", f".{RUN_CONFIG}.partial", "runs"}
@@ -454,17 +454,17 @@ def check_output_dir(folder: str, resume) -> None:
     ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
     if "training_log.jsonl" not in entries and not ours:
         raise ValueError(
-            f"`--output_dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
+            f"`--output-dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
         )
     if not resume:
         raise ValueError(
-            f"`--output_dir` {folder!r} holds a run already. Go on with it by --resume_from_checkpoint latest, or name "
+            f"`--output-dir` {folder!r} holds a run already. Go on with it by --resume-from-checkpoint latest, or name "
             "a new folder."
         )
 
 
 def origin_fingerprint(run, model) -> dict[str, str]:
-    """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
+    """What a run goes on from only if it began there: its objective, and the weights of `--base-model`.
 
     Returns:
         {"objective", "base_weights"}; the weights are a digest, or "new" without a base.
@@ -482,7 +482,7 @@ def read_origin_fingerprint(folder) -> dict | None:
 
 
 def check_origin(folder, now: dict) -> None:
-    """Checks that the run in a folder began from the weights that `--base_model` has now.
+    """Checks that the run in a folder began from the weights that `--base-model` has now.
 
     Raises:
         ValueError: it did not: its checkpoints would be put on the wrong backbone, or count as this run's result.
@@ -491,10 +491,10 @@ def check_origin(folder, now: dict) -> None:
     if before["objective"] != now["objective"]:
         raise ValueError(
             f"{str(folder)!r} holds a run of --objective {before['objective']}, not {now['objective']}. Name a new "
-            "`--output_dir`."
+            "`--output-dir`."
         )
     if before["base_weights"] != now["base_weights"]:
         raise ValueError(
-            f"{str(folder)!r} holds a run that began from other weights than `--base_model` has now. Go on from those, "
-            "or name a new `--output_dir`."
+            f"{str(folder)!r} holds a run that began from other weights than `--base-model` has now. Go on from those, "
+            "or name a new `--output-dir`."
         )

@@ -38,7 +38,7 @@ def check_finite(model: torch.nn.Module) -> None:
     for name, tensor in trainable(model).items():
         if not tensor.isfinite().all():
             raise FloatingPointError(
-                f"The weights in {name} are no numbers any more, and are not saved. Lower --learning_rate, or check "
+                f"The weights in {name} are no numbers any more, and are not saved. Lower --learning-rate, or check "
                 "the data; the last checkpoint was written before this."
             )
 
@@ -151,7 +151,7 @@ class ObjectiveTrainer(Trainer):
             file = Path(resume_from_checkpoint) / f"rollouts-{self.args.process_index}.safetensors"
             if not file.is_file():
                 raise ValueError(
-                    f"`--resume_from_checkpoint` {resume_from_checkpoint!r} has no {file.name}: the runs under way are "
+                    f"`--resume-from-checkpoint` {resume_from_checkpoint!r} has no {file.name}: the runs under way are "
                     "kept for each process. Resume with as many processes as before."
                 )
             self.model.load_state(load_file(file), self.args.device)
@@ -182,7 +182,7 @@ class ObjectiveTrainer(Trainer):
             kept = f"The one before it, {Path(before).name}, is whole." if before else "There is none before it."
             raise OSError(
                 f"{name} could not be written to {run_dir}: {error}. {kept} Free some space, or see "
-                "--save_total_limit, and run the same command with --resume_from_checkpoint latest."
+                "--save-total-limit, and run the same command with --resume-from-checkpoint latest."
             ) from error
         finally:
             self.args.output_dir = str(run_dir)
