@@ -17,6 +17,8 @@ SHARED_FIELDS = ("order", "temperature", "top_p", "top_k", "mask_token_id")
 
 # The most that a whole number among the settings may be.
 MOST = 2**31 - 1
+# The most steps of one run. Each is a forward pass: a number beyond was meant as no limit, and the run would never end.
+MOST_STEPS = 1_000_000
 
 
 class SchedulerConfig(ConfigMixin):
@@ -148,8 +150,9 @@ def check_config(config: Mapping) -> None:
 
 
 def check_run(num_inference_steps: int, block_length: int | None) -> None:
-    """Raise a ValueError for arguments of `set_timesteps` that are no integers of at least 1."""
-    require(is_int(num_inference_steps, 1), "num_inference_steps", num_inference_steps, "an integer of at least 1")
+    """Raise a ValueError for arguments of `set_timesteps` that are no integers of at least 1, or steps without end."""
+    valid = is_int(num_inference_steps, 1) and num_inference_steps <= MOST_STEPS
+    require(valid, "num_inference_steps", num_inference_steps, f"an integer from 1 to {MOST_STEPS:,}, one forward each")
     valid = block_length is None or is_int(block_length, 1)
     require(valid, "block_length", block_length, "None or an integer of at least 1")
 
