@@ -115,45 +115,54 @@ def many_puzzles_section(table: dict) -> str:
     return "\n".join([*lines, "", *calibration_lines(table["calibration"])])
 
 
-def judging_rows(table: dict, sets: list[str]) -> list[str]:
-    """The README's rows of docs/figures/judging.json: other puzzles, another head, fewer forward passes."""
-    rows = {(row["arm"], row["clues"]): row for row in table["rows"]}
-    lines = []
-    for arm, words in (
-        ("confidence order", "{n} other puzzles a kind: surest first, {means} forward passes"),
-        ("judge and repair", "... judge and repair with `sudoku-head`, at most {budget}, {means} on average"),
+KNOWING = ("exact checker", "oracle ranking")  # arms of judging.json that are told what is right
+OURS = "judge and repair"
+
+
+def solved_within(table: dict) -> dict:
+    """{clues: {arm: {forwards: (share, low, high)}}} of docs/figures/judging.json: solved in at most so many passes."""
+    found: dict = {}
+    for row in sorted(table["rows"], key=lambda row: -row["budget"]):  # a run that was limited to them comes last
+        arms = found.setdefault(row["clues"], {})
+        for name in row:
+            if name.startswith("within_") and row["arm"] not in KNOWING:
+                solved, low, high = row[name]
+                arms.setdefault(row["arm"], {})[int(name.removeprefix("within_"))] = (solved / row["n"], low, high)
+    return found
+
+
+def readme_table(table: dict) -> str:
+    """The README's table: every arm at the number of forward passes that most arms were run with, and ours without."""
+    found, sets = solved_within(table), sorted({row["clues"] for row in table["rows"]}, reverse=True)
+    fixed = [row["budget"] for row in table["rows"] if row["arm"] not in (*KNOWING, OURS)]
+    equal = max(sorted(set(fixed)), key=fixed.count)
+    limit = max(row["budget"] for row in table["rows"] if row["arm"] == OURS)
+    ours = {row["clues"]: row for row in table["rows"] if row["arm"] == OURS and row["budget"] == limit}
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in table["rows"]) if arm not in (*KNOWING, OURS)]
+
+    def solved(arm: str, clues: str, passes: int) -> tuple | None:
+        return found[clues].get(arm, {}).get(passes)
+
+    arms = [arm for arm in arms if any(solved(arm, clues, equal) for clues in sets)]
+    arms.sort(key=lambda arm: max(point[0] for clues in sets if (point := solved(arm, clues, equal))), reverse=True)
+    means = " and ".join(f"{ours[clues]['mean_forwards']:.1f}" for clues in sets if clues in ours)
+    lines = ["| | forward passes | " + " | ".join(f"{clues} clues (%)" for clues in sets) + " |"]
+    lines.append("| --- " * (2 + len(sets)) + "|")
+    for name, words, arm, passes in (
+        (f"**{OURS}** with `sudoku-head`", f"{means} on average, {limit} at most", OURS, limit),
+        ("... stopped after", f"{equal} at most", OURS, equal),
+        *((arm, f"{equal} at most", arm, equal) for arm in arms),
     ):
-        found = [rows[arm, clues] for clues in sets]
-        means = " and ".join(dict.fromkeys(f"{row['mean_forwards']:.3g}" for row in found))
-        shares = []
-        for row in found:
-            solved, low, high = row[f"within_{row['budget']}"]
-            shares.append(share({"solved": solved, "n": row["n"], "low": low, "high": high}))
-        lines.append(f"| {words.format(means=means, **found[0])} | " + " | ".join(shares) + " |")
-    return lines
+        points = [solved(arm, clues, passes) for clues in sets]
+        shares = ["{:.1f} ({:.1f}-{:.1f})".format(*(100 * x for x in point)) if point else "" for point in points]
+        lines.append(f"| {name} | {words} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
 
 
-def readme_table(table: dict, judging: dict) -> str:
-    """The rows of `many_puzzles_section` that the README shows, and `judging_rows`."""
-    sets = list(dict.fromkeys(row["clues"] for row in table["rows"]))
-    rows = {(row["clues"], row["arm"]): row for row in table["rows"]}
-    heads = {
-        "MDLM": "random order, temperature 1: no remasking (MDLM)",
-        "random cells": "... random cells remasked",
-        "self-confidence": "... self-confidence",
-        "PRISM": "... PRISM",
-        "MDLM, confidence order": "surest first, temperature 0: no remasking",
-        "PRISM as shipped": "... PRISM",
-    }
-    lines = ["| | " + " | ".join(f"{clues} clues (%)" for clues in sets) + " |", "| --- " * (1 + len(sets)) + "|"]
-    lines += [f"| {words} | " + " | ".join(share(rows[c, arm]) for c in sets) + " |" for arm, words in heads.items()]
-    return "\n".join([*lines, *judging_rows(judging, sets)])
-
-
-def readme(table: dict, judging: dict) -> str:
+def readme(judging: dict) -> str:
     """README.md with its table from the committed figures."""
-    text, start, end = README.read_text(), "<!-- table: sudoku_1000 -->\n", "\n<!-- end of table -->"
-    return text[: text.index(start) + len(start)] + readme_table(table, judging) + text[text.index(end) :]
+    text, start, end = README.read_text(), "<!-- table: judging -->\n", "\n<!-- end of table -->"
+    return text[: text.index(start) + len(start)] + readme_table(judging) + text[text.index(end) :]
 
 
 def calibration_lines(calibration: dict) -> list[str]:
@@ -248,7 +257,7 @@ def main() -> int:
     parts.append(ranking_section(tables["text_ranking"]))
     parts += [ablation_section(tables["ablations"]), code_section(tables["code"])]
     page = "\n".join([*parts, PUBLISHED, MISSING])
-    for path, text in ((RESULTS, page), (README, readme(tables["sudoku_1000"], tables["judging"]))):
+    for path, text in ((RESULTS, page), (README, readme(tables["judging"]))):
         if not args.check:
             path.write_text(text)
         elif path.read_text() != text:

@@ -11,7 +11,7 @@ from .models import checks
 from .models.families import supports_all_masked_input
 from .models.quality_head import QualityHead
 from .sampling.canvas import Canvas
-from .schedulers.validation import is_int, is_number
+from .schedulers.validation import check_run, is_int, is_number
 
 
 def check_count(name: str, value: object) -> None:
@@ -21,10 +21,12 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_optional_counts(**counts: object) -> None:
-    """Raise a ValueError unless each argument is None or an integer of at least 1."""
+    """Raise a ValueError unless each argument is None or an integer of at least 1, and the steps have an end."""
     for name, value in counts.items():
         if value is not None:
             check_count(name, value)
+            if name == "num_inference_steps":
+                check_run(value, None)
 
 
 def check_scheduler_and_head(pipe: Any, return_quality: bool, select: str | None, num_samples: int) -> None:

@@ -17,6 +17,8 @@ from .token_sampling import Sampling
 
 # The most that a whole number among the settings may be.
 MOST = 2**31 - 1
+# The most steps of one run. Each is a forward pass: a number beyond was meant as no limit, and the run would never end.
+MOST_STEPS = 1_000_000
 
 
 def is_int(value: object, low: int) -> bool:
@@ -48,9 +50,10 @@ class Allowed(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def integer(low: int) -> Allowed:
-    """An integer of at least `low`."""
-    return Allowed(f"an integer of at least {low}", lambda value: is_int(value, low))
+def integer(low: int, high: int = MOST) -> Allowed:
+    """An integer from `low` to `high`."""
+    words = f"an integer of at least {low}" if high == MOST else f"an integer from {low} to {high:,}"
+    return Allowed(words, lambda value: is_int(value, low) and value <= high)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Allowed:
@@ -115,8 +118,8 @@ def loop_steps(scheduler: Any) -> int:
 
 
 def check_run(num_inference_steps: int, block_length: int | None) -> None:
-    """Raise a ValueError for arguments of `set_timesteps` that are no integers of at least 1."""
-    check("num_inference_steps", num_inference_steps, Annotated[int, integer(1)])
+    """Raise a ValueError for arguments of `set_timesteps` that are no integers of at least 1, or steps without end."""
+    check("num_inference_steps", num_inference_steps, Annotated[int, integer(1, MOST_STEPS)])
     check("block_length", block_length, Annotated[int | None, integer(1)])
 
 

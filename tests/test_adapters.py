@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from test_pipeline_heads import save_base, save_head, tokens
 
 from prism_pipelines import PrismPipeline, QualityHead
 from prism_pipelines.hub.adapters import active_adapters, adapter_names
-from prism_pipelines.hub.fingerprints import lasting_fingerprint, weights_fingerprint
+from prism_pipelines.hub.fingerprints import lasting_fingerprint, signs_fingerprint, weights_fingerprint
 from prism_pipelines.hub.publish import save_head_repo
 
 IDS = torch.full((1, 6), 2)
@@ -189,6 +190,38 @@ def test_an_adapter_under_the_authors_names_of_llada_is_mapped(tmp_path):
     assert torch.equal(logits(PrismPipeline.from_pretrained(tmp_path / "saved"), ids), logits(pipe, ids))
 
 
+@pytest.mark.parametrize("family", ["mdlm", "bd3lm"])
+def test_an_adapter_under_the_authors_names_of_mdlm_is_put_in_order_and_gated(family, tmp_path):
+    base, generator, weights = load_file(checkpoint(family) / "model.safetensors"), torch.Generator().manual_seed(3), {}
+    names = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
+    for key, value in list(base.items()):
+        module = key.removesuffix(".weight")
+        if ".blocks." in key and module.endswith(names) and value.ndim == 2:
+            a = torch.randn(2, value.shape[1], generator=generator) / 8
+            b = torch.randn(value.shape[0], 2, generator=generator) / 8
+            weights |= {f"base_model.model.{module}.lora_{x}.weight": y for x, y in (("A", a), ("B", b))}
+            base[key] = value + b @ a * 4 / 2
+    lora, merged, ids = tmp_path / "lora", tmp_path / "merged", torch.tensor([[3, MASK, 5, 9]])
+    lora.mkdir()
+    save_file(weights, lora / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(names)}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copytree(checkpoint(family), merged)
+    save_file(base, merged / "model.safetensors", metadata={"format": "pt"})
+    pipe, expected = load(checkpoint(family)), logits(load(merged), ids)
+    plain = logits(pipe, ids)
+    pipe.load_lora_weights(str(lora))
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    torch.testing.assert_close(logits(pipe, ids), expected, atol=1e-4, rtol=1e-4)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = PrismPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(saved, ids), logits(pipe, ids))
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "native")
+    with pytest.raises(ValueError, match=r"saved from this package.*authors' own checkpoint"):
+        PrismPipeline.from_pretrained(tmp_path / "native").load_lora_weights(str(lora))
+
+
 def test_an_adapter_of_a_layer_that_is_cut_here_is_cut_too(tmp_path):
     base = load_file(checkpoint("llada2_moe") / "model.safetensors")
     generator, weights = torch.Generator().manual_seed(3), {}
@@ -272,13 +305,38 @@ def test_a_base_that_changed_since_the_pipeline_was_saved_is_noticed(repos, tmp_
         PrismPipeline.from_pretrained(tmp_path / "saved")
 
 
+def test_another_base_is_noticed_in_float16_too(repos, tmp_path):
+    base, head, _ = repos
+    tuned, half = tmp_path / "tuned", {"dtype": torch.float16}
+    shutil.copytree(base, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    save_file(weights | {name: -weights[name]}, tuned / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "head" / "quality_head" / "config.json"
+    marks = {"signs_fingerprint": signs_fingerprint(PrismPipeline.from_pretrained(base).model)}
+    config.write_text(json.dumps(json.loads(config.read_text()) | marks))
+    PrismPipeline.from_pretrained(base, quality_head=head, **half)
+    with pytest.warns(UserWarning, match="made for other weights"):
+        PrismPipeline.from_pretrained(tuned, quality_head=head, **half)
+    PrismPipeline.from_pretrained(base, quality_head=head, **half).save_pretrained(tmp_path / "saved")
+    PrismPipeline.from_pretrained(tmp_path / "saved", **half)
+    save_file(load_file(tuned / "model.safetensors"), Path(base) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="other weights of its base model"):
+        PrismPipeline.from_pretrained(tmp_path / "saved", **half)
+
+
 def test_a_fingerprint_is_the_same_in_bfloat16_and_with_adapters_and_differs_for_every_weight(repos):
     base, head, _ = repos
     model = PrismPipeline.from_pretrained(base).model
     mark = weights_fingerprint(model)
     assert lasting_fingerprint(PrismPipeline.from_pretrained(base, quality_head=head).model) == mark
     assert lasting_fingerprint(PrismPipeline.from_pretrained(base, dtype=torch.bfloat16).model) == mark
-    assert lasting_fingerprint(PrismPipeline.from_pretrained(base, dtype=torch.float16).model) is None
+    half = PrismPipeline.from_pretrained(base, dtype=torch.float16).model
+    assert lasting_fingerprint(half) is None
+    embedding, whole = signs_fingerprint(model).split("-")
+    assert signs_fingerprint(half) == f"{embedding}-{whole}"
+    half.hf_quantizer = object()  # quantized weights have no signs; embeddings are kept
+    assert signs_fingerprint(half) == f"{embedding}-"
     for parameter in model.parameters():
         kept = parameter.detach().clone()
         parameter.data += 1

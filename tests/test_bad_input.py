@@ -150,6 +150,14 @@ def with_ends(pipe, first=None, last=None):
     return pipe
 
 
+def test_steps_without_end_are_refused_before_a_forward():
+    pipe = words()
+    with pytest.raises(ValueError, match=r"num_inference_steps` must be an integer from 1 to 1,000,000.*1000000000"):
+        pipe(gen_length=4, num_inference_steps=10**9)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        MDLMScheduler().set_timesteps(10**9)
+
+
 def test_a_prompt_is_not_closed_by_its_tokenizer_and_opened_once():
     pipe = words()
     plain = pipe.tokenizer

@@ -124,11 +124,9 @@ def test_a_push_takes_away_what_an_earlier_one_left(hub, base, what):
 def test_a_whole_pipeline_under_a_new_name_loads_in_every_dtype(hub, base):
     pipe = trained(base, lora=False)
     pipe.push_to_hub("me/whole", what="pipeline", base_model=BASE)
-    for dtype in (torch.float32, torch.bfloat16):
-        PrismPipeline.from_pretrained("me/whole", torch_dtype=dtype)
-    with pytest.warns(UserWarning, match=r"float16 it cannot be told"):
-        half = PrismPipeline.from_pretrained("me/whole", torch_dtype=torch.float16)
-    assert half.quality_head is not None and half.model.dtype == torch.float16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loaded = PrismPipeline.from_pretrained("me/whole", torch_dtype=dtype)
+        assert loaded.quality_head is not None and loaded.model.dtype == dtype
 
 
 def test_a_head_for_another_model_of_the_same_size_is_refused(hub, base, tmp_path):
@@ -136,8 +134,10 @@ def test_a_head_for_another_model_of_the_same_size_is_refused(hub, base, tmp_pat
     other = save_bert(tmp_path / "other", seed=5)
     with pytest.raises(ValueError, match="the token embeddings differ"):
         PrismPipeline.from_pretrained(other, quality_head=str(folder))
-    bfloat = PrismPipeline.from_pretrained(base, quality_head=str(folder), torch_dtype=torch.bfloat16)
-    assert bfloat.quality_head is not None  # the same model in another dtype
+    with pytest.raises(ValueError, match="the token embeddings differ"):
+        PrismPipeline.from_pretrained(other, quality_head=str(folder), torch_dtype=torch.float16)
+    for dtype in (torch.bfloat16, torch.float16):  # the same model in another dtype
+        assert PrismPipeline.from_pretrained(base, quality_head=str(folder), torch_dtype=dtype).quality_head is not None
 
 
 def test_a_base_in_a_folder_works_here_and_is_refused_for_the_hub(base, tmp_path):

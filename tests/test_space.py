@@ -103,7 +103,9 @@ def test_a_model_without_a_head_fills_a_text_and_says_which_rules_need_one(tmp_p
     pipe.scheduler = prism_pipelines.MDLMScheduler()
     pipe.save_pretrained(tmp_path / "model")
     both = app.side_by_side(lambda model, head, text: app.pipeline(model, head), app.infill_of)
-    *_, shown = both(str(tmp_path / "model"), "", "To be, or ___ to be", "self-confidence", "PRISM", 4, 0.5, 1, 0)
+    given = (str(tmp_path / "model"), "", "To be, or ______ to be", "self-confidence", "PRISM")
+    *live, _, shown = both(*given, 4, 0.5, 1, 0)
+    assert live and all("self-confidence**: step" in step[0] and step[1].count("<span") == 18 for step in live)
     assert "self-confidence" in shown[0] and "sandbox" in shown[1]
     assert "needs a quality head" in shown[2] and shown[3] == ""
     import gradio

@@ -33,6 +33,7 @@ MESSAGES = {
     "init_lora_weights=": "hub/adapter_files.py",
     "has lora_alpha": "hub/adapter_files.py",
     "PEFT says": "hub/adapters.py",
+    "and the model was saved from this package": "models/convert_mdlm.py",
     "are fused into the weights": "hub/adapters.py",
     "The model has an adapter called": "hub/adapters.py",
     "the model is saved whole": "hub/saved_model.py",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import queue
 import threading
 
 import gradio as gr
@@ -81,8 +82,44 @@ def frame(page: str, label: str) -> str:
     )
 
 
+def canvas_now(pipe: PrismPipeline, tensors: dict, columns: int | None) -> str:
+    """The first row of a canvas as it stands: grey is not yet written, orange was just taken back."""
+    cells, mask = [], pipe.mask_token_id
+    row = zip(tensors["sample"][0].tolist(), tensors["remasked"][0].tolist(), strict=True)
+    for token, remasked in row:
+        look, text = "", html.escape(pipe.tokenizer.decode([token]))
+        if token == mask:
+            look, text = "background:#e69f00" if remasked else "background:#8884", "&times;" if remasked else "&middot;"
+        cells.append(f'<span style="min-width:1.6em;text-align:center;white-space:pre;{look}">{text}</span>')
+    grid = f"display:grid;grid-template-columns:repeat({columns},1.9em)" if columns else "display:flex;flex-wrap:wrap"
+    return f'<div class="now" style="{grid};gap:2px;font-family:monospace">{"".join(cells)}</div>'
+
+
+def played(pipe: PrismPipeline, columns: int | None, **call):
+    """Run a pipeline in a thread of its own. Yields the step and its canvas, the newest; gives back the output."""
+    news: queue.Queue = queue.Queue()
+
+    def work():
+        try:
+            news.put((None, pipe(**call, callback_on_step_end=lambda pipe, *step: news.put(step))))
+        except Exception as error:  # shown by the thread that reads
+            news.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        step, *rest = news.get()
+        while step is not None and not news.empty():  # pictures that nobody would see
+            step, *rest = news.get()
+        if step is None:
+            break
+        yield step + 1, canvas_now(pipe, rest[1], columns)
+    if isinstance(rest[0], Exception):
+        raise rest[0]
+    return rest[0]
+
+
 def run(pipe: PrismPipeline, rule: str, given: dict, steps: int, heat: float, taken: int, seed: int, columns=None):
-    """One run by one rule: a sentence on what came out, and the page that plays it.
+    """One run by one rule, as it goes: a sentence and a picture for each step; at the end the page that plays it.
 
     Raises:
         gr.Error: with what the pipeline says.
@@ -90,17 +127,25 @@ def run(pipe: PrismPipeline, rule: str, given: dict, steps: int, heat: float, ta
     make, needs_head = RULES[rule]
     if needs_head and pipe.quality_head is None:
         text = f"**{rule}** needs a quality head, and none was given for this model. Name one, or choose another rule."
-        return text, ""
+        yield text, ""
+        return
     with ONE_AT_A_TIME:
         pipe.scheduler = make(float(heat), int(taken))
+        live = played(
+            pipe,
+            columns,
+            **given,
+            num_inference_steps=int(steps),
+            generator=torch.Generator().manual_seed(int(seed)),
+            return_trace=True,
+            return_quality=pipe.quality_head is not None and rule != "judge and repair",  # which judges anyway
+        )
         try:
-            out = pipe(
-                **given,
-                num_inference_steps=int(steps),
-                generator=torch.Generator().manual_seed(int(seed)),
-                return_trace=True,
-                return_quality=pipe.quality_head is not None and rule != "judge and repair",  # which judges anyway
-            )
+            while True:
+                step, picture = next(live)
+                yield f"**{rule}**: step {step}", picture
+        except StopIteration as end:
+            out = end.value
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
             raise gr.Error(str(error), duration=None) from error
     taken_back = sum(int(step.remasked.sum()) for step in out.trace)
@@ -118,19 +163,20 @@ def run(pipe: PrismPipeline, rule: str, given: dict, steps: int, heat: float, ta
         clashes = len(sudoku.conflicts(grid[0]))
         said.append("**solved**" if sudoku.is_solved(grid, puzzle[None])[0] else f"wrong, {clashes} clashes")
     page = out.trace.to_html(title=rule, columns=columns)
-    return ", ".join(said), frame(page, f"the run of {rule}")
+    yield ", ".join(said), frame(page, f"the run of {rule}")
 
 
 def side_by_side(load, given_of, columns=None):
-    """A callback for both rules: the first is shown while the second still runs."""
+    """A callback for both rules, one after the other, shown step by step as they run."""
 
     def both(*values):
         *inputs, left, right, steps, heat, taken, seed = values
         pipe, given = load(*inputs), given_of(*inputs)
         settings = (int(steps), heat, taken, seed, columns)
-        first = run(pipe, left, given, *settings)
-        yield *first, "running", ""
-        yield *first, *run(pipe, right, given, *settings)
+        for first in run(pipe, left, given, *settings):
+            yield *first, "", ""
+        for second in run(pipe, right, given, *settings):
+            yield *first, *second
 
     return both
 
@@ -196,7 +242,8 @@ def demo() -> gr.Blocks:
     with gr.Blocks(title="prism-pipelines") as app:
         gr.Markdown(
             "# A model that doubts what it wrote\nTwo decoding rules, one model, the same number of forward passes at "
-            "most. Press Play; point at a token to read its life: what it was, when, how sure, why it was taken back."
+            "most. Watch both run: grey is not yet written, orange was just taken back. Then press Play, and point at "
+            "a token to read its life: what it was, when, how sure, why it was taken back."
         )
         with gr.Tab("Sudoku"):
             puzzles = bank()

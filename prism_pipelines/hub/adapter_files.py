@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models.checks import non_finite
+from ..models.convert_mdlm import LAYER_NAMES, fold_lora
 from ..schedulers.validation import is_number
 from .files import fetch_file, inside, read_json, tensor_shapes
 
@@ -68,6 +69,9 @@ def read_adapter(path: str, subfolder: str, hub_kwargs: dict, model, spec=None) 
     names = {name: native_names(name, spec) for name in shapes}
     check_fit(path, config_dict, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
     weights = load_file(file)
+    if spec is not None and spec.fold_time:
+        authors = {name: name.removeprefix(PREFIX) for name in names if names[name] != [name.removeprefix(PREFIX)]}
+        weights |= {name: fold_lora(plain, weights[name], model) for name, plain in authors.items()}
     if whole := [key for key, value in weights.items() if not value.is_floating_point()]:
         raise ValueError(f"The adapter of {path!r} is no LoRA: {whole[0]} is {weights[whole[0]].dtype}, not a float.")
     if bad := non_finite(weights.items()):
@@ -107,7 +111,8 @@ def native_names(name: str, spec) -> list[str]:
     Adapters that were made with the authors' own code name their layers as that does (LLaDA: attn_out, ff_proj).
     """
     plain = name.removeprefix(PREFIX)
-    for pattern, replacement in ((spec and spec.key_mapping) or {}).items():
+    renames = LAYER_NAMES if spec is not None and spec.fold_time else ((spec and spec.key_mapping) or {})
+    for pattern, replacement in renames.items():
         plain = re.sub(pattern, replacement, plain)
     module, _, rest = plain.partition(".lora_")
     for whole, parts in ((spec and spec.split_weights) or {}).items():

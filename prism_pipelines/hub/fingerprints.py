@@ -36,6 +36,13 @@ def is_comparable(weight: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.bfloat16) and not weight.is_meta
 
 
+def sampled(value: Tensor) -> Tensor:
+    """`SAMPLE` numbers of a weight, evenly spaced."""
+    numbers = value.detach().reshape(-1)
+    # An odd distance, or all that is read of a matrix could be one of its columns.
+    return numbers[:: max(1, numbers.numel() // SAMPLE) | 1]
+
+
 def weights_fingerprint(model) -> str:
     """Hash over all weights of a model without its adapters: their shapes, and a sample of the numbers of each.
 
@@ -46,10 +53,8 @@ def weights_fingerprint(model) -> str:
     marks = []
     for name, value in model.named_parameters():  # a weight that is used twice comes once
         if ".lora_" not in name:
-            numbers = value.detach().reshape(-1)
-            # An odd distance, or all that is read of a matrix could be one of its columns.
-            numbers = numbers[:: max(1, numbers.numel() // SAMPLE) | 1]
-            marks.append(digest(repr(tuple(value.shape)).encode(), b"" if value.is_meta else raw_bytes(numbers)))
+            numbers = b"" if value.is_meta else raw_bytes(sampled(value))
+            marks.append(digest(repr(tuple(value.shape)).encode(), numbers))
     return digest("".join(sorted(marks)).encode())
 
 
@@ -60,4 +65,39 @@ def lasting_fingerprint(model) -> str | None:
     depends on the machine.
     """
     comparable = all(is_comparable(value) for value in model.parameters())
-    return weights_fingerprint(model) if comparable and not getattr(model, "_computed_weights", False) else None
+    return weights_fingerprint(model) if comparable and has_own_weights(model) else None
+
+
+def has_own_weights(model) -> bool:
+    """Are the weights those of a checkpoint, neither quantized nor computed as the model was loaded?"""
+    return getattr(model, "hf_quantizer", None) is None and not getattr(model, "_computed_weights", False)
+
+
+def signs_fingerprint(model) -> str | None:
+    """Hashes over the signs of weights, "embeddings-all": the same in float32, bfloat16 and float16.
+
+    The first is of a few rows of the token embeddings. The second is of the weights that `weights_fingerprint` reads;
+    it is missing ("embeddings-") where some are quantized, offloaded or computed. None if the embeddings are.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if not has_signs(embeddings):
+        return None
+    weights = [value for name, value in model.named_parameters() if ".lora_" not in name]
+    whole = has_own_weights(model) and all(has_signs(value) for value in weights)
+    marks = sorted(sign_digest(sampled(value)) for value in weights) if whole else []
+    return f"{sign_digest(embeddings[:64])}-{digest(''.join(marks).encode()) if whole else ''}"
+
+
+def has_signs(weight: Tensor) -> bool:
+    """Does a weight have the signs of its checkpoint? Not quantized or offloaded."""
+    return weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.is_meta
+
+
+def sign_digest(numbers: Tensor) -> str:
+    """Hash of the signs of numbers. What is too small for float16 becomes a zero there, and keeps its sign."""
+    return digest(raw_bytes(torch.signbit(numbers)))
+
+
+def signs_differ(one: str, other: str) -> bool:
+    """Are two of `signs_fingerprint` those of different weights? A part that one of them lacks is not compared."""
+    return any(a and b and a != b for a, b in zip(one.split("-"), other.split("-"), strict=False))

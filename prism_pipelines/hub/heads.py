@@ -15,7 +15,7 @@ from ..schedulers import PrismScheduler
 from ..schedulers.by_name import SCHEDULERS
 from .adapters import adapter_names
 from .files import absence, fetch_file, is_hub_id, read_json, tensor_shapes
-from .fingerprints import embedding_fingerprint, lasting_fingerprint
+from .fingerprints import embedding_fingerprint, lasting_fingerprint, signs_differ, signs_fingerprint
 
 
 def head_config(path: str, hub_kwargs: dict) -> dict | None:
@@ -75,7 +75,7 @@ def make_head(config: dict, owner: str) -> QualityHead:
     Raises:
         ValueError: the config is not one of a `QualityHead`, or speaks of more than any memory holds.
     """
-    for name in ("base_model", "base_revision", "base_fingerprint", "weights_fingerprint"):
+    for name in ("base_model", "base_revision", "base_fingerprint", "weights_fingerprint", "signs_fingerprint"):
         if not isinstance(config.get(name), (str, type(None))):
             raise ValueError(f"{owner} has a wrong config.json: {name} must be a string, got {config[name]!r:.80}.")
     try:
@@ -128,7 +128,11 @@ def check_adapter(name: str | None, with_adapter: set[str], model) -> None:
 
 def fingerprints(model) -> dict:
     """What the config of a head says of the model that it was made for; None where that cannot be compared later."""
-    return {"base_fingerprint": embedding_fingerprint(model), "weights_fingerprint": lasting_fingerprint(model)}
+    return {
+        "base_fingerprint": embedding_fingerprint(model),
+        "weights_fingerprint": lasting_fingerprint(model),
+        "signs_fingerprint": signs_fingerprint(model),
+    }
 
 
 def check_head(quality_head: QualityHead | None, model, revision: str | None = None) -> None:
@@ -156,35 +160,48 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
             f"`quality_head` was made for hidden size {made_for}{f' ({base})' if base else ''}, and "
             f"{type(model).__name__} has {has}. Load the head of this model."
         )
-    trained_on, trained_with = quality_head.config.base_revision, quality_head.config.base_fingerprint
-    has_fingerprint = embedding_fingerprint(model) if trained_with else None
+    trained_on, differs = quality_head.config.base_revision, other_embeddings(quality_head.config, model)
     # A tuned backbone with its head is pushed under a name of its own; the embeddings tell that they belong together.
-    if not has_fingerprint and is_hub_id(base) and is_hub_id(here) and base != here:
+    if differs is None and is_hub_id(base) and is_hub_id(here) and base != here:
         made_for = f"`quality_head` was made for {base!r}, and the model is {here!r}"
-        if trained_with:
+        if quality_head.config.base_fingerprint:
             warnings.warn(f"{made_for}; in {model.dtype} it cannot be told whether they are the same.", stacklevel=3)
             return
         raise ValueError(
             f"{made_for}. Load the head of this model, or that model; a head judges the hidden states of its own "
             "backbone only."
         )
-    revised = bool(trained_on and revision and trained_on != revision)
-    if has_fingerprint and trained_with != has_fingerprint and not revised:
+    if trained_on and revision and trained_on != revision:
+        warnings.warn(
+            f"The quality head was made for revision {trained_on!r}, and the model is of {revision!r}.", stacklevel=3
+        )
+        return
+    if differs:
         raise ValueError(
             f"`quality_head` was made for another model of the same size ({base}): the token embeddings differ. Load "
             "the head of this model; a head judges the hidden states of its own backbone only."
         )
-    if revised:
+    if other_weights(quality_head.config, model):
         warnings.warn(
-            f"The quality head was made for revision {trained_on!r}, and the model is of {revision!r}.", stacklevel=3
-        )
-    made_with, has = quality_head.config.weights_fingerprint, None
-    if made_with and not revised:
-        has = lasting_fingerprint(model)
-    if has and has != made_with:
-        warnings.warn(
-            f"The quality head was made for other weights of {base or 'its base model'} (fingerprint {made_with}, here "
-            f"{has}): the model was trained further, or edited. What the head says may be off; check it with "
+            f"The quality head was made for other weights of {base or 'its base model'} (the fingerprints differ): the "
+            "model was trained further, or edited. What the head says may be off; check it with "
             "`prism eval calibration`, or train a head for this model.",
             stacklevel=3,
         )
+
+
+def other_embeddings(config, model) -> bool | None:
+    """Are the token embeddings of a model others than those a head was made with? None if it cannot be told."""
+    if config.base_fingerprint and (here := embedding_fingerprint(model)):
+        return here != config.base_fingerprint
+    if config.signs_fingerprint and (here := signs_fingerprint(model)):
+        return signs_differ(config.signs_fingerprint.split("-")[0], here)
+    return None
+
+
+def other_weights(config, model) -> bool:
+    """Are the weights of a model known to be others than those a head was made with? In float16 the signs tell."""
+    if config.weights_fingerprint and (here := lasting_fingerprint(model)):
+        return here != config.weights_fingerprint
+    here = config.signs_fingerprint and signs_fingerprint(model)
+    return bool(here) and signs_differ(config.signs_fingerprint, here)

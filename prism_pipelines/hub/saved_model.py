@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .adapter_files import CONFIG, WEIGHTS, without_lora, write_adapter
 from .adapters import active_adapters, fused_adapters, load_adapter, use_adapters
 from .files import inside, read_json
-from .fingerprints import lasting_fingerprint, weights_fingerprint
+from .fingerprints import lasting_fingerprint, signs_differ, signs_fingerprint, weights_fingerprint
 
 INDEX = "adapters.json"
 
@@ -79,6 +79,7 @@ def save_model(model, folder: Path, names: dict[str, str]) -> bool:
     index = {"adapters": places, "active": [names[name] for name in active_adapters(model) if name in names]}
     if origin is not None:
         index |= {"base_model": base, "base_revision": revision, "base_fingerprint": lasting_fingerprint(model)}
+        index["base_signs"] = signs_fingerprint(model)
     if names:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return origin is None
@@ -139,7 +140,9 @@ def load_adapters(model, path: str, subfolder: str, hub_kwargs: dict, index: dic
     expected, found = index.get("base_fingerprint"), None
     if expected:
         found = lasting_fingerprint(model)
-    if found and found != expected:
+    signs = None if found else index.get("base_signs")
+    other = found != expected if found else signs and signs_differ(signs, signs_fingerprint(model) or "")
+    if other:
         warnings.warn(
             f"{path!r} was saved with other weights of its base model {index.get('base_model')!r} than those that were "
             "loaded now (their fingerprints differ). It will not give the same results.",

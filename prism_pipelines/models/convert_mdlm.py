@@ -18,6 +18,14 @@ from torch.nn.functional import silu
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 FREQUENCIES = 256  # width of MDLM's sinusoidal embedding of the time
+LAYER = r"^backbone\.blocks\.(\d+)\."
+# The linear layers of MDLM's own code, by which adapters name them -> GPT-NeoX's.
+LAYER_NAMES = {
+    LAYER + r"attn_qkv\b": r"gpt_neox.layers.\1.attention.query_key_value",
+    LAYER + r"attn_out\b": r"gpt_neox.layers.\1.attention.dense",
+    LAYER + r"mlp\.0\b": r"gpt_neox.layers.\1.mlp.dense_h_to_4h",
+    LAYER + r"mlp\.2\b": r"gpt_neox.layers.\1.mlp.dense_4h_to_h",
+}
 
 
 def native_model(config: GPTNeoXConfig) -> GPTNeoXForCausalLM:
@@ -40,9 +48,9 @@ def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GP
         RuntimeError: weights are missing or of another shape.
     """
     weights = {name: value for file in files for name, value in load_file(file).items()}
-    if not any(name.startswith("gpt_neox.") for name in weights):
-        weights = fold_time(weights, config.num_attention_heads)
     model = native_model(config)
+    if not any(name.startswith("gpt_neox.") for name in weights):
+        weights, model._gates = fold_time(weights, config.num_attention_heads)
     # The head is called lm_head or embed_out: it depends on the release of transformers, in memory and on disk.
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     weights = {re.sub(r"^(lm_head|embed_out)\.", f"{head}.", name): value for name, value in weights.items()}
@@ -51,14 +59,45 @@ def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GP
     return model.to(dtype)
 
 
-def fold_time(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+def per_head(rows: Tensor, num_heads: int) -> Tensor:
+    """Rows of MDLM's attn_qkv as GPT-NeoX has them: it packs query, key, value of each head; MDLM all queries first."""
+    return rows.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def fold_lora(name: str, value: Tensor, model) -> Tensor:
+    """A LoRA weight of a layer under the name that MDLM's authors give it, as one of `native_model`'s.
+
+    Rows of B, and magnitudes of DoRA, are those of the layer: they are put in its order, and gated as it is.
+
+    Raises:
+        ValueError: the model was saved from here, so that the gates in its weights are not known.
+    """
+    gates = getattr(model, "_gates", None)
+    if gates is None:
+        raise ValueError(
+            "The adapter names its layers as MDLM's authors do, and the model was saved from this package, with their "
+            "gates folded into its weights. Load the adapter into the authors' own checkpoint."
+        )
+    if ".lora_A." in name:
+        return value
+    if ".attn_qkv." in name:
+        return per_head(value, model.config.num_attention_heads)
+    native = next((re.sub(old, new, name) for old, new in LAYER_NAMES.items() if re.search(old, name)), name)
+    gate = gates.get(native.split(".lora_")[0])
+    if gate is None:
+        return value
+    # A magnitude is a length. The sign of the gate is in the direction, which is that of the gated weights.
+    return gate.abs() * value if "magnitude" in name else gate[:, None] * value
+
+
+def fold_time(weights: dict[str, Tensor], num_heads: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of an MDLM checkpoint as those of `native_model`, in float32.
 
     Args:
         weights: state dict under the checkpoint's own names (`backbone.blocks.0.attn_qkv.weight`, ...).
         num_heads: attention heads.
     Returns:
-        state dict under GPT-NeoX's names.
+        state dict under GPT-NeoX's names, and the gates of the layers that have one, (H,) each.
     Raises:
         KeyError: a weight is missing.
     Source: modeling_mdlm.py of kuleshov-group/mdlm-owt (arXiv 2406.07524).
@@ -78,17 +117,15 @@ def fold_time(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
         constants = old[f"{place}.adaLN_modulation.weight"] @ time + old[f"{place}.adaLN_modulation.bias"]
         return constants.chunk(parts)
 
-    new = {"gpt_neox.embed_in.weight": old["vocab_embed.embedding"]}
+    new, gates = {"gpt_neox.embed_in.weight": old["vocab_embed.embedding"]}, {}
     layer = 0
     while f"blocks.{layer}.norm1.weight" in old:
         block, native = f"blocks.{layer}", f"gpt_neox.layers.{layer}"
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(block, 6)
         new[f"{native}.input_layernorm.weight"] = old[f"{block}.norm1.weight"] * (1 + scale)
         new[f"{native}.input_layernorm.bias"] = shift
-        # MDLM packs all queries, all keys, all values; GPT-NeoX packs query, key, value of each head.
-        qkv = old[f"{block}.attn_qkv.weight"]
-        qkv = qkv.view(3, num_heads, width // num_heads, width).transpose(0, 1).reshape(3 * width, width)
-        new[f"{native}.attention.query_key_value.weight"] = qkv
+        new[f"{native}.attention.query_key_value.weight"] = per_head(old[f"{block}.attn_qkv.weight"], num_heads)
+        gates |= {f"{native}.attention.dense": gate, f"{native}.mlp.dense_4h_to_h": gate_mlp}
         new[f"{native}.attention.dense.weight"] = gate[:, None] * old[f"{block}.attn_out.weight"]
         new[f"{native}.post_attention_layernorm.weight"] = old[f"{block}.norm2.weight"] * (1 + scale_mlp)
         new[f"{native}.post_attention_layernorm.bias"] = shift_mlp
@@ -102,4 +139,4 @@ def fold_time(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     new["gpt_neox.final_layer_norm.bias"] = shift
     new["lm_head.weight"] = old["output_layer.linear.weight"]
     new["lm_head.bias"] = old["output_layer.linear.bias"]
-    return new
+    return new, gates

@@ -70,6 +70,7 @@ class QualityHead(ModelMixin, ConfigMixin):
         num_attention_heads: of "block"; None for heads about 64 wide.
         base_fingerprint: `embedding_fingerprint` of that backbone: a model with another is refused; or None.
         weights_fingerprint: `weights_fingerprint` of that backbone: a model with another is warned of; or None.
+        signs_fingerprint: `signs_fingerprint` of that backbone, which is compared in float16; or None.
         context: which of `schedulers.context.INPUTS` it reads besides the hidden states; none for PRISM's head.
         temperature: what the logits are divided by before the sigmoid, fitted on finished runs; None if it was not.
     Raises:
@@ -93,6 +94,7 @@ class QualityHead(ModelMixin, ConfigMixin):
         weights_fingerprint: str | None = None,
         context: tuple[str, ...] | list[str] = (),
         temperature: float | None = None,
+        signs_fingerprint: str | None = None,
     ):
         super().__init__()
         require(is_int(hidden_size, 1), "hidden_size", hidden_size, "an integer of at least 1")
