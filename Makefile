@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test test-slow lint types format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
+.PHONY: demo test test-slow mutations lint types format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ test: $(VENV)/.installed        ## the tests, about 4 minutes on two cores
 
 test-slow: $(VENV)/.installed   ## checks of whole programs: docs, wheel, launchers, pages in a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+mutations: $(VENV)/.installed   ## which tests notice a mistake: chosen lines are broken one by one, in a copy
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 lint: $(VENV)/.installed        ## style, formatting and the downward-imports rule
 	$(BIN)/ruff check .
