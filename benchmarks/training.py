@@ -104,11 +104,11 @@ def step(objective, ids) -> None:
         objective(ids, generator=noise).loss.backward()
         return
     corrupted = objective.corrupt(ids, generator=noise)
-    out = objective(ids, generator=noise, part="predict", corrupted=corrupted)
+    out = objective.predict(ids, generator=noise, corrupted=corrupted)
     if out.loss is not None:
         out.loss.backward()
     for drawn in out.drawn:
-        objective(ids, part="judge", corrupted=corrupted, drawn=drawn).loss.backward()
+        objective.judge(ids, corrupted=corrupted, drawn=drawn).loss.backward()
 
 
 def one_backward(objective, ids) -> None:

@@ -1,7 +1,7 @@
 """Training objectives. Each is one nn.Module whose forward() gives the whole loss, and is all that DDP and FSDP see.
 
-PRISM's loss needs two forwards. Called once, both graphs are in memory together; a trainer instead calls
-`part="predict"` and then `part="judge"`, each followed by its own backward, and needs no more memory than a plain step.
+PRISM's loss needs two forward passes. In one call, both graphs are in memory together. A trainer instead calls
+`predict` and then `judge`, each followed by its own backward, and needs no more memory than a plain step.
 
 A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_mask) -> (B, L, H)` and
 `logits(hidden, positions) -> (N, V)`, see `denoiser.MaskedDenoiser`.
@@ -23,6 +23,8 @@ from ..schedulers.token_sampling import sample_tokens
 WEIGHTINGS = ("elbo", "uniform")
 REVEAL_ORDERS = ("random", "confidence")
 ALL_MASKS = 2**31  # more than any row has
+Corrupted = tuple[Tensor, Tensor, Tensor]  # z (B, L); which tokens were masked, bool (B, L); t of each row (B,)
+Draw = tuple[Tensor, Tensor]  # y (B, L); which tokens were revealed in it, bool (B, L)
 
 
 @dataclass
@@ -53,7 +55,7 @@ class PRISMOutput(ModelOutput):
         quality_wrong: the same of those that are wrong.
         num_masked: masked tokens in z, over the batch.
         num_revealed: revealed tokens, over the batch and all draws.
-        drawn: of `part="predict"`: the arguments `drawn` of the calls with `part="judge"` that complete the step.
+        drawn: of `predict`: what `judge` takes, an element a call, to complete the step.
     """
 
     loss: Tensor | None = None
@@ -69,7 +71,7 @@ class PRISMOutput(ModelOutput):
 
 @dataclass
 class Measured(ModelOutput):
-    """What `part="measure"` returns: a batch of `PRISMObjective` token by token, to be put together over batches.
+    """What `PRISMObjective.measure` returns: a batch token by token, to be put together over batches.
 
     Args:
         quality: logits of the head at the N judged tokens, float32 (N,).
@@ -201,7 +203,7 @@ class MDMObjective(nn.Module):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
-        corrupted: tuple[Tensor, Tensor, Tensor] | None = None,
+        corrupted: Corrupted | None = None,
         totals: dict[str, Tensor] | None = None,
     ) -> MDMOutput:
         """The loss of a batch of clean sequences.
@@ -243,7 +245,7 @@ class MDMObjective(nn.Module):
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Corrupted:
         """Mask each trainable token with probability t.
 
         Args and Raises: as `forward`.
@@ -414,61 +416,121 @@ class PRISMObjective(MDMObjective):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
-        part: str = "all",
-        corrupted: tuple[Tensor, Tensor, Tensor] | None = None,
+        part: str | None = None,
+        corrupted: Corrupted | None = None,
         totals: dict[str, Tensor] | None = None,
-        drawn: list[tuple[Tensor, Tensor]] | None = None,
+        drawn: list[Draw] | None = None,
         num_log_probs: int = 0,
     ) -> PRISMOutput | Measured:
-        """The loss of a batch of clean sequences, or a part of it.
+        """The loss of a batch of clean sequences: `predict`, then `judge` on everything that was drawn.
+
+        DDP, FSDP and autocast see calls of forward alone, so a trainer names the method that it wants here.
 
         Args and Raises: as `MDMObjective.forward`, and
-            part: "all"; or "predict" (steps 1 to 3 and 5; the loss is None where the backbone is frozen) and then
-                "judge" (step 4) once for each element of the `drawn` that it returned, with the same `corrupted`: the
-                losses of the calls add up to that of "all". Or "measure", for evaluation.
-            drawn: of "judge": (y, revealed), int64 and bool (B, L), of one or more draws.
-            num_log_probs: of "measure": masked tokens whose posterior is returned.
+            part: None for both; or "predict", "judge" or "measure", for that method alone.
+            drawn, num_log_probs: of `judge` and of `measure`.
+        """
+        corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        batch = (input_ids, trainable_mask, attention_mask)
+        if part == "measure":
+            return self.measure(*batch, generator, corrupted=corrupted, num_log_probs=num_log_probs)
+        if part == "judge":
+            return self.judge(*batch, corrupted=corrupted, totals=totals, drawn=drawn or [])
+        predicted = self.predict(*batch, generator, corrupted=corrupted, totals=totals)
+        if part == "predict":
+            return predicted
+        everything = [draw for draws in predicted.drawn or [] for draw in draws]
+        out = self.judge(*batch, corrupted=corrupted, totals=totals, drawn=everything)
+        if predicted.loss is not None and out.loss is not None:
+            out["loss"], out["loss_mdm"] = out.loss + predicted.loss, predicted.loss_mdm
+        return out
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        corrupted: Corrupted | None = None,
+        totals: dict[str, Tensor] | None = None,
+    ) -> PRISMOutput:
+        """Steps 1, 2, 3 and 5: the masked diffusion loss, and what the model fills into the masks.
+
+        Args and Raises: as `MDMObjective.forward`.
         Returns:
-            `PRISMOutput`, or `Measured`.
+            `PRISMOutput` with `drawn`: call `judge` once for each of its elements. The losses add up to that of
+            `forward`. `loss` is None where the backbone is frozen.
         """
         corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
         z, masked, rate = corrupted
-        out, loss = PRISMOutput(num_masked=masked.sum()), None
-        if part != "judge":
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-                hidden = self.denoiser.hidden(z, attention_mask)
-            drawn = [self.reveal(z, hidden, masked, generator) for _ in range(self.draws_per_state)]
-            if part == "measure" or not self.freeze_backbone:
-                loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
-            if part == "measure":
-                few = masked & (masked.flatten().cumsum(0).view_as(masked) <= num_log_probs)
-                log_probs = self.denoiser.logits(hidden, few).float().log_softmax(-1)
-                return Measured(
-                    *self.judge(drawn, masked, input_ids, trainable_mask, attention_mask), loss_mdm, log_probs
-                )
-            if not self.freeze_backbone:
-                loss, out.loss_mdm = self.lambda_mdm * loss_mdm, loss_mdm.detach()
-                if totals is not None:  # written down as the mean over this batch
-                    name = "masked" if self.weighting == "uniform" else "tokens"
-                    count = self.counts(corrupted, input_ids, None, attention_mask)[name]
-                    out.loss_mdm *= totals[name] / count.clamp(min=1)
-        if part == "predict":
-            out.loss, out.drawn = loss, [[draw] for draw in drawn]
-            return out
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            hidden = self.denoiser.hidden(z, attention_mask)
+        drawn = [[self.reveal(z, hidden, masked, generator)] for _ in range(self.draws_per_state)]
+        if self.freeze_backbone:
+            return PRISMOutput(num_masked=masked.sum(), drawn=drawn)
+        loss, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
+        shown = loss.detach()
+        if totals is not None:  # logged as the mean over this batch
+            name = "masked" if self.weighting == "uniform" else "tokens"
+            count = self.counts(corrupted, input_ids, None, attention_mask)[name]
+            shown = shown * (totals[name] / count.clamp(min=1))
+        return PRISMOutput(self.lambda_mdm * loss, loss_mdm=shown, num_masked=masked.sum(), drawn=drawn)
 
-        quality, right = self.judge(drawn, masked, input_ids, trainable_mask, attention_mask)
+    def judge(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        corrupted: Corrupted,
+        drawn: list[Draw],
+        totals: dict[str, Tensor] | None = None,
+    ) -> PRISMOutput:
+        """Step 4: the head's loss at the revealed tokens.
+
+        Args and Raises: as `MDMObjective.forward`, and
+            corrupted: what `predict` was given.
+            drawn: (y, revealed), int64 and bool (B, L), of one or more draws; an element of what `predict` returned.
+        """
+        masked = corrupted[1]
+        quality, right = self.quality_and_label(drawn, masked, input_ids, trainable_mask, attention_mask)
         bce = binary_cross_entropy_with_logits(quality, right.float(), reduction="sum")
         count = right.new_tensor(right.numel(), dtype=torch.float)
-        loss_prism = bce / share_of_all(count, (totals or {}).get("judged"))
-        loss = loss_prism if loss is None else loss_prism + loss
-        if part == "judge":
-            loss = loss + self.untouched()
-        out.loss, out.loss_prism = loss, bce.detach() / count.clamp(min=1)
-        out.accuracy = mean_where(right.float(), torch.ones_like(right))
-        out.quality_right = mean_where(quality.sigmoid(), right)
-        out.quality_wrong = mean_where(quality.sigmoid(), ~right)
-        out.num_revealed = count.long()
-        return out
+        loss = bce / share_of_all(count, (totals or {}).get("judged")) + self.untouched()
+        return PRISMOutput(
+            loss,
+            loss_prism=bce.detach() / count.clamp(min=1),
+            accuracy=mean_where(right.float(), torch.ones_like(right)),
+            quality_right=mean_where(quality.sigmoid(), right),
+            quality_wrong=mean_where(quality.sigmoid(), ~right),
+            num_masked=masked.sum(),
+            num_revealed=count.long(),
+        )
+
+    def measure(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        corrupted: Corrupted | None = None,
+        num_log_probs: int = 0,
+    ) -> Measured:
+        """The head and the backbone on a batch token by token, for evaluation.
+
+        Args and Raises: as `MDMObjective.forward`, and
+            num_log_probs: masked tokens whose posterior is returned.
+        """
+        z, masked, rate = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        hidden = self.denoiser.hidden(z, attention_mask)
+        drawn = [self.reveal(z, hidden, masked, generator) for _ in range(self.draws_per_state)]
+        loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask)
+        few = masked & (masked.flatten().cumsum(0).view_as(masked) <= num_log_probs)
+        log_probs = self.denoiser.logits(hidden, few).float().log_softmax(-1)
+        judged = self.quality_and_label(drawn, masked, input_ids, trainable_mask, attention_mask)
+        return Measured(*judged, loss_mdm, log_probs)
 
     def counts(
         self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
@@ -481,9 +543,9 @@ class PRISMObjective(MDMObjective):
             judged = self.window(corrupted[1]).sum(-1).clamp(max=self.num_revealed).sum()
         return counts | {"judged": self.draws_per_state * judged.float()}
 
-    def judge(
+    def quality_and_label(
         self,
-        drawn: list[tuple[Tensor, Tensor]],
+        drawn: list[Draw],
         masked: Tensor,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
@@ -516,7 +578,7 @@ class PRISMObjective(MDMObjective):
         return masked if self.reveal_window is None else masked & (masked.cumsum(-1) <= self.reveal_window)
 
     @torch.no_grad()
-    def reveal(self, z: Tensor, hidden: Tensor, masked: Tensor, generator=None) -> tuple[Tensor, Tensor]:
+    def reveal(self, z: Tensor, hidden: Tensor, masked: Tensor, generator: torch.Generator | None = None) -> Draw:
         """Steps 2 and 3: y (B, L), and which tokens were revealed in it, bool (B, L).
 
         The output head runs here only at positions that may be revealed: k a row in random order.
