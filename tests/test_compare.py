@@ -75,7 +75,10 @@ def test_t_interval_covers_what_it_says_and_its_quantiles_are_those_of_the_table
         (30, 2.0423),
         (120, 1.9799),
     ):
-        assert statistics.t_quantile(df) == pytest.approx(quantile, abs=6e-5)
+        values = np.arange(df + 1)
+        low, high = statistics.t_interval(values)
+        error = values.std(ddof=1) / math.sqrt(df + 1)
+        assert (high - low) / 2 == pytest.approx(quantile * error, abs=6e-5 * error)
     assert statistics.t_interval([1.0]) is None
     assert statistics.t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205))
     draws = np.random.default_rng(0).normal(size=(4000, 3))

@@ -283,9 +283,9 @@ def _byte_judge(file: str):
 
 def run_code(args: argparse.Namespace) -> int:
     """pass@k of a model on a file of problems. Returns the exit status."""
+    from ..atomic_files import write_atomically
     from ..evaluation.code.sandbox import isolation_problem
     from ..evaluation.code.tasks import evaluate_code
-    from ..evaluation.compare import write_whole
 
     if args.model is None:
         raise ValueError("Pass --model: the bundled model writes no code.")
@@ -317,7 +317,7 @@ def run_code(args: argparse.Namespace) -> int:
     )
     result |= _rule(pipe)
     if args.out is not None:
-        write_whole(args.out, json.dumps(result, indent=1) + "\n")
+        write_atomically(args.out, json.dumps(result, indent=1) + "\n")
     return _print({name: value for name, value in result.items() if name != "samples"}, args)
 
 

@@ -1,7 +1,4 @@
-"""Evaluation of Sudoku, text, calibration, and comparisons of schedulers. Takes pipelines or plain callables.
-
-`calibration` here is the function that scores probabilities; the module of that name is reached by its own names.
-"""
+"""Evaluation of Sudoku, text, calibration, and comparisons of schedulers. Takes pipelines or plain callables."""
 
 from .calibration import (
     calibration_table,
@@ -21,16 +18,20 @@ from .compare import (
 )
 from .detection import JudgedRow, detection_measures, detection_table
 from .ngram_judge import ngram_judge
-from .statistics import bootstrap_interval, pareto_front, t_interval
+from .statistics import (
+    bootstrap_interval,
+    calibration_measures,
+    paired_failure_ratio,
+    pareto_front,
+    t_interval,
+    wilson_interval,
+)
 from .sudoku import (
     SudokuScore,
-    calibration,
     evaluate_sudoku,
     head_calibration,
-    paired_failure_ratio,
     pipeline_solver,
     row_generators,
-    wilson_interval,
 )
 from .text import (
     check_texts,
@@ -57,7 +58,7 @@ __all__ = [
     "JudgedRow",
     "SudokuScore",
     "bootstrap_interval",
-    "calibration",
+    "calibration_measures",
     "calibration_table",
     "check_texts",
     "comparison_table",

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .compare import write_whole
-from .sudoku import calibration as score_calibration
+from ..atomic_files import write_atomically
+from .statistics import calibration_measures
 
 SCORES = {
     "head": "quality head",
@@ -73,8 +73,8 @@ def evaluate_calibration(
         out_dir: folder for calibration.json, .md and .png; None writes nothing.
     Returns:
         {"sequences", "num_revealed", "temperature", "draws", "seed", "pooled", "by_ratio"}. `pooled` and each entry of
-        `by_ratio` hold one result of `calibration` per score, with "auroc_interval" and "brier_interval"; with `exact`
-        also "gap", the mean absolute difference from it. Entries of `by_ratio` also hold "mask_ratio".
+        `by_ratio` hold for each score what `calibration_measures` gives, with "auroc_interval" and "brier_interval";
+        with `exact` also "gap", the mean absolute difference from it. Entries of `by_ratio` also hold "mask_ratio".
     Raises:
         ValueError: no sequences, masks in clean tokens, a setting out of range, or a ratio at which no mask arose.
         ImportError: `out_dir` without matplotlib.
@@ -139,8 +139,8 @@ def write_calibration(result: dict, out_dir) -> None:
 
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "calibration.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_whole(folder / "calibration.md", calibration_table(result))
+    write_atomically(folder / "calibration.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / "calibration.md", calibration_table(result))
     panels = {"all mask ratios": result["pooled"]}
     panels |= {f"mask ratio {entry['mask_ratio']:g}": entry for entry in result["by_ratio"]}
     curves = {
@@ -216,7 +216,7 @@ def _joined(parts: list[dict]) -> dict:
 
 
 def _summary(tokens: dict, bins: int, resamples: int, seed: int) -> dict:
-    """`calibration` of every score, with intervals by a bootstrap over sequences."""
+    """`calibration_measures` of every score, with intervals by a bootstrap over sequences."""
     right, found = tokens["right"], {}
     _, sequence = np.unique(tokens["sequence"], return_inverse=True)
     order = np.argsort(sequence, kind="stable")
@@ -226,8 +226,8 @@ def _summary(tokens: dict, bins: int, resamples: int, seed: int) -> dict:
     for name in SCORES:
         if name in tokens:
             score = tokens[name]
-            found[name] = score_calibration(score, right, bins=bins)
-            again = [score_calibration(score[pick], right[pick], bins=1) for pick in picks]
+            found[name] = calibration_measures(score, right, bins=bins)
+            again = [calibration_measures(score[pick], right[pick], bins=1) for pick in picks]
             for measure in ("auroc", "brier"):
                 values = [one[measure] for one in again if one[measure] is not None]
                 interval = np.quantile(values, [0.025, 0.975]).tolist() if len(groups) > 1 and values else None

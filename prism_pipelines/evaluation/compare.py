@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..atomic_files import write_atomically
 from ..schedulers.by_name import scheduler_class
 from ..schedulers.validation import own_fields
 from .figure_style import need_matplotlib
@@ -292,7 +292,7 @@ def run_cell(
     check_quality(quality, metrics)
     cell = {"arm": arm, "forwards": steps, "seed": seed, "task": task_name, "metrics": metrics}
     cell |= {"rows_read": read[0], "device": _device_name(pipe), "seconds": time.perf_counter() - start}
-    write_whole(path, json.dumps(cell, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(cell, allow_nan=False) + "\n")
     return cell
 
 
@@ -302,17 +302,6 @@ def cell_file(arm: dict, forwards: int, seed: int, temperature: float, task_name
     content = json.dumps([settings, forwards, seed, temperature, task_name], sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", arm["name"])
     return f"{name}_T{forwards}_s{seed}_{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
-
-
-def write_whole(path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_cell(path: Path) -> dict | None:
@@ -494,8 +483,8 @@ def write_comparison(result: dict, out_dir) -> None:
     from .plots import pareto_figure
 
     folder, arms, outside = Path(out_dir), {}, _outside(result["arms"])
-    write_whole(folder / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_whole(folder / "comparison.md", comparison_table(result))
+    write_atomically(folder / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / "comparison.md", comparison_table(result))
     for row in result["rows"]:
         if row["metric"] == result["quality"]:
             point = (row["forwards"], row["value"], row["low"], row["high"])

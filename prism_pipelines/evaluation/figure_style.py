@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from ..atomic_files import atomic_file
 
 # Okabe and Ito's colours, by what is drawn, so that a rule looks the same in every figure; marks tell them apart too.
 ARMS = {  # beginning of an arm's name: colour, mark, line
@@ -80,12 +81,9 @@ def new_figure(panels: int, columns: int = 2, size: tuple[float, float] = (5.6, 
 
 def save_figure(figure, path) -> None:
     """Write a figure as `path` and beside it as SVG (PNG if `path` is the SVG); neither file is ever half written."""
-    path = Path(path)
-    for suffix in (".png", ".svg"):
-        partial = path.with_name(f"{path.stem}.partial{suffix}")
-        options = {"dpi": 150} if suffix == ".png" else {"metadata": {"Date": None}}
-        figure.savefig(partial, **options)
-        os.replace(partial, path.with_suffix(suffix))
+    for form, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+        with atomic_file(Path(path).with_suffix(f".{form}"), "wb") as file:
+            figure.savefig(file, format=form, **options)
 
 
 def looks(names: list[str], highlight: list[str] | None = None) -> dict[str, tuple[str, str, str] | None]:

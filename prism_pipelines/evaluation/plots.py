@@ -84,7 +84,7 @@ def reliability_figure(curves: dict, path) -> None:
     """Share of right tokens against claimed quality, one panel a set of states; larger marks hold more tokens.
 
     Args:
-        curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration`.
+        curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration_measures`.
         path: PNG or SVG file to write; the other is written beside it.
     """
     with styled():
@@ -103,7 +103,7 @@ def reliability_comparison_figure(panels: dict, path) -> None:
     """Share of right tokens against the claimed probability, one panel a set of states, one line a score.
 
     Args:
-        panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration`.
+        panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration_measures`.
         path: PNG or SVG file to write; the other is written beside it.
     """
     with styled():

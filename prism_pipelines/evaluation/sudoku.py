@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..sudoku import CELLS, MASK_ID, format_grid, is_solved, to_ids
+from .statistics import calibration_measures, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -113,105 +114,6 @@ def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=Non
     return solve
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share, as (low, high); 95 % for the default z.
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). Unlike p -+ z·sd it has a width at 0 and n successes.
-
-    Raises:
-        ValueError: n < 1, or successes outside 0..n.
-    Source: E. B. Wilson, JASA 22 (1927).
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"`successes` must be within 0..n and n >= 1, got {successes} of {n}.")
-    p, spread = successes / n, z * z / n
-    centre = p + spread / 2
-    half = math.sqrt(spread * (p * (1 - p) + spread / 4))
-    # Rounding can leave 1e-17 where the bound is exactly 0 or 1.
-    low = 0.0 if successes == 0 else (centre - half) / (1 + spread)
-    high = 1.0 if successes == n else (centre + half) / (1 + spread)
-    return low, high
-
-
-def paired_failure_ratio(failed, failed_other, *, resamples: int = 10_000, seed: int = 0) -> dict:
-    """Failures of one method over failures of another on the same puzzles and seeds, with a bootstrap interval.
-
-    Puzzles are resampled, each with all its seeds: runs of one puzzle are not independent of each other.
-
-    Args:
-        failed, failed_other: bool of shape (S, N), S seeds by N puzzles; both from the same seeds and puzzles.
-        resamples: bootstrap resamples of the N puzzles.
-        seed: of the bootstrap.
-    Returns:
-        {"failures", "failures_other", "ratio", "low", "high"}; 95 % percentile interval. A ratio is None where it is
-        not defined: with no failure of the other method there is nothing to divide by. Without a failure of the first
-        method every resample is 0 and says nothing; `high` is then 3 / failures_other (the rule of three).
-    Raises:
-        ValueError: the two shapes differ or are not (S, N).
-    """
-    failed, failed_other = np.asarray(failed, dtype=bool), np.asarray(failed_other, dtype=bool)
-    if failed.ndim != 2 or failed.shape != failed_other.shape or not failed.size:
-        raise ValueError(f"Both must have one shape (S, N), got {failed.shape} and {failed_other.shape}.")
-    ours, theirs = failed.sum(axis=0), failed_other.sum(axis=0)  # (N,): failures of each puzzle over its seeds
-    result = {
-        "failures": int(ours.sum()),
-        "failures_other": int(theirs.sum()),
-        "ratio": None,
-        "low": None,
-        "high": None,
-    }
-    if not theirs.any():
-        return {**result, "ratio": None, "low": None, "high": None}
-    result["ratio"] = float(ours.sum() / theirs.sum())
-    if not ours.any():
-        return {**result, "low": 0.0, "high": float(3 / theirs.sum())}
-    rng, n = np.random.default_rng(seed), len(ours)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # (R, N): how often each puzzle was drawn
-    below = times @ theirs
-    # A resample without a failure of the other method has no finite ratio; it belongs at the upper end.
-    ratios = np.where(below > 0, times @ ours / np.maximum(below, 1), np.inf)
-    low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
-    return {**result, "low": float(low), "high": float(high) if np.isfinite(high) else None}
-
-
-def calibration(quality, right, *, bins: int = 15) -> dict:
-    """How well P(token is right) tells right from wrong, and whether it means what it says.
-
-    Args:
-        quality: claimed probabilities of being right, floats in [0, 1] of shape (N,).
-        right: whether each token was right, bool of shape (N,).
-        bins: equal-width bins of the calibration error.
-    Returns:
-        {"n", "wrong" (share), "auroc", "ece", "brier", "reliability"}. `auroc` is P(quality of a wrong token < quality
-        of a right one), ties counted half, None where all are right or all wrong. `ece` is the mean over tokens of
-        |mean quality - share right| of their bin. `reliability` lists (mean quality, share right, n) of filled bins.
-    Raises:
-        ValueError: shapes differ, nothing given, or a quality outside [0, 1].
-    """
-    quality, right = np.asarray(quality, dtype=np.float64), np.asarray(right, dtype=bool)
-    if quality.ndim != 1 or quality.shape != right.shape or not quality.size:
-        raise ValueError(f"Both must have one shape (N,), N >= 1, got {quality.shape} and {right.shape}.")
-    if not ((quality >= 0) & (quality <= 1)).all():
-        raise ValueError("`quality` must lie in [0, 1]; apply the sigmoid first.")
-    _, place, count = np.unique(quality, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # 1-based, ties share their mean rank
-    n, n_right = len(right), int(right.sum())
-    auroc = None
-    if 0 < n_right < n:  # Mann-Whitney
-        auroc = float((rank[right].sum() - n_right * (n_right + 1) / 2) / (n_right * (n - n_right)))
-    which = np.minimum((quality * bins).astype(int), bins - 1)
-    filled = [which == b for b in range(bins) if (which == b).any()]
-    reliability = [(float(quality[b].mean()), float(right[b].mean()), int(b.sum())) for b in filled]
-    return {
-        "n": n,
-        "wrong": 1 - n_right / n,
-        "auroc": auroc,
-        "ece": sum(size * abs(claimed - found) for claimed, found, size in reliability) / n,
-        "brier": float(((quality - right) ** 2).mean()),
-        "reliability": reliability,
-    }
-
-
 def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 32) -> dict:
     """Calibration of a pipeline's quality on grids that it partially filled itself.
 
@@ -247,7 +149,7 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
         raise ValueError(f"No puzzle has more than `num_revealed` = {num_revealed} blanks, so no partial grid arises.")
 
     def pooled(chosen):
-        return calibration(np.concatenate([s[1] for s in chosen]), np.concatenate([s[2] for s in chosen]))
+        return calibration_measures(np.concatenate([s[1] for s in chosen]), np.concatenate([s[2] for s in chosen]))
 
     def both(chosen):
         return {"revealed": pooled([s for s in chosen if s[0] == 0]), "filled": pooled(chosen)}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..schedulers.token_sampling import seeded_generators
+from .statistics import resampled
 
 SPECIAL_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "[PAD]", "<pad>", "[CLS]", "[SEP]", "<|endoftext|>")
 LOWER_IS_BETTER = ("ngram_js", "word_js", "self_bleu", "degenerate", "nll")  # of `text_measures`
@@ -352,7 +353,7 @@ def generative_perplexity(
     sums, sizes = np.array([loss.sum() for loss in losses]), np.array([loss.size for loss in losses])
     low = high = None
     if len(texts) > 1:
-        times = np.random.default_rng(seed).multinomial(len(texts), np.full(len(texts), 1 / len(texts)), resamples)
+        times = resampled(len(texts), resamples, seed)
         low, high = np.exp(np.quantile((times @ sums) / (times @ sizes), [0.025, 0.975])).tolist()
     perplexity = float(np.exp(sums.sum() / sizes.sum()))
     found = {"judge": name, "perplexity": perplexity, "low": low, "high": high, "tokens": int(sizes.sum())}

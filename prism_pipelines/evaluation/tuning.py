@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..atomic_files import write_atomically
 from .compare import (
     cell_file,
     check_comparison,
@@ -22,7 +23,6 @@ from .compare import (
     make_scheduler,
     read_cell,
     run_cell,
-    write_whole,
 )
 
 MOST_SETTINGS = 10_000  # of one arm; each is checked before anything runs
@@ -200,7 +200,6 @@ def tune_arms(
                 report(option, means)
         chosen.append(options[scores.index(max(scores))])
     bar.close()
-    write_whole(
-        Path(out_dir) / "tuning.json", json.dumps({"steps": steps, "seed": seed, "tried": tried}, indent=1) + "\n"
-    )
+    found = {"steps": steps, "seed": seed, "tried": tried}
+    write_atomically(Path(out_dir) / "tuning.json", json.dumps(found, indent=1) + "\n")
     return chosen, tried

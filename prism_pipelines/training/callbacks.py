@@ -17,12 +17,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .. import sudoku
+from ..atomic_files import write_atomically
 from ..evaluation.plots import reliability_figure
-from ..evaluation.sudoku import calibration
+from ..evaluation.statistics import calibration_measures
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
 from ..schedulers import MDLMScheduler
-from .checkpointing import write_whole
 from .data import HELD_OUT_SEED
 from .losses import PRISMObjective
 
@@ -75,7 +75,7 @@ class MetricsLog(TrainerCallback):
         if state.is_world_process_zero:
             kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
             kept = kept if state.global_step else []
-            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_step_end(self, args, state, control, **_):
         """Has the loss logged wherever a checkpoint is written."""
@@ -226,7 +226,7 @@ class HeadProgress(TrainerCallback):
             entry = self.measure()
             self.base = self.now
             if state.is_world_process_zero:
-                write_whole(file, save({"log_probs": self.base, "batches": self.digest()}))
+                write_atomically(file, save({"log_probs": self.base, "batches": self.digest()}))
             self.log(entry | {"eval_posterior_drift": 0.0})
         elif not file.is_file():
             logger.warning("%s is gone, so eval_posterior_drift is left out from now on.", file)
@@ -288,7 +288,7 @@ class HeadProgress(TrainerCallback):
             )
         if not quality.isfinite().all():
             raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning_rate.")
-        self.score = score = calibration(quality.sigmoid().numpy(), right.numpy())
+        self.score = score = calibration_measures(quality.sigmoid().numpy(), right.numpy())
         return {
             "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),
             "eval_loss_mdm": float(torch.stack([out["loss_mdm"] for out in outputs]).mean()),

@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+from ..atomic_files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -42,9 +44,8 @@ def seal_checkpoint(folder: Path, target: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in files:
         _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({str(p.relative_to(folder)): _sha256(p) for p in files}, indent=2) + "\n")
-    _sync(manifest)
+    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    write_atomically(folder / MANIFEST, json.dumps(hashes, indent=2) + "\n")
     _sync(folder)
     if target.exists():
         os.rename(target, folder.parent / "replaced")  # a rename, so that at no moment both are gone for long
@@ -90,11 +91,3 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
             return str(found[step])
         logger.warning("%s is damaged or incomplete and is passed over; trying the one before it.", found[step])
     return None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(data)
-    _sync(beside)
-    os.replace(beside, path)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers.utils import ModelOutput
 
+from ..evaluation.statistics import rank_correlation
 from ..models.denoiser import MaskedDenoiser
 from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
-from .losses import PRISMObjective, mean_where, share_of_all, split_positions
+from .losses import PRISMObjective, PRISMOutput, mean_where, share_of_all, split_positions
 from .rollouts import Rollout, RolloutPool, RolloutSettings
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class RolloutOutput(ModelOutput):
         quality: mean predicted quality of judged tokens.
         num_judged: judged tokens.
         stride: every so many-th position is masked for the label; None where the label is the truth.
-        drawn: of `part="predict"`: what `part="judge"` takes.
+        drawn: of `predict`: what `judge` takes.
     """
 
     loss: Tensor | None = None
@@ -87,22 +88,13 @@ def every(stride: int, offset: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=offset.device) - offset[:, None]) % stride == 0
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's rank correlation of numbers (N,); 1 where either has one value only."""
-    ranks = []
-    for values in (one, other):
-        _, group, count = values.double().unique(return_inverse=True, return_counts=True)  # ties share their mean rank
-        ranks.append((count.cumsum(0) - (count - 1) / 2)[group])
-    if min(len(values.unique()) for values in (one, other)) < 2:
-        return 1.0
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
 @torch.no_grad()
 def compare_stride(
     denoiser: MaskedDenoiser, sample: Tensor, visible: Tensor, stride: int, attention_mask=None, probes: int = PROBES
 ) -> float:
     """Rank correlation of strided labels with brute force, one forward pass a token, on tokens chosen at random.
+
+    1 where there is nothing to rank.
 
     Args:
         denoiser, attention_mask: as `log_posterior`.
@@ -120,7 +112,9 @@ def compare_stride(
         exact.append(log_posterior(denoiser, sample[rows], own, masks))
         together = visible[rows] & every(stride, columns % stride, sample.shape[1])
         strided.append(log_posterior(denoiser, sample[rows], together, masks)[own[together]])
-    return rank_correlation(torch.cat(exact), torch.cat(strided)) if exact else 1.0
+    both = [torch.cat(values).cpu().numpy() for values in (exact, strided) if values]
+    found = rank_correlation(*both) if both else None
+    return 1.0 if found is None else found
 
 
 class RolloutObjective(PRISMObjective):
@@ -303,48 +297,56 @@ class RolloutObjective(PRISMObjective):
             counts = super(PRISMObjective, self).counts(corrupted, input_ids, trainable_mask, attention_mask)
         return counts | {"judged": sum(chosen.sum() for chosen in corrupted[4]).float()}
 
-    def forward(
+    def predict(
         self,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        generator=None,
+        generator: torch.Generator | None = None,
         *,
-        part: str = "all",
         corrupted: tuple | None = None,
         totals: dict[str, Tensor] | None = None,
-        drawn: list | None = None,
-    ):
-        """The loss of a batch, or a part of it, as `PRISMObjective.forward`. "judge" and "all" move the runs on.
+    ) -> PRISMOutput | RolloutOutput:
+        """The masked diffusion loss of the batch, where the backbone is trained; see `PRISMObjective.predict`."""
+        corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        if len(corrupted) == 3:
+            batch = (input_ids, trainable_mask, attention_mask, generator)
+            return super().predict(*batch, corrupted=corrupted, totals=totals)
+        if self.freeze_backbone:
+            return RolloutOutput(drawn=[[True]])
+        z, masked, rate, _, _ = corrupted
+        hidden = self.denoiser.hidden(z, attention_mask)
+        loss, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
+        return RolloutOutput(self.lambda_mdm * loss, loss_mdm=loss.detach(), drawn=[[True]])
+
+    def judge(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        corrupted: tuple,
+        drawn: list,
+        totals: dict[str, Tensor] | None = None,
+    ) -> PRISMOutput | RolloutOutput:
+        """The head's loss at the judged tokens of the runs, which then go on by one step; see `PRISMObjective.judge`.
 
         Random numbers of the runs come from torch's default generator.
         """
-        batch = (input_ids, trainable_mask, attention_mask, generator)
-        corrupted = corrupted or self.corrupt(*batch)
         if len(corrupted) == 3:
-            return super().forward(*batch, part=part, corrupted=corrupted, totals=totals, drawn=drawn)
-        z, masked, rate, pool, judged = corrupted
-        out, loss = RolloutOutput(), None
-        if part != "judge" and not self.freeze_backbone:
-            hidden = self.denoiser.hidden(z, attention_mask)
-            loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
-            loss, out.loss_mdm = self.lambda_mdm * loss_mdm, loss_mdm.detach()
-        if part == "predict":
-            out.loss, out.drawn = loss, [[True]]
-            return out
-        logits, labels = self.judge_runs(pool, judged)
+            batch = (input_ids, trainable_mask, attention_mask)
+            return super().judge(*batch, corrupted=corrupted, drawn=drawn, totals=totals)
+        logits, labels = self.judge_runs(corrupted[3], corrupted[4])
         total = self.head_loss(logits, labels).sum()
-        count = logits.new_tensor(logits.numel())
-        loss_head = total / share_of_all(count, (totals or {}).get("judged"))
-        out.loss = loss_head if loss is None else loss_head + loss
-        if part == "judge":
-            out.loss = out.loss + self.untouched()
-        everywhere = torch.ones_like(labels, dtype=torch.bool)
-        out.loss_head, out.num_judged = total.detach() / count.clamp(min=1), count.long()
-        out.label, out.quality = mean_where(labels, everywhere), mean_where(logits.sigmoid(), everywhere)
-        if self.label == "posterior":
-            out.stride = count.new_tensor(self.stride)
-        return out
+        count, everywhere = logits.new_tensor(logits.numel()), torch.ones_like(labels, dtype=torch.bool)
+        return RolloutOutput(
+            total / share_of_all(count, (totals or {}).get("judged")) + self.untouched(),
+            loss_head=total.detach() / count.clamp(min=1),
+            label=mean_where(labels, everywhere),
+            quality=mean_where(logits.sigmoid(), everywhere),
+            num_judged=count.long(),
+            stride=count.new_tensor(self.stride) if self.label == "posterior" else None,
+        )
 
     def head_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each judged token, float32 (N,), from the head's logits and the labels, (N,) each."""

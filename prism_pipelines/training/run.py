@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from ..atomic_files import write_atomically
 from ..hub.files import is_hub_id
 from ..hub.model_card import pipeline_card
 from ..hub.publish import (
@@ -30,7 +31,7 @@ from ..hub.publish import (
 from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
-from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
+from .checkpointing import drop_later, is_whole, latest_checkpoint
 from .held_out import HeadReport, RolloutProgress
 from .optimizer import muon_adamw
 from .rollout_losses import RolloutObjective
@@ -207,7 +208,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
             check_origin(Path(checkpoint).parent, trainer.origin_fingerprint)
         drop_later(args.output_dir, step_of(checkpoint) if checkpoint else 0)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(args.output_dir) / RUN_CONFIG, (json.dumps(trainer.origin_fingerprint) + "\n").encode())
+        write_atomically(Path(args.output_dir) / RUN_CONFIG, json.dumps(trainer.origin_fingerprint) + "\n")
     if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:

@@ -446,8 +446,8 @@ def check_output_dir(folder: str, resume) -> None:
     if path.is_file():
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    # Of a run that was killed as it began, and of trackers.
-    entries -= {".training_log.jsonl.partial", f".{RUN_CONFIG}.partial", "runs"}
+    # What a run leaves that was killed as it began, and the folder of trackers.
+    entries = {name for name in entries if not name.endswith(".partial")} - {"runs"}
     entries -= {RUN_CONFIG} if read_origin_fingerprint(path) else set()
     if not entries:
         return

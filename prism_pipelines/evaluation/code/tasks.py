@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..compare import write_whole
-from ..sudoku import wilson_interval
+from ...atomic_files import write_atomically
+from ..statistics import bootstrap_interval, wilson_interval
 from .sandbox import Limits, SandboxUnavailable, isolation_problem, run_tests
 
 HUB = {"humaneval": "openai/openai_humaneval", "mbpp": "google-research-datasets/mbpp"}
@@ -342,7 +342,7 @@ def evaluate_code(
             {"task_id": task, "sample": sample, "completion": completion}
             for (task, sample), completion in zip(keys, completions, strict=True)
         ]
-        write_whole(completions_file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(completions_file, "".join(json.dumps(row) + "\n" for row in rows))
     limits = limits or Limits()
 
     def run(job):
@@ -481,6 +481,4 @@ def estimate(passed, num_samples: int, k: int) -> dict:
         return {"value": float(each[0]), "interval": None}
     if num_samples == 1 or each.sum() in (0, len(each)):
         return {"value": float(each.mean()), "interval": list(wilson_interval(int(each.sum()), len(each)))}
-    draws = np.random.default_rng(0).integers(len(each), size=(10_000, len(each)))
-    low, high = np.quantile(each[draws].mean(axis=1), [0.025, 0.975])
-    return {"value": float(each.mean()), "interval": [float(low), float(high)]}
+    return {"value": float(each.mean()), "interval": list(bootstrap_interval(each))}

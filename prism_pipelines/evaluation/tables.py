@@ -1,0 +1,17 @@
+"""Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]], right: int = 0) -> str:
+    """A Markdown table, without a line end behind its last row.
+
+    Args:
+        header: what stands above the columns.
+        rows: cells of each row, as many as columns.
+        right: how many of the last columns are aligned on the right.
+    """
+    rule = ["---"] * (len(header) - right) + ["---:"] * right
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [header, rule, *rows])
