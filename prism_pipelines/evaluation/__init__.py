@@ -1,5 +1,6 @@
 """Evaluation of Sudoku, text, calibration, and comparisons of schedulers. Takes pipelines or plain callables."""
 
+from .arms import make_scheduler, read_comparison
 from .calibration import (
     calibration_table,
     evaluate_calibration,
@@ -7,15 +8,8 @@ from .calibration import (
     risk_coverage,
     write_calibration,
 )
-from .compare import (
-    comparison_table,
-    fingerprint,
-    make_scheduler,
-    read_comparison,
-    run_comparison,
-    sudoku_task,
-    write_comparison,
-)
+from .cells import fingerprint
+from .compare import comparison_table, run_comparison, sudoku_task, write_comparison
 from .detection import JudgedRow, detection_measures, detection_table
 from .ngram_judge import ngram_judge
 from .statistics import (

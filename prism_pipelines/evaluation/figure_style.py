@@ -7,7 +7,7 @@ from pathlib import Path
 from ..atomic_files import atomic_file
 
 # Okabe and Ito's colours, by what is drawn, so that a rule looks the same in every figure; marks tell them apart too.
-ARMS = {  # beginning of an arm's name: colour, mark, line
+ARM_LOOKS = {  # beginning of an arm's name: colour, mark, line
     "judge and repair": ("#D55E00", "D", "-"),
     "PRISM": ("#0072B2", "s", "-"),
     "self-confidence": ("#009E73", "^", "--"),
@@ -100,11 +100,11 @@ def looks(names: list[str], highlight: list[str] | None = None) -> dict[str, tup
         raise ValueError(f"`highlight` names {', '.join(unknown)}; the arms are {', '.join(names)}.")
     found: dict[str, tuple[str, str, str] | None] = dict.fromkeys(names)
     if highlight is None:
-        highlight = [name for name in ARMS if name in names]
+        highlight = [name for name in ARM_LOOKS if name in names]
         highlight += [name for name in names if name not in highlight][: max(0, MOST - len(highlight))]
     spare = iter(SPARE * (1 + len(highlight) // len(SPARE)))
     for name in highlight:
-        found[name] = ARMS.get(name) or next(spare)
+        found[name] = ARM_LOOKS.get(name) or next(spare)
     return found
 
 
