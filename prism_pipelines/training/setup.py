@@ -5,23 +5,33 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from .. import PrismPipeline, sudoku  # the pipeline by its public name: that enters our classes in diffusers' tables
 from ..hub import backbones
 from ..hub.files import fetch_file, inside, is_hub_id, module_digest, read_json
 from ..models import checks
 from ..models.denoiser import MaskedDenoiser
-from ..models.families import resolve_spec, supports_all_masked_input
+from ..models.families import MDMSpec, resolve_spec, supports_all_masked_input
 from ..models.quality_head import QualityHead
 from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
 from ..sampling.stopping import default_suppress_tokens, end_tokens
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from ..schedulers.context import INPUTS
+from .arguments import RunArguments
 from .checkpointing import MANIFEST
 from .data import HELD_OUT_SEED, BlankCanvases, SudokuGrids, read_rows, split_examples
 from .losses import CriticObjective, MDMObjective, PRISMObjective
@@ -43,7 +53,7 @@ DISTILLED_BAR = 0.02  # quality below which a head from --objective distill rema
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
-def load_base(run):
+def load_base(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MDMSpec]:
     """(model, tokenizer, spec) to start from: those of `--base_model`, or a new model of `--model_type`.
 
     Raises:
@@ -77,7 +87,7 @@ def load_base(run):
     return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
 
 
-def resolve_revision(run) -> str | None:
+def resolve_revision(run: RunArguments) -> str | None:
     """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
     if not is_hub_id(run.base_model):
         return run.revision
@@ -89,7 +99,7 @@ def resolve_revision(run) -> str | None:
     return parts[-2] if "snapshots" in parts[-3:-2] else run.revision
 
 
-def quantization(run):
+def quantization(run: RunArguments) -> Any:
     """The bitsandbytes config of `--load_in_4bit` or `--load_in_8bit`, or None.
 
     Raises:
@@ -112,7 +122,7 @@ def quantization(run):
     )
 
 
-def new_model(run):
+def new_model(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MDMSpec]:
     """(model, tokenizer, spec) of a model with random weights, sized for its data."""
     if run.dataset == "sudoku":
         tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
@@ -138,7 +148,7 @@ def new_model(run):
     return AutoModelForMaskedLM.from_config(config), tokenizer, resolve_spec(config, tokenizer)
 
 
-def add_lora(run, model, spec) -> None:
+def add_lora(run: RunArguments, model: PreTrainedModel, spec: MDMSpec) -> None:
     """Puts a float32 LoRA adapter into the model and freezes everything else.
 
     Raises:
@@ -163,22 +173,22 @@ def add_lora(run, model, spec) -> None:
             parameter.data = parameter.data.float()
 
 
-def run_suppress_tokens(tokenizer, model, spec) -> tuple[int, ...]:
+def run_suppress_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, spec: MDMSpec) -> tuple[int, ...]:
     """Tokens that are never predicted. Sampling leaves out more, which a text may hold and be trained on (<unk>, X)."""
     return default_suppress_tokens(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
-def rolls_out(run) -> bool:
+def rolls_out(run: RunArguments) -> bool:
     """Is the head trained on states of the model's own runs?"""
     return run.objective == "distill" or run.states != "one_step"
 
 
-def label_of(run) -> str:
+def label_of(run: RunArguments) -> str:
     """What a head on rollouts is taught: "truth" or "posterior"."""
     return "posterior" if run.objective == "distill" else "truth"
 
 
-def context_of(run) -> tuple[str, ...]:
+def context_of(run: RunArguments) -> tuple[str, ...]:
     """The inputs of `--context`.
 
     Raises:
@@ -238,7 +248,9 @@ def begin_from(head: QualityHead, folder: str) -> None:
     head.load_state_dict(own | fitting)
 
 
-def build_objective(run, model, tokenizer, spec) -> MDMObjective:
+def build_objective(
+    run: RunArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec
+) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppress_tokens=suppress_tokens)
@@ -288,7 +300,7 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     )
 
 
-def rollout_flags(run) -> dict:
+def rollout_flags(run: RunArguments) -> dict:
     """Arguments of `RolloutObjective` from the flags."""
     orders = (("random", run.rollout_temperature),) * 3 + (("confidence", 0.0),)
     settings = RolloutSettings(
@@ -308,7 +320,7 @@ def rollout_flags(run) -> dict:
     return flags
 
 
-def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
+def build_pipeline(objective: MDMObjective, tokenizer: PreTrainedTokenizerBase, run: RunArguments) -> PrismPipeline:
     """The pipeline of the modules being trained: PRISM with a quality head, the plain model without.
 
     A head is to judge tokens like those that it was trained on, so they are drawn as there.
@@ -330,7 +342,13 @@ def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
     return PrismPipeline(objective.denoiser.model, tokenizer, quality_head=head, scheduler=scheduler, mdm_spec=spec)
 
 
-def load_examples(run, args, model, tokenizer, spec):
+def load_examples(
+    run: RunArguments,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: MDMSpec,
+) -> tuple[Any, Any, Callable | None]:
     """(training examples, held-out examples, collator or None).
 
     Raises:
@@ -343,17 +361,7 @@ def load_examples(run, args, model, tokenizer, spec):
         train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
         held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
         return train, held_out, None
-    limit = checks.max_length(model.config)
-    if run.max_length is None:
-        run.max_length = min(MAX_LENGTH, limit or MAX_LENGTH)
-        if args.process_index == 0:
-            logger.warning(
-                "--max_length is %d tokens, %s.",
-                run.max_length,
-                f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default",
-            )
-    if limit is not None and run.max_length > limit:
-        raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+    set_max_length(run, args, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     collate = functools.partial(pad_batch, pad_token_id=pad)
     if run.dataset is None:
@@ -402,6 +410,25 @@ def load_examples(run, args, model, tokenizer, spec):
     return train, held_out, collate
 
 
+def set_max_length(run: RunArguments, args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Fills in `--max_length`.
+
+    Raises:
+        ValueError: it is more than the model takes.
+    """
+    limit = checks.max_length(model.config)
+    if run.max_length is None:
+        run.max_length = min(MAX_LENGTH, limit or MAX_LENGTH)
+        if args.process_index == 0:
+            logger.warning(
+                "--max_length is %d tokens, %s.",
+                run.max_length,
+                f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default",
+            )
+    if limit is not None and run.max_length > limit:
+        raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+
+
 def template_kwargs(words: str | None) -> dict | None:
     """What `--chat_template_kwargs` says, a JSON object; None without it.
 
@@ -419,7 +446,9 @@ def template_kwargs(words: str | None) -> dict | None:
     return found
 
 
-def blank_examples(run, args, tokenizer, spec):
+def blank_examples(
+    run: RunArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec
+) -> tuple[BlankCanvases, BlankCanvases]:
     """As `load_examples`, of a training without data: rows of masks of at most `--max_length`.
 
     An encoder was trained on one sequence a row, of any length, so its rows differ in length.
@@ -436,7 +465,7 @@ def blank_examples(run, args, tokenizer, spec):
     return train, held_out
 
 
-def check_output_dir(folder: str, resume) -> None:
+def check_output_dir(folder: str, resume: str | None) -> None:
     """Checks that a run may write into a folder: it is new or empty, or holds a run of ours that is to be resumed.
 
     Raises:
@@ -463,7 +492,7 @@ def check_output_dir(folder: str, resume) -> None:
         )
 
 
-def origin_fingerprint(run, model) -> dict[str, str]:
+def origin_fingerprint(run: RunArguments, model: PreTrainedModel) -> dict[str, str]:
     """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
 
     Returns:
@@ -472,7 +501,7 @@ def origin_fingerprint(run, model) -> dict[str, str]:
     return {"objective": run.objective, "base_weights": module_digest(model) if run.base_model else "new"}
 
 
-def read_origin_fingerprint(folder) -> dict | None:
+def read_origin_fingerprint(folder: str | Path) -> dict | None:
     """The `origin_fingerprint` that a run left in a folder; None without such a file, or if it holds something else."""
     try:
         found = json.loads((Path(folder) / RUN_CONFIG).read_text())
@@ -481,7 +510,7 @@ def read_origin_fingerprint(folder) -> dict | None:
     return found if isinstance(found, dict) and set(found) == {"objective", "base_weights"} else None
 
 
-def check_origin(folder, now: dict) -> None:
+def check_origin(folder: str | Path, now: dict) -> None:
     """Checks that the run in a folder began from the weights that `--base_model` has now.
 
     Raises:

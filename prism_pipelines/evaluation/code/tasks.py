@@ -328,9 +328,8 @@ def evaluate_code(
     verdicts = execute(answers, limits, isolated, workers, completions_file, on_progress)
     settings = {"benchmark": chosen[0].benchmark, "style": style, "problems": len(chosen), "partial": partial}
     settings |= {"num_samples": num_samples, "few_shot": len(examples), "seed": seed}
-    settings["generation"] = {
-        k: v for k, v in (generation or {}).items() if isinstance(v, (str, int, float, type(None)))
-    }
+    plain = (str, int, float, type(None))
+    settings["generation"] = {name: value for name, value in (generation or {}).items() if isinstance(value, plain)}
     return settings | {"isolated": isolated, "limits": asdict(limits)} | summarise(answers, verdicts, num_samples, ks)
 
 
@@ -565,9 +564,9 @@ def estimate(passed: ArrayLike, num_samples: int, k: int) -> dict:
     Returns:
         {"value", "interval" [low, high]}; the interval None for a single problem.
     """
-    each = np.array([pass_at_k(num_samples, int(c), k) for c in passed])
+    each = np.array([pass_at_k(num_samples, int(c), k) for c in np.asarray(passed)])
     if len(each) == 1:
         return {"value": float(each[0]), "interval": None}
     if num_samples == 1 or each.sum() in (0, len(each)):
         return {"value": float(each.mean()), "interval": list(wilson_interval(int(each.sum()), len(each)))}
-    return {"value": float(each.mean()), "interval": list(bootstrap_interval(each))}
+    return {"value": float(each.mean()), "interval": list(bootstrap_interval(each) or ())}
