@@ -14,4 +14,5 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]], r
         right: how many of the last columns are aligned on the right.
     """
     rule = ["---"] * (len(header) - right) + ["---:"] * right
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [header, rule, *rows])
+    lines = [header, rule, *rows]
+    return "\n".join("|" + "".join(f" {cell} |" if cell != "" else " |" for cell in line) for line in lines)
