@@ -31,12 +31,7 @@ from .text import (
     check_texts,
     distinct_n,
     diversity,
-    evaluate_text,
-    generative_perplexity,
     known_word_share,
-    load_featurizer,
-    load_judge,
-    mauve_score,
     ngram_distance,
     pipeline_texts,
     read_texts,
@@ -46,6 +41,7 @@ from .text import (
     unigram_entropy,
 )
 from .text_compare import folder_contents, task_of_folder, text_plan
+from .text_models import evaluate_text, generative_perplexity, load_featurizer, load_judge, mauve_score
 from .tuning import tune_arms
 
 __all__ = [

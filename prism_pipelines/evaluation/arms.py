@@ -13,14 +13,14 @@ from .figure_style import need_matplotlib
 
 # What is compared on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence remask
 # 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
-SUDOKU_ARMS = [
+SUDOKU_ARMS: list[dict] = [
     {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
     {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "num_remask": 4},
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "num_remask": 4},
     {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.04},
 ]
 # The same on text, for a model without arms.json. Nobody tuned these settings.
-TEXT_ARMS = [
+TEXT_ARMS: list[dict] = [
     {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
     {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.03},
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "eta": 0.03},

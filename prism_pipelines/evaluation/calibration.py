@@ -101,7 +101,12 @@ def evaluate_calibration(
     how = Planting(num_revealed, temperature, exact, torch.Generator().manual_seed(seed))
     found = planted_by_ratio(pipe, how, clean, mask_ratios, draws, batch_size, on_batch)
     pooled, *by_ratio = (_summary(tokens, bins, resamples, seed) for tokens in [_joined(found), *found])
-    result = {"sequences": len(clean[0]), "num_revealed": num_revealed, "temperature": temperature, "draws": draws}
+    result: dict = {
+        "sequences": len(clean[0]),
+        "num_revealed": num_revealed,
+        "temperature": temperature,
+        "draws": draws,
+    }
     result |= {"seed": seed, "pooled": pooled}
     result["by_ratio"] = [{"mask_ratio": float(t), **one} for t, one in zip(mask_ratios, by_ratio, strict=True)]
     if out_dir is not None:

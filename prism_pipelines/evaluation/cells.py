@@ -138,7 +138,7 @@ def _counted_rows(pipe: Any) -> Iterator[list[int | None]]:
     Rows and not calls: a comparison may go on with another batch size.
     """
     read: list[int | None] = [None]
-    model = getattr(pipe, "model", None)
+    model: Any = getattr(pipe, "model", None)
     if not hasattr(model, "register_forward_pre_hook"):
         yield read
         return

@@ -98,7 +98,7 @@ def detection_measures(rows: list[JudgedRow], lowest: int = LOWEST) -> dict[str,
 def best_free(found: dict, measure: str) -> str | None:
     """The free score that is best by "within" or "overlap"; None if none can be told."""
     known = {name: found[name][measure] for name in FREE_SCORES if name in found and found[name][measure] is not None}
-    return max(known, key=known.get) if known else None
+    return max(known, key=lambda name: known[name]) if known else None
 
 
 def detection_table(found: dict) -> str:

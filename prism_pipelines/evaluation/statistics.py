@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -95,13 +96,7 @@ def paired_failure_ratio(failed: ArrayLike, failed_other: ArrayLike, *, resample
     if failed.ndim != 2 or failed.shape != failed_other.shape or not failed.size:
         raise ValueError(f"Both must have one shape (S, N), got {failed.shape} and {failed_other.shape}.")
     ours, theirs = failed.sum(axis=0), failed_other.sum(axis=0)  # (N,): failures of each puzzle over its seeds
-    result = {
-        "failures": int(ours.sum()),
-        "failures_other": int(theirs.sum()),
-        "ratio": None,
-        "low": None,
-        "high": None,
-    }
+    result: dict = {"failures": int(ours.sum()), "failures_other": int(theirs.sum())}
     if not theirs.any():
         return {**result, "ratio": None, "low": None, "high": None}
     result["ratio"] = float(ours.sum() / theirs.sum())
@@ -142,7 +137,7 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
     ranks = [mean_ranks(values) for values in (one, other)]
     if any(rank.std() == 0 for rank in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def calibration_measures(quality: ArrayLike, right: ArrayLike, *, bins: int = 15) -> dict:
@@ -194,7 +189,9 @@ def expected_calibration_error(points: list[tuple[float, float, int]]) -> float:
     return sum(size * abs(claimed - found) for claimed, found, size in points) / sum(size for _, _, size in points)
 
 
-def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[dict], list[dict]]:
+def tabulate(
+    cells: dict, arms: Sequence[str], forwards: Sequence[int], seeds: Sequence[int], reference: str
+) -> tuple[list[dict], list[dict]]:
     """Rows of the table, and differences from the reference arm paired by seed (and by item, where there are any).
 
     A list of bools gets Wilson's interval over all items and seeds; it treats the seeds of an item as independent. A
@@ -219,33 +216,27 @@ def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[d
             values = {arm: [cells[arm, steps, seed][metric] for seed in seeds] for arm in arms}
             means = {arm: _independent(found) for arm, found in values.items()}
             for arm, found in values.items():
-                place = {"arm": arm, "forwards": steps, "metric": metric, "value": float(np.mean(means[arm]))}
+                trials, (interval, kind) = len(means[arm]), _interval(means[arm], found)
                 if isinstance(found[0], list) and all(isinstance(item, bool) for run in found for item in run):
                     trials = sum(map(len, found))
                     interval, kind = wilson_interval(sum(map(sum, found)), trials), "wilson"
-                else:
-                    trials, (interval, kind) = len(means[arm]), _interval(means[arm], found)
-                low, high = interval or (None, None)
-                rows.append({**place, "low": low, "high": high, "n": trials, "interval": kind})
+                row: dict = {"arm": arm, "forwards": steps, "metric": metric, "value": float(np.mean(means[arm]))}
+                rows.append(row | _bounds(interval) | {"n": trials, "interval": kind})
                 if arm != reference:
                     difference = means[arm] - means[reference]
-                    low, high = _interval(difference, found)[0] or (None, None)
-                    pairs.append(
-                        {
-                            "arm": arm,
-                            "reference": reference,
-                            "forwards": steps,
-                            "metric": metric,
-                            "difference": float(difference.mean()),
-                            "low": low,
-                            "high": high,
-                            "n": len(difference),
-                        }
-                    )
+                    pair: dict = {"arm": arm, "reference": reference, "forwards": steps, "metric": metric}
+                    pair |= {"difference": float(difference.mean()), **_bounds(_interval(difference, found)[0])}
+                    pairs.append(pair | {"n": len(difference)})
     return rows, pairs
 
 
-def _interval(values, found: list) -> tuple:
+def _bounds(interval: tuple[float, float] | None) -> dict[str, float | None]:
+    """The two ends of an interval by name."""
+    low, high = interval or (None, None)
+    return {"low": low, "high": high}
+
+
+def _interval(values: np.ndarray, found: list) -> tuple:
     """Interval of the mean of `_independent` values or their differences, and its kind."""
     if isinstance(found[0], list):
         return bootstrap_interval(values), "bootstrap"
@@ -258,7 +249,7 @@ def _independent(found: list) -> np.ndarray:
     return array.mean(axis=0) if array.ndim == 2 else array
 
 
-def pareto_front(points, higher_is_better: bool = True) -> list[tuple]:
+def pareto_front(points: Iterable[tuple], higher_is_better: bool = True) -> list[tuple]:
     """The (forwards, value) points that no other beats: none is better with as few forwards, or as good with fewer.
 
     Returns:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..sudoku import CELLS, MASK_ID, format_grid, is_solved, to_ids
 from .statistics import calibration_measures, wilson_interval
@@ -42,7 +45,13 @@ class SudokuScore:
         return wilson_interval(int(self.solved.sum()), len(self.solved))
 
 
-def evaluate_sudoku(solve, puzzles, *, batch_size: int = 32, on_batch=None) -> SudokuScore:
+def evaluate_sudoku(
+    solve: Callable[[np.ndarray], ArrayLike],
+    puzzles: ArrayLike,
+    *,
+    batch_size: int = 32,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> SudokuScore:
     """Run a solver over puzzles and check every answer exactly.
 
     Args:
@@ -60,28 +69,34 @@ def evaluate_sudoku(solve, puzzles, *, batch_size: int = 32, on_batch=None) -> S
         raise ValueError(f"`puzzles` must have shape (N, {CELLS}) with N >= 1, got {puzzles.shape}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    grids = []
+    answers = []
     for start in range(0, len(puzzles), batch_size):
         batch = puzzles[start : start + batch_size]
         answer = np.asarray(solve(batch))
         if answer.shape != batch.shape:
             raise ValueError(f"`solve` must return grids of shape {batch.shape}, got {answer.shape}.")
-        grids.append(answer)
+        answers.append(answer)
         if on_batch is not None:
             on_batch(start + len(batch), len(puzzles))
-    grids = np.concatenate(grids)
-    altered = ((puzzles > 0) & (grids != puzzles)).any(axis=-1)
+    grids = np.concatenate(answers)
+    altered = np.any((puzzles > 0) & (grids != puzzles), axis=-1)
     return SudokuScore(grids, is_solved(grids, puzzles), altered)
 
 
-def row_generators(puzzles, seed: int) -> list[torch.Generator]:
+def row_generators(puzzles: Iterable[np.ndarray], seed: int) -> list[torch.Generator]:
     """One CPU generator a puzzle, seeded by its clues and `seed`: its run does not depend on its batch."""
     # torch's CPU generator reads only the low 32 bits of its seed, so both must be hashed into them.
     keys = [zlib.crc32(f"{seed} {format_grid(puzzle)}".encode()) for puzzle in puzzles]
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
-def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=None, return_quality: bool = False):
+def pipeline_solver(
+    pipe: Any,
+    num_inference_steps: int,
+    seed: int = 0,
+    on_output: Callable[[Any], None] | None = None,
+    return_quality: bool = False,
+) -> Callable[[np.ndarray], np.ndarray]:
     """A pipeline, with the scheduler it has now, as a solver for `evaluate_sudoku`.
 
     Args:
@@ -94,7 +109,7 @@ def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=Non
         callable from puzzles (n, 81) to grids (n, 81).
     """
 
-    def solve(puzzles):
+    def solve(puzzles: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(to_ids(puzzles))
         generators = row_generators(puzzles, seed)
         with warnings.catch_warnings():
@@ -114,7 +129,9 @@ def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=Non
     return solve
 
 
-def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 32) -> dict:
+def head_calibration(
+    pipe: Any, puzzles: ArrayLike, solutions: ArrayLike, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 32
+) -> dict:
     """Calibration of a pipeline's quality on grids that it partially filled itself.
 
     The pipeline runs on the puzzles with the scheduler it has (give it `MDLMScheduler(order="random")` at temperature 1
@@ -137,7 +154,7 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
     """
     puzzles, solutions = np.asarray(puzzles, dtype=np.int64), np.asarray(solutions, dtype=np.int64)
     blanks = (puzzles == 0).sum(axis=1)
-    states = {}
+    states: dict[int, list] = {}
     for number in np.unique(blanks):
         rows, steps = np.flatnonzero(blanks == number), math.ceil(int(number) / num_revealed)
         found = states[81 - int(number)] = []
@@ -148,22 +165,24 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
     if not states:
         raise ValueError(f"No puzzle has more than `num_revealed` = {num_revealed} blanks, so no partial grid arises.")
 
-    def pooled(chosen):
+    def pooled(chosen: list[tuple]) -> dict:
         return calibration_measures(np.concatenate([s[1] for s in chosen]), np.concatenate([s[2] for s in chosen]))
 
-    def both(chosen):
+    def both(chosen: list[tuple]) -> dict:
         return {"revealed": pooled([s for s in chosen if s[0] == 0]), "filled": pooled(chosen)}
 
     everything = [state for found in states.values() for state in found]
     return {**both(everything), "by_clues": {clues: both(found) for clues, found in states.items()}}
 
 
-def _scored_states(pipe, puzzles, solutions, steps: int, seed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+def _scored_states(
+    pipe: Any, puzzles: np.ndarray, solutions: np.ndarray, steps: int, seed: int
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(step, quality of written cells, whether they are right) after every forward but the last of one run."""
     found = []
     blank, truth = torch.from_numpy(puzzles == 0), torch.from_numpy(solutions)
 
-    def score(pipe, i, t, state):
+    def score(pipe: Any, i: int, t: Any, state: dict) -> dict:
         if i < steps - 1:
             ids = state["sample"]
             quality = pipe.score(input_ids=ids)[0].cpu()

@@ -20,7 +20,7 @@ def text_plan(folder: str | Path) -> dict:
     path = Path(folder) / "arms.json"
     if path.exists():
         return read_comparison(path)
-    common = {"temperature": 1.0, "quality": "ngram_js", "reference": "MDLM", "higher_is_better": False}
+    common: dict = {"temperature": 1.0, "quality": "ngram_js", "reference": "MDLM", "higher_is_better": False}
     return {"arms": [dict(arm) for arm in TEXT_ARMS], "forwards": [16, 32, 64], "seeds": [0, 1, 2, 3, 4], **common}
 
 

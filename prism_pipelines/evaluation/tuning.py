@@ -164,7 +164,8 @@ def tune_arms(
     """
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
-    first, pipes = first_settings(arms), {None: pipe, **(models or {})}
+    first = first_settings(arms)
+    pipes: dict[str | None, Any] = {None: pipe, **(models or {})}
     settings = [settings_of(arm, temperature) for arm in arms]
     check_comparison(first, [steps], [seed], temperature, pipes)
     for arm, options in zip(arms, settings, strict=True):

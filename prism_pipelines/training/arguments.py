@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ ROLLING += ("rollout_temperature", "block_length")
 DISTILLING = ("distill_loss", "label_stride", "label_floor")
 
 
-def _flag(default, text: str):
+def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 

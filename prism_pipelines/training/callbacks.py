@@ -7,14 +7,15 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import sudoku
 from ..atomic_files import write_atomically
@@ -57,11 +58,11 @@ class MetricsLog(TrainerCallback):
     is that of one that was not.
     """
 
-    def __init__(self, objective: torch.nn.Module):
+    def __init__(self, objective: torch.nn.Module) -> None:
         self.sums, self.counts = {}, {}
         objective.register_forward_hook(self.collect)
 
-    def collect(self, objective, inputs, output):
+    def collect(self, objective: torch.nn.Module, inputs: tuple, output: Mapping) -> None:
         """Forward hook: adds up the scalars of one training step, without waiting for the device."""
         if objective.training:
             for name, value in output.items():
@@ -69,7 +70,7 @@ class MetricsLog(TrainerCallback):
                     self.sums[name] = self.sums.get(name, 0) + value.detach().float()
                     self.counts[name] = self.counts.get(name, 0) + 1
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes back the entries after the step from which the run goes on."""
         file = Path(args.output_dir) / "training_log.jsonl"
         if state.is_world_process_zero:
@@ -77,11 +78,13 @@ class MetricsLog(TrainerCallback):
             kept = kept if state.global_step else []
             write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Has the loss logged wherever a checkpoint is written."""
         control.should_log = control.should_log or control.should_save
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
+    ) -> None:
         """Called by the Trainer on every process; only the first one writes.
 
         Raises:
@@ -121,11 +124,11 @@ class SudokuProgress(TrainerCallback):
         log: the Trainer's, which tells `MetricsLog` and trackers.
     """
 
-    def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]):
+    def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]) -> None:
         self.pipe, self.log = pipe, log
         self.sets = {clues: sudoku.make_puzzles(num_puzzles, clues, HELD_OUT_SEED)[0] for clues in (44, 36, 30)}
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after each evaluation."""
         if not state.is_world_process_zero:
             return
@@ -158,10 +161,10 @@ class TextProgress(TrainerCallback):
         gen_length: tokens written, in half as many forwards; fewer where the model takes no more.
     """
 
-    def __init__(self, pipe: PrismPipeline, prompts: list[tuple[torch.Tensor, torch.Tensor]], gen_length: int):
+    def __init__(self, pipe: PrismPipeline, prompts: list[tuple[torch.Tensor, torch.Tensor]], gen_length: int) -> None:
         self.pipe, self.prompts, self.gen_length = pipe, prompts, gen_length
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after each evaluation."""
         if not state.is_world_process_zero:
             return
@@ -215,11 +218,11 @@ class HeadProgress(TrainerCallback):
         batches: list[dict[str, torch.Tensor]],
         log: Callable[[dict], None],
         progress: bool = False,
-    ):
+    ) -> None:
         self.objective, self.batches, self.log, self.base = objective, batches, log, None
         self.progress = progress
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
         file = Path(args.output_dir) / "base_posterior.safetensors"
         if state.global_step == 0:
@@ -243,7 +246,7 @@ class HeadProgress(TrainerCallback):
                 sha.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
         return torch.tensor(list(sha.digest()), dtype=torch.uint8)
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after each evaluation, on every process."""
         entry = self.measure()
         if self.base is not None:

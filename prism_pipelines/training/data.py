@@ -7,8 +7,9 @@ and never masked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +37,21 @@ class SudokuGrids(Dataset):
         puzzle_clues: lowest and highest number of clues of a puzzle.
     """
 
-    def __init__(self, num_examples, seed, num_base=20_000, puzzle_share=0.0, puzzle_clues=(23, 34)):
+    def __init__(
+        self,
+        num_examples: int,
+        seed: int,
+        num_base: int = 20_000,
+        puzzle_share: float = 0.0,
+        puzzle_clues: tuple[int, int] = (23, 34),
+    ) -> None:
         self.num_examples, self.seed, self.puzzle_share = num_examples, seed, puzzle_share
         self.base = complete_grids(min(num_base, num_examples), seed)
         # A fraction of the grids is enough for puzzles: their symmetric images are as many again as of any grid.
         chosen = self.base[: len(self.base) // 4 + 1] if puzzle_share else self.base[:0]
         self.puzzles = dig_puzzles(chosen, puzzle_clues, seed)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -77,14 +85,22 @@ class BlankCanvases(Dataset):
         ValueError: the shortest row has no token to write.
     """
 
-    def __init__(self, num_examples: int, lengths, seed: int, mask_token_id: int, opening=(), closing=()):
+    def __init__(
+        self,
+        num_examples: int,
+        lengths: tuple[int, int],
+        seed: int,
+        mask_token_id: int,
+        opening: Sequence[int] = (),
+        closing: Sequence[int] = (),
+    ) -> None:
         self.num_examples, self.lengths, self.seed = num_examples, lengths, seed
         self.mask_token_id, self.opening, self.closing = mask_token_id, opening, closing
         ends = len(opening) + len(closing)
         if lengths[0] <= ends:
             raise ValueError(f"`--max_length` {lengths[1]} leaves no token to write besides {ends} special ones.")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -104,10 +120,10 @@ def read_rows(
     *,
     split: str = "train",
     name: str | None = None,
-    revision=None,
+    revision: str | None = None,
     streaming: bool = False,
     flag: str = "--dataset",
-):
+) -> Any:
     """Rows of a Hub data set, or of a local file or folder of txt, jsonl, json, csv or parquet files.
 
     Args:
@@ -163,10 +179,10 @@ class StreamedExamples(IterableDataset):
         ValueError: on iteration, there is no example.
     """
 
-    def __init__(self, rows: Iterable[dict], encoder: RowEncoder, skip: int):
+    def __init__(self, rows: Iterable[dict], encoder: RowEncoder, skip: int) -> None:
         self.rows, self.encoder, self.skip = rows, encoder, skip
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             empty = True
             for example in itertools.islice(encode_rows(self.rows, self.encoder), self.skip, None):
@@ -176,7 +192,13 @@ class StreamedExamples(IterableDataset):
                 raise ValueError(f"The data set is empty after the {self.skip} examples that are held out.")
 
 
-def split_examples(rows, encoder: RowEncoder, num_eval: int, streaming: bool = False, eval_rows=None):
+def split_examples(
+    rows: Iterable[dict],
+    encoder: RowEncoder,
+    num_eval: int,
+    streaming: bool = False,
+    eval_rows: Iterable[dict] | None = None,
+) -> tuple[Any, list]:
     """Training and held-out examples.
 
     Args:

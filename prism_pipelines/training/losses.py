@@ -10,6 +10,7 @@ A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..schedulers.functional import choose, highest, mask_tokens, uniform
+from ..schedulers.functional import choose, highest, mask_tokens
 from ..schedulers.token_sampling import sample_tokens
+from .loss_terms import mask_rates, mean_where, share_of_all, split_positions, trainable_positions
 
 WEIGHTINGS = ("elbo", "uniform")
 REVEAL_ORDERS = ("random", "confidence")
@@ -86,73 +88,6 @@ class Measured(ModelOutput):
     log_probs: Tensor | None = None
 
 
-def mask_rates(batch: int, low: float, high: float, generator=None, device=None) -> Tensor:
-    """Masking rate t of each row: uniform in (low, high] one by one, evenly spread over the batch together.
-
-    Args:
-        batch: B. Row b gets `high - (high - low) * frac(u + b / B)` with one u for all: every row's own t is uniform,
-            so the order of rows does not matter, yet each B-th of the range holds exactly one t.
-        low, high: bounds of t.
-        generator: `torch.Generator` or None.
-        device: of the result.
-    Returns:
-        float32 of shape (B,).
-    Source: the low-discrepancy sampler of Variational Diffusion Models (arXiv 2107.00630).
-    """
-    ladder = torch.arange(batch, device=device) / batch
-    return high - (high - low) * ((uniform((1,), generator, device) + ladder) % 1)
-
-
-def split_positions(positions: Tensor, size: int) -> list[Tensor]:
-    """Disjoint masks of at most `size` positions each, in row-major order, that together give `positions`.
-
-    Args:
-        positions: bool of shape (B, L).
-        size: most positions of one part, at least 1.
-    Returns:
-        One or more bool masks of shape (B, L); one empty mask if `positions` is empty.
-    """
-    part = (positions.flatten().cumsum(0) - 1).view_as(positions) // size
-    count = max(1, -(-int(positions.sum()) // size))
-    return [positions & (part == i) for i in range(count)]
-
-
-def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of `values` where `chosen` (bool, same shape) is true, detached; 0 where nothing is."""
-    return ((values * chosen).sum() / chosen.sum().clamp(min=1)).detach()
-
-
-def trainable_positions(input_ids: Tensor, trainable_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Where a token may be masked, bool (B, L): where neither mask (B, L) forbids it."""
-    trainable = torch.ones_like(input_ids, dtype=torch.bool)
-    for mask in (trainable_mask, attention_mask):
-        trainable = trainable if mask is None else trainable & mask.bool()
-    return trainable
-
-
-def share_of_all(count: Tensor, total: Tensor | None = None) -> Tensor:
-    """What a sum over this process's tokens is divided by, so that the mean over processes is the mean over all tokens.
-
-    Processes average their gradients, and their counts of tokens differ; each one's own mean would weigh a token of a
-    short batch more. So every process divides by the average count.
-
-    Args:
-        count: tokens of this process, a scalar.
-        total: what to divide by if the caller knows it, having counted further batches of the same step too.
-    Returns:
-        float32 scalar, `total` if that is given; else of at least `1 / processes`, and the count itself in a single
-        process or while evaluating.
-    """
-    if total is not None:
-        return total.clamp(min=torch.finfo(torch.float32).tiny)
-    count = count.detach().float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-        return count.clamp(min=1) / torch.distributed.get_world_size()
-    return count.clamp(min=1)
-
-
 class MDMObjective(nn.Module):
     """The masked diffusion loss: predict masked tokens from the visible ones.
 
@@ -182,7 +117,7 @@ class MDMObjective(nn.Module):
         mask_rate_min: float = 1e-3,
         mask_rate_max: float = 1.0,
         chunk_size: int = 4096,
-    ):
+    ) -> None:
         super().__init__()
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, got {weighting!r}.")
@@ -230,7 +165,11 @@ class MDMObjective(nn.Module):
         return MDMOutput(loss, right.sum() / masked.sum().clamp(min=1), masked.sum())
 
     def counts(
-        self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        corrupted: Any,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """By what the sums in the loss of a batch are divided, float32 scalars: "tokens" and "masked".
 
@@ -285,7 +224,7 @@ class MDMObjective(nn.Module):
         """
         totals = totals or {}
 
-        def chunk_loss(hidden, positions):
+        def chunk_loss(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.denoiser.logits(hidden, positions).float()
             targets = clean[positions]
             return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
@@ -303,21 +242,21 @@ class MDMObjective(nn.Module):
         return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers 5.23 calls it by a new name.
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Forward to the backbone."""
         self.denoiser.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def gradient_checkpointing_disable(self):
+    def gradient_checkpointing_disable(self) -> None:
         """Forward to the backbone."""
         self.denoiser.model.gradient_checkpointing_disable()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ):
+    ) -> None:
         """Forward to the backbone."""
         self.denoiser.model.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
-    def activation_checkpointing_disable(self):
+    def activation_checkpointing_disable(self) -> None:
         """Forward to the backbone."""
         self.denoiser.model.activation_checkpointing_disable()
 
@@ -375,7 +314,7 @@ class PRISMObjective(MDMObjective):
         mask_rate_min: float = 1e-3,
         mask_rate_max: float = 1.0,
         chunk_size: int = 4096,
-    ):
+    ) -> None:
         super().__init__(
             denoiser,
             weighting=weighting,
@@ -402,7 +341,7 @@ class PRISMObjective(MDMObjective):
         if freeze_backbone:
             denoiser.requires_grad_(False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> PRISMObjective:
         """As `nn.Module.train`, but a frozen backbone stays in eval mode: its dropout would only blur the head."""
         super().train(mode)
         if self.freeze_backbone:
@@ -533,7 +472,11 @@ class PRISMObjective(MDMObjective):
         return Measured(*judged, loss_mdm, log_probs)
 
     def counts(
-        self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        corrupted: Any,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `MDMObjective.counts`, and "judged": tokens that the head is asked about, over all draws."""
         counts = super().counts(corrupted, input_ids, trainable_mask, attention_mask)
@@ -595,7 +538,9 @@ class PRISMObjective(MDMObjective):
             tokens = drawn[revealed[window]]
         return z.masked_scatter(revealed, tokens), revealed
 
-    def draw(self, hidden: Tensor, positions: Tensor, generator=None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, hidden: Tensor, positions: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens x^ at `positions` (B, L) and their probabilities, (N,) each, in row-major order.
 
         Raises:
@@ -630,7 +575,7 @@ class CriticObjective(PRISMObjective):
 
     judge_all = True
 
-    def __init__(self, denoiser: nn.Module, quality_head: nn.Module, **settings):
+    def __init__(self, denoiser: nn.Module, quality_head: nn.Module, **settings: Any) -> None:
         if unknown := sorted({"num_revealed", "reveal_order", "reveal_window"} & settings.keys()):
             raise TypeError(f"`CriticObjective` writes every drawn token; it takes no {', '.join(unknown)}.")
         super().__init__(denoiser, quality_head, num_revealed=ALL_MASKS, **settings)

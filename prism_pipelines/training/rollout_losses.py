@@ -8,7 +8,9 @@ posterior log p(y_i | all other tokens), and no data is needed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from ..evaluation.statistics import rank_correlation
 from ..models.denoiser import MaskedDenoiser
 from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
-from .losses import PRISMObjective, PRISMOutput, mean_where, share_of_all, split_positions
+from .loss_terms import mean_where, share_of_all, split_positions
+from .losses import PRISMObjective, PRISMOutput
 from .rollouts import Rollout, RolloutPool, RolloutSettings
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,11 @@ class RolloutOutput(ModelOutput):
 
 @torch.no_grad()
 def log_posterior(
-    denoiser: MaskedDenoiser, sample: Tensor, positions: Tensor, attention_mask=None, chunk_size: int = 4096
+    denoiser: MaskedDenoiser,
+    sample: Tensor,
+    positions: Tensor,
+    attention_mask: Tensor | None = None,
+    chunk_size: int = 4096,
 ) -> Tensor:
     """log p(y_i | y without `positions`), by one forward pass in which all of these are masked.
 
@@ -90,7 +97,12 @@ def every(stride: int, offset: Tensor, length: int) -> Tensor:
 
 @torch.no_grad()
 def compare_stride(
-    denoiser: MaskedDenoiser, sample: Tensor, visible: Tensor, stride: int, attention_mask=None, probes: int = PROBES
+    denoiser: MaskedDenoiser,
+    sample: Tensor,
+    visible: Tensor,
+    stride: int,
+    attention_mask: Tensor | None = None,
+    probes: int = PROBES,
 ) -> float:
     """Rank correlation of strided labels with brute force, one forward pass a token, on tokens chosen at random.
 
@@ -164,8 +176,8 @@ class RolloutObjective(PRISMObjective):
         distill_loss: str = "squared",
         label_floor: float = -12.0,
         forget_share: float = 0.1,
-        **prism,
-    ):
+        **prism: Any,
+    ) -> None:
         super().__init__(denoiser, quality_head, **prism)
         for name, value, choices in (
             ("label", label, LABELS),
@@ -192,12 +204,18 @@ class RolloutObjective(PRISMObjective):
         self.pools: list[RolloutPool] = []
         self.turn, self.stride_checked = 0, None  # batches so far; rank correlation of the stride
 
-    def new_pool(self, reads_more=()) -> RolloutPool:
+    def new_pool(self, reads_more: Iterable[str] = ()) -> RolloutPool:
         """An empty pool of these settings."""
         reads = dict.fromkeys((*self.quality_head.reads_context, *reads_more))
         return RolloutPool(self.denoiser, reads, self.settings, self.num_runs)
 
-    def corrupt(self, input_ids: Tensor, trainable_mask=None, attention_mask=None, generator=None) -> tuple:
+    def corrupt(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple:
         """What a batch is trained on: (z, masked, rate) of `PRISMObjective`, then the pool, and its judged tokens.
 
         The first three are None for a frozen backbone, the last two left out for a one-step batch of "mixed".
@@ -287,7 +305,13 @@ class RolloutObjective(PRISMObjective):
             chosen.append(judged)
         return chosen
 
-    def counts(self, corrupted, input_ids, trainable_mask=None, attention_mask=None) -> dict[str, Tensor]:
+    def counts(
+        self,
+        corrupted: tuple,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """As `PRISMObjective.counts`."""
         if len(corrupted) == 3:
             return super().counts(corrupted, input_ids, trainable_mask, attention_mask)
@@ -400,7 +424,7 @@ class RolloutObjective(PRISMObjective):
         pools = {f"{i}/{name}": value for i, pool in enumerate(self.pools) for name, value in pool.state().items()}
         return pools | {"facts": facts}
 
-    def load_state(self, state: dict[str, Tensor], device=None) -> None:
+    def load_state(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         """Go on from what `state` gave."""
         self.turn, self.stride, count = state["facts"].tolist()
         self.stride_checked, self.pools = ENOUGH, [self.new_pool() for _ in range(count)]

@@ -8,7 +8,9 @@ no forward pass of their own. The idea is that of the streaming in PUMA (github.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class RolloutSettings:
     mask_rate_min: float = 1.0
     mask_rate_max: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.steps_min <= self.steps_max:
             raise ValueError(
                 "`rollout_steps_min` and `rollout_steps_max` must hold 1 <= min <= max, got "
@@ -59,7 +61,7 @@ class RolloutSettings:
             raise ValueError(f"`rollout_repairs` must be at least 0, got {self.repairs}.")
 
 
-def pick(options: tuple):
+def pick(options: tuple) -> Any:
     """One of some options, each equally likely, by torch's default generator."""
     return options[int(uniform((1,)) * len(options))]
 
@@ -123,7 +125,9 @@ class RolloutPool:
         num_runs: into which the rows of a batch are split. All rows of a run have one scheduler and one schedule.
     """
 
-    def __init__(self, denoiser: MaskedDenoiser, reads, settings: RolloutSettings, num_runs: int):
+    def __init__(
+        self, denoiser: MaskedDenoiser, reads: Iterable[str], settings: RolloutSettings, num_runs: int
+    ) -> None:
         self.denoiser, self.reads, self.settings, self.num_runs = denoiser, tuple(reads), settings, num_runs
         self.runs: list[Rollout] = []
 
@@ -132,7 +136,9 @@ class RolloutPool:
         """Of the model."""
         return self.denoiser.spec.mask_token_id
 
-    def refill(self, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask=None) -> None:
+    def refill(
+        self, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> None:
         """Begin a new run for each that has ended, from rows (B, L) of a batch. Run g takes every G-th row from g on.
 
         Args:
@@ -170,7 +176,7 @@ class RolloutPool:
             scheduler = MDLMScheduler(order=order, temperature=temperature)
         return self.start(canvas, clean, scheduler, steps, repairs)
 
-    def start(self, canvas: Canvas, clean: Tensor, scheduler, steps: int, repairs: int = 0) -> Rollout:
+    def start(self, canvas: Canvas, clean: Tensor, scheduler: Any, steps: int, repairs: int = 0) -> Rollout:
         """A run with these settings. Where it has blocks, each gets at least one step."""
         spec, block_length = self.denoiser.spec, self.settings.block_length
         if block_length is not None or spec.attention == "block_causal":
@@ -266,7 +272,7 @@ class RolloutPool:
             )
         return tensors | {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
 
-    def load_state(self, state: dict[str, Tensor], device=None) -> None:
+    def load_state(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         """Go on from what `state` gave."""
         facts = json.loads(bytes(state["facts"].tolist()))
         self.runs = []

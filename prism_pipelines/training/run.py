@@ -7,9 +7,11 @@ import logging
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -121,7 +123,7 @@ def given_ids(example: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     return ids[:start], ids[end:]
 
 
-def check_plugins(state) -> None:
+def check_plugins(state: Any) -> None:
     """Checks that accelerate does not split the model or the step in a way that ours are not made for.
 
     Args:
@@ -143,7 +145,9 @@ def check_plugins(state) -> None:
         )
 
 
-def eval_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
+def eval_batches(
+    examples: Any, collate: Callable | None, args: transformers.TrainingArguments
+) -> list[dict[str, torch.Tensor]]:
     """The batches of the held-out examples.
 
     Raises:
@@ -253,7 +257,7 @@ def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismP
     return build_pipeline(objective.eval(), tokenizer, run), objective
 
 
-def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
+def save(pipe: PrismPipeline, run: RunArguments, args: transformers.TrainingArguments, facts: dict) -> None:
     """Writes the result, and pushes it with `--push_to_hub`."""
     folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
     if (folder / "calibration.png").is_file():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -83,13 +84,13 @@ class ObjectiveTrainer(Trainer):
     Checkpoints hold the trainable tensors only and appear at once or not at all.
     """
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
         """As the Trainer's; the batches of a step are kept until the first of them is trained on."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_batches = batches
         return batches, num_items
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch; returns its share of the loss of the step, detached."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -110,7 +111,7 @@ class ObjectiveTrainer(Trainer):
             calls += [{"part": "judge", "drawn": drawn} for drawn in output.get("drawn") or []]
         return total
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict:
         """As the Trainer's, with the same noise every time and none taken from training."""
         if isinstance(self.model, RolloutObjective):  # its runs are under way; `RolloutProgress` measures on others
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
@@ -156,7 +157,7 @@ class ObjectiveTrainer(Trainer):
                 )
             self.model.load_state(load_file(file), self.args.device)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         check_finite(self.model)
         run_dir, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
         name = f"checkpoint-{self.state.global_step}"

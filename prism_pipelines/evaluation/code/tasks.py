@@ -174,10 +174,10 @@ def _used(tests: str, solution: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     prefixes = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
     called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    free = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and n.id not in own)
+    used = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and n.id not in own)
     # A builtin may not be replaced by the program (`set` would then decide about equality), unless the task is to write
     # a function of that name: MBPP asks for a `sum`.
-    free = [name for name in free if not hasattr(builtins, name) or _defines(solution, name)]
+    free = [name for name in used if not hasattr(builtins, name) or _defines(solution, name)]
     modules = [n for n in free if n in prefixes and n not in called and n in sys.stdlib_module_names]
     return tuple(n for n in free if n not in modules), tuple(modules)
 
