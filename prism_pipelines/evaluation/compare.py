@@ -7,7 +7,7 @@ the same seeds. Every finished cell (arm, forwards, seed) is a file of its own: 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def run_comparison(
     quality: str | None = None,
     reference: str | None = None,
     higher_is_better: bool | None = None,
-    models: Mapping[str, Any] | None = None,
+    models: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> dict:
     """Run every cell that is not done yet, then write comparison.json, comparison.md and comparison.png.
@@ -67,7 +67,8 @@ def run_comparison(
         ImportError: matplotlib is not installed (asked before anything runs).
     """
     arms, forwards, seeds = [dict(arm) for arm in arms], list(forwards), list(seeds)
-    pipes: dict[str | None, Any] = {None: pipe, **(models or {})}
+    pipes: dict[str | None, Any] = {None: pipe}
+    pipes |= models or {}
     check_comparison(arms, forwards, seeds, temperature, pipes, reference)
     names = [arm["name"] for arm in arms]
     reference = names[0] if reference is None else reference

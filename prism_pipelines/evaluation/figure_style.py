@@ -154,11 +154,10 @@ def label_ends(axis: Axes, ends: dict, colours: dict, texts: dict) -> None:
     """
     from matplotlib.transforms import blended_transform_factory
 
-    axis.get_figure(
-        root=True
-    ).draw_without_rendering()  # places the axes, which says how tall a line of text is in them
+    figure: Any = axis.figure
+    figure.draw_without_rendering()  # places the axes, which says how tall a line of text is in them
     height = axis.get_window_extent().height
-    least = 8.5 * 1.25 * axis.figure.dpi / 72 / height
+    least = 8.5 * 1.25 * figure.dpi / 72 / height
     low, high = axis.get_ylim()
     part = {name: (y - low) / (high - low) for name, (_, y) in ends.items()}
     heights = dict(zip(part, spread(list(part.values()), least, 0.0, 1.0), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def tune_arms(
     temperature: float = 1.0,
     quality: str | None = None,
     higher_is_better: bool | None = None,
-    models: Mapping[str, Any] | None = None,
+    models: dict[str, Any] | None = None,
     report: Callable[[dict, dict], None] | None = None,
     progress: bool = True,
 ) -> tuple[list[dict], list[dict]]:
@@ -165,7 +165,8 @@ def tune_arms(
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
     first = first_settings(arms)
-    pipes: dict[str | None, Any] = {None: pipe, **(models or {})}
+    pipes: dict[str | None, Any] = {None: pipe}
+    pipes |= models or {}
     settings = [settings_of(arm, temperature) for arm in arms]
     check_comparison(first, [steps], [seed], temperature, pipes)
     for arm, options in zip(arms, settings, strict=True):

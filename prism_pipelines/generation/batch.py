@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .input_files import read_json_lines, read_lines
 from .output_files import run_settings
@@ -139,7 +139,7 @@ def batch_groups(pipe: PrismPipeline, lengths: list[int], gen_length: int, block
     spec = pipe.spec
     if spec.attention != "block_causal":
         return [0] * len(lengths)
-    return [num_blocks(length, gen_length, block_length or spec.block_length) for length in lengths]
+    return [num_blocks(length, gen_length, block_length or spec.block_length or 1) for length in lengths]
 
 
 def num_blocks(length: int, gen_length: int, block_length: int) -> int:
@@ -167,7 +167,7 @@ def check_steps(
     if steps is None or spec.attention != "block_causal":
         return
     for name, length in zip(names, lengths, strict=True):
-        needed = num_blocks(length, gen_length, block_length or spec.block_length)
+        needed = num_blocks(length, gen_length, block_length or spec.block_length or 1)
         if needed > steps:
             raise ValueError(
                 f"{steps} steps are too few: {name} has {length} tokens, and the {gen_length} after it touch {needed} "
@@ -333,7 +333,7 @@ def _generate(pipe: PrismPipeline, texts: list[str], generators: list[Generator]
     """For each text its result, and how many tokens it has before its end token."""
     from ..sampling.stopping import end_tokens, finished_rows, generated_prefix, stop_strings
 
-    out = pipe(texts, generator=generators, use_chat_template=False, **call)
+    out: Any = pipe(texts, generator=generators, use_chat_template=False, **call)
     ends = end_tokens(None, pipe.tokenizer, pipe.model, pipe.spec)
     end = out.sequences.shape[1] - len(pipe.text_frame.closing)
     new, stops = out.sequences[:, end - call["gen_length"] : end].cpu(), stop_strings(call["stop"])

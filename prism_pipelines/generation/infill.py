@@ -220,7 +220,7 @@ def filled(pipe: PrismPipeline, rows: list[dict], generators: list[Generator], c
     head = pipe.quality_head is not None
     with warnings.catch_warnings():  # rows have as many masks as they have; the steps are those of the file
         warnings.filterwarnings("ignore", message=".*steps will write nothing")
-        out = pipe(infill=[row["reads"] for row in rows], generator=generators, return_quality=head, **call)
+        out: Any = pipe(infill=[row["reads"] for row in rows], generator=generators, return_quality=head, **call)
     kept = len(out.texts) // len(rows)
     sizes = torch.tensor([row["tokens"] for row in rows for _ in range(kept)])
     mask = (torch.arange(out.sequences.shape[1]) < sizes[:, None]).long()

@@ -27,7 +27,14 @@ PRESETS = ("sudoku", "owt", "llada")
 # Flags that mean nothing under the other objectives.
 REVEALING = ("num_revealed", "reveal_order", "reveal_window")
 DRAWING = ("draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "head", "head_from")
-ROLLING = ("context", "forget_share", "rollout_runs", "rollout_steps_min", "rollout_steps_max", "rollout_repairs")
+ROLLING: tuple[str, ...] = (
+    "context",
+    "forget_share",
+    "rollout_runs",
+    "rollout_steps_min",
+    "rollout_steps_max",
+    "rollout_repairs",
+)
 ROLLING += ("rollout_temperature", "block_length")
 DISTILLING = ("distill_loss", "label_stride", "label_floor")
 
@@ -132,7 +139,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     Raises:
         ValueError: a value that no run can use.
     """
-    parser = HfArgumentParser((RunArguments, transformers.TrainingArguments), prog="prism_pipelines.training")
+    kinds: Any = (RunArguments, transformers.TrainingArguments)
+    parser = HfArgumentParser(kinds, prog="prism_pipelines.training")
     parser.set_defaults(
         remove_unused_columns=False,
         prediction_loss_only=True,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..evaluation.statistics import calibration_measures
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
 from ..schedulers import MDLMScheduler
+from .checkpointing import folder_of
 from .data import HELD_OUT_SEED
 from .losses import PRISMObjective
 
@@ -34,15 +35,16 @@ DRIFT_TOKENS = 64  # most masks of a batch whose whole posterior is kept, V numb
 DRIFT_NUMBERS = 2**21  # ... and most of these numbers: 8 MB a batch
 
 
-def write_log(output_dir: str, entry: dict) -> None:
+def write_log(output_dir: str | Path, entry: dict) -> None:
     """Append one JSON object to `<output_dir>/training_log.jsonl`."""
     with (Path(output_dir) / "training_log.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
-def read_log(output_dir: str) -> list[dict]:
+def read_log(output_dir: str | Path) -> list[dict]:
     """The entries that `write_log` wrote; the last one is left out if a kill cut it short."""
-    file, entries = Path(output_dir) / "training_log.jsonl", []
+    file = Path(output_dir) / "training_log.jsonl"
+    entries: list[dict] = []
     for line in file.read_text().splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
@@ -59,7 +61,8 @@ class MetricsLog(TrainerCallback):
     """
 
     def __init__(self, objective: torch.nn.Module) -> None:
-        self.sums, self.counts = {}, {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
         objective.register_forward_hook(self.collect)
 
     def collect(self, objective: torch.nn.Module, inputs: tuple, output: Mapping) -> None:
@@ -72,9 +75,9 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes back the entries after the step from which the run goes on."""
-        file = Path(args.output_dir) / "training_log.jsonl"
+        file = folder_of(args) / "training_log.jsonl"
         if state.is_world_process_zero:
-            kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
+            kept = [entry for entry in read_log(folder_of(args)) if entry["step"] <= state.global_step]
             kept = kept if state.global_step else []
             write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -101,7 +104,7 @@ class MetricsLog(TrainerCallback):
             entry |= self.means()
             self.sums, self.counts = {}, {}
         if state.is_world_process_zero:
-            write_log(args.output_dir, entry)
+            write_log(folder_of(args), entry)
 
     def means(self) -> dict[str, float]:
         """Means of the scalars since the last entry; every process must call."""
@@ -168,29 +171,30 @@ class TextProgress(TrainerCallback):
         """Called by the Trainer after each evaluation."""
         if not state.is_world_process_zero:
             return
-        training, device, texts = self.pipe.model.training, self.pipe.device, []
+        training, device = self.pipe.model.training, self.pipe.device
+        texts: list[str] = []
         self.pipe.model.eval()
-        (Path(args.output_dir) / "samples").mkdir(exist_ok=True)
-        limit = max_length(self.pipe.model.config) or math.inf
+        (folder_of(args) / "samples").mkdir(exist_ok=True)
+        limit = max_length(self.pipe.model.config) or sys.maxsize
         for number, (before, after) in enumerate(self.prompts):
             gen_length = min(self.gen_length, limit - len(before) - len(after))
             if gen_length < 1:
                 continue
             masks = torch.full((gen_length,), self.pipe.mask_token_id)
-            given = {"input_ids": before[None].to(device), "gen_length": gen_length}
+            given: dict = {"input_ids": before[None].to(device), "gen_length": gen_length}
             if len(after) or not len(before):
                 given = {"infill": torch.cat([before, masks, after])[None].to(device)}
-            out = self.pipe(
+            out: Any = self.pipe(
                 **given,
                 num_inference_steps=max(1, gen_length // 2),
                 generator=torch.Generator().manual_seed(number),
                 return_trace=True,
             )
             texts += out.texts
-            page = Path(args.output_dir) / "samples" / f"step-{state.global_step}-{number}.html"
+            page = folder_of(args) / "samples" / f"step-{state.global_step}-{number}.html"
             out.trace.to_html(page, title=f"Step {state.global_step}")
         self.pipe.model.train(training)
-        write_log(args.output_dir, {"step": state.global_step, "texts": texts})
+        write_log(folder_of(args), {"step": state.global_step, "texts": texts})
 
 
 class HeadProgress(TrainerCallback):
@@ -219,17 +223,18 @@ class HeadProgress(TrainerCallback):
         log: Callable[[dict], None],
         progress: bool = False,
     ) -> None:
-        self.objective, self.batches, self.log, self.base = objective, batches, log, None
+        self.objective, self.batches, self.log = objective, batches, log
+        self.base: torch.Tensor | None = None  # the posterior before the first step
         self.progress = progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
-        file = Path(args.output_dir) / "base_posterior.safetensors"
+        file = folder_of(args) / "base_posterior.safetensors"
         if state.global_step == 0:
             entry = self.measure()
             self.base = self.now
             if state.is_world_process_zero:
-                write_atomically(file, save({"log_probs": self.base, "batches": self.digest()}))
+                write_atomically(file, save({"log_probs": self.now, "batches": self.digest()}))
             self.log(entry | {"eval_posterior_drift": 0.0})
         elif not file.is_file():
             logger.warning("%s is gone, so eval_posterior_drift is left out from now on.", file)
@@ -255,7 +260,7 @@ class HeadProgress(TrainerCallback):
             entry["eval_posterior_drift"] = float(terms.sum(-1).mean())
         self.log(entry)
         if state.is_world_process_zero:
-            self.draw(Path(args.output_dir) / "calibration.png")
+            self.draw(folder_of(args) / "calibration.png")
 
     def draw(self, path: Path) -> None:
         """The calibration figure of the model card, from the last `measure`."""

@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from ..atomic_files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,11 @@ def is_whole(checkpoint: Path) -> bool:
         return all(_sha256(checkpoint / name) == value for name, value in hashes.items())
     except (OSError, ValueError):
         return False
+
+
+def folder_of(args: TrainingArguments) -> Path:
+    """The folder of a run, `--output_dir`."""
+    return Path(args.output_dir or "")
 
 
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:

@@ -59,17 +59,17 @@ class SudokuGrids(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """Many at once, which is how a DataLoader asks: a batch takes little more time than an example."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if wrong := indices[(indices < 0) | (indices >= self.num_examples)].tolist():
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wrong := wanted[(wanted < 0) | (wanted >= self.num_examples)].tolist():
             raise IndexError(f"Example {wrong[0]} of {self.num_examples}.")
-        u = uniform_of(self.seed, indices, 1 + SYMMETRY_NUMBERS)
+        u = uniform_of(self.seed, wanted, 1 + SYMMETRY_NUMBERS)
         is_puzzle, u = u[:, 0] < self.puzzle_share, u[:, 1:]
-        place = indices % np.where(is_puzzle, max(1, len(self.puzzles)), len(self.base))
+        place = wanted % np.where(is_puzzle, max(1, len(self.puzzles)), len(self.base))
         grids = symmetry_images(self.base[place], u)
         trainable = np.ones((len(grids), CELLS), dtype=bool)
         trainable[is_puzzle] = symmetry_images(self.puzzles[place[is_puzzle]], u[is_puzzle]) == 0
-        ids, trainable = torch.from_numpy(grids.astype(np.int64)), torch.from_numpy(trainable)
-        return [{"input_ids": i, "trainable_mask": t} for i, t in zip(ids, trainable, strict=True)]
+        pairs = zip(torch.from_numpy(grids.astype(np.int64)), torch.from_numpy(trainable), strict=True)
+        return [{"input_ids": ids, "trainable_mask": learned} for ids, learned in pairs]
 
 
 class BlankCanvases(Dataset):

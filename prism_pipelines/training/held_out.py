@@ -66,7 +66,7 @@ def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
     sample, attention_mask = pool.batch()
     hidden, found = objective.denoiser.hidden(sample, attention_mask), []
     looks = [is_looked_at(run) for run in pool.runs]
-    labels = [None] * len(looks)
+    labels: list = [None] * len(looks)
     if objective.label == "posterior" and any(looks):
         labels = pool.parts(leave_one_out(objective, pool, sample, attention_mask, looks))
     for run, part, look, label in zip(pool.runs, pool.parts(hidden), looks, labels, strict=True):

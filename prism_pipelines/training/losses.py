@@ -109,6 +109,8 @@ class MDMObjective(nn.Module):
     Source: LLaDA (arXiv 2502.09992, eq. 3) and MDLM (arXiv 2406.07524) for "elbo".
     """
 
+    denoiser: Any
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -296,6 +298,7 @@ class PRISMObjective(MDMObjective):
     """
 
     judge_all = False  # the head is asked about revealed tokens only
+    quality_head: Any
 
     def __init__(
         self,
@@ -348,7 +351,7 @@ class PRISMObjective(MDMObjective):
             self.denoiser.eval()
         return self
 
-    def forward(
+    def forward(  # type: ignore[override]  # another objective returns other parts of its loss
         self,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,

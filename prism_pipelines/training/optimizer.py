@@ -37,7 +37,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in others if p.ndim > 1]},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
@@ -49,12 +49,12 @@ class MuonAdamW(torch.optim.Optimizer):
         self.defaults = {}
 
     @property
-    def param_groups(self) -> list[dict]:
+    def param_groups(self) -> list[dict]:  # type: ignore[override]  # read from the parts
         """The groups of both parts; the dicts are shared, so a learning-rate schedule acts on them."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     @property
-    def state(self) -> dict:
+    def state(self) -> dict:  # type: ignore[override]  # read from the parts
         """Per-parameter state of both parts, read only."""
         return {p: s for part in self.parts.values() for p, s in part.state.items()}
 
@@ -92,10 +92,10 @@ def muon_adamw(objective: nn.Module, muon_lr: float, args: TrainingArguments) ->
     """
     if not hasattr(torch.optim, "Muon"):
         raise ImportError(f"`--optimizer muon` needs torch 2.9 or newer, and this is {torch.__version__}.")
-    denoiser = objective.denoiser
+    denoiser: Any = objective.denoiser
     output_head = denoiser.model.get_output_embeddings()
     linear = [m for m in denoiser.model.modules() if isinstance(m, nn.Linear) and m is not output_head]
-    matrices = [m.weight for m in linear if m.weight.requires_grad]
+    matrices: Any = [m.weight for m in linear if m.weight.requires_grad]
     chosen = {id(p) for p in matrices}
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
     if not matrices:

@@ -202,7 +202,8 @@ class RolloutObjective(PRISMObjective):
         self.label, self.states, self.stride = label, states, stride
         self.distill_loss, self.label_floor, self.forget_share = distill_loss, label_floor, forget_share
         self.pools: list[RolloutPool] = []
-        self.turn, self.stride_checked = 0, None  # batches so far; rank correlation of the stride
+        self.turn = 0  # batches so far
+        self.stride_checked: float | None = None  # rank correlation of the stride
 
     def new_pool(self, reads_more: Iterable[str] = ()) -> RolloutPool:
         """An empty pool of these settings."""
@@ -222,12 +223,13 @@ class RolloutObjective(PRISMObjective):
         """
         turn, self.turn = self.turn, self.turn + 1
         one_step = self.states == "mixed" and turn // self.num_pools % 2 == 1
-        clean = (None, None, None)
+        clean: tuple = (None, None, None)
         if one_step or not self.freeze_backbone:
             clean = super().corrupt(input_ids, trainable_mask, attention_mask, generator)
         if one_step:
             return clean
-        batch = {"input_ids": input_ids, "trainable_mask": trainable_mask, "attention_mask": attention_mask}
+        batch: dict[str, Any] = {"input_ids": input_ids, "trainable_mask": trainable_mask}
+        batch["attention_mask"] = attention_mask
         while len(self.pools) <= turn % self.num_pools:
             self.pools.append(self.warmed_up(batch))
         pool = self.pools[turn % self.num_pools]
@@ -321,7 +323,7 @@ class RolloutObjective(PRISMObjective):
             counts = super(PRISMObjective, self).counts(corrupted, input_ids, trainable_mask, attention_mask)
         return counts | {"judged": sum(chosen.sum() for chosen in corrupted[4]).float()}
 
-    def predict(
+    def predict(  # type: ignore[override]  # on rollouts the loss has other parts
         self,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
@@ -343,7 +345,7 @@ class RolloutObjective(PRISMObjective):
         loss, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
         return RolloutOutput(self.lambda_mdm * loss, loss_mdm=loss.detach(), drawn=[[True]])
 
-    def judge(
+    def judge(  # type: ignore[override]  # on rollouts the loss has other parts
         self,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,

@@ -85,7 +85,7 @@ class Rollout:
 
     canvas: Canvas
     clean: Tensor
-    scheduler: object
+    scheduler: Any
     segments: list[tuple[Tensor, int]]
     blocks: int
     repairs: int
@@ -147,12 +147,14 @@ class RolloutPool:
             attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
         """
         count = min(self.num_runs, len(input_ids))
-        self.runs = self.runs or [None] * count
-        for number, run in enumerate(self.runs):
+        runs: list[Rollout | None] = [*self.runs] or [None] * count
+        self.runs = []
+        for number, run in enumerate(runs):
             if run is None or run.done:
                 rows = slice(number % count, None, count)
                 some = [values if values is None else values[rows] for values in (trainable_mask, attention_mask)]
-                self.runs[number] = self.begin(input_ids[rows], *some)
+                run = self.begin(input_ids[rows], *some)
+            self.runs.append(run)
 
     def begin(self, clean: Tensor, trainable_mask: Tensor | None, attention_mask: Tensor | None) -> Rollout:
         """A new run of rows (R, L), with settings of its own."""
@@ -170,17 +172,15 @@ class RolloutPool:
         steps = round(low * (high / low) ** float(uniform((1,))))
         (order, temperature), eta = pick(chosen.orders), pick(chosen.etas)
         repairs = int(uniform((1,)) * (chosen.repairs + 1))
-        if eta:
-            scheduler = PrismScheduler(order=order, temperature=temperature, eta=eta)
-        else:
-            scheduler = MDLMScheduler(order=order, temperature=temperature)
+        same = {"order": order, "temperature": temperature}
+        scheduler = PrismScheduler(**same, eta=eta) if eta else MDLMScheduler(**same)
         return self.start(canvas, clean, scheduler, steps, repairs)
 
     def start(self, canvas: Canvas, clean: Tensor, scheduler: Any, steps: int, repairs: int = 0) -> Rollout:
         """A run with these settings. Where it has blocks, each gets at least one step."""
         spec, block_length = self.denoiser.spec, self.settings.block_length
         if block_length is not None or spec.attention == "block_causal":
-            shortest = block_length or spec.block_length
+            shortest = block_length or spec.block_length or 1
             steps = max(steps, -(-canvas.sample.shape[1] // shortest) + 1)
         segments = blocks_of(spec, canvas, block_length, steps)
         recorder = RunRecorder(self.denoiser, canvas.generated, self.reads)
@@ -194,8 +194,8 @@ class RolloutPool:
         masks = [run.canvas.attention_mask for run in self.runs]
         if all(mask is None for mask in masks) and all(run.sample.shape[1] == width for run in self.runs):
             return sample, None
-        masks = [torch.ones_like(r.sample) if m is None else m.long() for m, r in zip(masks, self.runs, strict=True)]
-        return sample, torch.cat([self.padded(mask, width, 0) for mask in masks])
+        whole = [torch.ones_like(r.sample) if m is None else m.long() for m, r in zip(masks, self.runs, strict=True)]
+        return sample, torch.cat([self.padded(mask, width, 0) for mask in whole])
 
     @staticmethod
     def padded(values: Tensor, width: int, value: int) -> Tensor:
@@ -254,9 +254,10 @@ class RolloutPool:
 
     def state(self) -> dict[str, Tensor]:
         """All that the runs are, for a checkpoint: tensors by name, and the rest as JSON in bytes."""
-        tensors, facts = {}, []
+        tensors: dict[str, Tensor] = {}
+        facts = []
         for number, run in enumerate(self.runs):
-            named = {"sample": run.sample, "clean": run.clean, "first": run.canvas.sample}
+            named: dict[str, Tensor | None] = {"sample": run.sample, "clean": run.clean, "first": run.canvas.sample}
             named |= {"generated": run.canvas.generated, "attention_mask": run.canvas.attention_mask}
             named |= {f"segment.{i}": where for i, (where, _) in enumerate(run.segments)}
             named |= {f"recorder.{name}": value for name, value in run.recorder.state().items()}

@@ -33,8 +33,9 @@ from ..hub.publish import (
 from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
-from .checkpointing import drop_later, is_whole, latest_checkpoint
+from .checkpointing import drop_later, folder_of, is_whole, latest_checkpoint
 from .held_out import HeadReport, RolloutProgress
+from .losses import PRISMObjective
 from .optimizer import muon_adamw
 from .rollout_losses import RolloutObjective
 from .setup import (
@@ -61,7 +62,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     Raises:
         ValueError, OSError: a flag that no run can use, or a base model or data that is not there.
     """
-    check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    check_output_dir(folder_of(args), args.resume_from_checkpoint)
     if run.base_model and Path(run.base_model).exists():
         run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
     whole = run.full or (run.objective == "mdm" and not run.adapter)
@@ -99,13 +100,13 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         trainer.held_out = eval_batches(held_out, collate, args)
         if args.eval_strategy != "no":
             trainer.add_callback(RolloutProgress(objective, trainer.held_out, trainer.log))
-    elif args.eval_strategy != "no" and run.objective != "mdm":
+    elif args.eval_strategy != "no" and isinstance(objective, PRISMObjective):
         trainer.add_callback(
             HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log, not args.disable_tqdm)
         )
     if run.sample_texts:
         given = [given_ids(example) for example in held_out[: run.sample_texts]]
-        trainer.add_callback(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
+        trainer.add_callback(TextProgress(pipe, given, min(64, max(1, (run.max_length or 1) // 2))))
     if run.sample_puzzles:
         trainer.add_callback(SudokuProgress(pipe, run.sample_puzzles, trainer.log))
     trainer.facts, trainer.origin_fingerprint = run_facts(run, args), origin
@@ -161,7 +162,13 @@ def eval_batches(
 def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     """What a model card says about a run: its flags that differ from the defaults, hardware, versions."""
     plain = {entry.name: entry.default for entry in fields(args)}
-    shown = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+    shown: tuple[str, ...] = (
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+    )
     shown += ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
     shown += ("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
     shown += ("bf16", "fp16", "gradient_checkpointing", "dataloader_drop_last")
@@ -179,7 +186,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
             flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
     words = [word for name, value in flags.items() for word in (f"--{name}", str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    call = {"use_chat_template": False} if run.no_chat_template else {}
+    call: dict = {"use_chat_template": False} if run.no_chat_template else {}
     if run.chat_template_kwargs:
         call["chat_template_kwargs"] = template_kwargs(run.chat_template_kwargs)
     return {
@@ -201,7 +208,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
     args = trainer.args
     checkpoint = args.resume_from_checkpoint
     if checkpoint == "latest":
-        checkpoint = latest_checkpoint(args.output_dir)
+        checkpoint = latest_checkpoint(folder_of(args))
         logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
     elif checkpoint and not is_whole(Path(checkpoint)):
         raise ValueError(
@@ -210,9 +217,9 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
     if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
         if checkpoint:
             check_origin(Path(checkpoint).parent, trainer.origin_fingerprint)
-        drop_later(args.output_dir, step_of(checkpoint) if checkpoint else 0)
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(args.output_dir) / RUN_CONFIG, json.dumps(trainer.origin_fingerprint) + "\n")
+        drop_later(folder_of(args), step_of(checkpoint) if checkpoint else 0)
+        folder_of(args).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder_of(args) / RUN_CONFIG, json.dumps(trainer.origin_fingerprint) + "\n")
     if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
@@ -223,7 +230,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         pipe, objective = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
         pipe.model.eval()
-        facts = {"metrics": last_metrics(args.output_dir)}
+        facts = {"metrics": last_metrics(folder_of(args))}
         if isinstance(objective, RolloutObjective):
             trainer.report = report = HeadReport(objective, trainer.held_out)
             facts = head_facts(pipe, run, report) | {"metrics": facts["metrics"] | report.metrics()}
@@ -259,31 +266,30 @@ def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismP
 
 def save(pipe: PrismPipeline, run: RunArguments, args: transformers.TrainingArguments, facts: dict) -> None:
     """Writes the result, and pushes it with `--push_to_hub`."""
-    folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
+    folder, repo = folder_of(args), args.hub_model_id or ""
+    hub_flags: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token, "facts": facts}
+    base: dict[str, Any] = {"base_model": run.base_model, "base_revision": run.revision}
     if (folder / "calibration.png").is_file():
         facts["figure"] = str(folder / "calibration.png")
     if run.objective == "mdm" and run.adapter:
-        save_adapter_repo(pipe, ADAPTER, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+        save_adapter_repo(pipe, ADAPTER, folder, **base, facts=facts)
         if run.push_to_hub:
-            push_adapter_repo(
-                pipe, ADAPTER, args.hub_model_id, base_model=run.base_model, base_revision=run.revision, facts=facts,
-                **hub_flags,
-            )  # fmt: skip
+            push_adapter_repo(pipe, ADAPTER, repo, **base, **hub_flags)
         return
     if run.objective == "mdm" or run.full:
         pipe.save_pretrained(folder)
         write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
         if run.push_to_hub:
-            push_pipeline(pipe, args.hub_model_id, facts=facts, **hub_flags)
+            push_pipeline(pipe, repo, **hub_flags)
         return
-    save_head_repo(pipe, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+    save_head_repo(pipe, folder, **base, facts=facts)
     if run.push_to_hub:
-        push_head_repo(pipe, args.hub_model_id, facts=facts, **hub_flags)
+        push_head_repo(pipe, repo, **hub_flags)
 
 
-def last_metrics(folder: str) -> dict[str, float]:
+def last_metrics(folder: str | Path) -> dict[str, float]:
     """The last value of each held-out measure in the log."""
-    found = {}
+    found: dict[str, float] = {}
     for entry in read_log(folder):
         measures = (
             "eval_loss",

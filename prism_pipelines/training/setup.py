@@ -89,7 +89,7 @@ def load_base(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 def resolve_revision(run: RunArguments) -> str | None:
     """The commit that `--base_model` is at, so that a head names what it was trained on; `--revision` if unknown."""
-    if not is_hub_id(run.base_model):
+    if run.base_model is None or not is_hub_id(run.base_model):
         return run.revision
     hub_kwargs = {"revision": run.revision}
     file = fetch_file(run.base_model, "model_index.json", hub_kwargs) or fetch_file(
@@ -164,8 +164,9 @@ def add_lora(run: RunArguments, model: PreTrainedModel, spec: MDMSpec) -> None:
         if not any(f".{name}".endswith(f".{target}") for name in matrices):
             names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
             raise ValueError(f"`--lora_targets` names {target!r}, and the model's modules with a matrix are {names}.")
+    size: dict[str, Any] = {"r": run.rank, "lora_alpha": run.lora_alpha}  # `check_run` has filled them in
     model.add_adapter(
-        LoraConfig(r=run.rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets),
+        LoraConfig(**size, lora_dropout=run.lora_dropout, target_modules=targets),
         adapter_name=ADAPTER,
     )
     for parameter in model.parameters():
@@ -226,7 +227,7 @@ def begin_at_free_scores(head: QualityHead) -> None:
             layer.weight.zero_(), layer.bias.zero_()
 
 
-def begin_from(head: QualityHead, folder: str) -> None:
+def begin_from(head: Any, folder: str) -> None:
     """Copies the layers of another head that have the same name and size.
 
     Raises:
@@ -235,7 +236,7 @@ def begin_from(head: QualityHead, folder: str) -> None:
     place = next((p for p in (Path(folder), Path(folder) / "quality_head") if (p / "config.json").is_file()), None)
     if place is None:
         raise ValueError(f"`--head_from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
-    other = QualityHead.from_pretrained(place)
+    other: Any = QualityHead.from_pretrained(place)
     own, found = head.state_dict(), other.state_dict()
     fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     if other.config.hidden_size != head.config.hidden_size or not fitting:
@@ -254,7 +255,7 @@ def build_objective(
     """The module that is trained: backbone, head and loss in one."""
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppress_tokens=suppress_tokens)
-    shared = {
+    shared: dict[str, Any] = {
         "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
         "mask_rate_min": run.mask_rate_min,
@@ -312,7 +313,12 @@ def rollout_flags(run: RunArguments) -> dict:
         mask_rate_min=run.mask_rate_min,
         mask_rate_max=run.mask_rate_max,
     )
-    flags = {"settings": settings, "num_runs": run.rollout_runs, "num_pools": run.num_pools, "label": label_of(run)}
+    flags: dict[str, Any] = {
+        "settings": settings,
+        "num_runs": run.rollout_runs,
+        "num_pools": run.num_pools,
+        "label": label_of(run),
+    }
     flags |= {"states": "rollout" if run.objective == "distill" else run.states, "stride": run.label_stride}
     flags |= {"distill_loss": run.distill_loss, "label_floor": run.label_floor, "forget_share": run.forget_share}
     if flags["states"] == "mixed":
@@ -358,21 +364,21 @@ def load_examples(
         if tokenizer.get_vocab() != sudoku.sudoku_tokenizer().get_vocab():
             raise ValueError(f"`--dataset sudoku` is for models of Sudokus, and {run.base_model!r} has other tokens.")
         clues = (run.puzzle_clues_min, run.puzzle_clues_max)
-        train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
-        held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
-        return train, held_out, None
-    set_max_length(run, args, model)
+        grids = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
+        count = run.num_eval_examples
+        return grids, SudokuGrids(count, HELD_OUT_SEED, count, run.puzzle_share, clues), None
+    length = run.max_length = checked_max_length(run, args, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     collate = functools.partial(pad_batch, pad_token_id=pad)
     if run.dataset is None:
-        return *blank_examples(run, args, tokenizer, spec), collate
+        return *blank_examples(run, args, tokenizer, spec, length), collate
     if run.streaming and args.max_steps <= 0:
         raise ValueError("`--streaming` data has no known length: pass `--max_steps`.")
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     encoder = RowEncoder(
         tokenizer,
         spec.mask_token_id,
-        run.max_length,
+        length,
         model.config.vocab_size,
         run.too_long,
         suppress_tokens,
@@ -410,23 +416,22 @@ def load_examples(
     return train, held_out, collate
 
 
-def set_max_length(run: RunArguments, args: TrainingArguments, model: PreTrainedModel) -> None:
-    """Fills in `--max_length`.
+def checked_max_length(run: RunArguments, args: TrainingArguments, model: PreTrainedModel) -> int:
+    """`--max_length`, or its default.
 
     Raises:
         ValueError: it is more than the model takes.
     """
     limit = checks.max_length(model.config)
     if run.max_length is None:
-        run.max_length = min(MAX_LENGTH, limit or MAX_LENGTH)
+        length = min(MAX_LENGTH, limit or MAX_LENGTH)
         if args.process_index == 0:
-            logger.warning(
-                "--max_length is %d tokens, %s.",
-                run.max_length,
-                f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default",
-            )
+            why = f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default"
+            logger.warning("--max_length is %d tokens, %s.", length, why)
+        return length
     if limit is not None and run.max_length > limit:
         raise ValueError(f"`--max_length` is {run.max_length}, and the model takes {limit} tokens at most.")
+    return run.max_length
 
 
 def template_kwargs(words: str | None) -> dict | None:
@@ -447,31 +452,31 @@ def template_kwargs(words: str | None) -> dict | None:
 
 
 def blank_examples(
-    run: RunArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec
+    run: RunArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec, length: int
 ) -> tuple[BlankCanvases, BlankCanvases]:
-    """As `load_examples`, of a training without data: rows of masks of at most `--max_length`.
+    """As `load_examples`, of a training without data: rows of masks of at most `length` tokens.
 
     An encoder was trained on one sequence a row, of any length, so its rows differ in length.
     """
-    frame, shortest = text_frame(tokenizer, spec), run.max_length
+    frame, shortest = text_frame(tokenizer, spec), length
     if frame.closing:
-        shortest = max(len(frame.opening) + len(frame.closing) + 1, run.max_length // 4)
+        shortest = max(len(frame.opening) + len(frame.closing) + 1, length // 4)
     else:
         frame = Frame(tuple(prompt_ids([""], tokenizer)[0]))
     train, held_out = (
-        BlankCanvases(count, (shortest, run.max_length), seed, spec.mask_token_id, *frame)
+        BlankCanvases(count, (shortest, length), seed, spec.mask_token_id, *frame)
         for count, seed in ((run.num_train_examples, args.seed), (run.num_eval_examples, HELD_OUT_SEED))
     )
     return train, held_out
 
 
-def check_output_dir(folder: str, resume: str | None) -> None:
+def check_output_dir(folder: str | Path, resume: str | None) -> None:
     """Checks that a run may write into a folder: it is new or empty, or holds a run of ours that is to be resumed.
 
     Raises:
         ValueError: it holds something else, or a run, and nothing says to go on with it.
     """
-    path = Path(folder)
+    path, folder = Path(folder), str(folder)
     if path.is_file():
         raise ValueError(f"`--output_dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpointing import WEIGHTS, latest_checkpoint, seal_checkpoint
+from .checkpointing import WEIGHTS, folder_of, latest_checkpoint, seal_checkpoint
 from .rollout_losses import RolloutObjective
 
 EVAL_SEED = 999_983  # of the noise of every evaluation
@@ -84,6 +83,13 @@ class ObjectiveTrainer(Trainer):
     Checkpoints hold the trainable tensors only and appear at once or not at all.
     """
 
+    model: Any
+    optimizer: Any
+    held_out: list[dict[str, torch.Tensor]]  # of a head on rollouts: batches that it is measured on
+    facts: dict  # what a model card says of the run
+    origin_fingerprint: dict[str, str]
+    report: Any  # of a head on rollouts: its `HeadReport`, when the run is done
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
         """As the Trainer's; the batches of a step are kept until the first of them is trained on."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -143,8 +149,9 @@ class ObjectiveTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         tensors = trainable(self.model)
         if self.args.should_save:
-            os.makedirs(output_dir or self.args.output_dir, exist_ok=True)
-            save_file(tensors, Path(output_dir or self.args.output_dir) / WEIGHTS)
+            folder = Path(output_dir) if output_dir else folder_of(self.args)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_trainable(model or self.model, resume_from_checkpoint)
@@ -159,7 +166,7 @@ class ObjectiveTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         check_finite(self.model)
-        run_dir, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
+        run_dir, partial = folder_of(self.args), folder_of(self.args) / "partial"
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
