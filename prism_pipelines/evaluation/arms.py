@@ -1,4 +1,4 @@
-"""Arms of a comparison: schedulers with their settings, as they stand in files, and what makes them comparable."""
+"""Arms of a comparison: schedulers with their settings, as files hold them, and what makes them comparable."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def make_scheduler(arm: dict, temperature: float) -> Any:
     if not arm.get("outside") and config.get("temperature", temperature) != temperature:
         raise ValueError(
             f"Arm {arm['name']!r} has temperature {config['temperature']}, the comparison {temperature}. Arms are "
-            'compared at the same temperature; set "outside": true for one that stands beside the others.'
+            'compared at the same temperature; set "outside": true for one that is not compared.'
         )
     try:
         return kind(**{"temperature": temperature, **config})
@@ -146,8 +146,7 @@ def check_comparison(
         found = {arm["name"]: arm.get(name) for arm in inside}
         if len(set(found.values())) > 1:
             raise ValueError(
-                f"Arms are compared at the same {name}, got {found}. "
-                'Set "outside": true for one that stands beside the others.'
+                f'Arms are compared at the same {name}, got {found}. Set "outside": true for one that is not compared.'
             )
     for arm in arms:
         make_scheduler(arm, temperature)
@@ -166,10 +165,10 @@ def check_names(arm: dict) -> None:
 
 
 def outside_names(arms: list[dict]) -> set[str]:
-    """Names of the arms that stand beside the comparison."""
+    """Names of the arms that are shown but not compared."""
     return {arm["name"] for arm in arms if arm.get("outside")}
 
 
 def marked(name: str, outside: set[str]) -> str:
-    """The name of an arm, with a mark if it stands beside the comparison."""
+    """The name of an arm, with a mark if it is shown but not compared."""
     return f"{name} (outside)" if name in outside else name

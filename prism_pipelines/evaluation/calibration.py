@@ -1,4 +1,4 @@
-"""How well a quality head tells right tokens from wrong ones, beside what the backbone itself says, by mask ratio.
+"""How well a quality head tells right tokens from wrong ones, and how well the backbone's own probability does.
 
 Errors are planted as in the fine-tuning loss: mask a clean sequence, let the model fill a few of the masks with its own
 draws, and score those. A token is right if it equals the clean one.

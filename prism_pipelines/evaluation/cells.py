@@ -135,7 +135,7 @@ def _checked_metrics(metrics: Any, key: tuple) -> dict:
 def _counted_rows(pipe: Any) -> Iterator[list[int | None]]:
     """Counts rows that `pipe.model` reads while it is open; [None] if there is no such module.
 
-    Rows and not calls: a comparison may go on with another batch size.
+    Rows and not calls: a comparison may be resumed with another batch size.
     """
     read: list[int | None] = [None]
     model: Any = getattr(pipe, "model", None)

@@ -95,7 +95,7 @@ def pipeline_texts(
         ValueError: no tokenizer, no samples wanted, or masks left in a generation.
     """
     if getattr(pipe, "tokenizer", None) is None:
-        raise ValueError("`pipe` has no tokenizer, so its samples are no text. Load it with tokenizer=.")
+        raise ValueError("`pipe` has no tokenizer, so its samples are not text. Load it with tokenizer=.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"`num_samples` and `batch_size` must be at least 1, got {num_samples} and {batch_size}.")
     texts = []
@@ -196,7 +196,7 @@ def unigram_entropy(sequences: Iterable[Sequence]) -> float:
         sequences: lists of tokens (ids, words or characters), each not empty.
     Raises:
         ValueError: no sequences or an empty one.
-    Source: the entropy reported beside generative perplexity, "Masked Diffusion Models are Secretly Time-Agnostic
+    Source: the entropy reported with generative perplexity, "Masked Diffusion Models are Secretly Time-Agnostic
         Masked Models" (arXiv 2409.02908).
     """
     sequences = list(sequences)

@@ -68,7 +68,7 @@ def generative_perplexity(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict:
-    """Perplexity of texts under a judge, with the diversity that it must be read beside.
+    """Perplexity of texts under a judge, with the diversity of the texts: repetition alone makes perplexity low.
 
     exp of the mean negative log-likelihood over all scored tokens of all texts.
 

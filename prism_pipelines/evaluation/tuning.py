@@ -111,7 +111,7 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
         # By index: values stand in order as a rule, which a sampler can use, and may be of any kind.
         chosen = {name: values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in knobs(arm).items()}
         option = arm | chosen
-        if option not in seen:  # a setting proposed again is told its score and costs no trial
+        if option not in seen:  # a setting that is proposed again gets its score and costs no trial
             seen.append(option)
             yield option
         study.tell(trial, scores[seen.index(option)])

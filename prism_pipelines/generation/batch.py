@@ -1,6 +1,6 @@
 """Generation for thousands of prompts: a file in, a file out, in input order, resumable, on one process or several.
 
-How the work is shared out and taken up again stands in `running.py`, what a run writes in `output_files.py`.
+`running.py` says how the work is shared and resumed, `output_files.py` what a run writes.
 """
 
 from __future__ import annotations

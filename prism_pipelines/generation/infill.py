@@ -106,7 +106,7 @@ def score_many(
     invalid: str = "error",
     progress: bool = True,
 ) -> dict:
-    """The quality of every token of every row of a file. Called again, it goes on.
+    """The quality of every token of every row of a file. Called again, it is resumed.
 
     Args:
         pipe, source, out, column, marks, drop, batch_size, invalid, progress: as `infill_many`.

@@ -1,6 +1,6 @@
-"""Batches of the rows of a file, filled one after the other by one process or several; a killed run goes on.
+"""Batches of the rows of a file, filled one after the other by one process or several; a killed run is resumed.
 
-What a run writes, and why a kill neither loses nor doubles a row, stands in `output_files.py`.
+`output_files.py` says what a run writes, and why a kill neither loses nor doubles a row.
 """
 
 from __future__ import annotations

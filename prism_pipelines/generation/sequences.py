@@ -1,6 +1,6 @@
 """Texts to fill in or to score, from files that people have: FASTA, CSV, TSV, JSON lines, plain lines.
 
-A row that cannot be used is named by its line, and stays a row: what came in comes out, with the reason beside it.
+A row that cannot be used is named by its line, and stays a row: the output holds it as it came, with the reason.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def place_of(row: dict) -> str:
 
 
 def duplicates(rows: list[dict]) -> list[str]:
-    """For each name that stands there twice one sentence."""
+    """One sentence for each name that occurs twice."""
     first: dict[str | int, int] = {}
     told: dict[str | int, str] = {}
     for row in rows:

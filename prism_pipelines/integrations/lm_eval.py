@@ -30,7 +30,7 @@ from ..sampling.likelihood import METHODS, is_greedy, scored_canvas
 from ..schedulers.by_name import change_scheduler
 from ..schedulers.validation import is_int, require
 
-# What a task may ask for beside `until`; the others cannot be honoured and are refused.
+# What a task may ask for besides `until`. Everything else is refused.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTHS}
 

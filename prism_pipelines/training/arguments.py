@@ -153,7 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         parser.parse_args(["--help"])  # transformers' reading of --args_file would show that flag alone
     words = expanded(words)
     run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], look_for_args_file=False)
-    # A loss that is no number would be replaced by the mean of the others, and the run would go on.
+    # A NaN loss would be replaced by the mean of the others, and the run would continue.
     args.logging_nan_inf_filter = False
     # Processes that shuffle by seeds of their own would read some examples twice and others never.
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -179,7 +179,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         )
     if args.save_only_model:
         raise ValueError(
-            "`--save_only_model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
+            "`--save_only_model` is not supported: a run is not resumed without its optimizer and schedule. "
             "Pass --save_total_limit 1 for a small folder."
         )
     run.push_to_hub, args.push_to_hub = args.push_to_hub, False
@@ -206,7 +206,7 @@ def expanded(words: list[str]) -> list[str]:
             continue
         file = Path(value if equals else next(left, ""))
         if not file.is_file():
-            raise ValueError(f"`--args_file` {str(file)!r} is no file.")
+            raise ValueError(f"`--args_file` {str(file)!r} is not a file.")
         flags = shlex.split(file.read_text(), comments=True)
         if any(flag.partition("=")[0] == "--args_file" for flag in flags):
             raise ValueError(f"`--args_file` {str(file)!r} names another --args_file; pass both on the command line.")
@@ -248,7 +248,7 @@ def check_run(run: RunArguments) -> None:
             f"{tuned[0]} goes with --objective prism or critic; mdm trains all weights, or an adapter with --rank."
         )
     if run.objective == "mdm" and adapter and run.base_model is None:
-        raise ValueError(f"{adapter[0]} is of an adapter, which needs a pretrained model: pass --base_model.")
+        raise ValueError(f"{adapter[0]} only applies to an adapter, which needs a pretrained model: pass --base_model.")
     run.adapter = bool(adapter) if run.objective == "mdm" else not tuned
     check_unused(run)
     if run.dataset is None and run.objective != "distill":
@@ -264,7 +264,7 @@ def check_run(run: RunArguments) -> None:
         raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base_model.")
     new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
     if run.base_model is not None and new:
-        raise ValueError(f"`--{new[0]}` is of a new model; `--base_model` brings its own.")
+        raise ValueError(f"`--{new[0]}` only applies to a new model; `--base_model` brings its own.")
     if len(tuned) + bool(adapter) > 1:
         raise ValueError(f"Pass one of --freeze_backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
     all_weights = run.full or (run.objective == "mdm" and not run.adapter)

@@ -74,7 +74,7 @@ class MetricsLog(TrainerCallback):
                     self.counts[name] = self.counts.get(name, 0) + 1
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Takes back the entries after the step from which the run goes on."""
+        """Removes the entries after the step that the run is resumed from."""
         file = folder_of(args) / "training_log.jsonl"
         if state.is_world_process_zero:
             kept = [entry for entry in read_log(folder_of(args)) if entry["step"] <= state.global_step]
@@ -91,7 +91,7 @@ class MetricsLog(TrainerCallback):
         """Called by the Trainer on every process; only the first one writes.
 
         Raises:
-            FloatingPointError: the loss is no number any more.
+            FloatingPointError: the loss is NaN or inf.
         """
         entry = {"step": state.global_step, **(logs or {})}
         loss = entry.get("loss")
@@ -255,7 +255,7 @@ class HeadProgress(TrainerCallback):
         """Called by the Trainer after each evaluation, on every process."""
         entry = self.measure()
         if self.base is not None:
-            # Forbidden ids have log-probability -inf in both, and their difference is no number; they add nothing.
+            # Forbidden ids have log-probability -inf in both, and the difference would be NaN; they add nothing.
             terms = torch.where(self.base.isneginf(), 0.0, self.base.exp() * (self.base - self.now))
             entry["eval_posterior_drift"] = float(terms.sum(-1).mean())
         self.log(entry)
@@ -295,7 +295,9 @@ class HeadProgress(TrainerCallback):
                 "token to judge: raise --num_eval_examples, or pass --eval_strategy no."
             )
         if not quality.isfinite().all():
-            raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning_rate.")
+            raise FloatingPointError(
+                "The head's output contains NaN or inf on held-out examples. Lower --learning_rate."
+            )
         self.score = score = calibration_measures(quality.sigmoid().numpy(), right.numpy())
         return {
             "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: written beside, checked by a manifest, renamed into place."""
+"""Checkpoints that survive a kill at any moment: written elsewhere, checked by a manifest, renamed into place."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def checkpoints(output_dir: str | Path) -> dict[int, Path]:
 
 
 def drop_later(output_dir: str | Path, step: int) -> None:
-    """Deletes the checkpoints after `step`, from which a run goes on: they are of the way that it leaves.
+    """Deletes the checkpoints after `step`, the step that a run is resumed from.
 
-    `latest` would take one of them after an interruption, and their rotation would delete the new ones.
+    After an interruption, `latest` would take one of them, and their rotation would delete the new ones.
     """
     for later, path in sorted(checkpoints(output_dir).items()):
         if later > step:
-            print(f"Deleting {path}: the run goes on from step {step}.", flush=True)
+            print(f"Deleting {path}: the run is resumed from step {step}.", flush=True)
             shutil.rmtree(path)
 
 

@@ -1,4 +1,4 @@
-"""What a head on rollouts finds on held-out runs, beside what the run itself says for nothing; and its temperature."""
+"""A head on rollouts, measured on held-out runs: against scores that are free, and at a fitted temperature."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def at_temperature(rows: list[JudgedRow], temperature: float | None) -> list[Jud
 
 
 class HeadReport:
-    """What is known of a trained head: its temperature, and what it finds beside the free scores.
+    """Measures of a trained head: its temperature, and how it compares with the free scores.
 
     Args:
         objective: trained or not; its head's config is not changed.

@@ -547,15 +547,15 @@ class PRISMObjective(MDMObjective):
         """Tokens x^ at `positions` (B, L) and their probabilities, (N,) each, in row-major order.
 
         Raises:
-            FloatingPointError: the logits are no numbers.
+            FloatingPointError: the logits contain NaN or inf.
         """
         parts = []
         for part in split_positions(positions, self.chunk_size):
             logits = self.denoiser.logits(hidden, part)
             if not logits.amax(-1).isfinite().all():  # sample_tokens would end the process, on a GPU without a word
                 raise FloatingPointError(
-                    "The predictions of the model are no numbers any more. Lower --learning_rate, or check the data; "
-                    "the last checkpoint was written before this."
+                    "The model's logits contain NaN or inf. Lower --learning_rate, or check the data; the last "
+                    "checkpoint was written before this."
                 )
             parts.append(sample_tokens(logits, self.temperature, self.top_p, generator=generator))
         tokens, probs = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -130,7 +130,7 @@ def compare_stride(
 
 
 class RolloutObjective(PRISMObjective):
-    """The loss of a head at the visible tokens of a run that is under way; the run then goes on by one step.
+    """The loss of a head at the visible tokens of a run that is under way. The run then makes one more step.
 
     Label "truth":     BCE(out_i, 1[y_i = x_i]) at all visible generated tokens. Its minimiser is P(x_i = y_i | y and
                        what the head knows of the run), under the law of the sampler.
@@ -355,7 +355,7 @@ class RolloutObjective(PRISMObjective):
         drawn: list,
         totals: dict[str, Tensor] | None = None,
     ) -> PRISMOutput | RolloutOutput:
-        """The head's loss at the judged tokens of the runs, which then go on by one step; see `PRISMObjective.judge`.
+        """The head's loss at the judged tokens of the runs, each of which makes a step. See `PRISMObjective.judge`.
 
         Random numbers of the runs come from torch's default generator.
         """

@@ -1,8 +1,8 @@
-"""States that a model's own runs pass through: half-written rows that the real schedulers advance as training goes on.
+"""States that a model's own runs pass through: half-written rows, which the real schedulers advance during training.
 
 A pool holds the rows of a batch, split into runs. Each forward pass of training is also a forward pass of every run:
-the logits beside which the head is trained are those by which the schedulers write on. So states of the sampler cost
-no forward pass of their own. The idea is that of the streaming in PUMA (github.com/JaeyeonKim01/PUMA).
+its hidden states train the head, and its logits let the schedulers write on. So states of the sampler cost no forward
+pass of their own. The idea comes from the streaming in PUMA (github.com/JaeyeonKim01/PUMA).
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Rollout:
 class RolloutPool:
     """The runs of a batch. `refill`, make a forward pass on `batch()`, and `advance` each run by what it gave.
 
-    All random numbers come from torch's default generator, so a training run that is resumed with its state goes on
-    exactly; `state` and `load_state` are the rest of it.
+    All random numbers come from torch's default generator. A training run that is resumed with the state of that
+    generator, and with `state` of the pool, is exactly the one that was not interrupted.
 
     Args:
         denoiser: of the model that writes.

@@ -69,8 +69,8 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     if run.push_to_hub and not (whole or is_hub_id(run.base_model)):
         raise ValueError(
             "`--push_to_hub` of a head or an adapter needs a base model that others can load, and "
-            f"`--base_model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
-            "on its id."
+            f"`--base_model` {run.base_model!r} is not an id on the Hub. Push that one first (docs/sharing.md), and "
+            "train on its id."
         )
     set_seed(args.seed)
     run.revision = resolve_revision(run)
@@ -200,7 +200,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
 
 
 def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
-    """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` goes on.
+    """Trains and saves into `--output_dir`; `--resume_from_checkpoint latest` resumes.
 
     All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB. Adapter
     alone: a plain PEFT adapter.
@@ -211,9 +211,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         checkpoint = latest_checkpoint(folder_of(args))
         logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
     elif checkpoint and not is_whole(Path(checkpoint)):
-        raise ValueError(
-            f"`--resume_from_checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
-        )
+        raise ValueError(f"`--resume_from_checkpoint` {checkpoint!r} is not a complete checkpoint: pass `latest`.")
     if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
         if checkpoint:
             check_origin(Path(checkpoint).parent, trainer.origin_fingerprint)
@@ -318,7 +316,7 @@ def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status. What the user can mend prints one line: 2 before training, 1 in it."""
+    """Entry point; returns the exit status: 2 for an error before training, 1 for one in it, each told in one line."""
     status = 2
     try:
         run, args = parse_arguments(argv)

@@ -474,7 +474,7 @@ def check_output_dir(folder: str | Path, resume: str | None) -> None:
     """Checks that a run may write into a folder: it is new or empty, or holds a run of ours that is to be resumed.
 
     Raises:
-        ValueError: it holds something else, or a run, and nothing says to go on with it.
+        ValueError: it holds something else, or a run that is not to be resumed.
     """
     path, folder = Path(folder), str(folder)
     if path.is_file():
@@ -488,17 +488,20 @@ def check_output_dir(folder: str | Path, resume: str | None) -> None:
     ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
     if "training_log.jsonl" not in entries and not ours:
         raise ValueError(
-            f"`--output_dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
+            f"`--output_dir` {folder!r} holds {sorted(entries)[:3]} and is not the folder of a training run. Name "
+            "a new one."
         )
     if not resume:
         raise ValueError(
-            f"`--output_dir` {folder!r} holds a run already. Go on with it by --resume_from_checkpoint latest, or name "
-            "a new folder."
+            f"`--output_dir` {folder!r} holds a run already. Pass --resume_from_checkpoint latest, or name a "
+            "new folder."
         )
 
 
 def origin_fingerprint(run: RunArguments, model: PreTrainedModel) -> dict[str, str]:
-    """What a run goes on from only if it began there: its objective, and the weights of `--base_model`.
+    """Fingerprint of a run's starting point: its objective, and the weights of `--base_model`.
+
+    A run is resumed only if it matches.
 
     Returns:
         {"objective", "base_weights"}; the weights are a digest, or "new" without a base.
@@ -529,6 +532,6 @@ def check_origin(folder: str | Path, now: dict) -> None:
         )
     if before["base_weights"] != now["base_weights"]:
         raise ValueError(
-            f"{str(folder)!r} holds a run that began from other weights than `--base_model` has now. Go on from those, "
-            "or name a new `--output_dir`."
+            f"{str(folder)!r} holds a run that began from other weights than `--base_model` has now. Resume with "
+            "those, or name a new `--output_dir`."
         )

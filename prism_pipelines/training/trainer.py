@@ -30,16 +30,16 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Checks that the trainable parameters are numbers; every process must call.
+    """Checks that the trainable parameters are finite; every process must call.
 
     Raises:
-        FloatingPointError: one is not.
+        FloatingPointError: one contains NaN or inf.
     """
     for name, tensor in trainable(model).items():
         if not tensor.isfinite().all():
             raise FloatingPointError(
-                f"The weights in {name} are no numbers any more, and are not saved. Lower --learning_rate, or check "
-                "the data; the last checkpoint was written before this."
+                f"The weights in {name} contain NaN or inf, and are not saved. Lower --learning_rate, or check the "
+                "data; the last checkpoint was written before this."
             )
 
 

@@ -68,7 +68,7 @@ class Problem:
 
 
 def load_problems(source: str | Path) -> list[Problem]:
-    """HumanEval or MBPP problems; which of the two is told by the fields.
+    """HumanEval or MBPP problems; the fields say which of the two.
 
     Args:
         source: a file (.jsonl, .jsonl.gz, .json, .json.gz: one object a line, or a list of them; .parquet: needs
@@ -105,7 +105,7 @@ def _rows(source: str | Path) -> list:
         name = HUB.get(str(source), str(source))
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (".jsonl", ".json", ".gz", ".parquet"):
             raise ValueError(
-                f"{str(source)!r} is no file, and neither one of {', '.join(HUB)} nor a Hub id owner/name."
+                f"{str(source)!r} is not a file, and neither one of {', '.join(HUB)} nor a Hub id owner/name."
             )
         splits = _datasets().load_dataset(name)
         return [row for split in splits.values() for row in split]
@@ -402,7 +402,7 @@ def choose(
     require(limit is None or is_int(limit, 1), "limit", limit, "a whole number of at least 1")
     chosen = problems[:limit]
     if not chosen:
-        raise ValueError("No problem is left beside the examples that are shown.")
+        raise ValueError("No problem is left besides the examples that are shown.")
     return chosen, examples, len(chosen) < len(problems)
 
 
