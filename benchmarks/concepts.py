@@ -12,10 +12,10 @@ from collections import defaultdict
 
 from benchmarks.shared import ROOT
 from prism_pipelines.cli.arguments import Parser
-from prism_pipelines.evaluation.figure_style import ARMS, GREY, INK, new_figure, save_figure, styled
+from prism_pipelines.evaluation.figure_style import ARM_LOOKS, GREY, INK, new_figure, save_figure, styled
 
 FIGURES = ROOT / "docs" / "figures"
-BLUE, ORANGE = ARMS["PRISM"][0], ARMS["judge and repair"][0]
+BLUE, ORANGE = ARM_LOOKS["PRISM"][0], ARM_LOOKS["judge and repair"][0]
 # How often each sentence is said; every other sentence of these words never is.
 SENTENCES = {
     "the cat sat": 24, "the cat ran": 14, "the dog sat": 12, "the dog ran": 20, "a cat sat": 8, "a dog ran": 10,

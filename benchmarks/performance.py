@@ -12,6 +12,7 @@ import sys
 
 from benchmarks.shared import ROOT
 from prism_pipelines.cli.arguments import Parser
+from prism_pipelines.evaluation.tables import markdown_table
 
 PAGE = ROOT / "docs" / "performance.md"
 COLUMNS = {
@@ -39,12 +40,9 @@ def section(table: dict) -> str:
     for batch, generated in dict.fromkeys((row["batch"], row["generated"]) for row in table["rows"]):
         rows = [row for row in table["rows"] if (row["batch"], row["generated"]) == (batch, generated)]
         lines += ["", f"Batch {batch}, {generated} tokens in {rows[0]['forwards']} forwards:", ""]
-        lines.append("| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
-        lines.append("| --- |" + " ---: |" * len(COLUMNS))
+        cells = [[row["arm"], *(form.format(row[name]) for name, (_, form) in COLUMNS.items())] for row in rows]
+        lines.append(markdown_table(["", *(title for title, _ in COLUMNS.values())], cells, right=len(COLUMNS)))
         peaks = [row["peak_bytes"] for row in rows]
-        for row in rows:
-            cells = [form.format(row[name]) for name, (_, form) in COLUMNS.items()]
-            lines.append(f"| {row['arm']} | " + " | ".join(cells) + " |")
         if None not in peaks:
             lines += ["", f"Peak of GPU memory: {min(peaks) / 1e9:.1f} to {max(peaks) / 1e9:.1f} GB."]
     return "\n".join(lines)

@@ -32,6 +32,7 @@ from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import bootstrap_interval, distinct_n
 from prism_pipelines.evaluation.figure_style import GREY, new_figure, save_figure, styled
 from prism_pipelines.evaluation.statistics import tabulate
+from prism_pipelines.evaluation.tables import markdown_table
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 KINDS = ("30", "60", "90", "H3", "nothing")  # per cent of the residues, the loop alone, or all but the first
@@ -235,9 +236,8 @@ def markdown(result: dict) -> str:
         f"{n} sequences, {seeds} seed{'s' if seeds > 1 else ''}, paired. In brackets 95 % over sequences; differences "
         f"are those of recovery from {REFERENCE}.",
         "",
-        "| masked | passes | T | rule | recovery | difference | log p | 3-mers (real) | mean passes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    recovered = []
     for row in result["rows"]:
         value, low, high = row["recovery"]
         apart = row.get("recovery_difference")
@@ -245,18 +245,16 @@ def markdown(result: dict) -> str:
         diversity = f"{row['distinct']:.2f} ({row['distinct_real']:.2f})"
         cells = [row["kind"], row["forwards"], f"{row['temperature']:g}", row["arm"]]
         cells += [f"{value:.3f} ({low:.3f}-{high:.3f})", apart, f"{row['likelihood'][0]:.2f}", diversity]
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['mean_nfe']:.1f} |")
-    lines += [
-        "",
-        "| planted mutations, by | n | AUROC in the sequence | the worst residue is the planted one | passes |",
-    ]
-    lines += ["| --- | --- | --- | --- | --- |"]
+        recovered.append([*cells, f"{row['mean_nfe']:.1f}"])
+    planted = []
     for row in result["planted"]:
         interval = "" if row["low"] is None else f" ({row['low']:.3f}-{row['high']:.3f})"
-        lines.append(
-            f"| {row['by']} | {row['n']} | {row['auroc']:.3f}{interval} | {row['worst']:.2f} | {row['forwards']} |"
-        )
-    return "\n".join(lines) + "\n"
+        auroc, worst = f"{row['auroc']:.3f}{interval}", f"{row['worst']:.2f}"
+        planted.append([row["by"], row["n"], auroc, worst, row["forwards"]])
+    header = ["masked", "passes", "T", "rule", "recovery", "difference", "log p", "3-mers (real)", "mean passes"]
+    lines += [markdown_table(header, recovered), ""]
+    header = ["planted mutations, by", "n", "AUROC in the sequence", "the worst residue is the planted one", "passes"]
+    return "\n".join([*lines, markdown_table(header, planted)]) + "\n"
 
 
 def draw(result: dict, path) -> None:

@@ -23,6 +23,8 @@ from benchmarks.text_results import (
     value,
 )
 from prism_pipelines.cli.arguments import Parser
+from prism_pipelines.evaluation.arms import marked
+from prism_pipelines.evaluation.tables import markdown_table
 
 TEXT = ("text", "text_64", "text_128", "text_256")  # tables of other numbers of forwards; the later may lack arms
 RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -68,22 +70,17 @@ def sudoku_section(table: dict) -> str:
         "",
     ]
     for clues in dict.fromkeys(row["clues"] for row in rows):
-        lines += [f"### {clues} clues", "", "| forwards | " + " | ".join(map(str, forwards)) + " |"]
-        lines.append("| --- |" + " --- |" * len(forwards))
+        shares = []
         for arm in dict.fromkeys(row["arm"] for row in rows):
             found = {row["forwards"]: row for row in rows if row["clues"] == clues and row["arm"] == arm}
-            lines.append(
-                f"| {arm}{' (outside)' if arm in outside else ''} | "
-                + " | ".join(share(found[t]) for t in forwards)
-                + " |"
-            )
+            shares.append([marked(arm, outside), *(share(found[t]) for t in forwards)])
+        lines += [f"### {clues} clues", "", markdown_table(["forwards", *forwards], shares)]
         lines += ["", "PRISM's failures divided by those of the other rule, on the same puzzles (bootstrap, 95 %):", ""]
-        lines += ["| forwards | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
+        ratios = []
         for arm in dict.fromkeys(p["arm"] for p in table["pairs"] if p["arm"] not in outside):
             found = {p["forwards"]: p for p in table["pairs"] if p["clues"] == clues and p["arm"] == arm}
-            cells = [ratio(found[t]) for t in forwards]
-            lines.append(f"| PRISM / {arm} | " + " | ".join(cells) + " |")
-        lines.append("")
+            ratios.append([f"PRISM / {arm}", *(ratio(found[t]) for t in forwards)])
+        lines += [markdown_table(["forwards", *forwards], ratios), ""]
     return "\n".join([*lines, "![share solved against forwards](figures/sudoku.png)", ""])
 
 
@@ -99,20 +96,20 @@ def many_puzzles_section(table: dict) -> str:
         f"`{table['commit']}`, {table['device']}. Percent of "
         f"{settings['num_puzzles']:,} puzzles of each kind solved, and PRISM's failures divided by the rule's.",
         "",
-        "| forwards | rule | " + " | ".join(f"{clues} clues | PRISM / rule" for clues in sets) + " |",
-        "| --- | --- |" + " --- |" * (2 * len(sets)),
     ]
+    cells = []
     rows = {(row["clues"], row["forwards"], row["arm"]): row for row in table["rows"]}
     pairs = {(pair["clues"], pair["forwards"], pair["arm"]): pair for pair in table["pairs"]}
     for steps in forwards:
         for name in (arm["name"] for arm in table["arms"]):
-            cells = []
+            row = [steps, marked(name, outside)]
             for clues in sets:
                 pair = pairs.get((clues, steps, name))
                 compared = pair is not None and name not in outside
-                cells += [share(rows[clues, steps, name]), ratio(pair) if compared else "-"]
-            lines.append(f"| {steps} | {name}{' (outside)' if name in outside else ''} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *calibration_lines(table["calibration"])])
+                row += [share(rows[clues, steps, name]), ratio(pair) if compared else "-"]
+            cells.append(row)
+    header = ["forwards", "rule", *(title for clues in sets for title in (f"{clues} clues", "PRISM / rule"))]
+    return "\n".join([*lines, markdown_table(header, cells), "", *calibration_lines(table["calibration"])])
 
 
 KNOWING = ("exact checker", "oracle ranking")  # arms of judging.json that are told what is right
@@ -169,12 +166,13 @@ def calibration_lines(calibration: dict) -> list[str]:
     """The head's calibration by number of clues."""
     lines = ["### Calibration of the head", ""]
     lines += ["Of 'this cell is right'. Pooled AUROC also rewards telling hard puzzles from easy ones.", ""]
-    lines += ["| clues | states | cells | wrong (%) | AUROC | ECE |", "| --- " * 6 + "|"]
+    cells = []
     for clues, found in [*calibration["by_clues"].items(), ("all", calibration)]:
         for name in ("revealed", "filled"):
             one = found[name]
             auroc = "-" if one["auroc"] is None else f"{one['auroc']:.3f}"
-            lines.append(f"| {clues} | {name} | {one['n']} | {100 * one['wrong']:.1f} | {auroc} | {one['ece']:.3f} |")
+            cells.append([clues, name, one["n"], f"{100 * one['wrong']:.1f}", auroc, f"{one['ece']:.3f}"])
+    lines.append(markdown_table(["clues", "states", "cells", "wrong (%)", "AUROC", "ECE"], cells))
     return [*lines, "", "![reliability](figures/sudoku_1000_calibration.png)", ""]
 
 
@@ -188,14 +186,14 @@ def heads_section(table: dict) -> str:
         f"`{table['commit']}`: a smaller model, {cell['clues']} clues, random order, temperature 1, "
         f"{table['rows'][0]['of']} runs a figure.",
         "",
-        "| forwards | trained | solved | share of the gain of all weights |",
-        "| --- | --- | --- | --- |",
     ]
+    cells = []
     for row in table["rows"]:
         gained = "-" if row["share_of_gain"] is None else f"{row['share_of_gain']:.2f}"
         solved = share(row | {"solved": row["solved"] * row["of"], "n": row["of"]})
-        lines.append(f"| {row['forwards']} | {HEADS[row['arm']]} | {solved} | {gained} |")
-    return "\n".join([*lines, ""])
+        cells.append([row["forwards"], HEADS[row["arm"]], solved, gained])
+    header = ["forwards", "trained", "solved", "share of the gain of all weights"]
+    return "\n".join([*lines, markdown_table(header, cells), ""])
 
 
 def code_section(table: dict) -> str:
@@ -215,14 +213,15 @@ def code_section(table: dict) -> str:
         "95 % intervals: Wilson's for what parses, else bootstrap over functions.",
         "",
     ]
-    head = ["| forwards | rule | parses | tokens as they were | entropy |", "| --- " * 5 + "|"]
     for kind, title in (("whole", "Written from nothing"), ("span", f"A span of {settings['span']:.0%} filled")):
         rows = {(row["arm"], row["forwards"], row["metric"]): row for row in table[kind]["rows"]}
-        lines += [f"### {title}", "", *head]
-        for steps in forwards:
-            for arm in table["arms"]:
-                cells = [value(rows[arm["name"], steps, metric]) for metric in ("parse", "right", "entropy")]
-                lines.append(f"| {steps} | {arm['name']} | " + " | ".join(cells) + " |")
+        cells = [
+            [steps, arm["name"], *(value(rows[arm["name"], steps, metric]) for metric in ("parse", "right", "entropy"))]
+            for steps in forwards
+            for arm in table["arms"]
+        ]
+        header = ["forwards", "rule", "parses", "tokens as they were", "entropy"]
+        lines += [f"### {title}", "", markdown_table(header, cells)]
         lines += ["", "PRISM minus the other, paired by function:", ""]
         for pair in table[kind]["pairs"]:
             if pair["metric"] == "parse" or (kind == "span" and pair["metric"] == "right"):

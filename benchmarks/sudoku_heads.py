@@ -26,6 +26,7 @@ from benchmarks.shared import ROOT, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
+from prism_pipelines.evaluation.tables import markdown_table
 
 ARMS = {"mdm": "MDM, no remasking", "full": "full", "lora": "LoRA", "frozen": "frozen backbone"}
 GOALS = {"lora": 0.9, "frozen": 0.5}
@@ -106,13 +107,14 @@ def main(argv=None) -> int:
     cells = measure(args, args.runs / "sudoku-heads.jsonl")
     rows = table(cells, args.puzzles)
     print(f"{args.clues} clues, random order, temperature 1; solved, 95 % interval, share of the full gain\n")
-    print("| forwards | trained | solved % | share of gain | goal |\n| ---: | --- | --- | ---: | --- |")
+    cells_shown = []
     for row in rows:
         share, goal = row["share_of_gain"], GOALS.get(row["arm"])
         met = "" if goal is None or share is None else f"{goal}: {'met' if share >= goal else 'MISSED'}"
         solved = f"{100 * row['solved']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
         gained = "-" if share is None else f"{share:.2f}"
-        print(f"| {row['forwards']} | {ARMS[row['arm']]} | {solved} | {gained} | {met} |")
+        cells_shown.append([row["forwards"], ARMS[row["arm"]], solved, gained, met])
+    print(markdown_table(["forwards", "trained", "solved %", "share of gain", "goal"], cells_shown))
     result = {"rows": rows, "cells": cells, **origin()}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

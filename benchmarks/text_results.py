@@ -6,6 +6,7 @@ import shlex
 
 from benchmarks.text import OWN_WEIGHTS
 from prism_pipelines.evaluation.calibration import calibration_table
+from prism_pipelines.evaluation.tables import markdown_table
 
 MEASURES = {
     "ngram_js": "Distance of character 4-grams to the held-out plays (lower is better)",
@@ -55,26 +56,25 @@ def intervals(rows: list[dict]) -> str:
     )
 
 
-def grid(rows: list[dict], metric: str, held_out: dict | None = None) -> list[str]:
+def grid(rows: list[dict], metric: str, held_out: dict | None = None) -> str:
     """A table of arms by forwards for one measure; "-" where an arm was not run."""
     found = {(row["arm"], row["forwards"]): row for row in rows if row["metric"] == metric}
     arms, forwards = list(dict.fromkeys(arm for arm, _ in found)), sorted({steps for _, steps in found})
-    lines = ["| forwards | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
     cells = {key: value(row) for key, row in found.items()}
-    lines += [f"| {arm} | " + " | ".join(cells.get((arm, steps), "-") for steps in forwards) + " |" for arm in arms]
+    rows = [[arm, *(cells.get((arm, steps), "-") for steps in forwards)] for arm in arms]
     if held_out is not None:
-        lines.append(f"| a held-out play | {value(held_out)} |" + " |" * (len(forwards) - 1))
-    return lines
+        rows.append(["a held-out play", value(held_out), *[""] * (len(forwards) - 1)])
+    return markdown_table(["forwards", *forwards], rows)
 
 
-def verdict(table: dict) -> list[str]:
+def verdict(table: dict) -> str:
     """Where PRISM beats each other arm: paired interval of the distance above 0, and entropy not lower."""
     pairs = {(pair["arm"], pair["forwards"], pair["metric"]): pair for pair in table["pairs"]}
     arms = list(dict.fromkeys(arm for arm, _, _ in pairs))
     forwards = sorted({steps for _, steps, _ in pairs})
-    lines = ["| PRISM against | " + " | ".join(map(str, forwards)) + " |", "| --- |" + " --- |" * len(forwards)]
+    rows = []
     for arm in arms:
-        cells = []
+        cells = [arm]
         for steps in forwards:
             if (arm, steps, "ngram_js") not in pairs:
                 cells.append("-")
@@ -86,8 +86,8 @@ def verdict(table: dict) -> list[str]:
             closer = "closer" if distance["low"] > 0 else "farther" if distance["high"] < 0 else "even"
             varied = "lower" if entropy["low"] > 0 else "higher" if entropy["high"] < 0 else "even"
             cells.append(f"{closer}, entropy {varied}")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return markdown_table(["PRISM against", *forwards], rows)
 
 
 def command(table: dict, name: str, whole: dict) -> str:
@@ -160,14 +160,14 @@ def text_section(table: dict) -> str:
         'Paired by seed, by character 4-grams and by entropy ("closer": nearer to held-out text, interval of the '
         'difference above 0; "even": the interval holds 0):',
         "",
-        *verdict(table),
+        verdict(table),
         "",
         "![four measures against forwards](figures/text.png)",
         "",
     ]
     held_out = {row["metric"]: row for row in table["held_out"]}
     for metric, title in MEASURES.items():
-        lines += [f"### {title}", "", *grid(table["rows"], metric, held_out.get(metric)), ""]
+        lines += [f"### {title}", "", grid(table["rows"], metric, held_out.get(metric)), ""]
     return "\n".join(lines)
 
 
@@ -184,16 +184,16 @@ def ranking_section(table: dict) -> str:
         f"which are what remasking reads: how many are among the {lowest} least likely, and their mean log probability "
         "(lower is better). Bootstrap over texts.",
         "",
-        f"| texts | score | rank correlation | of {lowest} last | log probability of these | of all / least |",
-        "| --- " * 6 + "|",
     ]
+    shown = []
     for texts in dict.fromkeys(row["texts"] for row in table["rows"]):
         bounds = [f"{rows[texts, name, 'log_probability']['value']:.2f}" for name in ("all", "exact")]
         for score, title in titles.items():
             cells = [value(rows[texts, score, metric]) for metric in ("rank_correlation", "among_least")]
             cells.append(interval_of(rows[texts, score, "log_probability"]))
-            lines.append(f"| {texts} | {title} | " + " | ".join(cells) + f" | {' / '.join(bounds)} |")
-    return "\n".join([*lines, ""])
+            shown.append([texts, title, *cells, " / ".join(bounds)])
+    header = ["texts", "score", "rank correlation", f"of {lowest} last", "log probability of these", "of all / least"]
+    return "\n".join([*lines, markdown_table(header, shown), ""])
 
 
 def interval_of(row: dict) -> str:
@@ -223,18 +223,19 @@ def card_section(metrics: dict) -> str:
         calibration_table(metrics["calibration"]),
         "### Settings tried on the validation play, 32 forwards",
         "",
-        "| rule | setting | distance of character 4-grams | known words | entropy of words |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    tried = []
     for row in metrics["settings_tried"]:
         knob = next(name for name in KNOBS if name in row)
-        figures = " | ".join(f"{row[name]:.3f}" for name in ("ngram_js", "known_words", "entropy"))
-        lines.append(f"| {row['name']} | {knob} {row[knob]:g} | {figures} |")
+        measures = [f"{row[name]:.3f}" for name in ("ngram_js", "known_words", "entropy")]
+        tried.append([row["name"], f"{knob} {row[knob]:g}", *measures])
+    header = ["rule", "setting", "distance of character 4-grams", "known words", "entropy of words"]
+    lines.append(markdown_table(header, tried))
     seeds = len(metrics["test"]["seeds"])
     lines += ["", "Known words here: those of the play; in all other tables those of the training text.", ""]
     lines += [f"### Four rules at their best setting, other plays, {seeds} seeds", ""]
     for metric in ("ngram_js", "known_words", "entropy"):
-        lines += [f"{MEASURES[metric]}:", "", *grid(metrics["test"]["rows"], metric), ""]
+        lines += [f"{MEASURES[metric]}:", "", grid(metrics["test"]["rows"], metric), ""]
     lines += ["Difference from MDLM, paired by seed, in distance of character 4-grams (above 0 is worse):", ""]
     for pair in metrics["test"]["pairs"]:
         if pair["metric"] == "ngram_js":
@@ -276,7 +277,7 @@ def ablation_section(table: dict) -> str:
         lines += fine_tunes(table["training"], table["commit"])
     lines += [f"Sampling with that model, eta {settings['eta']:g}, one setting changed:", ""]
     for metric in ("ngram_js", "nll", "entropy", "distinct_2"):
-        lines += [f"{MEASURES[metric]}:", "", *grid(sampling["rows"], metric), ""]
+        lines += [f"{MEASURES[metric]}:", "", grid(sampling["rows"], metric), ""]
     return "\n".join(lines)
 
 
@@ -290,14 +291,14 @@ def fine_tunes(found: dict, commit: str) -> list[str]:
         f"something of each other only. Texts at {found['rows'][0]['forwards']} forwards. AUROC and Brier score: of "
         "the head, 16 tokens planted a text.",
         "",
-        "| fine-tune | AUROC | Brier | held-out loss | distance | judge | known words | entropy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for name in dict.fromkeys(row["arm"] for row in found["rows"]):
         head = found["heads"].get(name)
         cells = ["-"] * 3
         if head is not None:
             cells = [f"{head['auroc']:.3f}", f"{head['brier']:.4f}", f"{head['eval_loss_mdm']:.3f}"]
         cells += [value(values[name, metric]) for metric in ("ngram_js", "nll", "known_words", "entropy")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        rows.append([name, *cells])
+    header = ["fine-tune", "AUROC", "Brier", "held-out loss", "distance", "judge", "known words", "entropy"]
+    return [*lines, markdown_table(header, rows), ""]

@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.shared import origin
 from prism_pipelines import MDMSpec, QualityHead
 from prism_pipelines.cli.arguments import Parser
+from prism_pipelines.evaluation.tables import markdown_table
 from prism_pipelines.models.denoiser import MaskedDenoiser
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 
@@ -105,11 +106,11 @@ def step(objective, ids) -> None:
         objective(ids, generator=noise).loss.backward()
         return
     corrupted = objective.corrupt(ids, generator=noise)
-    out = objective(ids, generator=noise, part="predict", corrupted=corrupted)
+    out = objective.predict(ids, generator=noise, corrupted=corrupted)
     if out.loss is not None:
         out.loss.backward()
     for drawn in out.drawn:
-        objective(ids, part="judge", corrupted=corrupted, drawn=drawn).loss.backward()
+        objective.judge(ids, corrupted=corrupted, drawn=drawn).loss.backward()
 
 
 def one_backward(objective, ids) -> None:
@@ -196,9 +197,10 @@ def main(argv=None) -> int:
         ratios[f"frozen / two models, {stat}"] = by["frozen"][stat] / by["two models"][stat]
     ratios["peak of prism / mdm"] = by["prism"]["peak_bytes"] / by["mdm"]["peak_bytes"]
     ratios["peak of prism, one backward / mdm"] = by["prism, one backward"]["peak_bytes"] / by["mdm"]["peak_bytes"]
-    print("| step | median s | min s | peak MB |\n| --- | ---: | ---: | ---: |")
-    for row in rows:
-        print(f"| {row['step']} | {row['median_s']:.3f} | {row['min_s']:.3f} | {row['peak_bytes'] / 1e6:.0f} |")
+    cells = [
+        [row["step"], f"{row['median_s']:.3f}", f"{row['min_s']:.3f}", f"{row['peak_bytes'] / 1e6:.0f}"] for row in rows
+    ]
+    print(markdown_table(["step", "median s", "min s", "peak MB"], cells, right=3))
     for name, value in ratios.items():
         goal = GOALS.get(name.split(", median_s")[0])
         print(f"{name}: {value:.2f}" + (f"  (goal {goal}: {'met' if value <= goal else 'MISSED'})" if goal else ""))

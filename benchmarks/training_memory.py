@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.training import PeakMemory, llama, prism, step
 from prism_pipelines.cli.arguments import Parser
+from prism_pipelines.evaluation.tables import markdown_table
 
 # config.json of the checkpoints; LLaDA under the names of its native class (docs/models.md).
 MODELS = {
@@ -122,12 +123,15 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     result = []
     if args.check:
-        print("| step | estimate MB | counted MB | ratio |\n| --- | ---: | ---: | ---: |")
         cases = (("LoRA", 16, False), ("LoRA, checkpointing", 16, True), ("frozen", None, False))
         for name, rank, checkpointing in cases:
             row = {"step": name} | check(rank, checkpointing)
             result.append(row | {"ratio": row["estimate"] / row["counted"]})
-            print(f"| {name} | {row['estimate'] / 1e6:.0f} | {row['counted'] / 1e6:.0f} | {result[-1]['ratio']:.2f} |")
+        rows = [
+            [row["step"], *(f"{row[name] / 1e6:.0f}" for name in ("estimate", "counted")), f"{row['ratio']:.2f}"]
+            for row in result
+        ]
+        print(markdown_table(["step", "estimate MB", "counted MB", "ratio"], rows, right=3))
     else:
         for name, m in MODELS.items():
             chunk = max(64, min(4096, CHUNK_NUMBERS // m["vocab"]))

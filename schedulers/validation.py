@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeGuard, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ MOST = 2**31 - 1
 MOST_STEPS = 1_000_000
 
 
-def is_int(value: object, low: int) -> bool:
-    """Is it an integer (no bool) of at least `low`, and not beyond what a tensor of counts can hold?"""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MOST
+def is_int(value: object, low: int, high: int = MOST) -> TypeGuard[int]:
+    """Is it an integer (no bool) in [low, high]? By default `high` is the most that a tensor of counts can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_number(value: object, low: float, high: float = math.inf) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_pipelines.evaluation import calibration, evaluate_calibration, fit_temperature, risk_coverage
+from prism_pipelines.evaluation import calibration_measures, evaluate_calibration, fit_temperature, risk_coverage
 
 # A skewed distribution over three bits; id 2 is the mask.
 COUNTS = dict(zip(itertools.product([0, 1], repeat=3), [5, 1, 1, 2, 1, 3, 2, 1], strict=True))
@@ -181,7 +181,7 @@ def test_wrong_input_is_named(sequences, settings, names):
 
 
 def test_the_name_calibration_stays_the_function():
-    assert calibration([0.9, 0.1], [True, False])["auroc"] == 1.0
+    assert calibration_measures([0.9, 0.1], [True, False])["auroc"] == 1.0
 
 
 @pytest.mark.parametrize("true", [0.3, 1.0, 4.0])

@@ -12,12 +12,15 @@ import transformers
 
 from prism_pipelines.evaluation import (
     compare,
+    fingerprint,
+    make_scheduler,
     pareto_front,
     read_comparison,
     run_comparison,
     statistics,
     wilson_interval,
 )
+from prism_pipelines.evaluation.cells import read_cell
 
 pytest.importorskip("matplotlib")
 ARMS = [
@@ -75,7 +78,10 @@ def test_t_interval_covers_what_it_says_and_its_quantiles_are_those_of_the_table
         (30, 2.0423),
         (120, 1.9799),
     ):
-        assert statistics.t_quantile(df) == pytest.approx(quantile, abs=6e-5)
+        values = np.arange(df + 1)
+        low, high = statistics.t_interval(values)
+        error = values.std(ddof=1) / math.sqrt(df + 1)
+        assert (high - low) / 2 == pytest.approx(quantile * error, abs=6e-5 * error)
     assert statistics.t_interval([1.0]) is None
     assert statistics.t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706205, 1 + 12.706205))
     draws = np.random.default_rng(0).normal(size=(4000, 3))
@@ -251,7 +257,7 @@ def test_what_cannot_be_compared_is_named(tmp_path, change, names):
 
 def test_an_arm_outside_the_comparison_keeps_its_temperature_and_is_marked(tmp_path):
     greedy = {"name": "greedy", "scheduler": "MDLMScheduler", "temperature": 0.0, "outside": True}
-    assert compare.make_scheduler(greedy, 1.0).config.temperature == 0.0
+    assert make_scheduler(greedy, 1.0).config.temperature == 0.0
 
     def best(pipe, steps, seed):
         loop = pipe.scheduler.config.get("loop_steps", 0)
@@ -283,7 +289,7 @@ def test_the_fingerprint_follows_weights_head_scheduler_and_contents():
         model.config = transformers.LlamaConfig(rope_theta=theta, name_or_path=f"/somewhere/{next(places)}")
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, weight)
-        scheduler = compare.make_scheduler({"name": "x", "scheduler": "PrismScheduler", "eta": eta}, 1.0)
+        scheduler = make_scheduler({"name": "x", "scheduler": "PrismScheduler", "eta": eta}, 1.0)
         vocab = vocab or {"a": 0, "b": 1}
         tokenizer = types.SimpleNamespace(chat_template=template, special_tokens_map={}, get_vocab=lambda: vocab)
         config = types.SimpleNamespace(mdm_spec={"logit_shift": shift})
@@ -291,22 +297,22 @@ def test_the_fingerprint_follows_weights_head_scheduler_and_contents():
         return types.SimpleNamespace(model=model, **parts)
 
     places = itertools.count()
-    assert compare.fingerprint(made(), b"a") == compare.fingerprint(made(), "a")
+    assert fingerprint(made(), b"a") == fingerprint(made(), "a")
     others = [made(2.0), made(head=torch.nn.Linear(2, 1)), made(eta=0.2), made(dtype=torch.bfloat16)]
     others += [made(shift=1), made(theta=2.0), made(template="x"), made(vocab={"a": 1, "b": 0})]
-    assert compare.fingerprint(made(), "a") == compare.fingerprint(made(vocab={"b": 1, "a": 0}), "a")
-    marks = {compare.fingerprint(pipe, "a") for pipe in [made(), *others]}
-    marks |= {compare.fingerprint(made(), *contents) for contents in ((), ("b",), ("a", ""), ("", "a"))}
+    assert fingerprint(made(), "a") == fingerprint(made(vocab={"b": 1, "a": 0}), "a")
+    marks = {fingerprint(pipe, "a") for pipe in [made(), *others]}
+    marks |= {fingerprint(made(), *contents) for contents in ((), ("b",), ("a", ""), ("", "a"))}
     assert len(marks) == 13
 
 
 def test_a_damaged_cell_is_named(tmp_path):
     (tmp_path / "cell.json").write_text('{"arm": ')
     with pytest.raises(ValueError, match=r"cell\.json is a damaged cell"):
-        compare.read_cell(tmp_path / "cell.json")
+        read_cell(tmp_path / "cell.json")
     (tmp_path / "cell.json").write_text('{"arm": {}, "model_forwards": 3}')
     with pytest.raises(ValueError, match=r"cell\.json is a cell of an earlier version"):
-        compare.read_cell(tmp_path / "cell.json")
+        read_cell(tmp_path / "cell.json")
 
 
 def test_a_comparison_is_read_from_json_and_toml(tmp_path):

@@ -12,13 +12,16 @@ from benchmarks.detection import RANDOM, canvases, docs_tables, judged_rows, mea
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.evaluation.detection import (
     JudgedRow,
-    auroc,
     best_free,
     detection_measures,
     detection_table,
     overlap,
+)
+from prism_pipelines.evaluation.statistics import (
+    auroc,
+    expected_calibration_error,
     rank_correlation,
-    soft_ece,
+    reliability,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +35,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
         ]
         found = auroc(score, right)
         if not pairs:
-            assert np.isnan(found)
+            assert found is None
         else:
             assert found == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
 
@@ -48,12 +51,12 @@ def test_rank_correlation_is_that_of_ranks_with_ties_shared():
     assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 1, 2], [5, 7, 9]) == pytest.approx(np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1])
-    assert np.isnan(rank_correlation([1, 1], [1, 2]))
+    assert rank_correlation([1, 1], [1, 2]) is None
 
 
-def test_soft_ece_is_the_gap_between_claim_and_probability_in_each_bin():
-    assert soft_ece(np.array([0.2, 0.2]), np.array([0.1, 0.3])) == pytest.approx(0)
-    assert soft_ece(np.array([0.9, 0.9, 0.1, 0.1]), np.array([0.5, 0.5, 0.1, 0.1])) == pytest.approx(0.2)
+def test_calibration_error_is_the_gap_between_claim_and_probability_in_each_bin():
+    assert expected_calibration_error(reliability([0.2, 0.2], [0.1, 0.3])) == pytest.approx(0)
+    assert expected_calibration_error(reliability([0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1])) == pytest.approx(0.2)
 
 
 def row(head, prompt, right, fill=1.0):

@@ -145,7 +145,7 @@ def test_bad_files_are_named(tmp_path):
     for rows, message in broken:
         with pytest.raises(ValueError, match=message):
             load_problems(save(tmp_path, rows))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         load_problems(tmp_path / "absent.jsonl")
     (tmp_path / "text.jsonl").write_text("def f(): pass")
     with pytest.raises(ValueError, match="not JSON Lines"):

@@ -12,7 +12,7 @@ import torch
 from benchmarks import sudoku as benchmark
 from prism_pipelines import PrismScheduler, bundled, sudoku
 from prism_pipelines.evaluation import (
-    calibration,
+    calibration_measures,
     evaluate_sudoku,
     head_calibration,
     paired_failure_ratio,
@@ -178,16 +178,16 @@ def test_auroc_is_the_share_of_right_wrong_pairs_in_order():
     quality = rng.integers(0, 8, size=60) / 8  # many ties
     right = rng.random(60) < quality
     pairs = [(a < b) + 0.5 * (a == b) for a in quality[~right] for b in quality[right]]
-    assert calibration(quality, right)["auroc"] == pytest.approx(sum(pairs) / len(pairs))
-    assert calibration(quality, quality > 0.5)["auroc"] == 1.0
-    assert calibration(quality, quality < 0.5)["auroc"] == 0.0
-    assert calibration(quality, np.ones(60, dtype=bool))["auroc"] is None
+    assert calibration_measures(quality, right)["auroc"] == pytest.approx(sum(pairs) / len(pairs))
+    assert calibration_measures(quality, quality > 0.5)["auroc"] == 1.0
+    assert calibration_measures(quality, quality < 0.5)["auroc"] == 0.0
+    assert calibration_measures(quality, np.ones(60, dtype=bool))["auroc"] is None
 
 
 def test_ece_and_brier_by_hand():
     quality = np.array([0.1, 0.1, 0.95, 0.95, 1.0])
     right = np.array([False, True, True, True, False])
-    found = calibration(quality, right, bins=10)
+    found = calibration_measures(quality, right, bins=10)
     # Bin 1: claimed 0.1, found 0.5. Bin 9 (1.0 belongs to it): claimed 0.9667, found 0.6667.
     assert found["ece"] == pytest.approx(2 / 5 * 0.4 + 3 / 5 * 0.3)
     assert found["brier"] == pytest.approx((0.01 + 0.81 + 0.0025 + 0.0025 + 1) / 5)
@@ -199,7 +199,7 @@ def test_ece_and_brier_by_hand():
 def test_probabilities_that_are_right_as_often_as_they_say_have_no_calibration_error():
     quality = np.random.default_rng(1).random(200_000)
     right = np.random.default_rng(2).random(200_000) < quality
-    found = calibration(quality, right)
+    found = calibration_measures(quality, right)
     assert found["ece"] < 0.01  # standard error of a bin of 13,000 is below 0.0044
     assert found["brier"] == pytest.approx(1 / 6, abs=0.003)  # E[q (1 - q)], q uniform
 
@@ -209,7 +209,7 @@ def test_probabilities_that_are_right_as_often_as_they_say_have_no_calibration_e
 )
 def test_calibration_refuses_what_is_no_probability(quality, right):
     with pytest.raises(ValueError, match=r"quality|shape"):
-        calibration(quality, right)
+        calibration_measures(quality, right)
 
 
 def test_head_calibration_scores_the_cells_the_pipeline_wrote_and_no_clue(puzzles):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from prism_pipelines.evaluation import text
+from prism_pipelines.evaluation import text, text_models
 
 
 def test_js_distance_by_hand():
@@ -79,7 +79,7 @@ def test_self_bleu_is_one_for_copies_and_undefined_for_one():
 
 def test_perplexity_pools_tokens_not_texts_and_brings_its_diversity():
     losses = {"one two": [1.0, 3.0], "three": [2.5]}
-    found = text.generative_perplexity(list(losses), lambda texts: [losses[t] for t in texts])
+    found = text_models.generative_perplexity(list(losses), lambda texts: [losses[t] for t in texts])
     assert found["perplexity"] == pytest.approx(math.exp(6.5 / 3)) and found["tokens"] == 3 and found["n"] == 2
     assert math.exp(2) - 1e-9 <= found["low"] <= found["perplexity"] <= found["high"] <= math.exp(2.5) + 1e-9
     assert found["diversity"] == text.diversity(list(losses))
@@ -88,7 +88,7 @@ def test_perplexity_pools_tokens_not_texts_and_brings_its_diversity():
 def test_repetition_that_a_judge_likes_is_seen_in_the_diversity():
     dull, varied = ["a a a a a a"] * 3, ["the cat sat on my mat", "we went out for a walk", "rain fell all night long"]
     judge = lambda texts: [[0.1 if t.startswith("a a") else 3.0] for t in texts]  # noqa: E731
-    low, high = (text.generative_perplexity(t, judge) for t in (dull, varied))
+    low, high = (text_models.generative_perplexity(t, judge) for t in (dull, varied))
     assert low["perplexity"] < high["perplexity"] and low["diversity"]["entropy"] < high["diversity"]["entropy"]
     assert low["diversity"]["self_bleu"] == pytest.approx(1.0) and low["diversity"]["distinct_1"] == 1 / 18
 
@@ -111,7 +111,7 @@ def judge_folder(tmp_path_factory):
 def test_a_judge_scores_every_token_but_the_first_once_in_windows(judge_folder):
     folder, model = judge_folder
     ids = [0, 1, 2, 3, 0, 0, 1, 3, 2]
-    (found,) = text.load_judge(str(folder), max_length=4)([" ".join("abcd"[i] for i in ids)])
+    (found,) = text_models.load_judge(str(folder), max_length=4)([" ".join("abcd"[i] for i in ids)])
     expected = []
     for i in range(1, len(ids)):
         start = (i - 1) // 3 * 3  # windows 0..3, 3..6, 6..9: the last of one is the first of the next
@@ -132,24 +132,24 @@ def test_a_judge_that_sees_later_tokens_is_refused(judge_folder, tmp_path):
         BertLMHeadModel(config).save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(judge_folder[0]).save_pretrained(tmp_path)
         if is_decoder:
-            assert callable(text.load_judge(str(tmp_path)))
+            assert callable(text_models.load_judge(str(tmp_path)))
         else:
             with pytest.raises(ValueError, match="not causal"):
-                text.load_judge(str(tmp_path))
+                text_models.load_judge(str(tmp_path))
 
 
 def test_the_featuriser_gives_the_last_hidden_state_of_the_last_token(judge_folder):
     folder, model = judge_folder
     with torch.no_grad():
         expected = model.transformer(torch.tensor([[0, 1, 2]])).last_hidden_state[0, -1]
-    np.testing.assert_allclose(text.load_featurizer(str(folder))(["a b c", "d"])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(text_models.load_featurizer(str(folder))(["a b c", "d"])[0], expected, atol=1e-5)
 
 
 def test_a_missing_judge_and_a_text_of_one_token_are_named(judge_folder, tmp_path):
     with pytest.raises(ValueError, match=r"judge.*nowhere"):
-        text.generative_perplexity(["a b"], str(tmp_path / "nowhere"))
+        text_models.generative_perplexity(["a b"], str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"0 tokens.*`texts`\[1\]"):
-        text.generative_perplexity(["a b", "a"], str(judge_folder[0]))
+        text_models.generative_perplexity(["a b", "a"], str(judge_folder[0]))
 
 
 def features(texts):
@@ -164,7 +164,7 @@ def test_mauve_records_n_seeds_and_clusters(monkeypatch):
         return types.SimpleNamespace(mauve=0.5 + seed / 10)
 
     monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=compute_mauve))
-    found = text.mauve_score(["a b"] * 40, ["a c"] * 30, features, seeds=(0, 2))
+    found = text_models.mauve_score(["a b"] * 40, ["a c"] * 30, features, seeds=(0, 2))
     assert asked == [((40, 2), (30, 2), 3, 0), ((40, 2), (30, 2), 3, 2)]
     assert found["mauve"] == pytest.approx(0.6) and (found["min"], found["max"]) == (0.5, 0.7)
     assert (found["n"], found["n_reference"], found["num_clusters"]) == (40, 30, 3)
@@ -174,9 +174,9 @@ def test_mauve_records_n_seeds_and_clusters(monkeypatch):
 def test_mauve_without_its_extra_or_with_too_few_samples_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mauve", None)
     with pytest.raises(ImportError, match=r'pip install "prism-pipelines\[text\]"'):
-        text.mauve_score(["a"] * 20, ["b"] * 20, features)
+        text_models.mauve_score(["a"] * 20, ["b"] * 20, features)
     with pytest.raises(ValueError, match=r"as many samples as clusters.*5 texts.*num_clusters=8"):
-        text.mauve_score(["a"] * 5, ["b"] * 20, features, num_clusters=8)
+        text_models.mauve_score(["a"] * 5, ["b"] * 20, features, num_clusters=8)
 
 
 @pytest.mark.parametrize(
@@ -190,18 +190,21 @@ def test_mauve_without_its_extra_or_with_too_few_samples_is_named(monkeypatch):
     ],
 )
 def test_unfinished_or_missing_text_gets_no_score(texts, error, names):
-    for measure in (lambda: text.evaluate_text(texts, ["held out"]), lambda: text.generative_perplexity(texts, len)):
+    for measure in (
+        lambda: text_models.evaluate_text(texts, ["held out"]),
+        lambda: text_models.generative_perplexity(texts, len),
+    ):
         with pytest.raises(error, match=names):
             measure()
 
 
 def test_evaluate_text_puts_the_measures_together():
     texts, reference = ["the cat sat", "a dog ran"], ["the dog sat", "a cat ran off"]
-    found = text.evaluate_text(texts, reference, judge=lambda texts: [[1.0, 1.0]] * len(texts))
+    found = text_models.evaluate_text(texts, reference, judge=lambda texts: [[1.0, 1.0]] * len(texts))
     assert found["ngram_js"]["word_2"] == text.ngram_distance(texts, reference, n=2, unit="word")
     assert found["known_words"] == 1.0 and found["mauve"] is None and (found["n"], found["n_reference"]) == (2, 2)
     assert found["perplexity"]["perplexity"] == pytest.approx(math.e)
-    assert text.evaluate_text(texts, reference, vocabulary={"the"})["known_words"] == 1 / 6
+    assert text_models.evaluate_text(texts, reference, vocabulary={"the"})["known_words"] == 1 / 6
 
 
 def test_texts_are_read_from_every_format(tmp_path):

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from filelock import FileLock
 from forked import launched
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -320,16 +321,13 @@ def test_an_output_of_another_run_is_not_touched(tmp_path):
 
 
 def test_a_part_file_in_use_or_damaged_is_refused(tmp_path):
-    import fcntl
-
     pipe, out, settings = pipeline(), tmp_path / "out.jsonl", {"gen_length": 4, "num_inference_steps": 2}
     generate_many(pipe, ["w1"], out, **settings)
     out.unlink()
     part = tmp_path / "out.jsonl.part-00000.jsonl"
-    with part.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="Another process is writing"):
-            generate_many(pipe, ["w1"], out, **settings)
+    part.touch()
+    with FileLock(f"{part}.lock"), pytest.raises(ValueError, match="Another process is writing"):
+        generate_many(pipe, ["w1"], out, **settings)
     part.write_text('[{"row": 0}]\n{"row"\n')
     with pytest.raises(ValueError, match="line 2 is damaged"):
         generate_many(pipe, ["w1"], out, **settings)

@@ -10,16 +10,20 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "schedulers": ("decoding rules as pure functions of one step", set()),
     "sudoku": ("puzzles, their solver and their tokens", set()),
+    "atomic_files": ("files that are written whole or not at all", set()),
     "models": ("what a masked diffusion model is", {"schedulers"}),
     "sampling": ("how a canvas is filled", {"schedulers", "models"}),
-    "hub": ("how models and heads come from disk and go there", {"schedulers", "models"}),
-    "evaluation": ("measures of what any callable wrote", {"schedulers", "sudoku"}),
+    "hub": ("how models and heads come from disk and go there", {"schedulers", "models", "atomic_files"}),
+    "evaluation": ("measures of what any callable wrote", {"schedulers", "sudoku", "atomic_files"}),
     "pipeline": ("PrismPipeline and what it returns", {"schedulers", "models", "sampling", "hub"}),
     "training": (
         "objectives and training runs",
-        {"schedulers", "sudoku", "models", "sampling", "hub", "evaluation", "pipeline"},
+        {"schedulers", "sudoku", "atomic_files", "models", "sampling", "hub", "evaluation", "pipeline"},
     ),
-    "generation": ("many prompts from a file to a file", {"schedulers", "models", "sampling", "hub", "pipeline"}),
+    "generation": (
+        "many prompts from a file to a file",
+        {"schedulers", "atomic_files", "models", "sampling", "hub", "pipeline"},
+    ),
     "integrations": (
         "the package inside other libraries",
         {"schedulers", "models", "sampling", "hub", "pipeline", "generation"},
@@ -29,6 +33,7 @@ ROOMS = {
         {
             "schedulers",
             "sudoku",
+            "atomic_files",
             "models",
             "sampling",
             "hub",

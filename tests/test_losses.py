@@ -9,7 +9,8 @@ from transformers import BertConfig, BertForMaskedLM
 from prism_pipelines.models.denoiser import MaskedDenoiser
 from prism_pipelines.models.families import MDMSpec
 from prism_pipelines.models.quality_head import QualityHead
-from prism_pipelines.training.losses import MDMObjective, PRISMObjective, mask_rates, split_positions
+from prism_pipelines.training.loss_terms import mask_rates, split_positions
+from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 
 V, L, MASK = 12, 7, 11
 

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from prism_pipelines.evaluation import plots
-from prism_pipelines.evaluation.figure_style import ARMS, GREY, MOST, SPARE, looks, spread, styled
+from prism_pipelines.evaluation.figure_style import ARM_LOOKS, GREY, MOST, SPARE, looks, spread, styled
 
 DATA = {
     "MDLM": [(32, 0.5, 0.4, 0.6), (16, 0.4, None, None)],
@@ -87,16 +87,17 @@ def test_at_most_four_arms_are_coloured_unless_they_are_named(drawn, tmp_path):
 
 
 def test_an_arm_looks_the_same_whatever_stands_beside_it():
-    assert looks(list(MANY))["PRISM"] == looks(["PRISM"])["PRISM"] == ARMS["PRISM"]
-    assert looks(["PRISM", "judge and repair"])["judge and repair"] == ARMS["judge and repair"]
+    assert looks(list(MANY))["PRISM"] == looks(["PRISM"])["PRISM"] == ARM_LOOKS["PRISM"]
+    assert looks(["PRISM", "judge and repair"])["judge and repair"] == ARM_LOOKS["judge and repair"]
 
 
 def test_arms_are_told_apart_without_colour_and_their_colours_by_colour_blind_readers():
-    all_looks = [*ARMS.values(), *SPARE]
+    all_looks = [*ARM_LOOKS.values(), *SPARE]
     assert len({mark for _, mark, _ in all_looks}) == len(all_looks)
-    assert len({line for _, _, line in ARMS.values()}) >= 3
+    assert len({line for _, _, line in ARM_LOOKS.values()}) >= 3
     linear = {
-        c: [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(c)] for c, _, _ in ARMS.values()
+        c: [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(c)]
+        for c, _, _ in ARM_LOOKS.values()
     }
     for kind in BLIND.values():
         seen = [[sum(a * b for a, b in zip(row, rgb, strict=True)) for row in kind] for rgb in linear.values()]

@@ -24,7 +24,7 @@ from torch import nn
 from prism_pipelines.models.families import MDMSpec
 from prism_pipelines.models.quality_head import QualityHead
 from prism_pipelines.schedulers import functional, token_sampling
-from prism_pipelines.training import losses
+from prism_pipelines.training import loss_terms
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective
 from prism_pipelines.training.rollout_losses import RolloutObjective, every, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
@@ -234,7 +234,7 @@ def share_draws(monkeypatch):
         drawn = torch.rand((shape[0] // copies, *shape[1:]), generator=generator)
         return drawn.repeat(copies, *[1] * (len(shape) - 1))
 
-    for module in (losses, functional, token_sampling):
+    for module in (loss_terms, functional, token_sampling):
         monkeypatch.setattr(module, "uniform", shared)
 
 

@@ -73,5 +73,5 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path, model, capsys, 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, model, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["train-head", model, "--out", str(tmp_path), *FAST]) == 2
-    assert "is no folder of a training run" in capsys.readouterr().err
+    assert "is not the folder of a training run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -27,11 +27,11 @@ def gradients(objective):
     trainable[:, [0, -1]] = False  # ESM wants tokens around its masks
     corrupted = objective.corrupt(ids, trainable, generator=torch.Generator().manual_seed(2))
     noise = torch.Generator().manual_seed(3)
-    out = objective(ids, trainable, generator=noise, part="predict", corrupted=corrupted)
+    out = objective.predict(ids, trainable, generator=noise, corrupted=corrupted)
     if out.loss is not None:
         out.loss.backward()
     for drawn in out.drawn:
-        objective(ids, trainable, part="judge", corrupted=corrupted, drawn=drawn).loss.backward()
+        objective.judge(ids, trainable, corrupted=corrupted, drawn=drawn).loss.backward()
     return {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
 
 

@@ -137,7 +137,7 @@ def test_a_full_disk_while_saving_is_an_error_that_keeps_the_checkpoint_before(t
 def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
     run(tmp_path, "--objective=mdm", "--max-steps=2", "--save-steps=1")
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         run(tmp_path, "--objective=mdm", "--max-steps=2", f"--resume-from-checkpoint={tmp_path / 'checkpoint-1'}")
 
 

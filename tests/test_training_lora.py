@@ -97,7 +97,7 @@ def test_the_card_says_how_it_is_loaded_and_trained(tuned):
     [
         (
             ("--objective=mdm", "--rank=2"),
-            "--rank is of an adapter, which needs a pretrained model: pass --base-model",
+            "--rank only applies to an adapter, which needs a pretrained model: pass --base-model",
         ),
         (
             ("--objective=mdm", "--full=true"),

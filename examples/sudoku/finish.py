@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler
-from prism_pipelines.evaluation.sudoku import evaluate_sudoku, head_calibration, pipeline_solver, wilson_interval
+from prism_pipelines.evaluation import evaluate_sudoku, head_calibration, pipeline_solver, wilson_interval
 from prism_pipelines.sudoku import make_puzzles
 
 FORWARDS = 52

@@ -48,9 +48,9 @@ def add_parser(kinds: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """pass@k of a model on a file of problems. Returns the exit status."""
+    from ..atomic_files import write_atomically
     from ..evaluation.code.sandbox import isolation_problem
     from ..evaluation.code.tasks import evaluate_code
-    from ..evaluation.compare import write_whole
 
     if args.model is None:
         raise ValueError("Pass --model: the bundled model writes no code.")
@@ -82,5 +82,5 @@ def run(args: argparse.Namespace) -> int:
     )
     result |= scheduler_facts(pipe)
     if args.out is not None:
-        write_whole(args.out, json.dumps(result, indent=1) + "\n")
+        write_atomically(args.out, json.dumps(result, indent=1) + "\n")
     return show({name: value for name, value in result.items() if name != "samples"}, args)

@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 # Puzzles and noise that settings are chosen on begin this far from those they are compared on.
 TUNE_SEED = 500_000
 TRIALS = 8  # of an arm that has settings to choose from
-# What `compare` compares on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence
-# remask 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
-ARMS = [
-    {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
-    {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "num_remask": 4},
-    {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "num_remask": 4},
-    {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.04},
-]
 
 
 def add_parser(kinds: Commands) -> None:
@@ -126,7 +118,7 @@ def _configured(args, plan: dict, kind: str) -> dict:
 def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
     """The arms of the plan, those with lists at the best of the settings tried: on other puzzles or texts."""
     from .. import evaluation
-    from ..evaluation.compare import check_comparison
+    from ..evaluation.arms import check_comparison
     from ..evaluation.tuning import first_settings, knobs
 
     if not any(map(knobs, plan["arms"])):
@@ -170,6 +162,7 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
 def _compare_sudoku(args):
     """Pipeline, task, plan and name of a comparison on the puzzles of a file, or on generated ones."""
     from .. import evaluation
+    from ..evaluation.arms import SUDOKU_ARMS
     from .sudoku import read_puzzles
 
     if args.puzzles is None:
@@ -181,7 +174,7 @@ def _compare_sudoku(args):
         digest = hashlib.sha256(puzzles.tobytes()).hexdigest()[:12]
         task, mark = evaluation.sudoku_task(puzzles), f"{len(puzzles)} puzzles of {Path(args.puzzles).name} [{digest}]"
     pipe = load_bundled_or(args, "sudoku")
-    plan = {"arms": ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
+    plan = {"arms": SUDOKU_ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
     return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.fingerprint(pipe)}]"
 
 

@@ -44,7 +44,7 @@ def add_parser(kinds: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Every measure of generated text that the flags allow. Returns the exit status."""
     from .. import evaluation
-    from ..evaluation.text import check_mauve
+    from ..evaluation.text_models import check_mauve
 
     if args.texts is None and args.model is None:
         raise ValueError("Pass --texts FILE with generated texts, or --model to generate them.")

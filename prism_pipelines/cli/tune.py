@@ -165,17 +165,12 @@ def _confirmed(
 
     Rules that stop by themselves make as many forwards as they need, so these are not compared.
     """
-    from ..evaluation.compare import cell_file, read_cell, run_cell
+    from ..evaluation.cells import Cells
     from ..evaluation.statistics import tabulate
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    cells = {}
-    for name, arm in arms.items():
-        path = Path(folder) / cell_file(arm, steps, seed, temperature, task_name)
-        named = {"temperature": temperature, "task_name": task_name, "quality": quality}
-        cell = read_cell(path) or run_cell(pipe, task, arm, steps, seed, path=path, **named)
-        cells[name, steps, seed] = cell["metrics"]
-    pairs = tabulate(cells, list(arms), [steps], [seed], "present")[1]
+    cells = Cells(Path(folder), task, task_name, {None: pipe}, temperature, quality)
+    metrics = {(name, steps, seed): cells.get(arm, steps, seed)["metrics"] for name, arm in arms.items()}
+    pairs = tabulate(metrics, list(arms), [steps], [seed], "present")[1]
     return next(pair for pair in pairs if pair["metric"] == quality and pair["arm"] == "chosen")
 
 

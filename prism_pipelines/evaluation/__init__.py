@@ -1,8 +1,6 @@
-"""Evaluation of Sudoku, text, calibration, and comparisons of schedulers. Takes pipelines or plain callables.
+"""Evaluation of Sudoku, text, calibration, and comparisons of schedulers. Takes pipelines or plain callables."""
 
-`calibration` here is the function that scores probabilities; the module of that name is reached by its own names.
-"""
-
+from .arms import make_scheduler, read_comparison
 from .calibration import (
     calibration_table,
     evaluate_calibration,
@@ -10,38 +8,30 @@ from .calibration import (
     risk_coverage,
     write_calibration,
 )
-from .compare import (
-    comparison_table,
-    fingerprint,
-    make_scheduler,
-    read_comparison,
-    run_comparison,
-    sudoku_task,
-    write_comparison,
-)
+from .cells import fingerprint
+from .compare import comparison_table, run_comparison, sudoku_task, write_comparison
 from .detection import JudgedRow, detection_measures, detection_table
 from .ngram_judge import ngram_judge
-from .statistics import bootstrap_interval, pareto_front, t_interval
+from .statistics import (
+    bootstrap_interval,
+    calibration_measures,
+    paired_failure_ratio,
+    pareto_front,
+    t_interval,
+    wilson_interval,
+)
 from .sudoku import (
     SudokuScore,
-    calibration,
     evaluate_sudoku,
     head_calibration,
-    paired_failure_ratio,
     pipeline_solver,
     row_generators,
-    wilson_interval,
 )
 from .text import (
     check_texts,
     distinct_n,
     diversity,
-    evaluate_text,
-    generative_perplexity,
     known_word_share,
-    load_featurizer,
-    load_judge,
-    mauve_score,
     ngram_distance,
     pipeline_texts,
     read_texts,
@@ -51,13 +41,14 @@ from .text import (
     unigram_entropy,
 )
 from .text_compare import folder_contents, task_of_folder, text_plan
+from .text_models import evaluate_text, generative_perplexity, load_featurizer, load_judge, mauve_score
 from .tuning import tune_arms
 
 __all__ = [
     "JudgedRow",
     "SudokuScore",
     "bootstrap_interval",
-    "calibration",
+    "calibration_measures",
     "calibration_table",
     "check_texts",
     "comparison_table",

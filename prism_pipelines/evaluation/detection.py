@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from .sudoku import calibration
+from .statistics import auroc, expected_calibration_error, rank_correlation, reliability
+from .tables import markdown_table
 
 LOWEST = 8  # tokens that a step would remask
 # What remasking rules may read without any training: `RunContext` fields.
@@ -44,26 +46,15 @@ class JudgedRow:
     kind: str = ""
 
 
-def auroc(score, right) -> float:
-    """Chance that a right token scores higher than a wrong one, ties half; NaN where there is only one kind."""
-    score, right = np.asarray(score, dtype=float), np.asarray(right, dtype=bool)
-    if right.all() or not right.any():
-        return float("nan")
-    _, group, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[group]
-    above = rank[right].sum() - right.sum() * (right.sum() + 1) / 2
-    return float(above / (right.sum() * (~right).sum()))
-
-
-def overlap(score, truth, count: int = LOWEST) -> float:
+def overlap(score: ArrayLike, truth: ArrayLike, count: int = LOWEST) -> float:
     """How many of the `count` tokens of lowest score are among the `count` least likely ones."""
     lowest = [set(np.argsort(values, kind="stable")[:count].tolist()) for values in (score, truth)]
     return float(len(lowest[0] & lowest[1]))
 
 
-def mean_of(values) -> float | None:
-    """Mean of the numbers that are no NaN; None without one."""
-    known = [value for value in values if not np.isnan(value)]
+def mean_of(values: list[float | None]) -> float | None:
+    """Mean of the values that are not None; None without one."""
+    known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
@@ -88,53 +79,33 @@ def detection_measures(rows: list[JudgedRow], lowest: int = LOWEST) -> dict[str,
             whole = auroc([score.min() for score in scores], [right.all() for right in rights])
             found[name] = {
                 "within": mean_of([auroc(s, r) for s, r in zip(scores, rights, strict=True)]),
-                "pooled": mean_of([auroc(pooled, all_right)]),
-                "row": mean_of([whole]),
-                "ece": float(calibration(np.clip(pooled, 0, 1), all_right)["ece"]),
+                "pooled": auroc(pooled, all_right),
+                "row": whole,
+                "ece": expected_calibration_error(reliability(np.clip(pooled, 0, 1), all_right)),
             }
         else:
             enough = [(s, r) for s, r in zip(scores, rights, strict=True) if len(s) >= 2 * lowest]
             found[name] = {
                 "overlap": mean_of([overlap(s, r, lowest) for s, r in enough]),
                 "rank": mean_of([rank_correlation(s, r) for s, r in enough]),
-                "ece": soft_ece(np.concatenate(scores), np.concatenate(rights)),
+                "ece": expected_calibration_error(
+                    reliability(np.concatenate(scores).clip(0, 1), np.concatenate(rights))
+                ),
             }
     return found
-
-
-def rank_correlation(one, other) -> float:
-    """Spearman's; NaN where one has a single value."""
-    ranks = []
-    for values in (one, other):
-        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[group])
-    if any(rank.std() == 0 for rank in ranks):
-        return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def soft_ece(score, probability, bins: int = 15) -> float:
-    """Expected calibration error where the probability that a token is right is known."""
-    score = np.clip(score, 0, 1)
-    which = np.minimum((score * bins).astype(int), bins - 1)
-    gaps = [
-        abs(score[which == b].mean() - probability[which == b].mean()) * (which == b).mean() for b in np.unique(which)
-    ]
-    return float(sum(gaps))
 
 
 def best_free(found: dict, measure: str) -> str | None:
     """The free score that is best by "within" or "overlap"; None if none can be told."""
     known = {name: found[name][measure] for name in FREE_SCORES if name in found and found[name][measure] is not None}
-    return max(known, key=known.get) if known else None
+    return max(known, key=lambda name: known[name]) if known else None
 
 
 def detection_table(found: dict) -> str:
     """What `detection_measures` gave as a Markdown table."""
     measures = list(next(iter(found.values())))
-    lines = ["| score | " + " | ".join(TITLES[name] for name in measures) + " |"]
-    lines.append("| --- |" + " --- |" * len(measures))
-    for name, values in found.items():
-        cells = ["-" if values[m] is None else f"{values[m]:.3f}" for m in measures]
-        lines.append(f"| {NAMES.get(name, name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [NAMES.get(name, name), *("-" if values[m] is None else f"{values[m]:.3f}" for m in measures)]
+        for name, values in found.items()
+    ]
+    return markdown_table(["score", *(TITLES[name] for name in measures)], rows)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..atomic_files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, by what is drawn, so that a rule looks the same in every figure; marks tell them apart too.
-ARMS = {  # beginning of an arm's name: colour, mark, line
+ARM_LOOKS = {  # beginning of an arm's name: colour, mark, line
     "judge and repair": ("#D55E00", "D", "-"),
     "PRISM": ("#0072B2", "s", "-"),
     "self-confidence": ("#009E73", "^", "--"),
@@ -16,7 +23,7 @@ SPARE = [("#CC79A7", "v", "-"), ("#E69F00", "P", "--"), ("#56B4E9", "X", "-."), 
 GREY, PALE, INK = "#8C8C8C", "#DDDDDD", "#222222"
 MOST = 4  # arms in colour
 
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a figure is the same everywhere
     "font.size": 9,
     "axes.titlesize": 10,
@@ -51,7 +58,7 @@ def need_matplotlib() -> None:
         raise ImportError('Figures need matplotlib: pip install "prism-pipelines[eval]"') from error
 
 
-def styled():
+def styled() -> AbstractContextManager:
     """A context in which figures are made and saved in this style."""
     need_matplotlib()
     import matplotlib
@@ -59,7 +66,7 @@ def styled():
     return matplotlib.rc_context(STYLE)
 
 
-def new_figure(panels: int, columns: int = 2, size: tuple[float, float] = (5.6, 3.7)):
+def new_figure(panels: int, columns: int = 2, size: tuple[float, float] = (5.6, 3.7)) -> tuple[Figure, list[Axes]]:
     """A figure and its axes, at most `columns` beside each other; drawn without pyplot, so no global state is touched.
 
     Args:
@@ -78,14 +85,11 @@ def new_figure(panels: int, columns: int = 2, size: tuple[float, float] = (5.6, 
     return figure, axes[:panels]
 
 
-def save_figure(figure, path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as `path` and beside it as SVG (PNG if `path` is the SVG); neither file is ever half written."""
-    path = Path(path)
-    for suffix in (".png", ".svg"):
-        partial = path.with_name(f"{path.stem}.partial{suffix}")
-        options = {"dpi": 150} if suffix == ".png" else {"metadata": {"Date": None}}
-        figure.savefig(partial, **options)
-        os.replace(partial, path.with_suffix(suffix))
+    for form, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+        with atomic_file(Path(path).with_suffix(f".{form}"), "wb") as file:
+            figure.savefig(file, format=form, **options)
 
 
 def looks(names: list[str], highlight: list[str] | None = None) -> dict[str, tuple[str, str, str] | None]:
@@ -102,11 +106,11 @@ def looks(names: list[str], highlight: list[str] | None = None) -> dict[str, tup
         raise ValueError(f"`highlight` names {', '.join(unknown)}; the arms are {', '.join(names)}.")
     found: dict[str, tuple[str, str, str] | None] = dict.fromkeys(names)
     if highlight is None:
-        highlight = [name for name in ARMS if name in names]
+        highlight = [name for name in ARM_LOOKS if name in names]
         highlight += [name for name in names if name not in highlight][: max(0, MOST - len(highlight))]
     spare = iter(SPARE * (1 + len(highlight) // len(SPARE)))
     for name in highlight:
-        found[name] = ARMS.get(name) or next(spare)
+        found[name] = ARM_LOOKS.get(name) or next(spare)
     return found
 
 
@@ -139,7 +143,7 @@ def _end(group: list, least: float) -> float:
     return group[0] / group[1] + least * group[1]
 
 
-def label_ends(axis, ends: dict, colours: dict, texts: dict) -> None:
+def label_ends(axis: Axes, ends: dict, colours: dict, texts: dict) -> None:
     """Write a text for every line to the right of the axes, one above the other, and lead each line to it.
 
     Args:
@@ -150,9 +154,10 @@ def label_ends(axis, ends: dict, colours: dict, texts: dict) -> None:
     """
     from matplotlib.transforms import blended_transform_factory
 
-    axis.figure.draw_without_rendering()  # places the axes, which says how tall a line of text is in them
+    figure: Any = axis.figure
+    figure.draw_without_rendering()  # places the axes, which says how tall a line of text is in them
     height = axis.get_window_extent().height
-    least = 8.5 * 1.25 * axis.figure.dpi / 72 / height
+    least = 8.5 * 1.25 * figure.dpi / 72 / height
     low, high = axis.get_ylim()
     part = {name: (y - low) / (high - low) for name, (_, y) in ends.items()}
     heights = dict(zip(part, spread(list(part.values()), least, 0.0, 1.0), strict=True))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 
 DISCOUNT = 0.75
 
 
-def ngram_judge(texts, tokenizer, *, n: int = 3):
+def ngram_judge(texts: Iterable[str], tokenizer: Any, *, n: int = 3) -> Callable[[Iterable[str]], list[np.ndarray]]:
     """An n-gram model of the tokens of some texts, as a judge for `generative_perplexity`.
 
     Interpolated Kneser-Ney with one discount d = 0.75. For a history h of m tokens and a token w, with N(h w) the
@@ -34,7 +37,7 @@ def ngram_judge(texts, tokenizer, *, n: int = 3):
     if n < 2 or size**n >= 2**63:
         raise ValueError(f"`n` must be at least 2, and {size} tokens to the power of it below 2^63; got {n}.")
 
-    def encode(text):
+    def encode(text: str) -> np.ndarray:
         return np.asarray(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
 
     found = [_windows(row, n, size) for row in map(encode, texts) if len(row) >= n]
@@ -46,7 +49,7 @@ def ngram_judge(texts, tokenizer, *, n: int = 3):
         grams, counts = np.unique(grams % size**m, return_counts=True)  # after how many different tokens
         tables[m] = (grams, counts, _Totals(grams // size, counts))
 
-    def judge(texts):
+    def judge(texts: Iterable[str]) -> list[np.ndarray]:
         losses = []
         for text in texts:
             ids = encode(text)
@@ -64,7 +67,7 @@ def ngram_judge(texts, tokenizer, *, n: int = 3):
     return judge
 
 
-def _windows(ids, m: int, size: int):
+def _windows(ids: np.ndarray, m: int, size: int) -> np.ndarray:
     """Each m tokens in a row as one number, int64 (len(ids) - m + 1,): the last counts 1, the first size^(m-1)."""
     number = np.zeros(len(ids) - m + 1, dtype=np.int64)
     for i in range(m):
@@ -75,16 +78,16 @@ def _windows(ids, m: int, size: int):
 class _Totals:
     """Of each history, the sum of the counts after it and how many different tokens follow it."""
 
-    def __init__(self, histories, counts):
+    def __init__(self, histories: np.ndarray, counts: np.ndarray) -> None:
         self.keys, start = np.unique(histories, return_index=True)  # histories ascend
         self.totals = np.add.reduceat(counts, start)
         self.kinds = np.diff([*start, len(histories)])
 
-    def of(self, history):
+    def of(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _lookup(self.keys, self.totals, history), _lookup(self.keys, self.kinds, history)
 
 
-def _lookup(keys, values, wanted):
+def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """`values` where ascending `keys` equal `wanted`, 0 where there is no such key."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, values[place], 0)

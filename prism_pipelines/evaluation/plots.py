@@ -6,10 +6,17 @@ raises ImportError without matplotlib.
 
 from __future__ import annotations
 
-from .figure_style import GREY, label_ends, looks, new_figure, save_figure, styled
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .figure_style import ARM_LOOKS, GREY, label_ends, looks, new_figure, save_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def _arms(axis, arms: dict, highlight: list[str] | None, number: str) -> dict:
+def _arms(axis: Axes, arms: dict, highlight: list[str] | None, number: str) -> dict:
     """One line an arm against the number of forwards; few in colour, with bars for their intervals, the others grey.
 
     Arms in colour stand a little beside each other, or their bars would hide one another.
@@ -53,7 +60,7 @@ def _arms(axis, arms: dict, highlight: list[str] | None, number: str) -> dict:
     return places
 
 
-def success_figure(panels: dict, path, highlight: list[str] | None = None) -> None:
+def success_figure(panels: dict, path: str | Path, highlight: list[str] | None = None) -> None:
     """Success against number of forwards, one panel a puzzle set, one line an arm, bars for the intervals.
 
     Args:
@@ -74,22 +81,22 @@ def success_figure(panels: dict, path, highlight: list[str] | None = None) -> No
         save_figure(figure, path)
 
 
-def _diagonal(axis, title: str, across: str) -> None:
+def _diagonal(axis: Axes, title: str, across: str) -> None:
     """Axes from 0 to 1 with the line on which what is claimed is what happens."""
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
     axis.set(title=title, xlabel=across, ylabel="share right", xlim=(0, 1), ylim=(0, 1))
 
 
-def reliability_figure(curves: dict, path) -> None:
+def reliability_figure(curves: dict, path: str | Path) -> None:
     """Share of right tokens against claimed quality, one panel a set of states; larger marks hold more tokens.
 
     Args:
-        curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration`.
+        curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration_measures`.
         path: PNG or SVG file to write; the other is written beside it.
     """
     with styled():
         figure, axes = new_figure(len(curves), size=(4.2, 3.8))
-        colour = looks(["PRISM"])["PRISM"][0]
+        colour = ARM_LOOKS["PRISM"][0]
         for axis, (title, points) in zip(axes, curves.items(), strict=True):
             claimed, found, number = zip(*points, strict=True)
             _diagonal(axis, title, "quality claimed by the head")
@@ -99,11 +106,11 @@ def reliability_figure(curves: dict, path) -> None:
         save_figure(figure, path)
 
 
-def reliability_comparison_figure(panels: dict, path) -> None:
+def reliability_comparison_figure(panels: dict, path: str | Path) -> None:
     """Share of right tokens against the claimed probability, one panel a set of states, one line a score.
 
     Args:
-        panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration`.
+        panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration_measures`.
         path: PNG or SVG file to write; the other is written beside it.
     """
     with styled():
@@ -120,7 +127,14 @@ def reliability_comparison_figure(panels: dict, path) -> None:
         save_figure(figure, path)
 
 
-def pareto_figure(arms: dict, front: list, metric: str, path, outside=(), highlight: list[str] | None = None) -> None:
+def pareto_figure(
+    arms: dict,
+    front: list,
+    metric: str,
+    path: str | Path,
+    outside: Collection[str] = (),
+    highlight: list[str] | None = None,
+) -> None:
     """Quality against number of forwards, one line an arm, bars for the intervals, rings on the Pareto front.
 
     Args:
@@ -136,19 +150,20 @@ def pareto_figure(arms: dict, front: list, metric: str, path, outside=(), highli
         axis.set_ylabel(metric)
         best = {tuple(point) for point in front}
         rings = [
-            (along, point[1])
+            (place, point[1])
             for arm, places in _arms(axis, arms, highlight, "#.3g").items()
-            for point, along in places.items()
+            for point, place in places.items()
             if arm not in outside and point in best
         ]
-        axis.scatter(
-            *zip(*rings, strict=True), s=130, facecolors="none", edgecolors="black", zorder=4, label="Pareto front"
-        )
+        along, values = zip(*rings, strict=True)
+        axis.scatter(along, values, s=130, facecolors="none", edgecolors="black", zorder=4, label="Pareto front")
         axis.set_title("Rings: no other arm is better in as few forward passes", fontsize=8, fontweight="normal")
         save_figure(figure, path)
 
 
-def measures_figure(panels: dict, path, marks: dict | None = None, highlight: list[str] | None = None) -> None:
+def measures_figure(
+    panels: dict, path: str | Path, marks: dict | None = None, highlight: list[str] | None = None
+) -> None:
     """Several measures against number of forwards, one panel a measure, one line an arm, bars for the intervals.
 
     Args:

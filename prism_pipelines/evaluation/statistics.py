@@ -1,15 +1,40 @@
-"""Intervals of means and shares, the table of a comparison, and its Pareto front."""
+"""Statistics: intervals of means and shares, ranks, calibration, the table of a comparison and its Pareto front."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from .sudoku import wilson_interval
+
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a binomial share, as (low, high); 95 % for the default z.
+
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). Unlike p -+ z·sd it has a width at 0 and n successes.
+
+    Raises:
+        ValueError: n < 1, or successes outside 0..n.
+    Source: E. B. Wilson, JASA 22 (1927).
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"`successes` must be within 0..n and n >= 1, got {successes} of {n}.")
+    p, spread = successes / n, z * z / n
+    centre = p + spread / 2
+    half = math.sqrt(spread * (p * (1 - p) + spread / 4))
+    # Rounding can leave 1e-17 where the bound is exactly 0 or 1.
+    low = 0.0 if successes == 0 else (centre - half) / (1 + spread)
+    high = 1.0 if successes == n else (centre + half) / (1 + spread)
+    return low, high
 
 
-def bootstrap_interval(values, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
+def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
+    """Bootstrap resamples of n things, int64 (resamples, n): how often each of them was drawn."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+
+
+def bootstrap_interval(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
     """95 % percentile interval of a mean, by resampling the values; None for fewer than two.
 
     With few values it is far too narrow (of 2 it misses the mean half of the time): use `t_interval` for these.
@@ -25,50 +50,148 @@ def bootstrap_interval(values, *, resamples: int = 10_000, seed: int = 0) -> tup
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return None
-    rng, n = np.random.default_rng(seed), len(values)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # (R, N)
-    low, high = np.quantile(times @ values / n, [0.025, 0.975])
+    low, high = np.quantile(resampled(len(values), resamples, seed) @ values / len(values), [0.025, 0.975])
     return float(low), float(high)
 
 
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the series below is right to 0.00002.
-T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
-
-
-def t_quantile(df: int) -> float:
-    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom.
-
-    Source: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, 26.7.5, for df of 10 and more.
-    """
-    if df <= len(T_QUANTILES):
-        return T_QUANTILES[df - 1]
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / df**k for k, term in enumerate(terms, start=1))
-
-
-def t_interval(values) -> tuple[float, float] | None:
+def t_interval(values: ArrayLike) -> tuple[float, float] | None:
     """95 % interval of a mean by Student's t, for a few independent numbers such as one a seed; None for one.
 
     Args:
         values: independent numbers, shape (N,), about normal.
     Returns:
         (low, high), or None.
+    Raises:
+        ImportError: scipy is not installed.
     Source: Student, Biometrika 6 (1908).
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return None
-    reach = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    try:
+        from scipy.special import stdtrit
+    except ImportError as error:
+        raise ImportError('Student\'s t needs scipy: pip install "prism-pipelines[eval]".') from error
+    reach = float(stdtrit(len(values) - 1, 0.975)) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
-def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[dict], list[dict]]:
+def paired_failure_ratio(failed: ArrayLike, failed_other: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> dict:
+    """Failures of one method over failures of another on the same puzzles and seeds, with a bootstrap interval.
+
+    Puzzles are resampled, each with all its seeds: runs of one puzzle are not independent of each other.
+
+    Args:
+        failed, failed_other: bool of shape (S, N), S seeds by N puzzles; both from the same seeds and puzzles.
+        resamples: bootstrap resamples of the N puzzles.
+        seed: of the bootstrap.
+    Returns:
+        {"failures", "failures_other", "ratio", "low", "high"}; 95 % percentile interval. A ratio is None where it is
+        not defined: with no failure of the other method there is nothing to divide by. Without a failure of the first
+        method every resample is 0 and says nothing; `high` is then 3 / failures_other (the rule of three).
+    Raises:
+        ValueError: the two shapes differ or are not (S, N).
+    """
+    failed, failed_other = np.asarray(failed, dtype=bool), np.asarray(failed_other, dtype=bool)
+    if failed.ndim != 2 or failed.shape != failed_other.shape or not failed.size:
+        raise ValueError(f"Both must have one shape (S, N), got {failed.shape} and {failed_other.shape}.")
+    ours, theirs = failed.sum(axis=0), failed_other.sum(axis=0)  # (N,): failures of each puzzle over its seeds
+    result: dict = {"failures": int(ours.sum()), "failures_other": int(theirs.sum())}
+    if not theirs.any():
+        return {**result, "ratio": None, "low": None, "high": None}
+    result["ratio"] = float(ours.sum() / theirs.sum())
+    if not ours.any():
+        return {**result, "low": 0.0, "high": float(3 / theirs.sum())}
+    times = resampled(len(ours), resamples, seed)  # how often each puzzle was drawn
+    below = times @ theirs
+    # A resample without a failure of the other method has no finite ratio; it belongs at the upper end.
+    ratios = np.where(below > 0, times @ ours / np.maximum(below, 1), np.inf)
+    low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
+    return {**result, "low": float(low), "high": float(high) if np.isfinite(high) else None}
+
+
+def mean_ranks(values: ArrayLike) -> np.ndarray:
+    """Rank of each value, from 1 on, float64 (N,); equal values share their mean rank."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def auroc(score: ArrayLike, right: ArrayLike) -> float | None:
+    """Chance that something right scores higher than something wrong, ties half; None if there is only one kind.
+
+    Args:
+        score: numbers, shape (N,).
+        right: bools, shape (N,).
+    Source: H. Mann and D. Whitney, Annals of Mathematical Statistics 18 (1947).
+    """
+    right = np.asarray(right, dtype=bool)
+    n, n_right = len(right), int(right.sum())
+    if not 0 < n_right < n:
+        return None
+    above = mean_ranks(score)[right].sum() - n_right * (n_right + 1) / 2
+    return float(above / (n_right * (n - n_right)))
+
+
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
+    """Spearman's rank correlation of numbers, shape (N,) each; None where one of them has a single value."""
+    ranks = [mean_ranks(values) for values in (one, other)]
+    if any(rank.std() == 0 for rank in ranks):
+        return None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def calibration_measures(quality: ArrayLike, right: ArrayLike, *, bins: int = 15) -> dict:
+    """How well P(token is right) tells right from wrong, and whether it means what it says.
+
+    Args:
+        quality: claimed probabilities of being right, floats in [0, 1] of shape (N,).
+        right: whether each token was right, bool of shape (N,).
+        bins: equal-width bins of the calibration error.
+    Returns:
+        {"n", "wrong" (share), "auroc", "ece", "brier", "reliability"}. `auroc` is P(quality of a wrong token < quality
+        of a right one), ties counted half, None where all are right or all wrong. `ece` is the mean over tokens of
+        |mean quality - share right| of their bin. `reliability` lists (mean quality, share right, n) of filled bins.
+    Raises:
+        ValueError: shapes differ, nothing given, or a quality outside [0, 1].
+    """
+    quality, right = np.asarray(quality, dtype=np.float64), np.asarray(right, dtype=bool)
+    if quality.ndim != 1 or quality.shape != right.shape or not quality.size:
+        raise ValueError(f"Both must have one shape (N,), N >= 1, got {quality.shape} and {right.shape}.")
+    if not ((quality >= 0) & (quality <= 1)).all():
+        raise ValueError("`quality` must lie in [0, 1]; apply the sigmoid first.")
+    points, n = reliability(quality, right, bins), len(right)
+    return {
+        "n": n,
+        "wrong": 1 - int(right.sum()) / n,
+        "auroc": auroc(quality, right),
+        "ece": expected_calibration_error(points),
+        "brier": float(((quality - right) ** 2).mean()),
+        "reliability": points,
+    }
+
+
+def reliability(claimed: ArrayLike, found: ArrayLike, bins: int = 15) -> list[tuple[float, float, int]]:
+    """Of each bin of equal width that is filled: mean claimed probability, mean of what was found, and how many.
+
+    Args:
+        claimed: probabilities in [0, 1], shape (N,).
+        found: bools or probabilities, shape (N,).
+        bins: how many bins [0, 1] is cut into.
+    """
+    claimed, found = np.asarray(claimed, dtype=np.float64), np.asarray(found)
+    which = np.minimum((claimed * bins).astype(int), bins - 1)
+    filled = [which == b for b in range(bins) if (which == b).any()]
+    return [(float(claimed[b].mean()), float(found[b].mean()), int(b.sum())) for b in filled]
+
+
+def expected_calibration_error(points: list[tuple[float, float, int]]) -> float:
+    """Mean over the N of |mean claimed - mean found| of their bin, from what `reliability` gave."""
+    return sum(size * abs(claimed - found) for claimed, found, size in points) / sum(size for _, _, size in points)
+
+
+def tabulate(
+    cells: dict, arms: Sequence[str], forwards: Sequence[int], seeds: Sequence[int], reference: str
+) -> tuple[list[dict], list[dict]]:
     """Rows of the table, and differences from the reference arm paired by seed (and by item, where there are any).
 
     A list of bools gets Wilson's interval over all items and seeds; it treats the seeds of an item as independent. A
@@ -93,33 +216,27 @@ def tabulate(cells: dict, arms, forwards, seeds, reference: str) -> tuple[list[d
             values = {arm: [cells[arm, steps, seed][metric] for seed in seeds] for arm in arms}
             means = {arm: _independent(found) for arm, found in values.items()}
             for arm, found in values.items():
-                place = {"arm": arm, "forwards": steps, "metric": metric, "value": float(np.mean(means[arm]))}
+                trials, (interval, kind) = len(means[arm]), _interval(means[arm], found)
                 if isinstance(found[0], list) and all(isinstance(item, bool) for run in found for item in run):
                     trials = sum(map(len, found))
                     interval, kind = wilson_interval(sum(map(sum, found)), trials), "wilson"
-                else:
-                    trials, (interval, kind) = len(means[arm]), _interval(means[arm], found)
-                low, high = interval or (None, None)
-                rows.append({**place, "low": low, "high": high, "n": trials, "interval": kind})
+                row: dict = {"arm": arm, "forwards": steps, "metric": metric, "value": float(np.mean(means[arm]))}
+                rows.append(row | _bounds(interval) | {"n": trials, "interval": kind})
                 if arm != reference:
                     difference = means[arm] - means[reference]
-                    low, high = _interval(difference, found)[0] or (None, None)
-                    pairs.append(
-                        {
-                            "arm": arm,
-                            "reference": reference,
-                            "forwards": steps,
-                            "metric": metric,
-                            "difference": float(difference.mean()),
-                            "low": low,
-                            "high": high,
-                            "n": len(difference),
-                        }
-                    )
+                    pair: dict = {"arm": arm, "reference": reference, "forwards": steps, "metric": metric}
+                    pair |= {"difference": float(difference.mean()), **_bounds(_interval(difference, found)[0])}
+                    pairs.append(pair | {"n": len(difference)})
     return rows, pairs
 
 
-def _interval(values, found: list) -> tuple:
+def _bounds(interval: tuple[float, float] | None) -> dict[str, float | None]:
+    """The two ends of an interval by name."""
+    low, high = interval or (None, None)
+    return {"low": low, "high": high}
+
+
+def _interval(values: np.ndarray, found: list) -> tuple:
     """Interval of the mean of `_independent` values or their differences, and its kind."""
     if isinstance(found[0], list):
         return bootstrap_interval(values), "bootstrap"
@@ -132,7 +249,7 @@ def _independent(found: list) -> np.ndarray:
     return array.mean(axis=0) if array.ndim == 2 else array
 
 
-def pareto_front(points, higher_is_better: bool = True) -> list[tuple]:
+def pareto_front(points: Iterable[tuple], higher_is_better: bool = True) -> list[tuple]:
     """The (forwards, value) points that no other beats: none is better with as few forwards, or as good with fewer.
 
     Returns:

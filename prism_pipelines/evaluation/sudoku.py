@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..sudoku import CELLS, MASK_ID, format_grid, is_solved, to_ids
+from .statistics import calibration_measures, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,13 @@ class SudokuScore:
         return wilson_interval(int(self.solved.sum()), len(self.solved))
 
 
-def evaluate_sudoku(solve, puzzles, *, batch_size: int = 32, on_batch=None) -> SudokuScore:
+def evaluate_sudoku(
+    solve: Callable[[np.ndarray], ArrayLike],
+    puzzles: ArrayLike,
+    *,
+    batch_size: int = 32,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> SudokuScore:
     """Run a solver over puzzles and check every answer exactly.
 
     Args:
@@ -59,28 +69,34 @@ def evaluate_sudoku(solve, puzzles, *, batch_size: int = 32, on_batch=None) -> S
         raise ValueError(f"`puzzles` must have shape (N, {CELLS}) with N >= 1, got {puzzles.shape}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    grids = []
+    answers = []
     for start in range(0, len(puzzles), batch_size):
         batch = puzzles[start : start + batch_size]
         answer = np.asarray(solve(batch))
         if answer.shape != batch.shape:
             raise ValueError(f"`solve` must return grids of shape {batch.shape}, got {answer.shape}.")
-        grids.append(answer)
+        answers.append(answer)
         if on_batch is not None:
             on_batch(start + len(batch), len(puzzles))
-    grids = np.concatenate(grids)
-    altered = ((puzzles > 0) & (grids != puzzles)).any(axis=-1)
+    grids = np.concatenate(answers)
+    altered = np.any((puzzles > 0) & (grids != puzzles), axis=-1)
     return SudokuScore(grids, is_solved(grids, puzzles), altered)
 
 
-def row_generators(puzzles, seed: int) -> list[torch.Generator]:
+def row_generators(puzzles: Iterable[np.ndarray], seed: int) -> list[torch.Generator]:
     """One CPU generator a puzzle, seeded by its clues and `seed`: its run does not depend on its batch."""
     # torch's CPU generator reads only the low 32 bits of its seed, so both must be hashed into them.
     keys = [zlib.crc32(f"{seed} {format_grid(puzzle)}".encode()) for puzzle in puzzles]
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
-def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=None, return_quality: bool = False):
+def pipeline_solver(
+    pipe: Any,
+    num_inference_steps: int,
+    seed: int = 0,
+    on_output: Callable[[Any], None] | None = None,
+    return_quality: bool = False,
+) -> Callable[[np.ndarray], np.ndarray]:
     """A pipeline, with the scheduler it has now, as a solver for `evaluate_sudoku`.
 
     Args:
@@ -93,7 +109,7 @@ def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=Non
         callable from puzzles (n, 81) to grids (n, 81).
     """
 
-    def solve(puzzles):
+    def solve(puzzles: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(to_ids(puzzles))
         generators = row_generators(puzzles, seed)
         with warnings.catch_warnings():
@@ -113,106 +129,9 @@ def pipeline_solver(pipe, num_inference_steps: int, seed: int = 0, on_output=Non
     return solve
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share, as (low, high); 95 % for the default z.
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). Unlike p -+ z·sd it has a width at 0 and n successes.
-
-    Raises:
-        ValueError: n < 1, or successes outside 0..n.
-    Source: E. B. Wilson, JASA 22 (1927).
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"`successes` must be within 0..n and n >= 1, got {successes} of {n}.")
-    p, spread = successes / n, z * z / n
-    centre = p + spread / 2
-    half = math.sqrt(spread * (p * (1 - p) + spread / 4))
-    # Rounding can leave 1e-17 where the bound is exactly 0 or 1.
-    low = 0.0 if successes == 0 else (centre - half) / (1 + spread)
-    high = 1.0 if successes == n else (centre + half) / (1 + spread)
-    return low, high
-
-
-def paired_failure_ratio(failed, failed_other, *, resamples: int = 10_000, seed: int = 0) -> dict:
-    """Failures of one method over failures of another on the same puzzles and seeds, with a bootstrap interval.
-
-    Puzzles are resampled, each with all its seeds: runs of one puzzle are not independent of each other.
-
-    Args:
-        failed, failed_other: bool of shape (S, N), S seeds by N puzzles; both from the same seeds and puzzles.
-        resamples: bootstrap resamples of the N puzzles.
-        seed: of the bootstrap.
-    Returns:
-        {"failures", "failures_other", "ratio", "low", "high"}; 95 % percentile interval. A ratio is None where it is
-        not defined: with no failure of the other method there is nothing to divide by. Without a failure of the first
-        method every resample is 0 and says nothing; `high` is then 3 / failures_other (the rule of three).
-    Raises:
-        ValueError: the two shapes differ or are not (S, N).
-    """
-    failed, failed_other = np.asarray(failed, dtype=bool), np.asarray(failed_other, dtype=bool)
-    if failed.ndim != 2 or failed.shape != failed_other.shape or not failed.size:
-        raise ValueError(f"Both must have one shape (S, N), got {failed.shape} and {failed_other.shape}.")
-    ours, theirs = failed.sum(axis=0), failed_other.sum(axis=0)  # (N,): failures of each puzzle over its seeds
-    result = {
-        "failures": int(ours.sum()),
-        "failures_other": int(theirs.sum()),
-        "ratio": None,
-        "low": None,
-        "high": None,
-    }
-    if not theirs.any():
-        return {**result, "ratio": None, "low": None, "high": None}
-    result["ratio"] = float(ours.sum() / theirs.sum())
-    if not ours.any():
-        return {**result, "low": 0.0, "high": float(3 / theirs.sum())}
-    rng, n = np.random.default_rng(seed), len(ours)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # (R, N): how often each puzzle was drawn
-    below = times @ theirs
-    # A resample without a failure of the other method has no finite ratio; it belongs at the upper end.
-    ratios = np.where(below > 0, times @ ours / np.maximum(below, 1), np.inf)
-    low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
-    return {**result, "low": float(low), "high": float(high) if np.isfinite(high) else None}
-
-
-def calibration(quality, right, *, bins: int = 15) -> dict:
-    """How well P(token is right) tells right from wrong, and whether it means what it says.
-
-    Args:
-        quality: claimed probabilities of being right, floats in [0, 1] of shape (N,).
-        right: whether each token was right, bool of shape (N,).
-        bins: equal-width bins of the calibration error.
-    Returns:
-        {"n", "wrong" (share), "auroc", "ece", "brier", "reliability"}. `auroc` is P(quality of a wrong token < quality
-        of a right one), ties counted half, None where all are right or all wrong. `ece` is the mean over tokens of
-        |mean quality - share right| of their bin. `reliability` lists (mean quality, share right, n) of filled bins.
-    Raises:
-        ValueError: shapes differ, nothing given, or a quality outside [0, 1].
-    """
-    quality, right = np.asarray(quality, dtype=np.float64), np.asarray(right, dtype=bool)
-    if quality.ndim != 1 or quality.shape != right.shape or not quality.size:
-        raise ValueError(f"Both must have one shape (N,), N >= 1, got {quality.shape} and {right.shape}.")
-    if not ((quality >= 0) & (quality <= 1)).all():
-        raise ValueError("`quality` must lie in [0, 1]; apply the sigmoid first.")
-    _, place, count = np.unique(quality, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # 1-based, ties share their mean rank
-    n, n_right = len(right), int(right.sum())
-    auroc = None
-    if 0 < n_right < n:  # Mann-Whitney
-        auroc = float((rank[right].sum() - n_right * (n_right + 1) / 2) / (n_right * (n - n_right)))
-    which = np.minimum((quality * bins).astype(int), bins - 1)
-    filled = [which == b for b in range(bins) if (which == b).any()]
-    reliability = [(float(quality[b].mean()), float(right[b].mean()), int(b.sum())) for b in filled]
-    return {
-        "n": n,
-        "wrong": 1 - n_right / n,
-        "auroc": auroc,
-        "ece": sum(size * abs(claimed - found) for claimed, found, size in reliability) / n,
-        "brier": float(((quality - right) ** 2).mean()),
-        "reliability": reliability,
-    }
-
-
-def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 32) -> dict:
+def head_calibration(
+    pipe: Any, puzzles: ArrayLike, solutions: ArrayLike, *, num_revealed: int = 4, seed: int = 0, batch_size: int = 32
+) -> dict:
     """Calibration of a pipeline's quality on grids that it partially filled itself.
 
     The pipeline runs on the puzzles with the scheduler it has (give it `MDLMScheduler(order="random")` at temperature 1
@@ -235,7 +154,7 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
     """
     puzzles, solutions = np.asarray(puzzles, dtype=np.int64), np.asarray(solutions, dtype=np.int64)
     blanks = (puzzles == 0).sum(axis=1)
-    states = {}
+    states: dict[int, list] = {}
     for number in np.unique(blanks):
         rows, steps = np.flatnonzero(blanks == number), math.ceil(int(number) / num_revealed)
         found = states[81 - int(number)] = []
@@ -246,22 +165,24 @@ def head_calibration(pipe, puzzles, solutions, *, num_revealed: int = 4, seed: i
     if not states:
         raise ValueError(f"No puzzle has more than `num_revealed` = {num_revealed} blanks, so no partial grid arises.")
 
-    def pooled(chosen):
-        return calibration(np.concatenate([s[1] for s in chosen]), np.concatenate([s[2] for s in chosen]))
+    def pooled(chosen: list[tuple]) -> dict:
+        return calibration_measures(np.concatenate([s[1] for s in chosen]), np.concatenate([s[2] for s in chosen]))
 
-    def both(chosen):
+    def both(chosen: list[tuple]) -> dict:
         return {"revealed": pooled([s for s in chosen if s[0] == 0]), "filled": pooled(chosen)}
 
     everything = [state for found in states.values() for state in found]
     return {**both(everything), "by_clues": {clues: both(found) for clues, found in states.items()}}
 
 
-def _scored_states(pipe, puzzles, solutions, steps: int, seed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+def _scored_states(
+    pipe: Any, puzzles: np.ndarray, solutions: np.ndarray, steps: int, seed: int
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(step, quality of written cells, whether they are right) after every forward but the last of one run."""
     found = []
     blank, truth = torch.from_numpy(puzzles == 0), torch.from_numpy(solutions)
 
-    def score(pipe, i, t, state):
+    def score(pipe: Any, i: int, t: Any, state: dict) -> dict:
         if i < steps - 1:
             ids = state["sample"]
             quality = pipe.score(input_ids=ids)[0].cpu()

@@ -11,22 +11,24 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from ..schedulers.token_sampling import seeded_generators
 
 SPECIAL_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "[PAD]", "<pad>", "[CLS]", "[SEP]", "<|endoftext|>")
 LOWER_IS_BETTER = ("ngram_js", "word_js", "self_bleu", "degenerate", "nll")  # of `text_measures`
+Judge = Callable[[list[str]], Sequence[np.ndarray]]  # texts -> negative log-likelihoods of their tokens, in nats
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def check_texts(texts, name: str = "texts", special_tokens=SPECIAL_TOKENS) -> list[str]:
+def check_texts(texts: Iterable[str], name: str = "texts", special_tokens: Sequence[str] = SPECIAL_TOKENS) -> list[str]:
     """The texts as a list, if every one can be scored.
 
     Raises:
@@ -49,7 +51,7 @@ def check_texts(texts, name: str = "texts", special_tokens=SPECIAL_TOKENS) -> li
     return texts
 
 
-def read_texts(path) -> list[str]:
+def read_texts(path: str | Path) -> list[str]:
     """Texts of a file: .jsonl (a string or {"text": ...} a line), .json (a list of these) or .txt (one text).
 
     Raises:
@@ -69,13 +71,15 @@ def read_texts(path) -> list[str]:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of texts, got {type(entries).__name__}.")
-    texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
+    texts: list[Any] = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
     if wrong := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
         raise ValueError(f'{path}: entry {wrong[0]} is neither a string nor {{"text": string}}.')
     return texts
 
 
-def pipeline_texts(pipe, num_samples: int, gen_length: int, num_inference_steps: int, seed: int, batch_size: int = 16):
+def pipeline_texts(
+    pipe: Any, num_samples: int, gen_length: int, num_inference_steps: int, seed: int, batch_size: int = 16
+) -> list[str]:
     """Unconditional samples of a pipeline with the scheduler it has; sample i depends on the seed and i alone.
 
     Args:
@@ -91,7 +95,7 @@ def pipeline_texts(pipe, num_samples: int, gen_length: int, num_inference_steps:
         ValueError: no tokenizer, no samples wanted, or masks left in a generation.
     """
     if getattr(pipe, "tokenizer", None) is None:
-        raise ValueError("`pipe` has no tokenizer, so its samples are no text. Load it with tokenizer=.")
+        raise ValueError("`pipe` has no tokenizer, so its samples are not text. Load it with tokenizer=.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"`num_samples` and `batch_size` must be at least 1, got {num_samples} and {batch_size}.")
     texts = []
@@ -132,7 +136,7 @@ def units(text: str, unit: str) -> list[str]:
     return list(text) if unit == "character" else words(text)
 
 
-def ngrams(sequence, n: int) -> list[tuple]:
+def ngrams(sequence: Sequence, n: int) -> list[tuple]:
     """The n-grams of a sequence, in order; len(sequence) - n + 1 of them.
 
     Raises:
@@ -143,7 +147,7 @@ def ngrams(sequence, n: int) -> list[tuple]:
     return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
 
 
-def ngram_distance(texts, reference, *, n: int = 3, unit: str = "character") -> float:
+def ngram_distance(texts: Iterable[str], reference: Iterable[str], *, n: int = 3, unit: str = "character") -> float:
     """Jensen-Shannon distance of the pooled n-gram distributions of two sets of texts.
 
     sqrt((KL(P || M) + KL(Q || M)) / 2) with M = (P + Q) / 2 and logarithms to base 2: 0 for equal distributions, 1 for
@@ -169,7 +173,7 @@ def ngram_distance(texts, reference, *, n: int = 3, unit: str = "character") -> 
     return math.sqrt(min(max(divergence, 0.0), 1.0))
 
 
-def known_word_share(texts, vocabulary) -> float:
+def known_word_share(texts: Iterable[str], vocabulary: Iterable[str]) -> float:
     """Share of the words of the texts, with repetition, that are in the vocabulary.
 
     Args:
@@ -185,27 +189,27 @@ def known_word_share(texts, vocabulary) -> float:
     return sum(word in vocabulary for word in found) / len(found)
 
 
-def unigram_entropy(sequences) -> float:
+def unigram_entropy(sequences: Iterable[Sequence]) -> float:
     """Entropy of the tokens of a sequence by their own frequencies, in nats, mean over sequences.
 
     Args:
         sequences: lists of tokens (ids, words or characters), each not empty.
     Raises:
         ValueError: no sequences or an empty one.
-    Source: the entropy reported beside generative perplexity, "Masked Diffusion Models are Secretly Time-Agnostic
+    Source: the entropy reported with generative perplexity, "Masked Diffusion Models are Secretly Time-Agnostic
         Masked Models" (arXiv 2409.02908).
     """
     sequences = list(sequences)
     if not sequences or not all(len(sequence) for sequence in sequences):
         raise ValueError("`sequences` must hold at least one sequence, and none that is empty.")
 
-    def entropy(sequence):
+    def entropy(sequence: Sequence) -> float:
         return -sum(c / len(sequence) * math.log(c / len(sequence)) for c in Counter(sequence).values())
 
     return sum(map(entropy, sequences)) / len(sequences)
 
 
-def distinct_n(sequences, n: int) -> float:
+def distinct_n(sequences: Iterable[Sequence], n: int) -> float:
     """Different n-grams over all n-grams, pooled over sequences; 1 if none comes twice. Falls with more samples.
 
     Raises:
@@ -218,7 +222,7 @@ def distinct_n(sequences, n: int) -> float:
     return len(set(found)) / len(found)
 
 
-def self_bleu(sequences, max_n: int = 4) -> float | None:
+def self_bleu(sequences: Iterable[Sequence], max_n: int = 4) -> float | None:
     """Mean BLEU of each sequence with all others as references, in [0, 1]; high means samples repeat each other.
 
     Clipped precisions of n = 1..max_n with equal weights; an n without a match counts 0.1 matches (smoothing method 1
@@ -238,7 +242,9 @@ def self_bleu(sequences, max_n: int = 4) -> float | None:
     logs: list[list[float]] = [[] for _ in sequences]
     for n in range(1, max_n + 1):
         counts = [Counter(ngrams(sequence, n)) for sequence in sequences]
-        highest = defaultdict(lambda: [0, 0])  # n-gram -> its two largest counts, so that a sequence can be left out
+        highest: dict[tuple, list[int]] = defaultdict(
+            lambda: [0, 0]
+        )  # n-gram -> its two largest counts, so that a sequence can be left out
         for own in counts:
             for gram, count in own.items():
                 highest[gram] = sorted([*highest[gram], count], reverse=True)[:2]
@@ -254,7 +260,7 @@ def self_bleu(sequences, max_n: int = 4) -> float | None:
     return sum(scores) / len(scores)
 
 
-def diversity(texts, *, unit: str = "word") -> dict:
+def diversity(texts: Iterable[str], *, unit: str = "word") -> dict:
     """Entropy, distinct-1 to 3 and self-BLEU of texts, by words or characters.
 
     Returns:
@@ -273,258 +279,17 @@ def diversity(texts, *, unit: str = "word") -> dict:
     return {"unit": unit, "n": len(sequences), "entropy": entropy, **distinct, "self_bleu": bleu}
 
 
-# --- measures by another model ----------------------------------------------------------------------------------------
+# --- for comparisons --------------------------------------------------------------------------------------------------
 
 
-def load_judge(name: str, *, device: str = "cpu", revision: str | None = None, max_length: int | None = None):
-    """A causal language model as a judge for `generative_perplexity`.
-
-    A text longer than the model's context is scored in windows: the last token of one is the first of the next, so
-    every token but the first of the text is scored once.
-
-    Args:
-        name: folder or Hub id.
-        device: where it runs.
-        revision: branch, tag or commit.
-        max_length: tokens of a window, >= 2; None for the model's own context, or 1024 if it names none.
-    Returns:
-        callable from a list of texts to a list of arrays: the negative log-likelihood of each token, in nats.
-    Raises:
-        ValueError: there is no such model, or it looks at later tokens.
-    """
-    model, tokenizer = _load(name, "AutoModelForCausalLM", "judge", device, revision)
-    with torch.no_grad():
-        first = model(input_ids=torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0].float()
-    if not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5):
-        raise ValueError(
-            f"The judge {name!r} is not causal: its prediction of a token sees that token, so its likelihoods are none."
-        )
-    context = getattr(model.config, "max_position_embeddings", None) or 1024
-    window = min(max_length or context, context)
-    if window < 2:
-        raise ValueError(f"`max_length` must be at least 2, got {max_length}.")
-
-    @torch.no_grad()
-    def judge(texts):
-        losses = []
-        for text in texts:
-            ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-            parts = []
-            for start in range(0, len(ids) - 1, window - 1):
-                part = ids[None, start : start + window].to(device)
-                logits = model(input_ids=part).logits[0, :-1].float()
-                parts.append(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").cpu())
-            losses.append(torch.cat(parts).numpy() if parts else np.zeros(0))
-        return losses
-
-    judge.__name__ = name  # results name the judge by it
-    return judge
-
-
-def generative_perplexity(
-    texts, judge, *, unit: str = "word", resamples: int = 2000, seed: int = 0, device: str = "cpu"
-):
-    """Perplexity of texts under a judge, with the diversity that it must be read beside.
-
-    exp of the mean negative log-likelihood over all scored tokens of all texts.
-
-    Args:
-        texts: list of strings.
-        judge: name for `load_judge`, or a callable from texts to arrays of negative log-likelihoods in nats.
-        unit: of the diversity, "word" or "character".
-        resamples: bootstrap resamples of the texts, for the 95 % interval.
-        seed: of the bootstrap.
-        device: of a judge given by name. For a revision or a window of your own pass `load_judge(...)` itself.
-    Returns:
-        {"judge", "perplexity", "low", "high", "tokens", "n", "diversity"}; low and high None for a single text.
-    Raises:
-        ValueError: what `check_texts` and `load_judge` raise, or a text of fewer than two of the judge's tokens.
-    """
-    texts = check_texts(texts)
-    name = judge if isinstance(judge, str) else getattr(judge, "__name__", type(judge).__name__)
-    judge = load_judge(judge, device=device) if isinstance(judge, str) else judge
-    losses = [np.asarray(loss, dtype=np.float64) for loss in judge(texts)]
-    if len(losses) != len(texts):
-        raise ValueError(f"`judge` must give one array per text: {len(texts)} expected, got {len(losses)}.")
-    for i, loss in enumerate(losses):
-        if not loss.size or not np.isfinite(loss).all():
-            raise ValueError(f"`judge` gives {loss.size} tokens or a number that is not finite for `texts`[{i}].")
-    sums, sizes = np.array([loss.sum() for loss in losses]), np.array([loss.size for loss in losses])
-    low = high = None
-    if len(texts) > 1:
-        times = np.random.default_rng(seed).multinomial(len(texts), np.full(len(texts), 1 / len(texts)), resamples)
-        low, high = np.exp(np.quantile((times @ sums) / (times @ sizes), [0.025, 0.975])).tolist()
-    perplexity = float(np.exp(sums.sum() / sizes.sum()))
-    found = {"judge": name, "perplexity": perplexity, "low": low, "high": high, "tokens": int(sizes.sum())}
-    return {**found, "n": len(texts), "diversity": diversity(texts, unit=unit)}
-
-
-def load_featurizer(name: str, *, device: str = "cpu", revision: str | None = None, max_length: int = 512):
-    """A language model as a featuriser for `mauve_score`: the last hidden state of a text's last token.
-
-    Args:
-        name, device, revision: as `load_judge`.
-        max_length: tokens of a text that are read.
-    Returns:
-        callable from a list of texts to float32 features (n, H).
-    Raises:
-        ValueError: there is no such model.
-    """
-    model, tokenizer = _load(name, "AutoModel", "featurizer", device, revision)
-
-    @torch.no_grad()
-    def featurize(texts):
-        rows = []
-        for text in texts:
-            ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")["input_ids"].to(device)
-            rows.append(model(input_ids=ids).last_hidden_state[0, -1].float().cpu().numpy())
-        return np.stack(rows)
-
-    featurize.__name__ = name  # results name the featuriser by it
-    return featurize
-
-
-def check_mauve(num_texts: int, num_reference: int, num_clusters: int | None = None) -> int:
-    """The number of clusters for `mauve_score` with so many texts.
-
-    Raises:
-        ValueError, ImportError: `mauve_score` would refuse.
-    """
-    smaller = min(num_texts, num_reference)
-    num_clusters = max(2, round(smaller / 10)) if num_clusters is None else num_clusters
-    if num_clusters < 2 or smaller < num_clusters:
-        raise ValueError(
-            f"MAUVE needs at least as many samples as clusters, and 2 clusters: got {num_texts} texts, "
-            f"{num_reference} reference texts and num_clusters={num_clusters}."
-        )
-    try:
-        import mauve  # noqa: F401
-    except ImportError as error:
-        raise ImportError('MAUVE needs mauve-text (GPL): pip install "prism-pipelines[text]"') from error
-    return num_clusters
-
-
-def mauve_score(
-    texts, reference, featurizer, *, seeds=(0, 1, 2, 3, 4), num_clusters: int | None = None, device: str = "cpu"
-) -> dict:
-    """MAUVE of generated against held-out text, over several seeds of its clustering.
-
-    It moves with the number of samples, the featuriser and the seed: compare scores of equal n and featuriser only.
-
-    Args:
-        texts, reference: lists of strings; best equally many, and thousands.
-        featurizer: name for `load_featurizer`, or a callable from texts to features (n, H).
-        seeds: of k-means; the spread over them is reported.
-        num_clusters: None for a tenth of the smaller side, at least 2, as in mauve-text.
-        device: of a featuriser given by name.
-    Returns:
-        {"mauve" (mean), "min", "max", "per_seed", "seeds", "n", "n_reference", "num_clusters", "featurizer"}.
-    Raises:
-        ImportError: mauve-text is not installed. It is GPL, so it is an extra.
-        ValueError: fewer samples than clusters, no seeds, or features of a wrong shape.
-    Source: K. Pillutla et al., MAUVE (arXiv 2102.01454); computed by mauve-text.
-    """
-    texts, reference = check_texts(texts), check_texts(reference, "reference")
-    num_clusters = check_mauve(len(texts), len(reference), num_clusters)
-    if not len(seeds):
-        raise ValueError("`seeds` is empty: pass at least one.")
-    from mauve import compute_mauve
-
-    name = featurizer if isinstance(featurizer, str) else getattr(featurizer, "__name__", type(featurizer).__name__)
-    featurizer = load_featurizer(featurizer, device=device) if isinstance(featurizer, str) else featurizer
-    p, q = np.asarray(featurizer(texts)), np.asarray(featurizer(reference))
-    if p.ndim != 2 or q.ndim != 2 or (len(p), len(q)) != (len(texts), len(reference)) or p.shape[1] != q.shape[1]:
-        raise ValueError(f"`featurizer` must give (n, H) features for n texts, got {p.shape} and {q.shape}.")
-    found = [
-        float(compute_mauve(p_features=p, q_features=q, num_buckets=num_clusters, seed=seed, verbose=False).mauve)
-        for seed in seeds
-    ]
-    return {
-        "mauve": sum(found) / len(found),
-        "min": min(found),
-        "max": max(found),
-        "per_seed": found,
-        "seeds": list(seeds),
-        "n": len(texts),
-        "n_reference": len(reference),
-        "num_clusters": num_clusters,
-        "featurizer": name,
-    }
-
-
-def _load(name: str, kind: str, role: str, device: str, revision: str | None):
-    """Model and tokenizer of a folder or Hub id; `kind` is the name of a transformers Auto class."""
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-        model = getattr(transformers, kind).from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The {role} {name!r} could not be loaded ({str(error).splitlines()[0]}). Pass the folder or Hub id of a "
-            f"transformers model and check the network; distances by n-grams need no model."
-        ) from error
-    return model.eval().to(device), tokenizer
-
-
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
-def evaluate_text(
-    texts,
-    reference,
+def text_measures(
+    texts: Iterable[str],
+    reference: Iterable[str],
+    vocabulary: Iterable[str],
     *,
-    vocabulary=None,
-    judge=None,
-    featurizer=None,
-    seeds=(0, 1, 2, 3, 4),
-    num_clusters: int | None = None,
+    judge: Judge | None = None,
     unit: str = "word",
-    special_tokens=SPECIAL_TOKENS,
-    device: str = "cpu",
 ) -> dict:
-    """Every measure that the arguments allow, of one set of generated texts.
-
-    Args:
-        texts: generated texts.
-        reference: held-out texts, that no model was trained on.
-        vocabulary: known words, lower-case; None for those of `reference`, which then misses rare ones.
-        judge: as `generative_perplexity`; None for none.
-        featurizer: as `mauve_score`; None for none.
-        seeds, num_clusters: of MAUVE.
-        unit: of the diversity, "word" or "character".
-        special_tokens: strings that finished text must not hold; those of your tokenizer.
-        device: of judge and featuriser, if they are given by name.
-    Returns:
-        {"n", "n_reference", "characters", "ngram_js" {"character_3", "word_1", "word_2"}, "known_words",
-        "diversity", "reference_diversity", "perplexity", "mauve"}; the last two None if not asked for.
-    Raises:
-        ValueError, TypeError, ImportError: what the single measures raise.
-    """
-    texts = check_texts(texts, "texts", special_tokens)
-    reference = check_texts(reference, "reference", special_tokens)
-    settings = [("character", 3), ("word", 1), ("word", 2)]
-    distances = {f"{kind}_{n}": ngram_distance(texts, reference, n=n, unit=kind) for kind, n in settings}
-    known = {word for text in reference for word in words(text)} if vocabulary is None else vocabulary
-    perplexity = mauve = None
-    if judge is not None:
-        perplexity = generative_perplexity(texts, judge, unit=unit, device=device)
-    if featurizer is not None:
-        mauve = mauve_score(texts, reference, featurizer, seeds=seeds, num_clusters=num_clusters, device=device)
-    return {
-        "n": len(texts),
-        "n_reference": len(reference),
-        "characters": sum(map(len, texts)),
-        "ngram_js": distances,
-        "known_words": known_word_share(texts, known),
-        "diversity": diversity(texts, unit=unit),
-        "reference_diversity": diversity(reference, unit=unit),
-        "perplexity": perplexity,
-        "mauve": mauve,
-    }
-
-
-def text_measures(texts, reference, vocabulary, *, judge=None, unit: str = "word") -> dict:
     """The measures without download of one set of texts, as `run_comparison` wants them.
 
     A text without a word, or an empty one, is counted as degenerate and does not stop the others from being scored: it
@@ -558,7 +323,7 @@ def text_measures(texts, reference, vocabulary, *, judge=None, unit: str = "word
     return found if judge is None else found | {"nll": _mean_losses(judge(texts))}
 
 
-def _mean_losses(losses) -> list[float]:
+def _mean_losses(losses: Sequence[np.ndarray]) -> list[float]:
     """Mean of each text's losses; of one without any, the mean of the others."""
     means = [float(np.mean(loss)) if len(loss) else None for loss in losses]
     known = [mean for mean in means if mean is not None]
@@ -567,7 +332,16 @@ def _mean_losses(losses) -> list[float]:
     return [sum(known) / len(known) if mean is None else mean for mean in means]
 
 
-def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, judge=None, unit="word", batch_size=16):
+def text_task(
+    reference: Iterable[str],
+    *,
+    num_samples: int,
+    gen_length: int,
+    vocabulary: Iterable[str] | None = None,
+    judge: Judge | None = None,
+    unit: str = "word",
+    batch_size: int = 16,
+) -> Any:
     """Writing from nothing as a task of `run_comparison`: generate `num_samples` texts and score them.
 
     Args:
@@ -579,9 +353,9 @@ def text_task(reference, *, num_samples: int, gen_length: int, vocabulary=None, 
     reference = check_texts(reference, "reference")
     known = {word for text in reference for word in words(text)} if vocabulary is None else set(vocabulary)
 
-    def task(pipe, steps, seed):
+    def task(pipe: Any, steps: int, seed: int) -> dict:
         texts = pipeline_texts(pipe, num_samples, gen_length, steps, seed, batch_size)
         return text_measures(texts, reference, known, judge=judge, unit=unit)
 
-    task.lower_is_better = LOWER_IS_BETTER
+    vars(task)["lower_is_better"] = LOWER_IS_BETTER
     return task

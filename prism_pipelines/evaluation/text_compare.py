@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from .compare import read_comparison
+from .arms import TEXT_ARMS, read_comparison
 from .text import read_texts, text_task
 
-# Settings that nobody tuned, for a model without arms.json.
-ARMS = [
-    {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
-    {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.03},
-    {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "eta": 0.03},
-    {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "eta": 0.03},
-]
 
-
-def text_plan(folder) -> dict:
-    """Arms, forwards, seeds and the like of a text model: those of its `arms.json`, or `ARMS` at 16, 32, 64 forwards.
+def text_plan(folder: str | Path) -> dict:
+    """Arms, forwards, seeds and more for a text model: those of its `arms.json`, or `TEXT_ARMS` at 16, 32, 64 forwards.
 
     Returns:
         keyword arguments of `run_comparison`.
@@ -27,26 +20,41 @@ def text_plan(folder) -> dict:
     path = Path(folder) / "arms.json"
     if path.exists():
         return read_comparison(path)
-    common = {"temperature": 1.0, "quality": "ngram_js", "reference": "MDLM", "higher_is_better": False}
-    return {"arms": [dict(arm) for arm in ARMS], "forwards": [16, 32, 64], "seeds": [0, 1, 2, 3, 4], **common}
+    common: dict = {"temperature": 1.0, "quality": "ngram_js", "reference": "MDLM", "higher_is_better": False}
+    return {"arms": [dict(arm) for arm in TEXT_ARMS], "forwards": [16, 32, 64], "seeds": [0, 1, 2, 3, 4], **common}
 
 
-def task_of_folder(folder, reference=None, **settings):
+def task_of_folder(
+    folder: str | Path,
+    reference: str | Path | None = None,
+    *,
+    num_samples: int,
+    gen_length: int,
+    judge: Any = None,
+    batch_size: int = 16,
+) -> Any:
     """`text_task` with the held-out texts and the known words of a saved text model.
 
     Args:
         folder: of the model.
         reference: file of held-out texts in place of its `heldout.jsonl`.
-        settings: `num_samples`, `gen_length`, `judge`, `batch_size` of `text_task`.
+        num_samples, gen_length, judge, batch_size: as `text_task`.
     Raises:
         ValueError: there are no held-out texts.
     """
     words = _files(folder, reference)[1]
     vocabulary = words.read_text(encoding="utf-8").split() if words.exists() else None
-    return text_task(held_out(folder, reference), vocabulary=vocabulary, **settings)
+    return text_task(
+        held_out(folder, reference),
+        num_samples=num_samples,
+        gen_length=gen_length,
+        vocabulary=vocabulary,
+        judge=judge,
+        batch_size=batch_size,
+    )
 
 
-def held_out(folder, reference=None) -> list[str]:
+def held_out(folder: str | Path, reference: str | Path | None = None) -> list[str]:
     """The held-out texts that `task_of_folder` compares with; arguments and errors as there."""
     path = _files(folder, reference)[0]
     if reference is None and not path.exists():
@@ -54,11 +62,11 @@ def held_out(folder, reference=None) -> list[str]:
     return read_texts(path)
 
 
-def folder_contents(folder, reference=None) -> list[bytes]:
+def folder_contents(folder: str | Path, reference: str | Path | None = None) -> list[bytes]:
     """What `task_of_folder` reads from the same files, for `fingerprint`; b"" for a file that is not there."""
     return [path.read_bytes() if path.exists() else b"" for path in _files(folder, reference)]
 
 
-def _files(folder, reference) -> tuple[Path, Path]:
+def _files(folder: str | Path, reference: str | Path | None) -> tuple[Path, Path]:
     """Files of held-out texts and of known words."""
     return Path(folder) / "heldout.jsonl" if reference is None else Path(reference), Path(folder) / "words.txt"

@@ -8,22 +8,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from .compare import (
-    cell_file,
-    check_comparison,
-    check_quality,
-    is_higher_better,
-    make_scheduler,
-    read_cell,
-    run_cell,
-    write_whole,
-)
+from ..atomic_files import write_atomically
+from .arms import check_comparison, make_scheduler
+from .cells import Cells, check_quality
+from .compare import is_higher_better
 
 MOST_SETTINGS = 10_000  # of one arm; each is checked before anything runs
 FIXED, SAME = ("name", "scheduler", "model", "outside"), ("temperature", "top_p", "top_k")
@@ -110,13 +105,13 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    seen = []
+    seen: list[dict] = []
     for asked in itertools.count():
         trial = study.ask()
         # By index: values stand in order as a rule, which a sampler can use, and may be of any kind.
         chosen = {name: values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in knobs(arm).items()}
         option = arm | chosen
-        if option not in seen:  # a setting proposed again is told its score and costs no trial
+        if option not in seen:  # a setting that is proposed again gets its score and costs no trial
             seen.append(option)
             yield option
         study.tell(trial, scores[seen.index(option)])
@@ -128,20 +123,20 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
 
 
 def tune_arms(
-    pipe,
-    task,
+    pipe: Any,
+    task: Any,
     arms: list[dict],
     *,
     steps: int,
     seed: int,
     trials: int,
-    out_dir,
+    out_dir: str | Path,
     task_name: str,
     temperature: float = 1.0,
     quality: str | None = None,
     higher_is_better: bool | None = None,
-    models: dict | None = None,
-    report=None,
+    models: dict[str, Any] | None = None,
+    report: Callable[[dict, dict], None] | None = None,
     progress: bool = True,
 ) -> tuple[list[dict], list[dict]]:
     """Each arm with its best setting, on data that no result is reported for.
@@ -169,38 +164,43 @@ def tune_arms(
     """
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
-    folder, pipes = Path(out_dir) / "cells", {None: pipe, **(models or {})}
     first = first_settings(arms)
+    pipes: dict[str | None, Any] = {None: pipe}
+    pipes |= models or {}
     settings = [settings_of(arm, temperature) for arm in arms]
     check_comparison(first, [steps], [seed], temperature, pipes)
-    for arm, some in zip(arms, settings, strict=True):
-        check_optuna(arm, some, trials)
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {"temperature": temperature, "task_name": f"tuning {task_name}", "quality": quality}
-    chosen, tried = [], []
-    total = sum(min(trials, len(some)) for arm, some in zip(arms, settings, strict=True) if knobs(arm))
-    bar = tqdm(total=total, desc="settings tried", disable=not progress)
-    for arm, some in zip(arms, settings, strict=True):
-        if not knobs(arm):
-            chosen.append(arm)
-            continue
-        options, scores = [], []
-        for option in proposals(arm, some, trials, seed, scores):
-            path = folder / cell_file(option, steps, seed, temperature, named["task_name"])
-            cell = read_cell(path) or run_cell(pipes[arm.get("model")], task, option, steps, seed, path=path, **named)
-            check_quality(quality, cell["metrics"])  # a finished cell may lack it
-            means = {metric: float(np.mean(values)) for metric, values in cell["metrics"].items()}
-            judged = next(iter(means)) if quality is None else quality
-            better = is_higher_better(task, judged) if higher_is_better is None else higher_is_better
-            options.append(option)
-            scores.append(means[judged] if better else -means[judged])
-            tried.append(option | means)
-            bar.update()
-            if report is not None:
-                report(option, means)
-        chosen.append(options[scores.index(max(scores))])
-    bar.close()
-    write_whole(
-        Path(out_dir) / "tuning.json", json.dumps({"steps": steps, "seed": seed, "tried": tried}, indent=1) + "\n"
-    )
+    for arm, options in zip(arms, settings, strict=True):
+        check_optuna(arm, options, trials)
+    cells = Cells(Path(out_dir) / "cells", task, f"tuning {task_name}", pipes, temperature, quality)
+    chosen: list[dict] = []
+    tried: list[dict] = []
+    total = sum(min(trials, len(options)) for arm, options in zip(arms, settings, strict=True) if knobs(arm))
+    with tqdm(total=total, desc="settings tried", disable=not progress) as bar:
+        for arm, options in zip(arms, settings, strict=True):
+            looked_at: list[dict] = []
+            scores: list[float] = []
+            for option in proposals(arm, options, trials, seed, scores) if knobs(arm) else ():
+                means, score = judged(cells, option, steps, seed, higher_is_better)
+                looked_at.append(option)
+                scores.append(score)
+                tried.append(option | means)
+                bar.update()
+                if report is not None:
+                    report(option, means)
+            chosen.append(looked_at[scores.index(max(scores))] if scores else arm)
+    found = {"steps": steps, "seed": seed, "tried": tried}
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(out_dir) / "tuning.json", json.dumps(found, indent=1) + "\n")
     return chosen, tried
+
+
+def judged(
+    cells: Cells, option: dict, steps: int, seed: int, higher_is_better: bool | None
+) -> tuple[dict[str, float], float]:
+    """The means of a setting's metrics, and its score: higher is better."""
+    metrics = cells.get(option, steps, seed)["metrics"]
+    check_quality(cells.quality, metrics)  # a finished cell may lack it
+    means = {metric: float(np.mean(values)) for metric, values in metrics.items()}
+    quality = next(iter(means)) if cells.quality is None else cells.quality
+    better = is_higher_better(cells.task, quality) if higher_is_better is None else higher_is_better
+    return means, means[quality] if better else -means[quality]

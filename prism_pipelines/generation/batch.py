@@ -1,17 +1,25 @@
 """Generation for thousands of prompts: a file in, a file out, in input order, resumable, on one process or several.
 
-How the work is shared out and taken up again stands in `running.py`, what a run writes in `output_files.py`.
+`running.py` says how the work is shared and resumed, `output_files.py` what a run writes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .input_files import read_json_lines, read_lines
 from .output_files import run_settings
-from .running import plan_batches, run_batches
+from .running import check_counts, plan_batches, run_batches
+
+if TYPE_CHECKING:
+    from torch import Generator
+    from transformers import PreTrainedTokenizerBase
+
+    from ..pipeline_prism import PrismPipeline
 
 WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a row
 
@@ -19,7 +27,7 @@ WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a ro
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path) -> list[dict]:
+def read_prompts(path: str | Path) -> list[dict]:
     """Rows of a file of prompts: .jsonl, one object a line (blank lines are no rows), or .txt, one prompt a line.
 
     Raises:
@@ -34,7 +42,7 @@ def read_prompts(path) -> list[dict]:
     return check_rows([row for _, row in numbered], lambda i: f"{path}, line {numbered[i][0]}")
 
 
-def check_rows(rows, place=lambda i: f"row {i}") -> list[dict]:
+def check_rows(rows: Iterable, place: Callable[[int], str] = lambda i: f"row {i}") -> list[dict]:
     """Rows as dicts with exactly one of "prompt" and "messages", and an "id" that no other has.
 
     Args:
@@ -45,7 +53,8 @@ def check_rows(rows, place=lambda i: f"row {i}") -> list[dict]:
         ValueError: none, an empty prompt, an id given twice, or a key that the output writes; with the place.
         TypeError: something that is no row.
     """
-    checked, seen = [], {}
+    checked: list[dict] = []
+    seen: dict[str | int, int] = {}
     for i, row in enumerate(rows):
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict):
@@ -70,14 +79,14 @@ def check_rows(rows, place=lambda i: f"row {i}") -> list[dict]:
     return checked
 
 
-def _check_text(text, place: str) -> None:
+def _check_text(text: object, place: str) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{place} must be a string, got {text!r:.80}.")
     if not text.strip():
         raise ValueError(f"{place} is empty.")
 
 
-def _check_messages(messages, place: str) -> None:
+def _check_messages(messages: object, place: str) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise TypeError(f'{place}: "messages" must be a list of {{"role", "content"}}, got {messages!r:.80}.')
     for one in messages:
@@ -88,7 +97,7 @@ def _check_messages(messages, place: str) -> None:
 
 def prompt_texts(
     rows: list[dict],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     use_chat_template: bool = True,
     template_kwargs: dict | None = None,
     continue_final_message: bool = False,
@@ -104,7 +113,7 @@ def prompt_texts(
     template = has_chat_template(tokenizer)
     if template_kwargs and not (template and use_chat_template):
         raise ValueError("`chat_template_kwargs` is given, and no chat template is used.")
-    texts = []
+    texts: list[str] = []
     for row in rows:
         if "messages" in row and not template:
             raise ValueError(f'Row {row["id"]!r} has "messages", and the tokenizer has no chat template: use "prompt".')
@@ -121,7 +130,7 @@ def prompt_texts(
     return texts
 
 
-def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | None) -> list[int]:
+def batch_groups(pipe: PrismPipeline, lengths: list[int], gen_length: int, block_length: int | None) -> list[int]:
     """Which rows may share a batch without one changing what another gets.
 
     The steps of a block-causal model are spread over the blocks of the row that has most, so rows with another number
@@ -130,7 +139,7 @@ def batch_groups(pipe, lengths: list[int], gen_length: int, block_length: int | 
     spec = pipe.spec
     if spec.attention != "block_causal":
         return [0] * len(lengths)
-    return [num_blocks(length, gen_length, block_length or spec.block_length) for length in lengths]
+    return [num_blocks(length, gen_length, block_length or spec.block_length or 1) for length in lengths]
 
 
 def num_blocks(length: int, gen_length: int, block_length: int) -> int:
@@ -138,7 +147,14 @@ def num_blocks(length: int, gen_length: int, block_length: int) -> int:
     return (length + gen_length - 1) // block_length - length // block_length + 1
 
 
-def check_steps(pipe, names: list[str], lengths: list[int], gen_length: int, block_length, steps: int | None) -> None:
+def check_steps(
+    pipe: PrismPipeline,
+    names: list[str],
+    lengths: list[int],
+    gen_length: int,
+    block_length: int | None,
+    steps: int | None,
+) -> None:
     """Raise a ValueError if a prompt's tokens touch more blocks of a block-causal model than there are steps.
 
     Args:
@@ -151,7 +167,7 @@ def check_steps(pipe, names: list[str], lengths: list[int], gen_length: int, blo
     if steps is None or spec.attention != "block_causal":
         return
     for name, length in zip(names, lengths, strict=True):
-        needed = num_blocks(length, gen_length, block_length or spec.block_length)
+        needed = num_blocks(length, gen_length, block_length or spec.block_length or 1)
         if needed > steps:
             raise ValueError(
                 f"{steps} steps are too few: {name} has {length} tokens, and the {gen_length} after it touch {needed} "
@@ -162,10 +178,20 @@ def check_steps(pipe, names: list[str], lengths: list[int], gen_length: int, blo
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What is continued, row by row: the rows, their texts and numbers of tokens; why rows are skipped, by number."""
+
+    rows: list[dict]
+    texts: list[str]
+    lengths: list[int]
+    skipped: dict[int, str]
+
+
 def generate_many(
-    pipe,
-    prompts,
-    out,
+    pipe: PrismPipeline,
+    prompts: str | Path | list | tuple,
+    out: str | Path,
     *,
     gen_length: int,
     block_length: int | None = None,
@@ -187,97 +213,108 @@ def generate_many(
     too_long: str = "error",
     progress: bool = True,
 ) -> dict:
-    """Continue every prompt of a file and write a JSON line for each, in input order. Called again, it goes on.
+    """Continue every prompt of a file and write a JSON line for each, in input order. Called again, it is resumed.
 
-    Row i is drawn with its own generator, seeded by `seed` and i, and batches do not depend on the number of processes,
-    so neither does the output. Another `batch_size` changes a row only by the rounding of sums. In a process group
+    Row i has its own generator, seeded by `seed` and i, and batches do not depend on the number of processes, so
+    neither does the output. Another `batch_size` changes a row only by the rounding of sums. In a process group
     (torch.distributed) each process takes its share; all must pass the same arguments.
 
     Args:
         pipe: a `PrismPipeline` with a tokenizer, on its device.
         prompts: path of a .jsonl or .txt file, or a list of rows; see `read_prompts` and `check_rows`.
-        out: path of the output, a .jsonl file. A row of it is the input row with "text", "nfe" (forward passes) and
-            "ended": false if no end token or stop string was written in `gen_length` tokens, null if the model has no
-            end token.
-        gen_length, block_length, num_inference_steps, temperature, top_p, cfg_scale, stop: of the pipeline.
-        eos_early_stop, threshold, cache, cache_refresh_interval: of the pipeline.
-        use_chat_template, chat_template_kwargs, continue_final_message: of the pipeline.
-        batch_size: prompts a forward.
+        out: path of the output, a .jsonl file: the input rows with "text", "nfe" (forward passes) and "ended" (false
+            if no end token or stop string was written in `gen_length` tokens, null if the model has no end token).
+        gen_length, ..., continue_final_message: arguments of the pipeline.
+        batch_size: prompts in a forward pass.
         seed: of all rows, not negative.
         max_prompts: only that many, from the first.
-        too_long: what to do with a prompt that does not fit into the model with `gen_length` tokens after it: "error",
-            or "skip": its row then has "text": null and an "error".
+        too_long: a prompt that does not fit with `gen_length` tokens after it is an "error", or with "skip" a row with
+            "text": null and an "error".
         progress: draw a bar on stderr, in the first process.
     Returns:
-        {"prompts", "skipped", "not_ended", "generated", "seconds", "prompts_per_second", "tokens_per_second"}. The last
-        four are of this call and process, tokens those before the end token; the first three are None while other
-        processes are still at work.
+        {"prompts", "skipped", "not_ended", "generated", "seconds", "prompts_per_second", "tokens_per_second"}; the last
+        four of this call and process, the first three None while other processes are still running.
     Raises:
         ValueError, TypeError: bad input, an output of another run, or out of memory.
         OSError: no such file or folder.
     """
-    from ..sampling.encoding import prompt_ids
-    from ..schedulers.token_sampling import seeded_generators  # loads torch, which `prism --help` does without
+    call: dict = {"gen_length": gen_length, "block_length": block_length, "num_inference_steps": num_inference_steps}
+    call |= {"temperature": temperature, "top_p": top_p, "cfg_scale": cfg_scale, "stop": stop}
+    call |= {"eos_early_stop": eos_early_stop, "threshold": threshold}
+    call |= {"cache": cache, "cache_refresh_interval": cache_refresh_interval}
+    _check_arguments(pipe, batch_size, seed, max_prompts, too_long)
+    rows = (check_rows(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts))[:max_prompts]
+    texts = prompt_texts(rows, pipe.tokenizer, use_chat_template, chat_template_kwargs, continue_final_message)
+    work = _prepared(pipe, rows, texts, call, too_long)
+    settings = call | {"seed": seed, "use_chat_template": use_chat_template, "too_long": too_long}
+    settings |= {"chat_template_kwargs": chat_template_kwargs, "continue_final_message": continue_final_message}
+    return _run(pipe, work, Path(out), call, settings, batch_size, progress)
 
-    out = Path(out)
-    for name, value, least in (("batch_size", batch_size, 1), ("max_prompts", max_prompts, 1), ("seed", seed, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-    if too_long not in ("error", "skip"):
-        raise ValueError(f'`too_long` must be "error" or "skip", got {too_long!r}.')
+
+def _check_arguments(pipe: PrismPipeline, batch_size: int, seed: int, max_prompts: int | None, too_long: str) -> None:
+    """Raise a ValueError for an argument of `generate_many` that cannot be used."""
+    from ..schedulers.validation import is_int, require  # loads torch, which `prism --help` does without
+
+    check_counts(batch_size, seed)
+    if max_prompts is not None:
+        require(is_int(max_prompts, 1), "max_prompts", max_prompts, "an integer of at least 1")
+    require(too_long in ("error", "skip"), "too_long", too_long, '"error" or "skip"')
     if pipe.tokenizer is None:
         raise ValueError("The pipeline has no tokenizer, so it cannot read prompts. Load it with tokenizer=.")
-    rows = check_rows(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)
-    rows = rows[:max_prompts]
-    texts = prompt_texts(rows, pipe.tokenizer, use_chat_template, chat_template_kwargs, continue_final_message)
-    lengths = [len(ids) for ids in prompt_ids(texts, pipe.tokenizer)]
-    skipped = _too_long(pipe, rows, lengths, gen_length, too_long)
-    names = [f"the prompt with id {row['id']!r}" for row in rows]
-    check_steps(pipe, names, lengths, gen_length, block_length, num_inference_steps)
 
-    call = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "num_inference_steps": num_inference_steps,
-        "temperature": temperature,
-        "top_p": top_p,
-        "cfg_scale": cfg_scale,
-        "stop": stop,
-        "eos_early_stop": eos_early_stop,
-        "threshold": threshold,
-        "cache": cache,
-        "cache_refresh_interval": cache_refresh_interval,
-    }
-    generation = call | {"seed": seed, "use_chat_template": use_chat_template, "too_long": too_long}
-    generation["chat_template_kwargs"] = chat_template_kwargs
-    generation["continue_final_message"] = continue_final_message
-    settings = run_settings(pipe, rows, generation)
-    batches = plan_batches(lengths, batch_size, batch_groups(pipe, lengths, gen_length, block_length))
+
+def _prepared(pipe: PrismPipeline, rows: list[dict], texts: list[str], call: dict, too_long: str) -> Prompts:
+    """The prompts with their numbers of tokens; refuses those that cannot be continued."""
+    from ..sampling.encoding import prompt_ids
+
+    lengths = [len(ids) for ids in prompt_ids(texts, pipe.tokenizer)]
+    skipped = _too_long(pipe, rows, lengths, call["gen_length"], too_long)
+    names = [f"the prompt with id {row['id']!r}" for row in rows]
+    check_steps(pipe, names, lengths, call["gen_length"], call["block_length"], call["num_inference_steps"])
+    return Prompts(rows, texts, lengths, skipped)
+
+
+def _run(
+    pipe: PrismPipeline, work: Prompts, out: Path, call: dict, settings: dict, batch_size: int, progress: bool
+) -> dict:
+    """Generate what is not done yet; what `generate_many` returns."""
+    from ..schedulers.token_sampling import seeded_generators
 
     def fill(batch: list[int]) -> list[tuple[dict, int]]:
-        return _generate(pipe, [texts[i] for i in batch], seeded_generators(seed, batch), call)
+        return _generate(pipe, [work.texts[i] for i in batch], seeded_generators(settings["seed"], batch), call)
 
     def lines(done: dict[int, dict]) -> Iterator[str]:
-        for i, row in enumerate(rows):
-            blank = {"text": None, "nfe": 0, "ended": None, "error": skipped.get(i)}
-            yield json.dumps(row | (blank if i in skipped else done[i])) + "\n"
+        for i, row in enumerate(work.rows):
+            blank = {"text": None, "nfe": 0, "ended": None, "error": work.skipped.get(i)}
+            yield json.dumps(row | (blank if i in work.skipped else done[i])) + "\n"
 
-    work = [[i for i in batch if i not in skipped] for batch in batches]
-    told = run_batches(out, settings, work, lengths, fill, lines, "prompts", progress)
-    counts = {"prompts": None, "skipped": None, "not_ended": None}
+    groups = batch_groups(pipe, work.lengths, call["gen_length"], call["block_length"])
+    batches = plan_batches(work.lengths, batch_size, groups)
+    batches = [[i for i in batch if i not in work.skipped] for batch in batches]
+    settings = run_settings(pipe, work.rows, settings)
+    told = run_batches(out, settings, batches, work.lengths, fill, lines, "prompts", progress)
+    counts: dict[str, int | None] = {"prompts": None, "skipped": None, "not_ended": None}
     if told.pop("complete"):
         results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         not_ended = sum(row["ended"] is False for row in results)
-        counts = {"prompts": len(results), "skipped": len(skipped), "not_ended": not_ended}
+        counts = {"prompts": len(results), "skipped": len(work.skipped), "not_ended": not_ended}
     seconds, tokens = told["seconds"], told.pop("tokens")
     rates = {"prompts_per_second": told["generated"] / seconds, "tokens_per_second": tokens / seconds}
     return counts | told | rates
 
 
-def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
+def _too_long(
+    pipe: PrismPipeline, rows: list[dict], lengths: list[int], gen_length: int, too_long: str
+) -> dict[int, str]:
+    """Why rows do not fit into the model, by number.
+
+    Raises:
+        ValueError: a row without tokens, or one that does not fit, unless `too_long` is "skip".
+    """
     from ..models.checks import max_length
 
-    limit, skipped, closing = max_length(pipe.model.config), {}, len(pipe.text_frame.closing)
+    limit, closing = max_length(pipe.model.config), len(pipe.text_frame.closing)
+    skipped: dict[int, str] = {}
     for i, length in enumerate(lengths):
         if not length:
             raise ValueError(f"The prompt with id {rows[i]['id']!r} has no tokens.")
@@ -292,11 +329,11 @@ def _too_long(pipe, rows, lengths, gen_length, too_long) -> dict[int, str]:
     return skipped
 
 
-def _generate(pipe, texts: list[str], generators: list, call: dict) -> list[tuple[dict, int]]:
+def _generate(pipe: PrismPipeline, texts: list[str], generators: list[Generator], call: dict) -> list[tuple[dict, int]]:
     """For each text its result, and how many tokens it has before its end token."""
     from ..sampling.stopping import end_tokens, finished_rows, generated_prefix, stop_strings
 
-    out = pipe(texts, generator=generators, use_chat_template=False, **call)
+    out: Any = pipe(texts, generator=generators, use_chat_template=False, **call)
     ends = end_tokens(None, pipe.tokenizer, pipe.model, pipe.spec)
     end = out.sequences.shape[1] - len(pipe.text_frame.closing)
     new, stops = out.sequences[:, end - call["gen_length"] : end].cpu(), stop_strings(call["stop"])

@@ -6,19 +6,25 @@ import math
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .output_files import run_settings
-from .running import plan_batches, run_batches
+from .running import Fill, check_counts, plan_batches, run_batches
 from .sequence_output import FILLED, SCORED, check_columns, check_out, written_lines
 from .sequences import masked_text, place_of, read_sequences, readable_text, restored_case
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+    from ..pipeline_prism import PrismPipeline
 
 SHOWN = 5  # rows that are named in an error
 
 
 def infill_many(
-    pipe,
-    source,
-    out,
+    pipe: PrismPipeline,
+    source: str | Path,
+    out: str | Path,
     *,
     column: str | None = None,
     positions: str | None = None,
@@ -35,10 +41,10 @@ def infill_many(
     invalid: str = "error",
     progress: bool = True,
 ) -> dict:
-    """Fill in what is masked in every row of a file. Called again, it goes on.
+    """Fill in what is masked in every row of a file. Called again, it is resumed.
 
-    Row i has generators of its own, seeded by `seed`, i and the sample, and the number of steps is the same for all
-    rows, so nothing depends on the batches. A row without anything to fill comes back as it is.
+    Row i has its own generators, seeded by `seed`, i and the sample, and the number of steps is the same for all rows,
+    so nothing depends on the batches. A row without anything to fill comes back as it is.
 
     Args:
         pipe: a `PrismPipeline` with a tokenizer that has a mask token.
@@ -63,45 +69,34 @@ def infill_many(
         ValueError, TypeError: bad input, named by line; an output of another run; or out of memory.
         OSError: no such file or folder.
     """
-    from ..schedulers.token_sampling import seeded_generators  # loads torch, which `prism --help` does without
-
+    call = {"num_samples": num_samples, "select": select, "temperature": temperature, "top_p": top_p}
+    call["num_inference_steps"] = num_inference_steps
     check_arguments(pipe, batch_size, seed, invalid)
     rows = read_sequences(source, column)
     check_columns(rows, FILLED)
     read = [prepared(pipe, row, row_positions(row, positions, positions_column), marks, drop) for row in rows]
     refuse_invalid(read, invalid, source)
-    settings = {"command": "infill", "num_samples": num_samples, "select": select, "temperature": temperature}
-    settings |= {"top_p": top_p, "num_inference_steps": num_inference_steps, "seed": seed, "invalid": invalid}
-    settings["read_as"] = [row["reads"] for row in read]
-
-    def fill(batch: list[int]) -> list[tuple[dict, int]]:
-        return filled(
-            pipe,
-            [read[i] for i in batch],
-            seeded_generators(seed, (i * 1009 + k for i in batch for k in range(num_samples))),
-            {
-                "num_samples": num_samples,
-                "select": select,
-                "num_inference_steps": num_inference_steps,
-                "temperature": temperature,
-                "top_p": top_p,
-            },
-        )
-
-    for row in read:
-        if "error" not in row and not row["masks"]:
-            row["unmasked"] = True
     todo = [i for i, row in enumerate(read) if "error" not in row and row["masks"]]
-    told = run_rows(
-        pipe, rows, read, todo, Path(out), settings, max(1, batch_size // num_samples), fill, FILLED, progress
-    )
+    settings = {"command": "infill", **call, "seed": seed, "invalid": invalid}
+    fill, batch_size = partial(fill_batch, pipe, read, seed, call), max(1, batch_size // num_samples)
+    told = run_rows(pipe, rows, read, todo, Path(out), settings, batch_size, fill, FILLED, progress)
     return told | {"unmasked": sum("unmasked" in row for row in read)}
 
 
+def fill_batch(
+    pipe: PrismPipeline, read: list[dict], seed: int, call: dict, batch: list[int]
+) -> list[tuple[dict, int]]:
+    """`filled` for rows by number, with generators of their own."""
+    from ..schedulers.token_sampling import seeded_generators  # loads torch, which `prism --help` does without
+
+    numbers = (i * 1009 + k for i in batch for k in range(call["num_samples"]))
+    return filled(pipe, [read[i] for i in batch], seeded_generators(seed, numbers), call)
+
+
 def score_many(
-    pipe,
-    source,
-    out,
+    pipe: PrismPipeline,
+    source: str | Path,
+    out: str | Path,
     *,
     by: str = "head",
     column: str | None = None,
@@ -111,7 +106,7 @@ def score_many(
     invalid: str = "error",
     progress: bool = True,
 ) -> dict:
-    """The quality of every token of every row of a file. Called again, it goes on.
+    """The quality of every token of every row of a file. Called again, it is resumed.
 
     Args:
         pipe, source, out, column, marks, drop, batch_size, invalid, progress: as `infill_many`.
@@ -126,7 +121,7 @@ def score_many(
     check_columns(rows, SCORED)
     read = [prepared(pipe, row, None, marks, drop) for row in rows]
     refuse_invalid(read, invalid, source)
-    settings = {"command": "score", "by": by, "invalid": invalid, "read_as": [row["reads"] for row in read]}
+    settings = {"command": "score", "by": by, "invalid": invalid}
 
     def fill(batch: list[int]) -> list[tuple[dict, int]]:
         return scored(pipe, [read[i] for i in batch], by)
@@ -135,11 +130,9 @@ def score_many(
     return run_rows(pipe, rows, read, todo, Path(out), settings, batch_size, fill, SCORED, progress)
 
 
-def check_arguments(pipe, batch_size: int, seed: int, invalid: str) -> None:
+def check_arguments(pipe: PrismPipeline, batch_size: int, seed: int, invalid: str) -> None:
     """Raise a ValueError if an argument, or the pipeline, cannot be used for a file of sequences."""
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+    check_counts(batch_size, seed)
     if invalid not in ("error", "skip"):
         raise ValueError(f'`invalid` must be "error" or "skip", got {invalid!r}.')
     if pipe.tokenizer is None or pipe.tokenizer.mask_token is None:
@@ -148,14 +141,17 @@ def check_arguments(pipe, batch_size: int, seed: int, invalid: str) -> None:
         )
 
 
-def row_positions(row: dict, positions: str | None, column: str):
+def row_positions(row: dict, positions: str | None, column: str) -> Any:
     """What is to be filled in a row: its own column before what holds for all."""
     own = row["record"].get(column) if column in row["record"] else None
     return positions if own in (None, "") else own
 
 
-def prepared(pipe, row: dict, positions, marks: str, drop: str) -> dict:
-    """What the model reads of a row: {"text", "reads", "tokens", "masks"}, and "error" where it cannot."""
+def prepared(pipe: PrismPipeline, row: dict, positions: Any, marks: str, drop: str) -> dict:
+    """What the model reads of a row: {"place", "text", "reads", "tokens", "masks"}, and "error" where it cannot.
+
+    A row without a mask is "unmasked": True.
+    """
     from ..models.checks import max_length
     from ..sampling.canvas import whole_ids
 
@@ -177,10 +173,12 @@ def prepared(pipe, row: dict, positions, marks: str, drop: str) -> dict:
     ids = whole_ids(reads, tokenizer)
     if limit is not None and len(ids) > limit:
         return done | {"error": f"{len(ids):,} tokens are too long, the model takes {limit}"}
-    return done | {"text": text, "reads": reads, "tokens": len(ids), "masks": ids.count(pipe.mask_token_id)}
+    masks = ids.count(pipe.mask_token_id)
+    done |= {"text": text, "reads": reads, "tokens": len(ids), "masks": masks}
+    return done if masks else done | {"unmasked": True}
 
 
-def refuse_invalid(read: list[dict], invalid: str, source) -> None:
+def refuse_invalid(read: list[dict], invalid: str, source: str | Path) -> None:
     """Raise a ValueError that names the rows that cannot be used, unless they are to be skipped."""
     bad = [f"{row['place']}: {row['error']}" for row in read if "error" in row]
     if bad and invalid == "error":
@@ -192,10 +190,21 @@ def refuse_invalid(read: list[dict], invalid: str, source) -> None:
         )
 
 
-def run_rows(pipe, rows, read, todo, out: Path, settings: dict, batch_size: int, fill, columns, progress) -> dict:
+def run_rows(
+    pipe: PrismPipeline,
+    rows: list[dict],
+    read: list[dict],
+    todo: list[int],
+    out: Path,
+    settings: dict,
+    batch_size: int,
+    fill: Fill,
+    columns: tuple[str, ...],
+    progress: bool,
+) -> dict:
     """Fill the rows `todo`, and write all of them."""
     check_out(out)
-    settings = run_settings(pipe, rows, settings)
+    settings = run_settings(pipe, rows, settings | {"read_as": [row["reads"] for row in read]})
     lengths = [row["tokens"] for row in read]
     batches = [[todo[i] for i in batch] for batch in plan_batches([lengths[i] for i in todo], batch_size)]
     lines = partial(written_lines, out.suffix.lower(), rows, read, columns)
@@ -204,14 +213,14 @@ def run_rows(pipe, rows, read, todo, out: Path, settings: dict, batch_size: int,
     return {"rows": len(rows), "skipped": sum("error" in row for row in read)} | told
 
 
-def filled(pipe, rows: list[dict], generators: list, call: dict) -> list[tuple[dict, int]]:
+def filled(pipe: PrismPipeline, rows: list[dict], generators: list[Generator], call: dict) -> list[tuple[dict, int]]:
     """For each row {"samples": one record for each that is kept}, and how many tokens were written."""
     import torch
 
     head = pipe.quality_head is not None
     with warnings.catch_warnings():  # rows have as many masks as they have; the steps are those of the file
         warnings.filterwarnings("ignore", message=".*steps will write nothing")
-        out = pipe(infill=[row["reads"] for row in rows], generator=generators, return_quality=head, **call)
+        out: Any = pipe(infill=[row["reads"] for row in rows], generator=generators, return_quality=head, **call)
     kept = len(out.texts) // len(rows)
     sizes = torch.tensor([row["tokens"] for row in rows for _ in range(kept)])
     mask = (torch.arange(out.sequences.shape[1]) < sizes[:, None]).long()
@@ -238,7 +247,7 @@ def filled(pipe, rows: list[dict], generators: list, call: dict) -> list[tuple[d
     return results
 
 
-def scored(pipe, rows: list[dict], by: str) -> list[tuple[dict, int]]:
+def scored(pipe: PrismPipeline, rows: list[dict], by: str) -> list[tuple[dict, int]]:
     """For each row {"samples": [its record]}, and how many tokens it has."""
     import torch
 
@@ -267,7 +276,7 @@ def scored(pipe, rows: list[dict], by: str) -> list[tuple[dict, int]]:
     return results
 
 
-def ids_of(pipe, row: dict) -> list[int]:
+def ids_of(pipe: PrismPipeline, row: dict) -> list[int]:
     """Ids of a row as the model reads it."""
     from ..sampling.canvas import whole_ids
 

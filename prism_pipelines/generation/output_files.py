@@ -10,11 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
+from ..atomic_files import atomic_file
 from ..hub.files import module_digest
+
+if TYPE_CHECKING:
+    from ..pipeline_prism import PrismPipeline
+
+Lines = Callable[[dict[int, dict]], Iterable[str]]  # results by row number -> the parts of the output, in order
+PATIENCE = 1.0  # seconds that a lock may be held by a process that only looks whether it is free
 
 
 def run_file(out: Path) -> Path:
@@ -62,7 +72,7 @@ def check_run(out: Path, settings: dict) -> bool:
     return out.exists()
 
 
-def run_settings(pipe, rows: list[dict], generation: dict) -> dict:
+def run_settings(pipe: PrismPipeline, rows: list[dict], generation: dict) -> dict:
     """What decides the output: the rows, the settings, and digests of tokenizer, model, head and scheduler."""
     from ..schedulers.validation import own_fields  # with torch, which the rest of this file does without
 
@@ -89,7 +99,7 @@ def read_parts(out: Path) -> dict[int, dict]:
     Raises:
         ValueError: a whole line that is no batch.
     """
-    done = {}
+    done: dict[int, dict] = {}
     for path in part_files(out):
         *lines, _ = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
@@ -101,16 +111,33 @@ def read_parts(out: Path) -> dict[int, dict]:
     return done
 
 
+def part_lock(path: Path) -> FileLock:
+    """The lock that the writer of a part file holds."""
+    return FileLock(f"{path}.lock")
+
+
 @contextmanager
-def part_writer(path: Path):
-    """A function that appends a batch to a part file; when it returns the batch is on the disk.
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a part file.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        with part_lock(path).acquire(timeout=PATIENCE):
+            yield
+    except Timeout:
+        raise ValueError(f"Another process is writing {path}: is the run still going?") from None
+
+
+@contextmanager
+def part_writer(path: Path) -> Iterator[Callable[[list[dict]], None]]:
+    """A function that appends a batch to a part file; when it returns, the batch is on the disk.
 
     Raises:
         ValueError: another process is writing the file.
     """
-    with path.open("ab") as file:
-        if not lock(file, exclusive=True):
-            raise ValueError(f"Another process is writing {path}: is the run still going?")
+    with locked(path), path.open("ab") as file:
         with path.open("rb") as whole:
             file.truncate(whole.read().rfind(b"\n") + 1)
 
@@ -122,40 +149,25 @@ def part_writer(path: Path):
         yield write
 
 
-def lock(file, exclusive: bool, wait: bool = False) -> bool:
-    """Whether the file could be locked until it is closed. Where the system has no flock, nothing is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def merge(out: Path, total: int, lines: Callable[[dict[int, dict]], Iterable[str]]) -> bool:
-    """Write `out` if every row is done, and remove the parts.
+def merge(out: Path, total: int, lines: Lines) -> bool:
+    """Write `out` if every row is done, and remove the parts and the locks.
 
     Args:
+        out: the output file.
         total: rows that must be done.
-        lines: from the results by row number the parts of the output, in order.
+        lines: makes the output.
     Returns:
         whether `out` is complete; False if rows are still to do.
     """
-    with run_file(out).open("rb") as turn:
-        lock(turn, exclusive=True, wait=True)  # two processes may find at once that all is done
+    if out.exists() and not part_files(out):
+        return True
+    with part_lock(run_file(out)):  # two processes may find at once that all is done
         if not out.exists():
             done = read_parts(out)
             if len(done) < total:
                 return False
-            beside = out.with_name(out.name + ".tmp")
-            with beside.open("w", encoding="utf-8", newline="") as file:
+            with atomic_file(out) as file:
                 file.writelines(lines(done))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, out)
-        for path in part_files(out):
-            path.unlink()
+        for path in [*part_files(out), *out.parent.glob(f"{_literal(out.name)}.*.lock")]:
+            path.unlink(missing_ok=True)
     return True

@@ -25,7 +25,7 @@ number and quality. <span class="q" style="--p:1">1.0</span> <span class="q" sty
 """
 
 
-def quality_page(path, title: str = "Quality") -> str:
+def quality_page(path: str | Path, title: str = "Quality") -> str:
     """The page of an output of `score_many`.
 
     Args:

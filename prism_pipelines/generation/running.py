@@ -1,21 +1,32 @@
-"""Batches of the rows of a file, filled one after the other by one process or several; a killed run goes on.
+"""Batches of the rows of a file, filled one after the other by one process or several; a killed run is resumed.
 
-What a run writes, and why a kill neither loses nor doubles a row, stands in `output_files.py`.
+`output_files.py` says what a run writes, and why a kill neither loses nor doubles a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .output_files import check_run, lock, merge, part_files, part_writer, read_parts, run_file
+from ..atomic_files import write_atomically
+from .output_files import Lines, check_run, locked, merge, part_files, part_writer, read_parts, run_file
 
+Fill = Callable[[list[int]], list[tuple[dict, int]]]  # rows -> of each its result, which is JSON, and tokens written
 LOG_SECONDS = 30
+
+
+def check_counts(batch_size: int, seed: int) -> None:
+    """Raise a ValueError for a batch size or a seed that no run can use."""
+    from ..schedulers.validation import is_int, require  # loads torch, which `prism --help` does without
+
+    require(is_int(batch_size, 1), "batch_size", batch_size, "an integer of at least 1")
+    if not is_int(seed, 0, sys.maxsize):  # larger than a count may be
+        raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
 
 
 def plan_batches(lengths: list[int], batch_size: int, groups: list | None = None) -> list[list[int]]:
@@ -31,7 +42,8 @@ def plan_batches(lengths: list[int], batch_size: int, groups: list | None = None
         lists of row numbers; each row is in exactly one.
     """
     groups = [0] * len(lengths) if groups is None else groups
-    batches, last = [], {}
+    batches: list[list[int]] = []
+    last: dict[object, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if len(last.get(groups[i], ())) in (0, batch_size):
             batches.append([])
@@ -45,8 +57,8 @@ def run_batches(
     settings: dict,
     batches: list[list[int]],
     lengths: list[int],
-    fill: Callable[[list[int]], list[tuple[dict, int]]],
-    lines: Callable[[dict[int, dict]], Iterable[str]],
+    fill: Fill,
+    lines: Lines,
     unit: str,
     progress: bool,
 ) -> dict:
@@ -59,8 +71,8 @@ def run_batches(
         settings: what decides it; a run with others is refused, see `check_run`.
         batches: of `plan_batches`, without the rows that are not to be filled.
         lengths: tokens of each row, for the error of a batch that is too large.
-        fill: gives for each row of a batch its result, a dict that is JSON, and how many tokens were written.
-        lines: from the results by row number the parts of the output, in order.
+        fill: fills a batch.
+        lines: makes the output.
         unit: what a row is called, in the plural.
         progress: draw a bar on stderr, in the first process.
     Returns:
@@ -69,49 +81,55 @@ def run_batches(
         ValueError: an output of another run, one that is being written, or out of memory.
         OSError: the folder is missing.
     """
-    import torch
-
     rank, num_processes = _place()
-    todo, complete = [], check_run(out, settings)
-    if not complete:
-        for path in part_files(out):
-            with path.open("rb") as file:
-                if not lock(file, exclusive=False):
-                    raise ValueError(f"Another process is writing {path}: is the run still going?")
-        done = read_parts(out)
-        for batch in batches:
-            batch = [i for i in batch if i not in done]
-            todo += [batch] if batch else []
+    complete = check_run(out, settings)
+    todo = [] if complete else left_to_do(out, batches)
     _wait()  # nobody writes before everybody has read, so that the shares fit together
     if rank == 0 and not complete:
-        beside = run_file(out).with_suffix(".tmp")
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, run_file(out))
+        write_atomically(run_file(out), json.dumps(settings, indent=1) + "\n")
     _wait()
 
-    start, generated, tokens = time.perf_counter(), 0, 0
-    share = todo[rank::num_processes]
+    start, share, tokens = time.perf_counter(), todo[rank::num_processes], 0
     title = unit if num_processes == 1 else f"{unit} of process 1 of {num_processes}"
-    with _bar(title, sum(map(len, share)), progress and rank == 0) as advance:
+    with contextlib.ExitStack() as open_files:
+        advance = open_files.enter_context(_bar(title, sum(map(len, share)), progress and rank == 0))
         if share:
-            with part_writer(out.with_name(f"{out.name}.part-{rank:05d}.jsonl")) as write:
-                for batch in share:
-                    try:
-                        results = fill(batch)
-                    except torch.OutOfMemoryError as error:
-                        most = max(lengths[i] for i in batch)
-                        raise ValueError(
-                            f"Out of memory with {len(batch)} {unit} of up to {most} tokens. Lower `batch_size` "
-                            f"({max(map(len, batches))}) and start again: what is done is kept. "
-                            f"{error.__cause__ or error}"
-                        ) from None
-                    tokens += sum(count for _, count in results)
-                    write([{"row": i} | result for i, (result, _) in zip(batch, results, strict=True)])
-                    generated += len(batch)
-                    advance(len(batch), tokens)
+            write = open_files.enter_context(part_writer(out.with_name(f"{out.name}.part-{rank:05d}.jsonl")))
+        for batch in share:
+            results = _filled(fill, batch, lengths, unit, max(map(len, batches)))
+            tokens += sum(count for _, count in results)
+            write([{"row": i} | result for i, (result, _) in zip(batch, results, strict=True)])
+            advance(len(batch), tokens)
     seconds = time.perf_counter() - start
     written = merge(out, sum(map(len, batches)), lines)
-    return {"generated": generated, "seconds": seconds, "tokens": tokens, "complete": written}
+    return {"generated": sum(map(len, share)), "seconds": seconds, "tokens": tokens, "complete": written}
+
+
+def left_to_do(out: Path, batches: list[list[int]]) -> list[list[int]]:
+    """The batches without the rows that part files hold.
+
+    Raises:
+        ValueError: a part file that another process is writing, or a damaged one.
+    """
+    for path in part_files(out):
+        with locked(path):
+            pass
+    done = read_parts(out)
+    left = [[i for i in batch if i not in done] for batch in batches]
+    return [batch for batch in left if batch]
+
+
+def _filled(fill: Fill, batch: list[int], lengths: list[int], unit: str, batch_size: int) -> list[tuple[dict, int]]:
+    """What `fill` gives for a batch, or a ValueError that says how to need less memory."""
+    import torch
+
+    try:
+        return fill(batch)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"Out of memory with {len(batch)} {unit} of up to {max(lengths[i] for i in batch)} tokens. Lower "
+            f"`batch_size` ({batch_size}) and start again: what is done is kept. {error.__cause__ or error}"
+        ) from None
 
 
 def _place() -> tuple[int, int]:
@@ -130,7 +148,7 @@ def _wait() -> None:
 
 
 @contextmanager
-def _bar(title: str, total: int, shown: bool):
+def _bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar over prompts with the rate and the time left; yields what reports (prompts just done, tokens so far)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -144,7 +162,7 @@ def _bar(title: str, total: int, shown: bool):
         line, start = bar.add_task(title, total=total, rate=""), time.perf_counter()
         done, told = 0, start
 
-        def report(count, tokens):
+        def report(count: int, tokens: int) -> None:
             nonlocal done, told
             now = time.perf_counter()
             done, rate = done + count, f"{tokens / (now - start):,.0f} tokens/s"

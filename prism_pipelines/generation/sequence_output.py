@@ -21,7 +21,7 @@ SCORED = (
 OUTPUTS = (".jsonl", ".csv", *FASTA)
 
 
-def check_out(out) -> None:
+def check_out(out: str | Path) -> None:
     """Raise a ValueError if no output of that name can be written."""
     if Path(out).suffix.lower() not in OUTPUTS:
         raise ValueError(f"The output must end in .jsonl, .csv or .fasta, got {str(out)!r}.")
@@ -47,7 +47,7 @@ def written_lines(
         done: results by row number.
     """
     several = any(len(result["samples"]) > 1 for result in done.values())
-    columns = [name for name in columns if name != "sample" or several]
+    columns = tuple(name for name in columns if name != "sample" or several)
     names = list(dict.fromkeys(["id", *(key for row in rows for key in row["record"]), *columns]))
     if ending == ".csv":
         yield csv_line(names)
@@ -64,7 +64,7 @@ def written_lines(
                 yield fasta_record(row, result)
 
 
-def results_of(seen: dict, columns: list[str], done: dict | None) -> list[dict]:
+def results_of(seen: dict, columns: tuple[str, ...], done: dict | None) -> list[dict]:
     """Results of a row: those of the model, the text itself where nothing was masked, or none."""
     if done is not None:
         return done["samples"]
@@ -73,7 +73,7 @@ def results_of(seen: dict, columns: list[str], done: dict | None) -> list[dict]:
     return [{"nfe": 0}]
 
 
-def cell(value) -> str:
+def cell(value: object) -> str:
     """A value as CSV has it."""
     if value is None:
         return ""

@@ -1,6 +1,6 @@
 """Texts to fill in or to score, from files that people have: FASTA, CSV, TSV, JSON lines, plain lines.
 
-A row that cannot be used is named by its line, and stays a row: what came in comes out, with the reason beside it.
+A row that cannot be used is named by its line, and stays a row: the output holds it as it came, with the reason.
 """
 
 from __future__ import annotations
@@ -8,8 +8,12 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .input_files import read_json_lines, read_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FASTA = (".fasta", ".fa", ".faa", ".fas")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -17,7 +21,7 @@ ENDINGS = (*FASTA, *TABLES, ".jsonl", ".txt")
 COLUMNS = ("infill", "sequence", "text")  # where the text stands if the user names no column
 
 
-def read_sequences(path, column: str | None = None) -> list[dict]:
+def read_sequences(path: str | Path, column: str | None = None) -> list[dict]:
     """Rows of a file, each {"line", "id", "text", "record"}.
 
     "line" is its number in the file, from 1, "id" its name or else the row's number, from 0, "record" what the output
@@ -52,23 +56,22 @@ def read_sequences(path, column: str | None = None) -> list[dict]:
     return [row | {"id": i if row["id"] in (None, "") else row["id"]} for i, row in enumerate(rows)]
 
 
-def read_fasta(path) -> list[dict]:
+def read_fasta(path: str | Path) -> list[dict]:
     """Rows of a FASTA file; the name is the first word of a header, and a sequence may go over many lines.
 
     Raises:
         ValueError: residues before the first header.
     """
-    rows, parts = [], []
+    rows: list[dict] = []
     for number, line in enumerate(read_lines(Path(path), FASTA, "sequences"), 1):
         if line.startswith(">"):
             header = line[1:].strip()
-            parts = []
-            rows.append({"line": number, "id": header.split(None, 1)[0] if header else None, "text": parts})
-            rows[-1]["record"] = {"header": header}
+            name = header.split(None, 1)[0] if header else None
+            rows.append({"line": number, "id": name, "text": [], "record": {"header": header}})
         elif line.strip() and not line.startswith(";"):
             if not rows:
                 raise ValueError(f"{path}, line {number}: residues before the first header, which begins with '>'.")
-            parts.append("".join(line.split()))
+            rows[-1]["text"].append("".join(line.split()))
     for row in rows:
         row["text"] = row["record"]["sequence"] = "".join(row["text"])
         if not row["text"]:
@@ -99,7 +102,7 @@ def read_table(path: Path, column: str | None) -> list[dict]:
     return rows
 
 
-def row_of(number: int, record, column: str | None) -> dict:
+def row_of(number: int, record: object, column: str | None) -> dict:
     """A row from the columns of a line, or one that says why there is none."""
     if not isinstance(record, dict):
         return {"line": number, "id": None, "text": None, "record": {}, "error": "neither an object nor a string"}
@@ -120,8 +123,9 @@ def place_of(row: dict) -> str:
 
 
 def duplicates(rows: list[dict]) -> list[str]:
-    """For each name that stands there twice one sentence."""
-    first, told = {}, {}
+    """One sentence for each name that occurs twice."""
+    first: dict[str | int, int] = {}
+    told: dict[str | int, str] = {}
     for row in rows:
         if row["id"] in first and row["id"] not in told:
             told[row["id"]] = f"line {row['line']}: the name {row['id']!r:.60} is that of line {first[row['id']]}, too"
@@ -132,7 +136,7 @@ def duplicates(rows: list[dict]) -> list[str]:
 # --- what the model reads ---------------------------------------------------------------------------------------------
 
 
-def parse_spans(spans, length: int) -> list[tuple[int, int]]:
+def parse_spans(spans: object, length: int) -> list[tuple[int, int]]:
     """Spans of characters, (start, end) from 0 and without the end, of "97-110,120" or [[97, 110], 120], from 1.
 
     Raises:
@@ -156,7 +160,9 @@ def parse_spans(spans, length: int) -> list[tuple[int, int]]:
     return found
 
 
-def masked_text(text: str, tokenizer, spans=None, marks: str = "", drop: str = "") -> str:
+def masked_text(
+    text: str, tokenizer: PreTrainedTokenizerBase, spans: object = None, marks: str = "", drop: str = ""
+) -> str:
     """The text with the tokenizer's mask token for everything that is to be filled.
 
     Args:
@@ -181,7 +187,7 @@ def masked_text(text: str, tokenizer, spans=None, marks: str = "", drop: str = "
     )
 
 
-def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer) -> list[tuple[int, int]]:
+def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     """Characters of each token that has some of them in the spans, in order; one token a character if nobody knows."""
     if not spans:
         return []
@@ -196,7 +202,7 @@ def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer) -> list[tu
     return [(start, end) for start, end in offsets if any(chosen[start:end])]
 
 
-def readable_text(text: str, tokenizer) -> tuple[str, list[str]]:
+def readable_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
     """The text in the case that the tokenizer knows, and what of it is unknown to it.
 
     Lower case marks repeats in FASTA; it is read as upper case where the tokenizer knows that alone.

@@ -15,6 +15,7 @@ from collections import Counter
 import torch
 
 try:
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as error:
@@ -27,8 +28,9 @@ from ..pipeline_prism import PrismPipeline
 from ..sampling.encoding import prompt_ids
 from ..sampling.likelihood import METHODS, is_greedy, scored_canvas
 from ..schedulers.by_name import change_scheduler
+from ..schedulers.validation import is_int, require
 
-# What a task may ask for beside `until`; the others cannot be honoured and are refused.
+# What a task may ask for besides `until`. Everything else is refused.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTHS}
 
@@ -82,18 +84,14 @@ class PrismLM(LM):
         trust_remote_code: bool = False,
     ):
         super().__init__()
-        if torch_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"`torch_dtype` must be float32, bfloat16 or float16, got {torch_dtype!r}.")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-        if gen_length is not None and (not isinstance(gen_length, int) or gen_length < 1):
-            raise ValueError(f"`gen_length` must be an integer of at least 1, got {gen_length!r}.")
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
-        if likelihood not in METHODS:
-            raise ValueError(f"`likelihood` must be one of {METHODS}, got {likelihood!r}.")
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"`num_samples` must be an integer of at least 1, got {num_samples!r}.")
+        dtypes = ("float32", "bfloat16", "float16")
+        require(torch_dtype in dtypes, "torch_dtype", torch_dtype, "float32, bfloat16 or float16")
+        count = "an integer of at least 1"
+        require(str(batch_size).isdecimal() and int(batch_size) >= 1, "batch_size", batch_size, count)
+        require(gen_length is None or is_int(gen_length, 1), "gen_length", gen_length, count)
+        require(steps is None or is_int(steps, 1), "steps", steps, count)
+        require(likelihood in METHODS, "likelihood", likelihood, f"one of {METHODS}")
+        require(is_int(num_samples, 1), "num_samples", num_samples, count)
         self.likelihood, self.num_samples, self.check_greedy = likelihood, num_samples, check_greedy
         self._device = usable_device(device)
         self.pipe = PrismPipeline.from_pretrained(
@@ -112,7 +110,7 @@ class PrismLM(LM):
         self.temperature, self.batch_size, self.seed = temperature, int(batch_size), seed
         self.eos_token_id = eos_token_id
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text of each request, cut at the first of its `until` strings.
 
         Prompts are continued as they are: lm-eval has put them into the chat template under --apply_chat_template.
@@ -142,12 +140,12 @@ class PrismLM(LM):
         if self.pipe.spec.attention == "block_causal" or self.pipe.tokenizer.pad_token_id is None:
             groups = [f"{length} {group}" for length, group in zip(lengths, groups, strict=True)]
         # A task may ask for several answers to one prompt (`repeats`): each needs noise of its own.
-        seen = Counter()
+        seen: Counter[str] = Counter()
         seeds = []
         for text in texts:
             seeds.append(self._seed(text, seen[text]))
             seen[text] += 1
-        answers = [None] * len(requests)
+        answers = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for batch in plan_batches(lengths, self.batch_size, groups):
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
@@ -188,7 +186,7 @@ class PrismLM(LM):
     def _seed(self, text: str, repeat: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed} {repeat} {text}".encode()).digest()[:4], "big")
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): an estimate of log p(continuation | context), and whether it is greedy.
 
         By the Monte Carlo bound a request costs `num_samples` forward passes, and one alone if the continuation is a
@@ -201,7 +199,8 @@ class PrismLM(LM):
 
         pairs = [request.args for request in requests]
         lengths = [len(ids) for ids in prompt_ids([context + answer for context, answer in pairs], self.pipe.tokenizer)]
-        answers, seen, seeds = [None] * len(requests), Counter(), []
+        answers, seeds = [(0.0, False)] * len(requests), []
+        seen: Counter[tuple] = Counter()
         for pair in pairs:
             seeds.append(self._seed("\n".join(pair), seen[pair]))
             seen[pair] += 1
@@ -218,7 +217,7 @@ class PrismLM(LM):
                 bar.update(len(batch))
         return answers
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """An estimate of log p(text) for each text, at the cost of `loglikelihood`.
 
         A text that is longer than the model takes is cut into parts that know nothing of each other.

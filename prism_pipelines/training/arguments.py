@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,17 +27,24 @@ PRESETS = ("sudoku", "owt", "llada")
 # Flags that mean nothing under the other objectives.
 REVEALING = ("num_revealed", "reveal_order", "reveal_window")
 DRAWING = ("draws_per_state", "lambda_mdm", "draw_temperature", "top_p", "head", "head_from")
-ROLLING = ("context", "forget_share", "rollout_runs", "rollout_steps_min", "rollout_steps_max", "rollout_repairs")
+ROLLING: tuple[str, ...] = (
+    "context",
+    "forget_share",
+    "rollout_runs",
+    "rollout_steps_min",
+    "rollout_steps_max",
+    "rollout_repairs",
+)
 ROLLING += ("rollout_temperature", "block_length")
 DISTILLING = ("distill_loss", "label_stride", "label_floor")
 
 
 def flag(name: str) -> str:
-    """How a field is written on the command line: `--base-model` (or `--base-model`) for base_model."""
+    """How a field is written on the command line: `--base-model` for base_model."""
     return "--" + name.replace("_", "-")
 
 
-def _flag(default, text: str):
+def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -136,7 +144,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
     Raises:
         ValueError: a value that no run can use.
     """
-    parser = HfArgumentParser((RunArguments, transformers.TrainingArguments), prog="prism_pipelines.training")
+    kinds: Any = (RunArguments, transformers.TrainingArguments)
+    parser = HfArgumentParser(kinds, prog="prism_pipelines.training")
     parser.set_defaults(
         remove_unused_columns=False,
         prediction_loss_only=True,
@@ -149,7 +158,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         parser.parse_args(["--help"])  # transformers' reading of --args-file would show that flag alone
     words = expanded(words)
     run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], look_for_args_file=False)
-    # A loss that is no number would be replaced by the mean of the others, and the run would go on.
+    # A NaN loss would be replaced by the mean of the others, and the run would continue.
     args.logging_nan_inf_filter = False
     # Processes that shuffle by seeds of their own would read some examples twice and others never.
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -175,7 +184,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         )
     if args.save_only_model:
         raise ValueError(
-            "`--save-only-model` is not supported: no run can go on from a checkpoint without optimizer and schedule. "
+            "`--save-only-model` is not supported: a run is not resumed without its optimizer and schedule. "
             "Pass --save-total-limit 1 for a small folder."
         )
     run.push_to_hub, args.push_to_hub = args.push_to_hub, False
@@ -202,7 +211,7 @@ def expanded(words: list[str]) -> list[str]:
             continue
         file = Path(value if equals else next(left, ""))
         if not file.is_file():
-            raise ValueError(f"`--args-file` {str(file)!r} is no file.")
+            raise ValueError(f"`--args-file` {str(file)!r} is not a file.")
         flags = shlex.split(file.read_text(), comments=True)
         if any(word.partition("=")[0].replace("_", "-") == "--args-file" for word in flags):
             raise ValueError(f"`--args-file` {str(file)!r} names another --args-file; pass both on the command line.")
@@ -244,7 +253,7 @@ def check_run(run: RunArguments) -> None:
             f"{tuned[0]} goes with --objective prism or critic; mdm trains all weights, or an adapter with --rank."
         )
     if run.objective == "mdm" and adapter and run.base_model is None:
-        raise ValueError(f"{adapter[0]} is of an adapter, which needs a pretrained model: pass --base-model.")
+        raise ValueError(f"{adapter[0]} only applies to an adapter, which needs a pretrained model: pass --base-model.")
     run.adapter = bool(adapter) if run.objective == "mdm" else not tuned
     check_unused(run)
     if run.dataset is None and run.objective != "distill":
@@ -260,7 +269,7 @@ def check_run(run: RunArguments) -> None:
         raise ValueError(f"`--objective {run.objective}` fine-tunes a pretrained model: pass --base-model.")
     new = [name for name in ("tokenizer", "config_overrides") if getattr(run, name) is not None]
     if run.base_model is not None and new:
-        raise ValueError(f"`{flag(new[0])}` is of a new model; `--base-model` brings its own.")
+        raise ValueError(f"`{flag(new[0])}` only applies to a new model; `--base-model` brings its own.")
     if len(tuned) + bool(adapter) > 1:
         raise ValueError(f"Pass one of --freeze-backbone, --full and LoRA's flags, got {', '.join(tuned + adapter)}.")
     all_weights = run.full or (run.objective == "mdm" and not run.adapter)

@@ -6,23 +6,25 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import sudoku
+from ..atomic_files import write_atomically
 from ..evaluation.plots import reliability_figure
-from ..evaluation.sudoku import calibration
+from ..evaluation.statistics import calibration_measures
 from ..models.checks import max_length
 from ..pipeline_prism import PrismPipeline
 from ..schedulers import MDLMScheduler
-from .checkpointing import write_whole
+from .checkpointing import folder_of
 from .data import HELD_OUT_SEED
 from .losses import PRISMObjective
 
@@ -33,15 +35,16 @@ DRIFT_TOKENS = 64  # most masks of a batch whose whole posterior is kept, V numb
 DRIFT_NUMBERS = 2**21  # ... and most of these numbers: 8 MB a batch
 
 
-def write_log(output_dir: str, entry: dict) -> None:
+def write_log(output_dir: str | Path, entry: dict) -> None:
     """Append one JSON object to `<output_dir>/training_log.jsonl`."""
     with (Path(output_dir) / "training_log.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
-def read_log(output_dir: str) -> list[dict]:
+def read_log(output_dir: str | Path) -> list[dict]:
     """The entries that `write_log` wrote; the last one is left out if a kill cut it short."""
-    file, entries = Path(output_dir) / "training_log.jsonl", []
+    file = Path(output_dir) / "training_log.jsonl"
+    entries: list[dict] = []
     for line in file.read_text().splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
@@ -57,11 +60,12 @@ class MetricsLog(TrainerCallback):
     is that of one that was not.
     """
 
-    def __init__(self, objective: torch.nn.Module):
-        self.sums, self.counts = {}, {}
+    def __init__(self, objective: torch.nn.Module) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
         objective.register_forward_hook(self.collect)
 
-    def collect(self, objective, inputs, output):
+    def collect(self, objective: torch.nn.Module, inputs: tuple, output: Mapping) -> None:
         """Forward hook: adds up the scalars of one training step, without waiting for the device."""
         if objective.training:
             for name, value in output.items():
@@ -69,23 +73,25 @@ class MetricsLog(TrainerCallback):
                     self.sums[name] = self.sums.get(name, 0) + value.detach().float()
                     self.counts[name] = self.counts.get(name, 0) + 1
 
-    def on_train_begin(self, args, state, control, **_):
-        """Takes back the entries after the step from which the run goes on."""
-        file = Path(args.output_dir) / "training_log.jsonl"
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Removes the entries after the step that the run is resumed from."""
+        file = folder_of(args) / "training_log.jsonl"
         if state.is_world_process_zero:
-            kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
+            kept = [entry for entry in read_log(folder_of(args)) if entry["step"] <= state.global_step]
             kept = kept if state.global_step else []
-            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Has the loss logged wherever a checkpoint is written."""
         control.should_log = control.should_log or control.should_save
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
+    ) -> None:
         """Called by the Trainer on every process; only the first one writes.
 
         Raises:
-            FloatingPointError: the loss is no number any more.
+            FloatingPointError: the loss is NaN or inf.
         """
         entry = {"step": state.global_step, **(logs or {})}
         loss = entry.get("loss")
@@ -98,7 +104,7 @@ class MetricsLog(TrainerCallback):
             entry |= self.means()
             self.sums, self.counts = {}, {}
         if state.is_world_process_zero:
-            write_log(args.output_dir, entry)
+            write_log(folder_of(args), entry)
 
     def means(self) -> dict[str, float]:
         """Means of the scalars since the last entry; every process must call."""
@@ -121,11 +127,11 @@ class SudokuProgress(TrainerCallback):
         log: the Trainer's, which tells `MetricsLog` and trackers.
     """
 
-    def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]):
+    def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]) -> None:
         self.pipe, self.log = pipe, log
         self.sets = {clues: sudoku.make_puzzles(num_puzzles, clues, HELD_OUT_SEED)[0] for clues in (44, 36, 30)}
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after each evaluation."""
         if not state.is_world_process_zero:
             return
@@ -158,36 +164,37 @@ class TextProgress(TrainerCallback):
         gen_length: tokens written, in half as many forwards; fewer where the model takes no more.
     """
 
-    def __init__(self, pipe: PrismPipeline, prompts: list[tuple[torch.Tensor, torch.Tensor]], gen_length: int):
+    def __init__(self, pipe: PrismPipeline, prompts: list[tuple[torch.Tensor, torch.Tensor]], gen_length: int) -> None:
         self.pipe, self.prompts, self.gen_length = pipe, prompts, gen_length
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after each evaluation."""
         if not state.is_world_process_zero:
             return
-        training, device, texts = self.pipe.model.training, self.pipe.device, []
+        training, device = self.pipe.model.training, self.pipe.device
+        texts: list[str] = []
         self.pipe.model.eval()
-        (Path(args.output_dir) / "samples").mkdir(exist_ok=True)
-        limit = max_length(self.pipe.model.config) or math.inf
+        (folder_of(args) / "samples").mkdir(exist_ok=True)
+        limit = max_length(self.pipe.model.config) or sys.maxsize
         for number, (before, after) in enumerate(self.prompts):
             gen_length = min(self.gen_length, limit - len(before) - len(after))
             if gen_length < 1:
                 continue
             masks = torch.full((gen_length,), self.pipe.mask_token_id)
-            given = {"input_ids": before[None].to(device), "gen_length": gen_length}
+            given: dict = {"input_ids": before[None].to(device), "gen_length": gen_length}
             if len(after) or not len(before):
                 given = {"infill": torch.cat([before, masks, after])[None].to(device)}
-            out = self.pipe(
+            out: Any = self.pipe(
                 **given,
                 num_inference_steps=max(1, gen_length // 2),
                 generator=torch.Generator().manual_seed(number),
                 return_trace=True,
             )
             texts += out.texts
-            page = Path(args.output_dir) / "samples" / f"step-{state.global_step}-{number}.html"
+            page = folder_of(args) / "samples" / f"step-{state.global_step}-{number}.html"
             out.trace.to_html(page, title=f"Step {state.global_step}")
         self.pipe.model.train(training)
-        write_log(args.output_dir, {"step": state.global_step, "texts": texts})
+        write_log(folder_of(args), {"step": state.global_step, "texts": texts})
 
 
 class HeadProgress(TrainerCallback):
@@ -215,18 +222,19 @@ class HeadProgress(TrainerCallback):
         batches: list[dict[str, torch.Tensor]],
         log: Callable[[dict], None],
         progress: bool = False,
-    ):
-        self.objective, self.batches, self.log, self.base = objective, batches, log, None
+    ) -> None:
+        self.objective, self.batches, self.log = objective, batches, log
+        self.base: torch.Tensor | None = None  # the posterior before the first step
         self.progress = progress
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
-        file = Path(args.output_dir) / "base_posterior.safetensors"
+        file = folder_of(args) / "base_posterior.safetensors"
         if state.global_step == 0:
             entry = self.measure()
             self.base = self.now
             if state.is_world_process_zero:
-                write_whole(file, save({"log_probs": self.base, "batches": self.digest()}))
+                write_atomically(file, save({"log_probs": self.now, "batches": self.digest()}))
             self.log(entry | {"eval_posterior_drift": 0.0})
         elif not file.is_file():
             logger.warning("%s is gone, so eval_posterior_drift is left out from now on.", file)
@@ -243,16 +251,16 @@ class HeadProgress(TrainerCallback):
                 sha.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
         return torch.tensor(list(sha.digest()), dtype=torch.uint8)
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after each evaluation, on every process."""
         entry = self.measure()
         if self.base is not None:
-            # Forbidden ids have log-probability -inf in both, and their difference is no number; they add nothing.
+            # Forbidden ids have log-probability -inf in both, and the difference would be NaN; they add nothing.
             terms = torch.where(self.base.isneginf(), 0.0, self.base.exp() * (self.base - self.now))
             entry["eval_posterior_drift"] = float(terms.sum(-1).mean())
         self.log(entry)
         if state.is_world_process_zero:
-            self.draw(Path(args.output_dir) / "calibration.png")
+            self.draw(folder_of(args) / "calibration.png")
 
     def draw(self, path: Path) -> None:
         """The calibration figure of the model card, from the last `measure`."""
@@ -287,8 +295,10 @@ class HeadProgress(TrainerCallback):
                 "token to judge: raise --num-eval-examples, or pass --eval-strategy no."
             )
         if not quality.isfinite().all():
-            raise FloatingPointError("The head's output is no number on held-out examples. Lower --learning-rate.")
-        self.score = score = calibration(quality.sigmoid().numpy(), right.numpy())
+            raise FloatingPointError(
+                "The head's output contains NaN or inf on held-out examples. Lower --learning-rate."
+            )
+        self.score = score = calibration_measures(quality.sigmoid().numpy(), right.numpy())
         return {
             "eval_loss_prism": float(binary_cross_entropy_with_logits(quality, right.float())),
             "eval_loss_mdm": float(torch.stack([out["loss_mdm"] for out in outputs]).mean()),

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: written beside, checked by a manifest, renamed into place."""
+"""Checkpoints that survive a kill at any moment: written elsewhere, checked by a manifest, renamed into place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import os
 import re
 import shutil
 from pathlib import Path
+
+from transformers import TrainingArguments
+
+from ..atomic_files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +46,8 @@ def seal_checkpoint(folder: Path, target: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in files:
         _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({str(p.relative_to(folder)): _sha256(p) for p in files}, indent=2) + "\n")
-    _sync(manifest)
+    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    write_atomically(folder / MANIFEST, json.dumps(hashes, indent=2) + "\n")
     _sync(folder)
     if target.exists():
         os.rename(target, folder.parent / "replaced")  # a rename, so that at no moment both are gone for long
@@ -61,6 +64,11 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def folder_of(args: TrainingArguments) -> Path:
+    """The folder of a run, `--output-dir`."""
+    return Path(args.output_dir or "")
+
+
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:
     """The checkpoints in the folder of a run by their step, whole or not."""
     matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
@@ -68,13 +76,13 @@ def checkpoints(output_dir: str | Path) -> dict[int, Path]:
 
 
 def drop_later(output_dir: str | Path, step: int) -> None:
-    """Deletes the checkpoints after `step`, from which a run goes on: they are of the way that it leaves.
+    """Deletes the checkpoints after `step`, the step that a run is resumed from.
 
-    `latest` would take one of them after an interruption, and their rotation would delete the new ones.
+    After an interruption, `latest` would take one of them, and their rotation would delete the new ones.
     """
     for later, path in sorted(checkpoints(output_dir).items()):
         if later > step:
-            print(f"Deleting {path}: the run goes on from step {step}.", flush=True)
+            print(f"Deleting {path}: the run is resumed from step {step}.", flush=True)
             shutil.rmtree(path)
 
 
@@ -90,11 +98,3 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
             return str(found[step])
         logger.warning("%s is damaged or incomplete and is passed over; trying the one before it.", found[step])
     return None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(data)
-    _sync(beside)
-    os.replace(beside, path)

@@ -7,8 +7,9 @@ and never masked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +37,21 @@ class SudokuGrids(Dataset):
         puzzle_clues: lowest and highest number of clues of a puzzle.
     """
 
-    def __init__(self, num_examples, seed, num_base=20_000, puzzle_share=0.0, puzzle_clues=(23, 34)):
+    def __init__(
+        self,
+        num_examples: int,
+        seed: int,
+        num_base: int = 20_000,
+        puzzle_share: float = 0.0,
+        puzzle_clues: tuple[int, int] = (23, 34),
+    ) -> None:
         self.num_examples, self.seed, self.puzzle_share = num_examples, seed, puzzle_share
         self.base = complete_grids(min(num_base, num_examples), seed)
         # A fraction of the grids is enough for puzzles: their symmetric images are as many again as of any grid.
         chosen = self.base[: len(self.base) // 4 + 1] if puzzle_share else self.base[:0]
         self.puzzles = dig_puzzles(chosen, puzzle_clues, seed)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -51,17 +59,17 @@ class SudokuGrids(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """Many at once, which is how a DataLoader asks: a batch takes little more time than an example."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if wrong := indices[(indices < 0) | (indices >= self.num_examples)].tolist():
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wrong := wanted[(wanted < 0) | (wanted >= self.num_examples)].tolist():
             raise IndexError(f"Example {wrong[0]} of {self.num_examples}.")
-        u = uniform_of(self.seed, indices, 1 + SYMMETRY_NUMBERS)
+        u = uniform_of(self.seed, wanted, 1 + SYMMETRY_NUMBERS)
         is_puzzle, u = u[:, 0] < self.puzzle_share, u[:, 1:]
-        place = indices % np.where(is_puzzle, max(1, len(self.puzzles)), len(self.base))
+        place = wanted % np.where(is_puzzle, max(1, len(self.puzzles)), len(self.base))
         grids = symmetry_images(self.base[place], u)
         trainable = np.ones((len(grids), CELLS), dtype=bool)
         trainable[is_puzzle] = symmetry_images(self.puzzles[place[is_puzzle]], u[is_puzzle]) == 0
-        ids, trainable = torch.from_numpy(grids.astype(np.int64)), torch.from_numpy(trainable)
-        return [{"input_ids": i, "trainable_mask": t} for i, t in zip(ids, trainable, strict=True)]
+        pairs = zip(torch.from_numpy(grids.astype(np.int64)), torch.from_numpy(trainable), strict=True)
+        return [{"input_ids": ids, "trainable_mask": learned} for ids, learned in pairs]
 
 
 class BlankCanvases(Dataset):
@@ -77,14 +85,22 @@ class BlankCanvases(Dataset):
         ValueError: the shortest row has no token to write.
     """
 
-    def __init__(self, num_examples: int, lengths, seed: int, mask_token_id: int, opening=(), closing=()):
+    def __init__(
+        self,
+        num_examples: int,
+        lengths: tuple[int, int],
+        seed: int,
+        mask_token_id: int,
+        opening: Sequence[int] = (),
+        closing: Sequence[int] = (),
+    ) -> None:
         self.num_examples, self.lengths, self.seed = num_examples, lengths, seed
         self.mask_token_id, self.opening, self.closing = mask_token_id, opening, closing
         ends = len(opening) + len(closing)
         if lengths[0] <= ends:
             raise ValueError(f"`--max-length` {lengths[1]} leaves no token to write besides {ends} special ones.")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -104,10 +120,10 @@ def read_rows(
     *,
     split: str = "train",
     name: str | None = None,
-    revision=None,
+    revision: str | None = None,
     streaming: bool = False,
     flag: str = "--dataset",
-):
+) -> Any:
     """Rows of a Hub data set, or of a local file or folder of txt, jsonl, json, csv or parquet files.
 
     Args:
@@ -163,10 +179,10 @@ class StreamedExamples(IterableDataset):
         ValueError: on iteration, there is no example.
     """
 
-    def __init__(self, rows: Iterable[dict], encoder: RowEncoder, skip: int):
+    def __init__(self, rows: Iterable[dict], encoder: RowEncoder, skip: int) -> None:
         self.rows, self.encoder, self.skip = rows, encoder, skip
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             empty = True
             for example in itertools.islice(encode_rows(self.rows, self.encoder), self.skip, None):
@@ -176,7 +192,13 @@ class StreamedExamples(IterableDataset):
                 raise ValueError(f"The data set is empty after the {self.skip} examples that are held out.")
 
 
-def split_examples(rows, encoder: RowEncoder, num_eval: int, streaming: bool = False, eval_rows=None):
+def split_examples(
+    rows: Iterable[dict],
+    encoder: RowEncoder,
+    num_eval: int,
+    streaming: bool = False,
+    eval_rows: Iterable[dict] | None = None,
+) -> tuple[Any, list]:
     """Training and held-out examples.
 
     Args:

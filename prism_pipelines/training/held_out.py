@@ -1,18 +1,20 @@
-"""What a head on rollouts finds on held-out runs, beside what the run itself says for nothing; and its temperature."""
+"""A head on rollouts, measured on held-out runs: against scores that are free, and at a fitted temperature."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..evaluation.calibration import fit_temperature
 from ..evaluation.detection import FREE_SCORES, NAMES, JudgedRow, best_free, detection_measures, detection_table
+from ..schedulers.context import RunContext
 from .rollout_losses import RolloutObjective, every, log_posterior
 from .rollouts import Rollout, RolloutPool
 
@@ -64,7 +66,7 @@ def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
     sample, attention_mask = pool.batch()
     hidden, found = objective.denoiser.hidden(sample, attention_mask), []
     looks = [is_looked_at(run) for run in pool.runs]
-    labels = [None] * len(looks)
+    labels: list = [None] * len(looks)
     if objective.label == "posterior" and any(looks):
         labels = pool.parts(leave_one_out(objective, pool, sample, attention_mask, looks))
     for run, part, look, label in zip(pool.runs, pool.parts(hidden), looks, labels, strict=True):
@@ -86,7 +88,9 @@ def is_looked_at(run: Rollout) -> bool:
     return run.step > 0 and run.step * STATES // steps != (run.step - 1) * STATES // steps
 
 
-def leave_one_out(objective: RolloutObjective, pool: RolloutPool, sample, attention_mask, looks) -> Tensor:
+def leave_one_out(
+    objective: RolloutObjective, pool: RolloutPool, sample: Tensor, attention_mask: Tensor | None, looks: list[bool]
+) -> Tensor:
     """p(y_i | other tokens) at the judged tokens, float32 (B, L), by the objective's stride; 0 elsewhere."""
     width, mask = sample.shape[1], objective.denoiser.spec.mask_token_id
     judged = torch.cat(
@@ -104,7 +108,7 @@ def leave_one_out(objective: RolloutObjective, pool: RolloutPool, sample, attent
     return found.masked_fill(sample == mask, 0.0)
 
 
-def rows_of(run: Rollout, scores: dict[str, Tensor], label: Tensor, context) -> list[JudgedRow]:
+def rows_of(run: Rollout, scores: dict[str, Tensor], label: Tensor, context: RunContext) -> list[JudgedRow]:
     """The rows of a run that have a judged token."""
     judged, mask, found = run.judged, run.recorder.denoiser.spec.mask_token_id, []
     judged = judged & (run.clean != mask) if label.dtype == torch.bool else judged
@@ -151,7 +155,7 @@ def at_temperature(rows: list[JudgedRow], temperature: float | None) -> list[Jud
 
 
 class HeadReport:
-    """What is known of a trained head: its temperature, and what it finds beside the free scores.
+    """Measures of a trained head: its temperature, and how it compares with the free scores.
 
     Args:
         objective: trained or not; its head's config is not changed.
@@ -159,7 +163,12 @@ class HeadReport:
         on_batch: as `judged_rows`.
     """
 
-    def __init__(self, objective: RolloutObjective, batches: list[dict[str, Tensor]], on_batch=None):
+    def __init__(
+        self,
+        objective: RolloutObjective,
+        batches: list[dict[str, Tensor]],
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> None:
         few = batches[: -(-ROWS[objective.label] // len(batches[0]["input_ids"]))]
         rows = judged_rows(objective, few, on_batch)
         self.measure, self.label = MEASURES[objective.label], objective.label
@@ -232,9 +241,11 @@ class RolloutProgress(TrainerCallback):
         log: the Trainer's, which tells `MetricsLog` and trackers.
     """
 
-    def __init__(self, objective: RolloutObjective, batches: list[dict[str, Tensor]], log: Callable[[dict], None]):
+    def __init__(
+        self, objective: RolloutObjective, batches: list[dict[str, Tensor]], log: Callable[[dict], None]
+    ) -> None:
         self.objective, self.batches, self.log = objective, batches, log
 
-    def on_evaluate(self, args, state, control, **_):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer at each evaluation, on every process."""
         self.log(HeadReport(self.objective, self.batches).metrics())

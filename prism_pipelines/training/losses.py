@@ -1,7 +1,7 @@
 """Training objectives. Each is one nn.Module whose forward() gives the whole loss, and is all that DDP and FSDP see.
 
-PRISM's loss needs two forwards. Called once, both graphs are in memory together; a trainer instead calls
-`part="predict"` and then `part="judge"`, each followed by its own backward, and needs no more memory than a plain step.
+PRISM's loss needs two forward passes. In one call, both graphs are in memory together. A trainer instead calls
+`predict` and then `judge`, each followed by its own backward, and needs no more memory than a plain step.
 
 A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_mask) -> (B, L, H)` and
 `logits(hidden, positions) -> (N, V)`, see `denoiser.MaskedDenoiser`.
@@ -10,6 +10,7 @@ A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..schedulers.functional import choose, highest, mask_tokens, uniform
+from ..schedulers.functional import choose, highest, mask_tokens
 from ..schedulers.token_sampling import sample_tokens
+from .loss_terms import mask_rates, mean_where, share_of_all, split_positions, trainable_positions
 
 WEIGHTINGS = ("elbo", "uniform")
 REVEAL_ORDERS = ("random", "confidence")
 ALL_MASKS = 2**31  # more than any row has
+Corrupted = tuple[Tensor, Tensor, Tensor]  # z (B, L); which tokens were masked, bool (B, L); t of each row (B,)
+Draw = tuple[Tensor, Tensor]  # y (B, L); which tokens were revealed in it, bool (B, L)
 
 
 @dataclass
@@ -53,7 +57,7 @@ class PRISMOutput(ModelOutput):
         quality_wrong: the same of those that are wrong.
         num_masked: masked tokens in z, over the batch.
         num_revealed: revealed tokens, over the batch and all draws.
-        drawn: of `part="predict"`: the arguments `drawn` of the calls with `part="judge"` that complete the step.
+        drawn: of `predict`: what `judge` takes, an element a call, to complete the step.
     """
 
     loss: Tensor | None = None
@@ -69,7 +73,7 @@ class PRISMOutput(ModelOutput):
 
 @dataclass
 class Measured(ModelOutput):
-    """What `part="measure"` returns: a batch of `PRISMObjective` token by token, to be put together over batches.
+    """What `PRISMObjective.measure` returns: a batch token by token, to be put together over batches.
 
     Args:
         quality: logits of the head at the N judged tokens, float32 (N,).
@@ -82,73 +86,6 @@ class Measured(ModelOutput):
     right: Tensor | None = None
     loss_mdm: Tensor | None = None
     log_probs: Tensor | None = None
-
-
-def mask_rates(batch: int, low: float, high: float, generator=None, device=None) -> Tensor:
-    """Masking rate t of each row: uniform in (low, high] one by one, evenly spread over the batch together.
-
-    Args:
-        batch: B. Row b gets `high - (high - low) * frac(u + b / B)` with one u for all: every row's own t is uniform,
-            so the order of rows does not matter, yet each B-th of the range holds exactly one t.
-        low, high: bounds of t.
-        generator: `torch.Generator` or None.
-        device: of the result.
-    Returns:
-        float32 of shape (B,).
-    Source: the low-discrepancy sampler of Variational Diffusion Models (arXiv 2107.00630).
-    """
-    ladder = torch.arange(batch, device=device) / batch
-    return high - (high - low) * ((uniform((1,), generator, device) + ladder) % 1)
-
-
-def split_positions(positions: Tensor, size: int) -> list[Tensor]:
-    """Disjoint masks of at most `size` positions each, in row-major order, that together give `positions`.
-
-    Args:
-        positions: bool of shape (B, L).
-        size: most positions of one part, at least 1.
-    Returns:
-        One or more bool masks of shape (B, L); one empty mask if `positions` is empty.
-    """
-    part = (positions.flatten().cumsum(0) - 1).view_as(positions) // size
-    count = max(1, -(-int(positions.sum()) // size))
-    return [positions & (part == i) for i in range(count)]
-
-
-def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of `values` where `chosen` (bool, same shape) is true, detached; 0 where nothing is."""
-    return ((values * chosen).sum() / chosen.sum().clamp(min=1)).detach()
-
-
-def trainable_positions(input_ids: Tensor, trainable_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Where a token may be masked, bool (B, L): where neither mask (B, L) forbids it."""
-    trainable = torch.ones_like(input_ids, dtype=torch.bool)
-    for mask in (trainable_mask, attention_mask):
-        trainable = trainable if mask is None else trainable & mask.bool()
-    return trainable
-
-
-def share_of_all(count: Tensor, total: Tensor | None = None) -> Tensor:
-    """What a sum over this process's tokens is divided by, so that the mean over processes is the mean over all tokens.
-
-    Processes average their gradients, and their counts of tokens differ; each one's own mean would weigh a token of a
-    short batch more. So every process divides by the average count.
-
-    Args:
-        count: tokens of this process, a scalar.
-        total: what to divide by if the caller knows it, having counted further batches of the same step too.
-    Returns:
-        float32 scalar, `total` if that is given; else of at least `1 / processes`, and the count itself in a single
-        process or while evaluating.
-    """
-    if total is not None:
-        return total.clamp(min=torch.finfo(torch.float32).tiny)
-    count = count.detach().float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-        return count.clamp(min=1) / torch.distributed.get_world_size()
-    return count.clamp(min=1)
 
 
 class MDMObjective(nn.Module):
@@ -172,6 +109,8 @@ class MDMObjective(nn.Module):
     Source: LLaDA (arXiv 2502.09992, eq. 3) and MDLM (arXiv 2406.07524) for "elbo".
     """
 
+    denoiser: Any
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -180,7 +119,7 @@ class MDMObjective(nn.Module):
         mask_rate_min: float = 1e-3,
         mask_rate_max: float = 1.0,
         chunk_size: int = 4096,
-    ):
+    ) -> None:
         super().__init__()
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, got {weighting!r}.")
@@ -201,7 +140,7 @@ class MDMObjective(nn.Module):
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
-        corrupted: tuple[Tensor, Tensor, Tensor] | None = None,
+        corrupted: Corrupted | None = None,
         totals: dict[str, Tensor] | None = None,
     ) -> MDMOutput:
         """The loss of a batch of clean sequences.
@@ -228,7 +167,11 @@ class MDMObjective(nn.Module):
         return MDMOutput(loss, right.sum() / masked.sum().clamp(min=1), masked.sum())
 
     def counts(
-        self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        corrupted: Any,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """By what the sums in the loss of a batch are divided, float32 scalars: "tokens" and "masked".
 
@@ -243,7 +186,7 @@ class MDMObjective(nn.Module):
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Corrupted:
         """Mask each trainable token with probability t.
 
         Args and Raises: as `forward`.
@@ -283,7 +226,7 @@ class MDMObjective(nn.Module):
         """
         totals = totals or {}
 
-        def chunk_loss(hidden, positions):
+        def chunk_loss(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.denoiser.logits(hidden, positions).float()
             targets = clean[positions]
             return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
@@ -301,21 +244,21 @@ class MDMObjective(nn.Module):
         return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers 5.23 calls it by a new name.
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Forward to the backbone."""
         self.denoiser.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def gradient_checkpointing_disable(self):
+    def gradient_checkpointing_disable(self) -> None:
         """Forward to the backbone."""
         self.denoiser.model.gradient_checkpointing_disable()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ):
+    ) -> None:
         """Forward to the backbone."""
         self.denoiser.model.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
-    def activation_checkpointing_disable(self):
+    def activation_checkpointing_disable(self) -> None:
         """Forward to the backbone."""
         self.denoiser.model.activation_checkpointing_disable()
 
@@ -355,6 +298,7 @@ class PRISMObjective(MDMObjective):
     """
 
     judge_all = False  # the head is asked about revealed tokens only
+    quality_head: Any
 
     def __init__(
         self,
@@ -373,7 +317,7 @@ class PRISMObjective(MDMObjective):
         mask_rate_min: float = 1e-3,
         mask_rate_max: float = 1.0,
         chunk_size: int = 4096,
-    ):
+    ) -> None:
         super().__init__(
             denoiser,
             weighting=weighting,
@@ -400,78 +344,142 @@ class PRISMObjective(MDMObjective):
         if freeze_backbone:
             denoiser.requires_grad_(False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> PRISMObjective:
         """As `nn.Module.train`, but a frozen backbone stays in eval mode: its dropout would only blur the head."""
         super().train(mode)
         if self.freeze_backbone:
             self.denoiser.eval()
         return self
 
-    def forward(
+    def forward(  # type: ignore[override]  # another objective returns other parts of its loss
         self,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
-        part: str = "all",
-        corrupted: tuple[Tensor, Tensor, Tensor] | None = None,
+        part: str | None = None,
+        corrupted: Corrupted | None = None,
         totals: dict[str, Tensor] | None = None,
-        drawn: list[tuple[Tensor, Tensor]] | None = None,
+        drawn: list[Draw] | None = None,
         num_log_probs: int = 0,
     ) -> PRISMOutput | Measured:
-        """The loss of a batch of clean sequences, or a part of it.
+        """The loss of a batch of clean sequences: `predict`, then `judge` on everything that was drawn.
+
+        DDP, FSDP and autocast see calls of forward alone, so a trainer names the method that it wants here.
 
         Args and Raises: as `MDMObjective.forward`, and
-            part: "all"; or "predict" (steps 1 to 3 and 5; the loss is None where the backbone is frozen) and then
-                "judge" (step 4) once for each element of the `drawn` that it returned, with the same `corrupted`: the
-                losses of the calls add up to that of "all". Or "measure", for evaluation.
-            drawn: of "judge": (y, revealed), int64 and bool (B, L), of one or more draws.
-            num_log_probs: of "measure": masked tokens whose posterior is returned.
+            part: None for both; or "predict", "judge" or "measure", for that method alone.
+            drawn, num_log_probs: of `judge` and of `measure`.
+        """
+        corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        batch = (input_ids, trainable_mask, attention_mask)
+        if part == "measure":
+            return self.measure(*batch, generator, corrupted=corrupted, num_log_probs=num_log_probs)
+        if part == "judge":
+            return self.judge(*batch, corrupted=corrupted, totals=totals, drawn=drawn or [])
+        predicted = self.predict(*batch, generator, corrupted=corrupted, totals=totals)
+        if part == "predict":
+            return predicted
+        everything = [draw for draws in predicted.drawn or [] for draw in draws]
+        out = self.judge(*batch, corrupted=corrupted, totals=totals, drawn=everything)
+        if predicted.loss is not None and out.loss is not None:
+            out["loss"], out["loss_mdm"] = out.loss + predicted.loss, predicted.loss_mdm
+        return out
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        corrupted: Corrupted | None = None,
+        totals: dict[str, Tensor] | None = None,
+    ) -> PRISMOutput:
+        """Steps 1, 2, 3 and 5: the masked diffusion loss, and what the model fills into the masks.
+
+        Args and Raises: as `MDMObjective.forward`.
         Returns:
-            `PRISMOutput`, or `Measured`.
+            `PRISMOutput` with `drawn`: call `judge` once for each of its elements. The losses add up to that of
+            `forward`. `loss` is None where the backbone is frozen.
         """
         corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
         z, masked, rate = corrupted
-        out, loss = PRISMOutput(num_masked=masked.sum()), None
-        if part != "judge":
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-                hidden = self.denoiser.hidden(z, attention_mask)
-            drawn = [self.reveal(z, hidden, masked, generator) for _ in range(self.draws_per_state)]
-            if part == "measure" or not self.freeze_backbone:
-                loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
-            if part == "measure":
-                few = masked & (masked.flatten().cumsum(0).view_as(masked) <= num_log_probs)
-                log_probs = self.denoiser.logits(hidden, few).float().log_softmax(-1)
-                return Measured(
-                    *self.judge(drawn, masked, input_ids, trainable_mask, attention_mask), loss_mdm, log_probs
-                )
-            if not self.freeze_backbone:
-                loss, out.loss_mdm = self.lambda_mdm * loss_mdm, loss_mdm.detach()
-                if totals is not None:  # written down as the mean over this batch
-                    name = "masked" if self.weighting == "uniform" else "tokens"
-                    count = self.counts(corrupted, input_ids, None, attention_mask)[name]
-                    out.loss_mdm *= totals[name] / count.clamp(min=1)
-        if part == "predict":
-            out.loss, out.drawn = loss, [[draw] for draw in drawn]
-            return out
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            hidden = self.denoiser.hidden(z, attention_mask)
+        drawn = [[self.reveal(z, hidden, masked, generator)] for _ in range(self.draws_per_state)]
+        if self.freeze_backbone:
+            return PRISMOutput(num_masked=masked.sum(), drawn=drawn)
+        loss, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
+        shown = loss.detach()
+        if totals is not None:  # logged as the mean over this batch
+            name = "masked" if self.weighting == "uniform" else "tokens"
+            count = self.counts(corrupted, input_ids, None, attention_mask)[name]
+            shown = shown * (totals[name] / count.clamp(min=1))
+        return PRISMOutput(self.lambda_mdm * loss, loss_mdm=shown, num_masked=masked.sum(), drawn=drawn)
 
-        quality, right = self.judge(drawn, masked, input_ids, trainable_mask, attention_mask)
+    def judge(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        corrupted: Corrupted,
+        drawn: list[Draw],
+        totals: dict[str, Tensor] | None = None,
+    ) -> PRISMOutput:
+        """Step 4: the head's loss at the revealed tokens.
+
+        Args and Raises: as `MDMObjective.forward`, and
+            corrupted: what `predict` was given.
+            drawn: (y, revealed), int64 and bool (B, L), of one or more draws; an element of what `predict` returned.
+        """
+        masked = corrupted[1]
+        quality, right = self.quality_and_label(drawn, masked, input_ids, trainable_mask, attention_mask)
         bce = binary_cross_entropy_with_logits(quality, right.float(), reduction="sum")
         count = right.new_tensor(right.numel(), dtype=torch.float)
-        loss_prism = bce / share_of_all(count, (totals or {}).get("judged"))
-        loss = loss_prism if loss is None else loss_prism + loss
-        if part == "judge":
-            loss = loss + self.untouched()
-        out.loss, out.loss_prism = loss, bce.detach() / count.clamp(min=1)
-        out.accuracy = mean_where(right.float(), torch.ones_like(right))
-        out.quality_right = mean_where(quality.sigmoid(), right)
-        out.quality_wrong = mean_where(quality.sigmoid(), ~right)
-        out.num_revealed = count.long()
-        return out
+        loss = bce / share_of_all(count, (totals or {}).get("judged")) + self.untouched()
+        return PRISMOutput(
+            loss,
+            loss_prism=bce.detach() / count.clamp(min=1),
+            accuracy=mean_where(right.float(), torch.ones_like(right)),
+            quality_right=mean_where(quality.sigmoid(), right),
+            quality_wrong=mean_where(quality.sigmoid(), ~right),
+            num_masked=masked.sum(),
+            num_revealed=count.long(),
+        )
+
+    def measure(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        corrupted: Corrupted | None = None,
+        num_log_probs: int = 0,
+    ) -> Measured:
+        """The head and the backbone on a batch token by token, for evaluation.
+
+        Args and Raises: as `MDMObjective.forward`, and
+            num_log_probs: masked tokens whose posterior is returned.
+        """
+        z, masked, rate = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        hidden = self.denoiser.hidden(z, attention_mask)
+        drawn = [self.reveal(z, hidden, masked, generator) for _ in range(self.draws_per_state)]
+        loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask)
+        few = masked & (masked.flatten().cumsum(0).view_as(masked) <= num_log_probs)
+        log_probs = self.denoiser.logits(hidden, few).float().log_softmax(-1)
+        judged = self.quality_and_label(drawn, masked, input_ids, trainable_mask, attention_mask)
+        return Measured(*judged, loss_mdm, log_probs)
 
     def counts(
-        self, corrupted, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        corrupted: Any,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `MDMObjective.counts`, and "judged": tokens that the head is asked about, over all draws."""
         counts = super().counts(corrupted, input_ids, trainable_mask, attention_mask)
@@ -481,9 +489,9 @@ class PRISMObjective(MDMObjective):
             judged = self.window(corrupted[1]).sum(-1).clamp(max=self.num_revealed).sum()
         return counts | {"judged": self.draws_per_state * judged.float()}
 
-    def judge(
+    def quality_and_label(
         self,
-        drawn: list[tuple[Tensor, Tensor]],
+        drawn: list[Draw],
         masked: Tensor,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
@@ -516,7 +524,7 @@ class PRISMObjective(MDMObjective):
         return masked if self.reveal_window is None else masked & (masked.cumsum(-1) <= self.reveal_window)
 
     @torch.no_grad()
-    def reveal(self, z: Tensor, hidden: Tensor, masked: Tensor, generator=None) -> tuple[Tensor, Tensor]:
+    def reveal(self, z: Tensor, hidden: Tensor, masked: Tensor, generator: torch.Generator | None = None) -> Draw:
         """Steps 2 and 3: y (B, L), and which tokens were revealed in it, bool (B, L).
 
         The output head runs here only at positions that may be revealed: k a row in random order.
@@ -533,19 +541,21 @@ class PRISMObjective(MDMObjective):
             tokens = drawn[revealed[window]]
         return z.masked_scatter(revealed, tokens), revealed
 
-    def draw(self, hidden: Tensor, positions: Tensor, generator=None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, hidden: Tensor, positions: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens x^ at `positions` (B, L) and their probabilities, (N,) each, in row-major order.
 
         Raises:
-            FloatingPointError: the logits are no numbers.
+            FloatingPointError: the logits contain NaN or inf.
         """
         parts = []
         for part in split_positions(positions, self.chunk_size):
             logits = self.denoiser.logits(hidden, part)
             if not logits.amax(-1).isfinite().all():  # sample_tokens would end the process, on a GPU without a word
                 raise FloatingPointError(
-                    "The predictions of the model are no numbers any more. Lower --learning-rate, or check the data; "
-                    "the last checkpoint was written before this."
+                    "The model's logits contain NaN or inf. Lower --learning-rate, or check the data; the last "
+                    "checkpoint was written before this."
                 )
             parts.append(sample_tokens(logits, self.temperature, self.top_p, generator=generator))
         tokens, probs = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -568,7 +578,7 @@ class CriticObjective(PRISMObjective):
 
     judge_all = True
 
-    def __init__(self, denoiser: nn.Module, quality_head: nn.Module, **settings):
+    def __init__(self, denoiser: nn.Module, quality_head: nn.Module, **settings: Any) -> None:
         if unknown := sorted({"num_revealed", "reveal_order", "reveal_window"} & settings.keys()):
             raise TypeError(f"`CriticObjective` writes every drawn token; it takes no {', '.join(unknown)}.")
         super().__init__(denoiser, quality_head, num_revealed=ALL_MASKS, **settings)

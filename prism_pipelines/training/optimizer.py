@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -23,9 +27,17 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices, others, muon_lr=0.02, lr=1e-3, momentum=0.95, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
-    ):
-        groups = [
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        muon_lr: float = 0.02,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in others if p.ndim > 1]},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
@@ -37,38 +49,38 @@ class MuonAdamW(torch.optim.Optimizer):
         self.defaults = {}
 
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:  # type: ignore[override]  # read from the parts
         """The groups of both parts; the dicts are shared, so a learning-rate schedule acts on them."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     @property
-    def state(self):
+    def state(self) -> dict:  # type: ignore[override]  # read from the parts
         """Per-parameter state of both parts, read only."""
         return {p: s for part in self.parts.values() for p, s in part.state.items()}
 
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
         for part in self.parts.values():
             part.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of both parts."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=set_to_none)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """The state of both parts by name."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """Restores what `state_dict` gave."""
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
 
 
-def muon_adamw(objective: nn.Module, muon_lr: float, args) -> MuonAdamW:
+def muon_adamw(objective: nn.Module, muon_lr: float, args: TrainingArguments) -> MuonAdamW:
     """`MuonAdamW` over the trainable parameters of an objective: Muon for the backbone's linear weights alone.
 
     Args:
@@ -80,10 +92,10 @@ def muon_adamw(objective: nn.Module, muon_lr: float, args) -> MuonAdamW:
     """
     if not hasattr(torch.optim, "Muon"):
         raise ImportError(f"`--optimizer muon` needs torch 2.9 or newer, and this is {torch.__version__}.")
-    denoiser = objective.denoiser
+    denoiser: Any = objective.denoiser
     output_head = denoiser.model.get_output_embeddings()
     linear = [m for m in denoiser.model.modules() if isinstance(m, nn.Linear) and m is not output_head]
-    matrices = [m.weight for m in linear if m.weight.requires_grad]
+    matrices: Any = [m.weight for m in linear if m.weight.requires_grad]
     chosen = {id(p) for p in matrices}
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
     if not matrices:

@@ -8,17 +8,21 @@ posterior log p(y_i | all other tokens), and no data is needed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers.utils import ModelOutput
 
+from ..evaluation.statistics import rank_correlation
 from ..models.denoiser import MaskedDenoiser
 from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
-from .losses import PRISMObjective, mean_where, share_of_all, split_positions
+from .loss_terms import mean_where, share_of_all, split_positions
+from .losses import PRISMObjective, PRISMOutput
 from .rollouts import Rollout, RolloutPool, RolloutSettings
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ class RolloutOutput(ModelOutput):
         quality: mean predicted quality of judged tokens.
         num_judged: judged tokens.
         stride: every so many-th position is masked for the label; None where the label is the truth.
-        drawn: of `part="predict"`: what `part="judge"` takes.
+        drawn: of `predict`: what `judge` takes.
     """
 
     loss: Tensor | None = None
@@ -59,7 +63,11 @@ class RolloutOutput(ModelOutput):
 
 @torch.no_grad()
 def log_posterior(
-    denoiser: MaskedDenoiser, sample: Tensor, positions: Tensor, attention_mask=None, chunk_size: int = 4096
+    denoiser: MaskedDenoiser,
+    sample: Tensor,
+    positions: Tensor,
+    attention_mask: Tensor | None = None,
+    chunk_size: int = 4096,
 ) -> Tensor:
     """log p(y_i | y without `positions`), by one forward pass in which all of these are masked.
 
@@ -87,22 +95,18 @@ def every(stride: int, offset: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=offset.device) - offset[:, None]) % stride == 0
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's rank correlation of numbers (N,); 1 where either has one value only."""
-    ranks = []
-    for values in (one, other):
-        _, group, count = values.double().unique(return_inverse=True, return_counts=True)  # ties share their mean rank
-        ranks.append((count.cumsum(0) - (count - 1) / 2)[group])
-    if min(len(values.unique()) for values in (one, other)) < 2:
-        return 1.0
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
 @torch.no_grad()
 def compare_stride(
-    denoiser: MaskedDenoiser, sample: Tensor, visible: Tensor, stride: int, attention_mask=None, probes: int = PROBES
+    denoiser: MaskedDenoiser,
+    sample: Tensor,
+    visible: Tensor,
+    stride: int,
+    attention_mask: Tensor | None = None,
+    probes: int = PROBES,
 ) -> float:
     """Rank correlation of strided labels with brute force, one forward pass a token, on tokens chosen at random.
+
+    1 where there is nothing to rank.
 
     Args:
         denoiser, attention_mask: as `log_posterior`.
@@ -120,11 +124,13 @@ def compare_stride(
         exact.append(log_posterior(denoiser, sample[rows], own, masks))
         together = visible[rows] & every(stride, columns % stride, sample.shape[1])
         strided.append(log_posterior(denoiser, sample[rows], together, masks)[own[together]])
-    return rank_correlation(torch.cat(exact), torch.cat(strided)) if exact else 1.0
+    both = [torch.cat(values).cpu().numpy() for values in (exact, strided) if values]
+    found = rank_correlation(*both) if both else None
+    return 1.0 if found is None else found
 
 
 class RolloutObjective(PRISMObjective):
-    """The loss of a head at the visible tokens of a run that is under way; the run then goes on by one step.
+    """The loss of a head at the visible tokens of a run that is under way. The run then makes one more step.
 
     Label "truth":     BCE(out_i, 1[y_i = x_i]) at all visible generated tokens. Its minimiser is P(x_i = y_i | y and
                        what the head knows of the run), under the law of the sampler.
@@ -170,8 +176,8 @@ class RolloutObjective(PRISMObjective):
         distill_loss: str = "squared",
         label_floor: float = -12.0,
         forget_share: float = 0.1,
-        **prism,
-    ):
+        **prism: Any,
+    ) -> None:
         super().__init__(denoiser, quality_head, **prism)
         for name, value, choices in (
             ("label", label, LABELS),
@@ -196,26 +202,34 @@ class RolloutObjective(PRISMObjective):
         self.label, self.states, self.stride = label, states, stride
         self.distill_loss, self.label_floor, self.forget_share = distill_loss, label_floor, forget_share
         self.pools: list[RolloutPool] = []
-        self.turn, self.stride_checked = 0, None  # batches so far; rank correlation of the stride
+        self.turn = 0  # batches so far
+        self.stride_checked: float | None = None  # rank correlation of the stride
 
-    def new_pool(self, reads_more=()) -> RolloutPool:
+    def new_pool(self, reads_more: Iterable[str] = ()) -> RolloutPool:
         """An empty pool of these settings."""
         reads = dict.fromkeys((*self.quality_head.reads_context, *reads_more))
         return RolloutPool(self.denoiser, reads, self.settings, self.num_runs)
 
-    def corrupt(self, input_ids: Tensor, trainable_mask=None, attention_mask=None, generator=None) -> tuple:
+    def corrupt(
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple:
         """What a batch is trained on: (z, masked, rate) of `PRISMObjective`, then the pool, and its judged tokens.
 
         The first three are None for a frozen backbone, the last two left out for a one-step batch of "mixed".
         """
         turn, self.turn = self.turn, self.turn + 1
         one_step = self.states == "mixed" and turn // self.num_pools % 2 == 1
-        clean = (None, None, None)
+        clean: tuple = (None, None, None)
         if one_step or not self.freeze_backbone:
             clean = super().corrupt(input_ids, trainable_mask, attention_mask, generator)
         if one_step:
             return clean
-        batch = {"input_ids": input_ids, "trainable_mask": trainable_mask, "attention_mask": attention_mask}
+        batch: dict[str, Any] = {"input_ids": input_ids, "trainable_mask": trainable_mask}
+        batch["attention_mask"] = attention_mask
         while len(self.pools) <= turn % self.num_pools:
             self.pools.append(self.warmed_up(batch))
         pool = self.pools[turn % self.num_pools]
@@ -293,7 +307,13 @@ class RolloutObjective(PRISMObjective):
             chosen.append(judged)
         return chosen
 
-    def counts(self, corrupted, input_ids, trainable_mask=None, attention_mask=None) -> dict[str, Tensor]:
+    def counts(
+        self,
+        corrupted: tuple,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """As `PRISMObjective.counts`."""
         if len(corrupted) == 3:
             return super().counts(corrupted, input_ids, trainable_mask, attention_mask)
@@ -303,48 +323,56 @@ class RolloutObjective(PRISMObjective):
             counts = super(PRISMObjective, self).counts(corrupted, input_ids, trainable_mask, attention_mask)
         return counts | {"judged": sum(chosen.sum() for chosen in corrupted[4]).float()}
 
-    def forward(
+    def predict(  # type: ignore[override]  # on rollouts the loss has other parts
         self,
         input_ids: Tensor,
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        generator=None,
+        generator: torch.Generator | None = None,
         *,
-        part: str = "all",
         corrupted: tuple | None = None,
         totals: dict[str, Tensor] | None = None,
-        drawn: list | None = None,
-    ):
-        """The loss of a batch, or a part of it, as `PRISMObjective.forward`. "judge" and "all" move the runs on.
+    ) -> PRISMOutput | RolloutOutput:
+        """The masked diffusion loss of the batch, where the backbone is trained; see `PRISMObjective.predict`."""
+        corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
+        if len(corrupted) == 3:
+            batch = (input_ids, trainable_mask, attention_mask, generator)
+            return super().predict(*batch, corrupted=corrupted, totals=totals)
+        if self.freeze_backbone:
+            return RolloutOutput(drawn=[[True]])
+        z, masked, rate, _, _ = corrupted
+        hidden = self.denoiser.hidden(z, attention_mask)
+        loss, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
+        return RolloutOutput(self.lambda_mdm * loss, loss_mdm=loss.detach(), drawn=[[True]])
+
+    def judge(  # type: ignore[override]  # on rollouts the loss has other parts
+        self,
+        input_ids: Tensor,
+        trainable_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        corrupted: tuple,
+        drawn: list,
+        totals: dict[str, Tensor] | None = None,
+    ) -> PRISMOutput | RolloutOutput:
+        """The head's loss at the judged tokens of the runs, each of which makes a step. See `PRISMObjective.judge`.
 
         Random numbers of the runs come from torch's default generator.
         """
-        batch = (input_ids, trainable_mask, attention_mask, generator)
-        corrupted = corrupted or self.corrupt(*batch)
         if len(corrupted) == 3:
-            return super().forward(*batch, part=part, corrupted=corrupted, totals=totals, drawn=drawn)
-        z, masked, rate, pool, judged = corrupted
-        out, loss = RolloutOutput(), None
-        if part != "judge" and not self.freeze_backbone:
-            hidden = self.denoiser.hidden(z, attention_mask)
-            loss_mdm, _ = self.mdm_loss(hidden, input_ids, masked, rate, attention_mask, totals)
-            loss, out.loss_mdm = self.lambda_mdm * loss_mdm, loss_mdm.detach()
-        if part == "predict":
-            out.loss, out.drawn = loss, [[True]]
-            return out
-        logits, labels = self.judge_runs(pool, judged)
+            batch = (input_ids, trainable_mask, attention_mask)
+            return super().judge(*batch, corrupted=corrupted, drawn=drawn, totals=totals)
+        logits, labels = self.judge_runs(corrupted[3], corrupted[4])
         total = self.head_loss(logits, labels).sum()
-        count = logits.new_tensor(logits.numel())
-        loss_head = total / share_of_all(count, (totals or {}).get("judged"))
-        out.loss = loss_head if loss is None else loss_head + loss
-        if part == "judge":
-            out.loss = out.loss + self.untouched()
-        everywhere = torch.ones_like(labels, dtype=torch.bool)
-        out.loss_head, out.num_judged = total.detach() / count.clamp(min=1), count.long()
-        out.label, out.quality = mean_where(labels, everywhere), mean_where(logits.sigmoid(), everywhere)
-        if self.label == "posterior":
-            out.stride = count.new_tensor(self.stride)
-        return out
+        count, everywhere = logits.new_tensor(logits.numel()), torch.ones_like(labels, dtype=torch.bool)
+        return RolloutOutput(
+            total / share_of_all(count, (totals or {}).get("judged")) + self.untouched(),
+            loss_head=total.detach() / count.clamp(min=1),
+            label=mean_where(labels, everywhere),
+            quality=mean_where(logits.sigmoid(), everywhere),
+            num_judged=count.long(),
+            stride=count.new_tensor(self.stride) if self.label == "posterior" else None,
+        )
 
     def head_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each judged token, float32 (N,), from the head's logits and the labels, (N,) each."""
@@ -398,7 +426,7 @@ class RolloutObjective(PRISMObjective):
         pools = {f"{i}/{name}": value for i, pool in enumerate(self.pools) for name, value in pool.state().items()}
         return pools | {"facts": facts}
 
-    def load_state(self, state: dict[str, Tensor], device=None) -> None:
+    def load_state(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         """Go on from what `state` gave."""
         self.turn, self.stride, count = state["facts"].tolist()
         self.stride_checked, self.pools = ENOUGH, [self.new_pool() for _ in range(count)]

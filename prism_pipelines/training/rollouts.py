@@ -1,14 +1,16 @@
-"""States that a model's own runs pass through: half-written rows that the real schedulers advance as training goes on.
+"""States that a model's own runs pass through: half-written rows, which the real schedulers advance during training.
 
 A pool holds the rows of a batch, split into runs. Each forward pass of training is also a forward pass of every run:
-the logits beside which the head is trained are those by which the schedulers write on. So states of the sampler cost
-no forward pass of their own. The idea is that of the streaming in PUMA (github.com/JaeyeonKim01/PUMA).
+its hidden states train the head, and its logits let the schedulers write on. So states of the sampler cost no forward
+pass of their own. The idea comes from the streaming in PUMA (github.com/JaeyeonKim01/PUMA).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class RolloutSettings:
     mask_rate_min: float = 1.0
     mask_rate_max: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.steps_min <= self.steps_max:
             raise ValueError(
                 "`rollout_steps_min` and `rollout_steps_max` must hold 1 <= min <= max, got "
@@ -59,7 +61,7 @@ class RolloutSettings:
             raise ValueError(f"`rollout_repairs` must be at least 0, got {self.repairs}.")
 
 
-def pick(options: tuple):
+def pick(options: tuple) -> Any:
     """One of some options, each equally likely, by torch's default generator."""
     return options[int(uniform((1,)) * len(options))]
 
@@ -83,7 +85,7 @@ class Rollout:
 
     canvas: Canvas
     clean: Tensor
-    scheduler: object
+    scheduler: Any
     segments: list[tuple[Tensor, int]]
     blocks: int
     repairs: int
@@ -113,8 +115,8 @@ class Rollout:
 class RolloutPool:
     """The runs of a batch. `refill`, make a forward pass on `batch()`, and `advance` each run by what it gave.
 
-    All random numbers come from torch's default generator, so a training run that is resumed with its state goes on
-    exactly; `state` and `load_state` are the rest of it.
+    All random numbers come from torch's default generator. A training run that is resumed with the state of that
+    generator, and with `state` of the pool, is exactly the one that was not interrupted.
 
     Args:
         denoiser: of the model that writes.
@@ -123,7 +125,9 @@ class RolloutPool:
         num_runs: into which the rows of a batch are split. All rows of a run have one scheduler and one schedule.
     """
 
-    def __init__(self, denoiser: MaskedDenoiser, reads, settings: RolloutSettings, num_runs: int):
+    def __init__(
+        self, denoiser: MaskedDenoiser, reads: Iterable[str], settings: RolloutSettings, num_runs: int
+    ) -> None:
         self.denoiser, self.reads, self.settings, self.num_runs = denoiser, tuple(reads), settings, num_runs
         self.runs: list[Rollout] = []
 
@@ -132,7 +136,9 @@ class RolloutPool:
         """Of the model."""
         return self.denoiser.spec.mask_token_id
 
-    def refill(self, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask=None) -> None:
+    def refill(
+        self, input_ids: Tensor, trainable_mask: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> None:
         """Begin a new run for each that has ended, from rows (B, L) of a batch. Run g takes every G-th row from g on.
 
         Args:
@@ -141,12 +147,14 @@ class RolloutPool:
             attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
         """
         count = min(self.num_runs, len(input_ids))
-        self.runs = self.runs or [None] * count
-        for number, run in enumerate(self.runs):
+        runs: list[Rollout | None] = [*self.runs] or [None] * count
+        self.runs = []
+        for number, run in enumerate(runs):
             if run is None or run.done:
                 rows = slice(number % count, None, count)
                 some = [values if values is None else values[rows] for values in (trainable_mask, attention_mask)]
-                self.runs[number] = self.begin(input_ids[rows], *some)
+                run = self.begin(input_ids[rows], *some)
+            self.runs.append(run)
 
     def begin(self, clean: Tensor, trainable_mask: Tensor | None, attention_mask: Tensor | None) -> Rollout:
         """A new run of rows (R, L), with settings of its own."""
@@ -164,17 +172,15 @@ class RolloutPool:
         steps = round(low * (high / low) ** float(uniform((1,))))
         (order, temperature), eta = pick(chosen.orders), pick(chosen.etas)
         repairs = int(uniform((1,)) * (chosen.repairs + 1))
-        if eta:
-            scheduler = PrismScheduler(order=order, temperature=temperature, eta=eta)
-        else:
-            scheduler = MDLMScheduler(order=order, temperature=temperature)
+        same = {"order": order, "temperature": temperature}
+        scheduler = PrismScheduler(**same, eta=eta) if eta else MDLMScheduler(**same)
         return self.start(canvas, clean, scheduler, steps, repairs)
 
-    def start(self, canvas: Canvas, clean: Tensor, scheduler, steps: int, repairs: int = 0) -> Rollout:
+    def start(self, canvas: Canvas, clean: Tensor, scheduler: Any, steps: int, repairs: int = 0) -> Rollout:
         """A run with these settings. Where it has blocks, each gets at least one step."""
         spec, block_length = self.denoiser.spec, self.settings.block_length
         if block_length is not None or spec.attention == "block_causal":
-            shortest = block_length or spec.block_length
+            shortest = block_length or spec.block_length or 1
             steps = max(steps, -(-canvas.sample.shape[1] // shortest) + 1)
         segments = blocks_of(spec, canvas, block_length, steps)
         recorder = RunRecorder(self.denoiser, canvas.generated, self.reads)
@@ -188,8 +194,8 @@ class RolloutPool:
         masks = [run.canvas.attention_mask for run in self.runs]
         if all(mask is None for mask in masks) and all(run.sample.shape[1] == width for run in self.runs):
             return sample, None
-        masks = [torch.ones_like(r.sample) if m is None else m.long() for m, r in zip(masks, self.runs, strict=True)]
-        return sample, torch.cat([self.padded(mask, width, 0) for mask in masks])
+        whole = [torch.ones_like(r.sample) if m is None else m.long() for m, r in zip(masks, self.runs, strict=True)]
+        return sample, torch.cat([self.padded(mask, width, 0) for mask in whole])
 
     @staticmethod
     def padded(values: Tensor, width: int, value: int) -> Tensor:
@@ -248,9 +254,10 @@ class RolloutPool:
 
     def state(self) -> dict[str, Tensor]:
         """All that the runs are, for a checkpoint: tensors by name, and the rest as JSON in bytes."""
-        tensors, facts = {}, []
+        tensors: dict[str, Tensor] = {}
+        facts = []
         for number, run in enumerate(self.runs):
-            named = {"sample": run.sample, "clean": run.clean, "first": run.canvas.sample}
+            named: dict[str, Tensor | None] = {"sample": run.sample, "clean": run.clean, "first": run.canvas.sample}
             named |= {"generated": run.canvas.generated, "attention_mask": run.canvas.attention_mask}
             named |= {f"segment.{i}": where for i, (where, _) in enumerate(run.segments)}
             named |= {f"recorder.{name}": value for name, value in run.recorder.state().items()}
@@ -266,7 +273,7 @@ class RolloutPool:
             )
         return tensors | {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
 
-    def load_state(self, state: dict[str, Tensor], device=None) -> None:
+    def load_state(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         """Go on from what `state` gave."""
         facts = json.loads(bytes(state["facts"].tolist()))
         self.runs = []

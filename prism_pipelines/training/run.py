@@ -7,9 +7,11 @@ import logging
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from ..atomic_files import write_atomically
 from ..hub.files import is_hub_id
 from ..hub.model_card import pipeline_card
 from ..hub.publish import (
@@ -30,8 +33,9 @@ from ..hub.publish import (
 from ..pipeline_prism import PrismPipeline
 from .arguments import RunArguments, flag, parse_arguments
 from .callbacks import HeadProgress, MetricsLog, SudokuProgress, TextProgress, read_log
-from .checkpointing import drop_later, is_whole, latest_checkpoint, write_whole
+from .checkpointing import drop_later, folder_of, is_whole, latest_checkpoint
 from .held_out import HeadReport, RolloutProgress
+from .losses import PRISMObjective
 from .optimizer import muon_adamw
 from .rollout_losses import RolloutObjective
 from .setup import (
@@ -58,15 +62,15 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
     Raises:
         ValueError, OSError: a flag that no run can use, or a base model or data that is not there.
     """
-    check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    check_output_dir(folder_of(args), args.resume_from_checkpoint)
     if run.base_model and Path(run.base_model).exists():
         run.base_model = str(Path(run.base_model).absolute())  # a head names it, and is loaded from other folders too
     whole = run.full or (run.objective == "mdm" and not run.adapter)
     if run.push_to_hub and not (whole or is_hub_id(run.base_model)):
         raise ValueError(
             "`--push-to-hub` of a head or an adapter needs a base model that others can load, and "
-            f"`--base-model` {run.base_model!r} is no id on the Hub. Push that one first (docs/sharing.md), and train "
-            "on its id."
+            f"`--base-model` {run.base_model!r} is not an id on the Hub. Push that one first (docs/sharing.md), and "
+            "train on its id."
         )
     set_seed(args.seed)
     run.revision = resolve_revision(run)
@@ -96,13 +100,13 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         trainer.held_out = eval_batches(held_out, collate, args)
         if args.eval_strategy != "no":
             trainer.add_callback(RolloutProgress(objective, trainer.held_out, trainer.log))
-    elif args.eval_strategy != "no" and run.objective != "mdm":
+    elif args.eval_strategy != "no" and isinstance(objective, PRISMObjective):
         trainer.add_callback(
             HeadProgress(objective, eval_batches(held_out, collate, args), trainer.log, not args.disable_tqdm)
         )
     if run.sample_texts:
         given = [given_ids(example) for example in held_out[: run.sample_texts]]
-        trainer.add_callback(TextProgress(pipe, given, min(64, max(1, run.max_length // 2))))
+        trainer.add_callback(TextProgress(pipe, given, min(64, max(1, (run.max_length or 1) // 2))))
     if run.sample_puzzles:
         trainer.add_callback(SudokuProgress(pipe, run.sample_puzzles, trainer.log))
     trainer.facts, trainer.origin_fingerprint = run_facts(run, args), origin
@@ -120,7 +124,7 @@ def given_ids(example: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     return ids[:start], ids[end:]
 
 
-def check_plugins(state) -> None:
+def check_plugins(state: Any) -> None:
     """Checks that accelerate does not split the model or the step in a way that ours are not made for.
 
     Args:
@@ -142,7 +146,9 @@ def check_plugins(state) -> None:
         )
 
 
-def eval_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
+def eval_batches(
+    examples: Any, collate: Callable | None, args: transformers.TrainingArguments
+) -> list[dict[str, torch.Tensor]]:
     """The batches of the held-out examples.
 
     Raises:
@@ -156,7 +162,13 @@ def eval_batches(examples, collate, args) -> list[dict[str, torch.Tensor]]:
 def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
     """What a model card says about a run: its flags that differ from the defaults, hardware, versions."""
     plain = {entry.name: entry.default for entry in fields(args)}
-    shown = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+    shown: tuple[str, ...] = (
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+    )
     shown += ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
     shown += ("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
     shown += ("bf16", "fp16", "gradient_checkpointing", "dataloader_drop_last")
@@ -174,7 +186,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
             flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
     words = [word for name, value in flags.items() for word in (flag(name), str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    call = {"use_chat_template": False} if run.no_chat_template else {}
+    call: dict = {"use_chat_template": False} if run.no_chat_template else {}
     if run.chat_template_kwargs:
         call["chat_template_kwargs"] = template_kwargs(run.chat_template_kwargs)
     return {
@@ -188,7 +200,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
 
 
 def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> PrismPipeline:
-    """Trains and saves into `--output-dir`; `--resume-from-checkpoint latest` goes on.
+    """Trains and saves into `--output-dir`; `--resume-from-checkpoint latest` resumes.
 
     All weights trained: a whole saved pipeline. Head alone, or head and adapter: a head's repository, a few MB. Adapter
     alone: a plain PEFT adapter.
@@ -196,18 +208,16 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
     args = trainer.args
     checkpoint = args.resume_from_checkpoint
     if checkpoint == "latest":
-        checkpoint = latest_checkpoint(args.output_dir)
+        checkpoint = latest_checkpoint(folder_of(args))
         logger.warning("Resuming from %s.", checkpoint or "nothing: no checkpoint yet")
     elif checkpoint and not is_whole(Path(checkpoint)):
-        raise ValueError(
-            f"`--resume-from-checkpoint` {checkpoint!r} is no whole checkpoint. `latest` takes the newest that is."
-        )
+        raise ValueError(f"`--resume-from-checkpoint` {checkpoint!r} is not a complete checkpoint: pass `latest`.")
     if trainer.is_world_process_zero():  # where a model is loaded once, the other processes have no weights yet
         if checkpoint:
             check_origin(Path(checkpoint).parent, trainer.origin_fingerprint)
-        drop_later(args.output_dir, step_of(checkpoint) if checkpoint else 0)
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(args.output_dir) / RUN_CONFIG, (json.dumps(trainer.origin_fingerprint) + "\n").encode())
+        drop_later(folder_of(args), step_of(checkpoint) if checkpoint else 0)
+        folder_of(args).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder_of(args) / RUN_CONFIG, json.dumps(trainer.origin_fingerprint) + "\n")
     if checkpoint and finished(checkpoint, args):
         load_trainable(trainer.model, checkpoint)  # Trainer.train would take one step more
     else:
@@ -218,7 +228,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
         pipe, objective = rebuilt(run, trainable(trainer.model))
     if trainer.is_world_process_zero():
         pipe.model.eval()
-        facts = {"metrics": last_metrics(args.output_dir)}
+        facts = {"metrics": last_metrics(folder_of(args))}
         if isinstance(objective, RolloutObjective):
             trainer.report = report = HeadReport(objective, trainer.held_out)
             facts = head_facts(pipe, run, report) | {"metrics": facts["metrics"] | report.metrics()}
@@ -252,33 +262,32 @@ def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismP
     return build_pipeline(objective.eval(), tokenizer, run), objective
 
 
-def save(pipe: PrismPipeline, run: RunArguments, args, facts: dict) -> None:
+def save(pipe: PrismPipeline, run: RunArguments, args: transformers.TrainingArguments, facts: dict) -> None:
     """Writes the result, and pushes it with `--push-to-hub`."""
-    folder, hub_flags = Path(args.output_dir), {"private": args.hub_private_repo, "token": args.hub_token}
+    folder, repo = folder_of(args), args.hub_model_id or ""
+    hub_flags: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token, "facts": facts}
+    base: dict[str, Any] = {"base_model": run.base_model, "base_revision": run.revision}
     if (folder / "calibration.png").is_file():
         facts["figure"] = str(folder / "calibration.png")
     if run.objective == "mdm" and run.adapter:
-        save_adapter_repo(pipe, ADAPTER, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+        save_adapter_repo(pipe, ADAPTER, folder, **base, facts=facts)
         if run.push_to_hub:
-            push_adapter_repo(
-                pipe, ADAPTER, args.hub_model_id, base_model=run.base_model, base_revision=run.revision, facts=facts,
-                **hub_flags,
-            )  # fmt: skip
+            push_adapter_repo(pipe, ADAPTER, repo, **base, **hub_flags)
         return
     if run.objective == "mdm" or run.full:
         pipe.save_pretrained(folder)
         write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
         if run.push_to_hub:
-            push_pipeline(pipe, args.hub_model_id, facts=facts, **hub_flags)
+            push_pipeline(pipe, repo, **hub_flags)
         return
-    save_head_repo(pipe, folder, base_model=run.base_model, base_revision=run.revision, facts=facts)
+    save_head_repo(pipe, folder, **base, facts=facts)
     if run.push_to_hub:
-        push_head_repo(pipe, args.hub_model_id, facts=facts, **hub_flags)
+        push_head_repo(pipe, repo, **hub_flags)
 
 
-def last_metrics(folder: str) -> dict[str, float]:
+def last_metrics(folder: str | Path) -> dict[str, float]:
     """The last value of each held-out measure in the log."""
-    found = {}
+    found: dict[str, float] = {}
     for entry in read_log(folder):
         measures = (
             "eval_loss",
@@ -307,7 +316,7 @@ def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status. What the user can mend prints one line: 2 before training, 1 in it."""
+    """Entry point; returns the exit status: 2 for an error before training, 1 for one in it, each told in one line."""
     status = 2
     try:
         run, args = parse_arguments(argv)

@@ -5,23 +5,33 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from .. import PrismPipeline, sudoku  # the pipeline by its public name: that enters our classes in diffusers' tables
 from ..hub import backbones
 from ..hub.files import fetch_file, inside, is_hub_id, module_digest, read_json
 from ..models import checks
 from ..models.denoiser import MaskedDenoiser
-from ..models.families import resolve_spec, supports_all_masked_input
+from ..models.families import MDMSpec, resolve_spec, supports_all_masked_input
 from ..models.quality_head import QualityHead
 from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
 from ..sampling.stopping import default_suppress_tokens, end_tokens
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
 from ..schedulers.context import INPUTS
+from .arguments import RunArguments
 from .checkpointing import MANIFEST
 from .data import HELD_OUT_SEED, BlankCanvases, SudokuGrids, read_rows, split_examples
 from .losses import CriticObjective, MDMObjective, PRISMObjective
@@ -43,7 +53,7 @@ DISTILLED_BAR = 0.02  # quality below which a head from --objective distill rema
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
-def load_base(run):
+def load_base(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MDMSpec]:
     """(model, tokenizer, spec) to start from: those of `--base-model`, or a new model of `--model-type`.
 
     Raises:
@@ -77,9 +87,9 @@ def load_base(run):
     return loaded["model"], tokenizer, resolve_spec(loaded["model"].config, tokenizer, mdm_spec=loaded["mdm_spec"])
 
 
-def resolve_revision(run) -> str | None:
+def resolve_revision(run: RunArguments) -> str | None:
     """The commit that `--base-model` is at, so that a head names what it was trained on; `--revision` if unknown."""
-    if not is_hub_id(run.base_model):
+    if run.base_model is None or not is_hub_id(run.base_model):
         return run.revision
     hub_kwargs = {"revision": run.revision}
     file = fetch_file(run.base_model, "model_index.json", hub_kwargs) or fetch_file(
@@ -89,7 +99,7 @@ def resolve_revision(run) -> str | None:
     return parts[-2] if "snapshots" in parts[-3:-2] else run.revision
 
 
-def quantization(run):
+def quantization(run: RunArguments) -> Any:
     """The bitsandbytes config of `--load-in-4bit` or `--load-in-8bit`, or None.
 
     Raises:
@@ -112,7 +122,7 @@ def quantization(run):
     )
 
 
-def new_model(run):
+def new_model(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MDMSpec]:
     """(model, tokenizer, spec) of a model with random weights, sized for its data."""
     if run.dataset == "sudoku":
         tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
@@ -138,7 +148,7 @@ def new_model(run):
     return AutoModelForMaskedLM.from_config(config), tokenizer, resolve_spec(config, tokenizer)
 
 
-def add_lora(run, model, spec) -> None:
+def add_lora(run: RunArguments, model: PreTrainedModel, spec: MDMSpec) -> None:
     """Puts a float32 LoRA adapter into the model and freezes everything else.
 
     Raises:
@@ -154,8 +164,9 @@ def add_lora(run, model, spec) -> None:
         if not any(f".{name}".endswith(f".{target}") for name in matrices):
             names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
             raise ValueError(f"`--lora-targets` names {target!r}, and the model's modules with a matrix are {names}.")
+    size: dict[str, Any] = {"r": run.rank, "lora_alpha": run.lora_alpha}  # `check_run` has filled them in
     model.add_adapter(
-        LoraConfig(r=run.rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets),
+        LoraConfig(**size, lora_dropout=run.lora_dropout, target_modules=targets),
         adapter_name=ADAPTER,
     )
     for parameter in model.parameters():
@@ -163,22 +174,22 @@ def add_lora(run, model, spec) -> None:
             parameter.data = parameter.data.float()
 
 
-def run_suppress_tokens(tokenizer, model, spec) -> tuple[int, ...]:
+def run_suppress_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, spec: MDMSpec) -> tuple[int, ...]:
     """Tokens that are never predicted. Sampling leaves out more, which a text may hold and be trained on (<unk>, X)."""
     return default_suppress_tokens(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
-def rolls_out(run) -> bool:
+def rolls_out(run: RunArguments) -> bool:
     """Is the head trained on states of the model's own runs?"""
     return run.objective == "distill" or run.states != "one_step"
 
 
-def label_of(run) -> str:
+def label_of(run: RunArguments) -> str:
     """What a head on rollouts is taught: "truth" or "posterior"."""
     return "posterior" if run.objective == "distill" else "truth"
 
 
-def context_of(run) -> tuple[str, ...]:
+def context_of(run: RunArguments) -> tuple[str, ...]:
     """The inputs of `--context`.
 
     Raises:
@@ -216,7 +227,7 @@ def begin_at_free_scores(head: QualityHead) -> None:
             layer.weight.zero_(), layer.bias.zero_()
 
 
-def begin_from(head: QualityHead, folder: str) -> None:
+def begin_from(head: Any, folder: str) -> None:
     """Copies the layers of another head that have the same name and size.
 
     Raises:
@@ -225,7 +236,7 @@ def begin_from(head: QualityHead, folder: str) -> None:
     place = next((p for p in (Path(folder), Path(folder) / "quality_head") if (p / "config.json").is_file()), None)
     if place is None:
         raise ValueError(f"`--head-from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
-    other = QualityHead.from_pretrained(place)
+    other: Any = QualityHead.from_pretrained(place)
     own, found = head.state_dict(), other.state_dict()
     fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     if other.config.hidden_size != head.config.hidden_size or not fitting:
@@ -238,11 +249,13 @@ def begin_from(head: QualityHead, folder: str) -> None:
     head.load_state_dict(own | fitting)
 
 
-def build_objective(run, model, tokenizer, spec) -> MDMObjective:
+def build_objective(
+    run: RunArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec
+) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppress_tokens=suppress_tokens)
-    shared = {
+    shared: dict[str, Any] = {
         "chunk_size": max(64, min(4096, CHUNK_NUMBERS // denoiser.vocab_size)),
         "weighting": run.weighting,
         "mask_rate_min": run.mask_rate_min,
@@ -288,7 +301,7 @@ def build_objective(run, model, tokenizer, spec) -> MDMObjective:
     )
 
 
-def rollout_flags(run) -> dict:
+def rollout_flags(run: RunArguments) -> dict:
     """Arguments of `RolloutObjective` from the flags."""
     orders = (("random", run.rollout_temperature),) * 3 + (("confidence", 0.0),)
     settings = RolloutSettings(
@@ -300,7 +313,12 @@ def rollout_flags(run) -> dict:
         mask_rate_min=run.mask_rate_min,
         mask_rate_max=run.mask_rate_max,
     )
-    flags = {"settings": settings, "num_runs": run.rollout_runs, "num_pools": run.num_pools, "label": label_of(run)}
+    flags: dict[str, Any] = {
+        "settings": settings,
+        "num_runs": run.rollout_runs,
+        "num_pools": run.num_pools,
+        "label": label_of(run),
+    }
     flags |= {"states": "rollout" if run.objective == "distill" else run.states, "stride": run.label_stride}
     flags |= {"distill_loss": run.distill_loss, "label_floor": run.label_floor, "forget_share": run.forget_share}
     if flags["states"] == "mixed":
@@ -308,7 +326,7 @@ def rollout_flags(run) -> dict:
     return flags
 
 
-def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
+def build_pipeline(objective: MDMObjective, tokenizer: PreTrainedTokenizerBase, run: RunArguments) -> PrismPipeline:
     """The pipeline of the modules being trained: PRISM with a quality head, the plain model without.
 
     A head is to judge tokens like those that it was trained on, so they are drawn as there.
@@ -330,7 +348,13 @@ def build_pipeline(objective: MDMObjective, tokenizer, run) -> PrismPipeline:
     return PrismPipeline(objective.denoiser.model, tokenizer, quality_head=head, scheduler=scheduler, mdm_spec=spec)
 
 
-def load_examples(run, args, model, tokenizer, spec):
+def load_examples(
+    run: RunArguments,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: MDMSpec,
+) -> tuple[Any, Any, Callable | None]:
     """(training examples, held-out examples, collator or None).
 
     Raises:
@@ -340,31 +364,21 @@ def load_examples(run, args, model, tokenizer, spec):
         if tokenizer.get_vocab() != sudoku.sudoku_tokenizer().get_vocab():
             raise ValueError(f"`--dataset sudoku` is for models of Sudokus, and {run.base_model!r} has other tokens.")
         clues = (run.puzzle_clues_min, run.puzzle_clues_max)
-        train = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
-        held_out = SudokuGrids(run.num_eval_examples, HELD_OUT_SEED, run.num_eval_examples, run.puzzle_share, clues)
-        return train, held_out, None
-    limit = checks.max_length(model.config)
-    if run.max_length is None:
-        run.max_length = min(MAX_LENGTH, limit or MAX_LENGTH)
-        if args.process_index == 0:
-            logger.warning(
-                "--max-length is %d tokens, %s.",
-                run.max_length,
-                f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default",
-            )
-    if limit is not None and run.max_length > limit:
-        raise ValueError(f"`--max-length` is {run.max_length}, and the model takes {limit} tokens at most.")
+        grids = SudokuGrids(run.num_train_examples, args.seed, run.num_base_grids, run.puzzle_share, clues)
+        count = run.num_eval_examples
+        return grids, SudokuGrids(count, HELD_OUT_SEED, count, run.puzzle_share, clues), None
+    length = run.max_length = checked_max_length(run, args, model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     collate = functools.partial(pad_batch, pad_token_id=pad)
     if run.dataset is None:
-        return *blank_examples(run, args, tokenizer, spec), collate
+        return *blank_examples(run, args, tokenizer, spec, length), collate
     if run.streaming and args.max_steps <= 0:
         raise ValueError("`--streaming` data has no known length: pass `--max-steps`.")
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     encoder = RowEncoder(
         tokenizer,
         spec.mask_token_id,
-        run.max_length,
+        length,
         model.config.vocab_size,
         run.too_long,
         suppress_tokens,
@@ -402,6 +416,24 @@ def load_examples(run, args, model, tokenizer, spec):
     return train, held_out, collate
 
 
+def checked_max_length(run: RunArguments, args: TrainingArguments, model: PreTrainedModel) -> int:
+    """`--max-length`, or its default.
+
+    Raises:
+        ValueError: it is more than the model takes.
+    """
+    limit = checks.max_length(model.config)
+    if run.max_length is None:
+        length = min(MAX_LENGTH, limit or MAX_LENGTH)
+        if args.process_index == 0:
+            why = f"the smaller of {MAX_LENGTH} and {limit}, what the model takes" if limit else "the default"
+            logger.warning("--max-length is %d tokens, %s.", length, why)
+        return length
+    if limit is not None and run.max_length > limit:
+        raise ValueError(f"`--max-length` is {run.max_length}, and the model takes {limit} tokens at most.")
+    return run.max_length
+
+
 def template_kwargs(words: str | None) -> dict | None:
     """What `--chat-template-kwargs` says, a JSON object; None without it.
 
@@ -419,52 +451,57 @@ def template_kwargs(words: str | None) -> dict | None:
     return found
 
 
-def blank_examples(run, args, tokenizer, spec):
-    """As `load_examples`, of a training without data: rows of masks of at most `--max-length`.
+def blank_examples(
+    run: RunArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec, length: int
+) -> tuple[BlankCanvases, BlankCanvases]:
+    """As `load_examples`, of a training without data: rows of masks of at most `length` tokens.
 
     An encoder was trained on one sequence a row, of any length, so its rows differ in length.
     """
-    frame, shortest = text_frame(tokenizer, spec), run.max_length
+    frame, shortest = text_frame(tokenizer, spec), length
     if frame.closing:
-        shortest = max(len(frame.opening) + len(frame.closing) + 1, run.max_length // 4)
+        shortest = max(len(frame.opening) + len(frame.closing) + 1, length // 4)
     else:
         frame = Frame(tuple(prompt_ids([""], tokenizer)[0]))
     train, held_out = (
-        BlankCanvases(count, (shortest, run.max_length), seed, spec.mask_token_id, *frame)
+        BlankCanvases(count, (shortest, length), seed, spec.mask_token_id, *frame)
         for count, seed in ((run.num_train_examples, args.seed), (run.num_eval_examples, HELD_OUT_SEED))
     )
     return train, held_out
 
 
-def check_output_dir(folder: str, resume) -> None:
+def check_output_dir(folder: str | Path, resume: str | None) -> None:
     """Checks that a run may write into a folder: it is new or empty, or holds a run of ours that is to be resumed.
 
     Raises:
-        ValueError: it holds something else, or a run, and nothing says to go on with it.
+        ValueError: it holds something else, or a run that is not to be resumed.
     """
-    path = Path(folder)
+    path, folder = Path(folder), str(folder)
     if path.is_file():
         raise ValueError(f"`--output-dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    # Of a run that was killed as it began, and of trackers.
-    entries -= {".training_log.jsonl.partial", f".{RUN_CONFIG}.partial", "runs"}
+    # What a run leaves that was killed as it began, and the folder of trackers.
+    entries = {name for name in entries if not name.endswith(".partial")} - {"runs"}
     entries -= {RUN_CONFIG} if read_origin_fingerprint(path) else set()
     if not entries:
         return
     ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
     if "training_log.jsonl" not in entries and not ours:
         raise ValueError(
-            f"`--output-dir` {folder!r} holds {sorted(entries)[:3]} and is no folder of a training run. Name a new one."
+            f"`--output-dir` {folder!r} holds {sorted(entries)[:3]} and is not the folder of a training run. Name "
+            "a new one."
         )
     if not resume:
         raise ValueError(
-            f"`--output-dir` {folder!r} holds a run already. Go on with it by --resume-from-checkpoint latest, or name "
-            "a new folder."
+            f"`--output-dir` {folder!r} holds a run already. Pass --resume-from-checkpoint latest, or name a "
+            "new folder."
         )
 
 
-def origin_fingerprint(run, model) -> dict[str, str]:
-    """What a run goes on from only if it began there: its objective, and the weights of `--base-model`.
+def origin_fingerprint(run: RunArguments, model: PreTrainedModel) -> dict[str, str]:
+    """Fingerprint of a run's starting point: its objective, and the weights of `--base-model`.
+
+    A run is resumed only if it matches.
 
     Returns:
         {"objective", "base_weights"}; the weights are a digest, or "new" without a base.
@@ -472,7 +509,7 @@ def origin_fingerprint(run, model) -> dict[str, str]:
     return {"objective": run.objective, "base_weights": module_digest(model) if run.base_model else "new"}
 
 
-def read_origin_fingerprint(folder) -> dict | None:
+def read_origin_fingerprint(folder: str | Path) -> dict | None:
     """The `origin_fingerprint` that a run left in a folder; None without such a file, or if it holds something else."""
     try:
         found = json.loads((Path(folder) / RUN_CONFIG).read_text())
@@ -481,7 +518,7 @@ def read_origin_fingerprint(folder) -> dict | None:
     return found if isinstance(found, dict) and set(found) == {"objective", "base_weights"} else None
 
 
-def check_origin(folder, now: dict) -> None:
+def check_origin(folder: str | Path, now: dict) -> None:
     """Checks that the run in a folder began from the weights that `--base-model` has now.
 
     Raises:
@@ -495,6 +532,6 @@ def check_origin(folder, now: dict) -> None:
         )
     if before["base_weights"] != now["base_weights"]:
         raise ValueError(
-            f"{str(folder)!r} holds a run that began from other weights than `--base-model` has now. Go on from those, "
-            "or name a new `--output-dir`."
+            f"{str(folder)!r} holds a run that began from other weights than `--base-model` has now. Resume with "
+            "those, or name a new `--output-dir`."
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpointing import WEIGHTS, latest_checkpoint, seal_checkpoint
+from .checkpointing import WEIGHTS, folder_of, latest_checkpoint, seal_checkpoint
 from .rollout_losses import RolloutObjective
 
 EVAL_SEED = 999_983  # of the noise of every evaluation
@@ -30,16 +30,16 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Checks that the trainable parameters are numbers; every process must call.
+    """Checks that the trainable parameters are finite; every process must call.
 
     Raises:
-        FloatingPointError: one is not.
+        FloatingPointError: one contains NaN or inf.
     """
     for name, tensor in trainable(model).items():
         if not tensor.isfinite().all():
             raise FloatingPointError(
-                f"The weights in {name} are no numbers any more, and are not saved. Lower --learning-rate, or check "
-                "the data; the last checkpoint was written before this."
+                f"The weights in {name} contain NaN or inf, and are not saved. Lower --learning-rate, or check the "
+                "data; the last checkpoint was written before this."
             )
 
 
@@ -83,13 +83,20 @@ class ObjectiveTrainer(Trainer):
     Checkpoints hold the trainable tensors only and appear at once or not at all.
     """
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    model: Any
+    optimizer: Any
+    held_out: list[dict[str, torch.Tensor]]  # of a head on rollouts: batches that it is measured on
+    facts: dict  # what a model card says of the run
+    origin_fingerprint: dict[str, str]
+    report: Any  # of a head on rollouts: its `HeadReport`, when the run is done
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
         """As the Trainer's; the batches of a step are kept until the first of them is trained on."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_batches = batches
         return batches, num_items
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch; returns its share of the loss of the step, detached."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -110,7 +117,7 @@ class ObjectiveTrainer(Trainer):
             calls += [{"part": "judge", "drawn": drawn} for drawn in output.get("drawn") or []]
         return total
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict:
         """As the Trainer's, with the same noise every time and none taken from training."""
         if isinstance(self.model, RolloutObjective):  # its runs are under way; `RolloutProgress` measures on others
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
@@ -142,8 +149,9 @@ class ObjectiveTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         tensors = trainable(self.model)
         if self.args.should_save:
-            os.makedirs(output_dir or self.args.output_dir, exist_ok=True)
-            save_file(tensors, Path(output_dir or self.args.output_dir) / WEIGHTS)
+            folder = Path(output_dir) if output_dir else folder_of(self.args)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_trainable(model or self.model, resume_from_checkpoint)
@@ -156,9 +164,9 @@ class ObjectiveTrainer(Trainer):
                 )
             self.model.load_state(load_file(file), self.args.device)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         check_finite(self.model)
-        run_dir, partial = Path(self.args.output_dir), Path(self.args.output_dir) / "partial"
+        run_dir, partial = folder_of(self.args), folder_of(self.args) / "partial"
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)

@@ -30,6 +30,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...schedulers.validation import is_int, is_number, require
+
 CHILD = Path(__file__).with_name("sandbox_child.py")
 CHANNEL = 3  # as in sandbox_child.py
 SILENT = "the judge gave no verdict"
@@ -63,12 +65,12 @@ class Limits:
     disk_mb: int = 16
     files: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = name != "seconds"
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
-                kind = "a positive whole number" if whole else "a positive number"
-                raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+            if name == "seconds":
+                require(is_number(value, 0) and value > 0, name, value, "a positive number")
+            else:
+                require(is_int(value, 1), name, value, "a positive whole number")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Did it pass?"""
         return self.outcome == "passed"
 
 
@@ -155,7 +158,7 @@ def isolation_problem() -> str | None:
     return None
 
 
-def _run(program, tests, names, context, limits, isolated) -> Verdict:
+def _run(program: str, tests: str, names: tuple[str, ...], context: str, limits: Limits, isolated: bool) -> Verdict:
     secret = secrets.token_hex(16)
     job = json.dumps({"secret": secret, "tests": tests, "names": names, "context": context}).encode()
     began = time.monotonic()
@@ -200,7 +203,7 @@ def _run(program, tests, names, context, limits, isolated) -> Verdict:
     return verdict
 
 
-def _complaint(pipe) -> str:
+def _complaint(pipe: int) -> str:
     """The first line that a side wrote to stderr, at most 4 kB of it; closes the pipe."""
     os.set_blocking(pipe, False)
     try:
@@ -211,7 +214,9 @@ def _complaint(pipe) -> str:
         os.close(pipe)
 
 
-def _start(role, place, channel, complain, limits, isolated) -> subprocess.Popen:
+def _start(
+    role: str, place: str, channel: socket.socket, complain: int, limits: Limits, isolated: bool
+) -> subprocess.Popen:
     """One side, in a process group of its own, with the channel as descriptor 3 and a pipe for complaints as stderr."""
     settings = {
         "isolated": isolated,
@@ -258,14 +263,14 @@ def _shown() -> list[str]:
     return [path for path in system + own if os.path.lexists(path)]
 
 
-def _kill(side):
+def _kill(side: subprocess.Popen) -> None:
     """End a side: its process group, and with its init the kernel ends the rest of the namespace."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(side.pid, signal.SIGKILL)
     side.wait()
 
 
-def _read(output, secret, seconds) -> Verdict:
+def _read(output: bytes, secret: str, seconds: float) -> Verdict:
     """The judge's verdict. The secret makes it sure that it is the judge's."""
     try:
         said = json.loads(output)

@@ -5,6 +5,8 @@ side executes the tests, in another interpreter of another sandbox, and alone kn
 Values cross by a data-only encoding, never pickle, so the program can send the judge wrong answers but no code.
 """
 
+from __future__ import annotations
+
 import builtins
 import contextlib
 import ctypes
@@ -17,6 +19,11 @@ import signal
 import socket
 import struct
 import sys
+
+TYPE_CHECKING = False  # as typing has it, which takes time to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 CHANNEL = 3  # descriptor of the socket between the two sides
 MAX_MESSAGE = 64 << 20
@@ -36,7 +43,7 @@ class SetupError(Exception):
     """A step of the isolation that the system refused."""
 
 
-def system(what, name, *arguments):
+def system(what: str, name: str, *arguments: Any) -> None:
     """Call a libc function; a failure is a `SetupError` that names the step."""
     libc = ctypes.CDLL(None, use_errno=True)
     converted = [a.encode() if isinstance(a, str) else a for a in arguments]
@@ -44,7 +51,7 @@ def system(what, name, *arguments):
         raise SetupError(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def write(path, text):
+def write(path: str, text: str) -> None:
     try:
         with open(path, "w") as file:
             file.write(text)
@@ -52,7 +59,7 @@ def write(path, text):
         raise SetupError(f"writing {path}: {error.strerror}") from None
 
 
-def enter_namespaces():
+def enter_namespaces() -> None:
     """Own user, mount, network, IPC, host-name and process namespaces; uid 0 inside is the caller outside."""
     flags = NEWUSER | NEWNS | NEWNET | NEWIPC | NEWUTS | NEWPID
     if os.geteuid() != 0:
@@ -81,14 +88,14 @@ def enter_namespaces():
         raise SetupError("mapping users: refused")
 
 
-def freeze(path, attributes):
+def freeze(path: str, attributes: int) -> None:
     """Set mount attributes on a whole tree (Linux 5.12 and later)."""
     packed = struct.pack("QQQQ", attributes, 0, 0, 0)
     what = f"protecting {path}"
     system(what, "syscall", MOUNT_SETATTR, AT_FDCWD, path, AT_RECURSIVE, ctypes.c_char_p(packed), len(packed))
 
 
-def build_root(root, shown, disk_bytes):
+def build_root(root: str, shown: list[str], disk_bytes: int) -> None:
     """A new read-only root: the interpreter and its libraries, /dev/null, and a small tmpfs at /work."""
     write("/proc/sys/user/max_user_namespaces", "0")  # namespaces made inside could regain rights
     # System V memory, messages and semaphores are bounded by no limit of a process. Older kernels let only the
@@ -123,7 +130,7 @@ def build_root(root, shown, disk_bytes):
     os.chdir("/work")
 
 
-def leave_keyring():
+def leave_keyring() -> None:
     """An empty session keyring: that of the caller holds keys, and keeps what is put into it."""
     number = KEYCTL.get(os.uname().machine)
     if number is None:
@@ -136,7 +143,7 @@ def leave_keyring():
             raise
 
 
-def drop_rights(was_root):
+def drop_rights(was_root: bool) -> None:
     """No capabilities, none to be had by exec; an ordinary user outside, also if the caller is root."""
     for capability in range(64):
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # numbers past the last one fail
@@ -149,7 +156,7 @@ def drop_rights(was_root):
     system("no new privileges", "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def set_limits(limits):
+def set_limits(limits: dict) -> None:
     # Without namespaces the count of processes is the user's, over the whole machine: it is left as it is.
     processes = [(resource.RLIMIT_NPROC, limits["processes"])] if limits["isolated"] else []
     bounds = [
@@ -168,11 +175,11 @@ def set_limits(limits):
         resource.setrlimit(kind, (value, value))
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def start(role, root, channel, settings):
+def start(role: str, root: str, channel: int, settings: dict) -> None:
     """Isolate, then replace this process (or a child that is alone with its init) by a fresh `python -I`."""
     end_with_parent()
     if channel != CHANNEL:
@@ -229,11 +236,11 @@ class Garbled(BaseException):
 
 
 class Channel:
-    def __init__(self):
+    def __init__(self) -> None:
         self.socket = socket.socket(fileno=os.dup(CHANNEL))
         os.close(CHANNEL)
 
-    def send(self, message):
+    def send(self, message: Any) -> None:
         data = json.dumps(message).encode()
         if len(data) > MAX_MESSAGE:
             raise ValueError(f"a message of {len(data)} bytes, more than {MAX_MESSAGE}")
@@ -242,7 +249,7 @@ class Channel:
         except OSError:
             raise Died from None
 
-    def receive(self):
+    def receive(self) -> Any:
         size = struct.unpack("<Q", self.read(8))[0]
         if size > MAX_MESSAGE:
             raise Garbled(f"a message of {size} bytes")
@@ -251,7 +258,7 @@ class Channel:
         except (ValueError, RecursionError):
             raise Garbled("no JSON") from None
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         parts = []
         while size:
             try:
@@ -268,7 +275,7 @@ class Channel:
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-def encode(value, refer):
+def encode(value: Any, refer: Callable) -> Any:
     """Plain data as JSON; of a subclass only its data, without its methods. Anything else is `refer(value)`."""
     if value is None or value is True or value is False:
         return value
@@ -292,7 +299,7 @@ def encode(value, refer):
     return refer(value)
 
 
-def decode(message, find):
+def decode(message: Any, find: Callable) -> Any:
     """The inverse of `encode`; `find` turns references back."""
     if message is None or isinstance(message, bool):
         return message
@@ -306,7 +313,7 @@ def decode(message, find):
     if kind == "complex":
         return complex(float(data[0]), float(data[1]))
     if kind in ("bytes", "bytearray"):
-        return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(data)
+        return bytes.fromhex(data) if kind == "bytes" else bytearray.fromhex(data)
     if kind == "range":
         return range(*(int(part, 16) for part in data))
     if kind == "dict":
@@ -320,7 +327,7 @@ def decode(message, find):
 
 # --- the program's side ----------------------------------------------------------------------------------------------
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable] = {
     "call": lambda target, args, kwargs: target(*args, **kwargs),
     "getattr": getattr,
     "setattr": setattr,
@@ -334,17 +341,17 @@ OPERATIONS = {
 }
 
 
-def by_place(args, kwargs):
+def by_place(args: list, kwargs: dict) -> dict:
     """Arguments of a call by their index or name."""
     return {**dict(enumerate(args)), **kwargs}
 
 
-def mutated(before, after):
+def mutated(before: Any, after: Any) -> list:
     """Which list, dict or set arguments a call changed: [index or name, new content]."""
     return [[place, now] for place, now in after.items() if isinstance(now, (list, dict, set)) and before[place] != now]
 
 
-def describe(error):
+def describe(error: BaseException) -> dict:
     try:
         text = str(error)[:2000]
     except BaseException:
@@ -352,7 +359,7 @@ def describe(error):
     return {"error": type(error).__name__, "text": text.encode("utf-8", "replace").decode()}
 
 
-def program():
+def program() -> None:
     """Execute the program on standard input, then answer the judge until it hangs up."""
     channel = Channel()
     source = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
@@ -361,7 +368,7 @@ def program():
     os.dup2(quiet, 1)
     objects = []
 
-    def refer(value):
+    def refer(value: Any) -> Any:
         objects.append(value)
         return {"ref": len(objects) - 1}
 
@@ -380,6 +387,7 @@ def program():
     channel.send({"stage": "defined"})
     while True:
         request = channel.receive()
+        reply: dict
         try:
             if request["operation"] == "name":
                 reply = {"value": refer(namespace[request["name"]]) if request["name"] in namespace else None}
@@ -410,73 +418,73 @@ class Remote:
 
     __slots__ = ("_ask", "_number")
 
-    def __init__(self, ask, number):
+    def __init__(self, ask: Callable, number: int) -> None:
         object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._ask("call", self, args, kwargs)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._ask("getattr", self, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         self._ask("setattr", self, name, value)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         return self._ask("getitem", self, key)
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: Any, value: Any) -> None:
         self._ask("setitem", self, key, value)
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         return iter(self._ask("iter", self))
 
-    def __next__(self):
+    def __next__(self) -> Any:
         return self._ask("next", self)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._ask("len", self)
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self._ask("bool", self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self._ask("str", self)
 
 
 class Judge:
     """Asks the program's side; remembers the last error that came from there."""
 
-    def __init__(self, channel):
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.raised = None
+        self.raised: tuple[str, str, Exception] | None = None
 
-    def refer(self, value):
+    def refer(self, value: Any) -> Any:
         if not isinstance(value, Remote):
             raise TypeError(f"a test passes a {type(value).__name__} to the program; only plain data can cross")
         return {"ref": value._number}
 
-    def find(self, number):
+    def find(self, number: int) -> Any:
         if type(number) is not int:
             raise Garbled("a reference that is no number")
         return Remote(self.ask, number)
 
-    def receive(self):
+    def receive(self) -> Any:
         reply = self.channel.receive()
         if not isinstance(reply, dict):
             raise Garbled("a reply that is no object")
         return reply
 
-    def value(self, message):
+    def value(self, message: Any) -> Any:
         try:
             return decode(message, self.find)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
             raise Garbled("a value that is none") from None
 
-    def ask(self, operation, *values):
+    def ask(self, operation: str, *values: Any) -> Any:
         self.channel.send({"operation": operation, "values": [encode(value, self.refer) for value in values]})
         reply = self.receive()
         if "error" in reply:
@@ -503,12 +511,12 @@ class Judge:
                 raise Garbled("a changed argument that is none") from None
         return self.value(reply.get("value"))
 
-    def lookup(self, name):
+    def lookup(self, name: str) -> Any:
         self.channel.send({"operation": "name", "name": name})
         return self.value(self.receive().get("value"))
 
 
-def put_back(argument, content):
+def put_back(argument: Any, content: Any) -> None:
     """Give an argument of the judge the content that the program left in it."""
     if type(argument) is not type(content):
         raise Garbled("a changed argument of another type")
@@ -516,7 +524,7 @@ def put_back(argument, content):
     (argument.extend if isinstance(argument, list) else argument.update)(content)
 
 
-def judge():
+def judge() -> None:
     """Execute the tests on standard input against the program; write one verdict that carries the secret."""
     channel = Channel()
     job = json.loads(sys.stdin.buffer.read())
@@ -527,7 +535,7 @@ def judge():
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     side, stage = Judge(channel), "syntax"
 
-    def end(outcome, error="", detail=""):
+    def end(outcome: str, error: str = "", detail: str = "") -> None:
         json.dump({"secret": job["secret"], "outcome": outcome, "error": error, "detail": detail}, verdict)
         verdict.flush()
         os._exit(0)

@@ -15,16 +15,20 @@ import re
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from ..compare import write_whole
-from ..sudoku import wilson_interval
-from .sandbox import Limits, SandboxUnavailable, isolation_problem, run_tests
+from ...atomic_files import write_atomically
+from ...schedulers.validation import is_int, require
+from ..statistics import bootstrap_interval, wilson_interval
+from .sandbox import Limits, SandboxUnavailable, Verdict, isolation_problem, run_tests
 
 HUB = {"humaneval": "openai/openai_humaneval", "mbpp": "google-research-datasets/mbpp"}
 # Codex paper (arXiv 2107.03374, section 2.1) for HumanEval; MBPP's prompt closes an answer with [DONE] (2108.07732).
@@ -34,6 +38,8 @@ MBPP_SHOTS = (2, 3, 4)  # task ids of MBPP's prompt examples, in the order they 
 MBPP_TEST = range(11, 511)  # task ids of MBPP's test split
 SPECIAL = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<eos>", "</s>")
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class Problem:
     solution: str
 
 
-def load_problems(source) -> list[Problem]:
-    """HumanEval or MBPP problems; which of the two is told by the fields.
+def load_problems(source: str | Path) -> list[Problem]:
+    """HumanEval or MBPP problems; the fields say which of the two.
 
     Args:
         source: a file (.jsonl, .jsonl.gz, .json, .json.gz: one object a line, or a list of them; .parquet: needs
@@ -93,13 +99,13 @@ def load_problems(source) -> list[Problem]:
     return problems
 
 
-def _rows(source):
+def _rows(source: str | Path) -> list:
     path = Path(source)
     if not path.is_file():
         name = HUB.get(str(source), str(source))
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (".jsonl", ".json", ".gz", ".parquet"):
             raise ValueError(
-                f"{str(source)!r} is no file, and neither one of {', '.join(HUB)} nor a Hub id owner/name."
+                f"{str(source)!r} is not a file, and neither one of {', '.join(HUB)} nor a Hub id owner/name."
             )
         splits = _datasets().load_dataset(name)
         return [row for split in splits.values() for row in split]
@@ -115,7 +121,7 @@ def _rows(source):
         raise ValueError(f"{str(source)!r} is not JSON Lines, a JSON list or parquet: {error}.") from error
 
 
-def _datasets():
+def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -125,7 +131,7 @@ def _datasets():
     return datasets
 
 
-def _problem(row) -> Problem:
+def _problem(row: Any) -> Problem:
     if not isinstance(row, dict):
         raise TypeError(f"it is a {type(row).__name__}, not an object")
     if "entry_point" in row:
@@ -168,10 +174,10 @@ def _used(tests: str, solution: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     prefixes = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
     called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    free = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and n.id not in own)
+    used = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and n.id not in own)
     # A builtin may not be replaced by the program (`set` would then decide about equality), unless the task is to write
     # a function of that name: MBPP asks for a `sum`.
-    free = [name for name in free if not hasattr(builtins, name) or _defines(solution, name)]
+    free = [name for name in used if not hasattr(builtins, name) or _defines(solution, name)]
     modules = [n for n in free if n in prefixes and n not in called and n in sys.stdlib_module_names]
     return tuple(n for n in free if n not in modules), tuple(modules)
 
@@ -199,7 +205,7 @@ def build_prompt(problem: Problem, style: str, examples: list[Problem]) -> str:
     return "".join(solved) + _mbpp_task(problem, "\n")
 
 
-def _mbpp_task(problem, gap):
+def _mbpp_task(problem: Problem, gap: str) -> str:
     tests = "\n".join(problem.shown_tests)
     blank = "\n" if gap == " " else ""
     opening = "You are an expert Python programmer, and here is your task:"
@@ -254,9 +260,26 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One completion of a problem.
+
+    Args:
+        problem: what was asked.
+        sample: number of the completion among those of the problem, from 0.
+        completion: what the generator wrote.
+        program: what is executed.
+    """
+
+    problem: Problem
+    sample: int
+    completion: str
+    program: str
+
+
 def evaluate_code(
-    generate,
-    source,
+    generate: Any,
+    source: str | Path | Sequence[Problem],
     *,
     allow_execution: bool = False,
     require_isolation: bool = True,
@@ -271,8 +294,8 @@ def evaluate_code(
     generation: dict | None = None,
     limits: Limits | None = None,
     workers: int = 1,
-    completions_file=None,
-    on_progress=None,
+    completions_file: str | Path | None = None,
+    on_progress: Progress | None = None,
 ) -> dict:
     """Generate solutions, execute them in the sandbox, and count.
 
@@ -281,19 +304,10 @@ def evaluate_code(
         source: see `load_problems`, or a list of `Problem`s.
         allow_execution: must be True: programs written by a model are executed.
         require_isolation: False executes them without isolation where (and only where) the machine allows none.
-        style: "base" (continues text) or "instruct" (answers a message; a pipeline applies its chat template).
-        num_samples: n, completions per problem; equal prompts go into a batch together.
-        ks: the k of pass@k, each at most n.
-        few_shot: MBPP's worked examples, tasks 2, 3, 4 of the same file; default 3 for base (as published), else 0.
-        split: "test" (MBPP: task ids 11 to 510) or "all" (MBPP: all but the examples shown).
-        limit: evaluate the first so many problems only; the result then says "partial": True.
-        batch_size: prompts per call of `generate`.
-        seed: of a pipeline's sampling; each (problem, sample) has its own stream, so batches do not matter.
-        generation: arguments of the pipeline's call (gen_length, num_inference_steps, block_length, temperature, …).
-        limits: of one run; default `Limits()`.
-        workers: programs executed at a time.
-        completions_file: written before the first program runs, so that none is lost if executing fails: JSON Lines
-            with task_id, sample, completion. None for no such file.
+        style, few_shot, split, limit: see `choose`; a pipeline applies its chat template for "instruct".
+        num_samples, batch_size, seed, generation: see `complete`.
+        ks: the k of pass@k, each at most `num_samples`.
+        limits, workers, completions_file: see `execute`.
         on_progress: called as `on_progress(stage, done, total)`, stage "generate" or "execute".
     Returns:
         JSON-able: `pass_at_k` ({"1": {"value", "interval"}}, 95 %, see `estimate`), `syntax_valid` (share that
@@ -303,107 +317,72 @@ def evaluate_code(
         ValueError: execution not allowed; bad settings; a problem file in another format; completions that hold mask or
             special tokens, are not as many as the prompts, or are all empty.
         SandboxUnavailable: no isolation on this machine and `require_isolation`.
-        OSError: the machine failed while programs were executed. That says nothing of the programs, so there is no
-            result.
+        OSError: the machine failed while programs were executed, so there is no result.
     """
+    check_settings(allow_execution, style, num_samples, batch_size, workers, ks)
+    if generation is not None and not hasattr(generate, "scheduler"):
+        raise ValueError("`generation` holds arguments of a pipeline's call, but `generate` is a plain callable.")
+    isolated, limits = is_isolated(require_isolation), limits or Limits()
+    chosen, examples, partial = choose(source, style, few_shot, split, limit)
+    answers = complete(generate, chosen, examples, style, num_samples, batch_size, seed, generation or {}, on_progress)
+    verdicts = execute(answers, limits, isolated, workers, completions_file, on_progress)
+    settings = {"benchmark": chosen[0].benchmark, "style": style, "problems": len(chosen), "partial": partial}
+    settings |= {"num_samples": num_samples, "few_shot": len(examples), "seed": seed}
+    plain = (str, int, float, type(None))
+    settings["generation"] = {name: value for name, value in (generation or {}).items() if isinstance(value, plain)}
+    return settings | {"isolated": isolated, "limits": asdict(limits)} | summarise(answers, verdicts, num_samples, ks)
+
+
+def check_settings(
+    allow_execution: bool, style: str, num_samples: int, batch_size: int, workers: int, ks: tuple[int, ...]
+) -> None:
+    """Raise a ValueError for a setting of `evaluate_code` that cannot be used."""
     if allow_execution is not True:
         raise ValueError(
             "Evaluating code executes programs that a model wrote. Pass allow_execution=True to agree; they run in a "
             "sandbox (docs/evaluation_code.md)."
         )
-    if style not in ("base", "instruct"):
-        raise ValueError(f"`style` must be 'base' or 'instruct', got {style!r}.")
+    require(style in ("base", "instruct"), "style", style, "'base' or 'instruct'")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("workers", workers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-    if not ks or not all(isinstance(k, int) and 1 <= k <= num_samples for k in ks):
-        raise ValueError(f"`ks` must be whole numbers from 1 to num_samples = {num_samples}, got {ks!r}.")
-    if generation is not None and not hasattr(generate, "scheduler"):
-        raise ValueError("`generation` holds arguments of a pipeline's call, but `generate` is a plain callable.")
+        require(is_int(value, 1), name, value, "a whole number of at least 1")
+    allowed = f"whole numbers from 1 to num_samples = {num_samples}"
+    require(bool(ks) and all(is_int(k, 1, num_samples) for k in ks), "ks", ks, allowed)
+
+
+def is_isolated(required: bool) -> bool:
+    """Can programs be isolated on this machine?
+
+    Raises:
+        SandboxUnavailable: they cannot, and it is required.
+    """
     problem = isolation_problem()
-    if problem and require_isolation:
+    if problem and required:
         raise SandboxUnavailable(f"{problem} To run without isolation all the same: require_isolation=False.")
-    chosen, examples, partial = _choose(source, style, few_shot, split, limit)
-
-    prompts = [build_prompt(p, style, examples) for p in chosen for _ in range(num_samples)]
-    keys = [(p.task_id, sample) for p in chosen for sample in range(num_samples)]
-    completions = _generate(
-        generate, prompts, keys, chosen[0].benchmark, style, batch_size, seed, generation, on_progress
-    )
-    if not any(text.strip() for text in completions):
-        raise ValueError(f"All {len(completions)} completions are empty: is `generate` returning only the new text?")
-    programs = [
-        build_program(p, style, completions[i * num_samples + sample])
-        for i, p in enumerate(chosen)
-        for sample in range(num_samples)
-    ]
-    if completions_file is not None:
-        rows = [
-            {"task_id": task, "sample": sample, "completion": completion}
-            for (task, sample), completion in zip(keys, completions, strict=True)
-        ]
-        write_whole(completions_file, "".join(json.dumps(row) + "\n" for row in rows))
-    limits = limits or Limits()
-
-    def run(job):
-        task, program = job
-        return run_tests(
-            program, task.tests, names=task.names, context=task.context, limits=limits, isolated=problem is None
-        )
-
-    verdicts = []
-    jobs = zip([p for p in chosen for _ in range(num_samples)], programs, strict=True)
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(run, jobs)
-        for _ in programs:
-            try:
-                verdicts.append(next(results))
-            except (SandboxUnavailable, OSError) as error:
-                kept = "" if completions_file is None else f" The completions are in {completions_file}."
-                done = f"{len(verdicts)} of {len(programs)} programs"
-                raise OSError(f"The machine failed after {done} ({error}).{kept}") from error
-            if on_progress is not None:
-                on_progress("execute", len(verdicts), len(programs))
-
-    passed = np.array([v.passed for v in verdicts]).reshape(len(chosen), num_samples).sum(axis=1)
-    compiled = [
-        not (v.outcome == "syntax" or (v.outcome == "died" and v.detail.endswith("its syntax"))) for v in verdicts
-    ]
-    return {
-        "benchmark": chosen[0].benchmark,
-        "style": style,
-        "problems": len(chosen),
-        "partial": partial,
-        "num_samples": num_samples,
-        "few_shot": len(examples),
-        "seed": seed,
-        "generation": {k: v for k, v in (generation or {}).items() if isinstance(v, (str, int, float, type(None)))},
-        "isolated": problem is None,
-        "limits": asdict(limits),
-        "pass_at_k": {str(k): estimate(passed, num_samples, k) for k in ks},
-        "syntax_valid": sum(compiled) / len(compiled),
-        "empty": sum(not text.strip() for text in completions),
-        "outcomes": dict(Counter(v.outcome for v in verdicts).most_common()),
-        "errors": dict(Counter(v.error for v in verdicts if v.error).most_common()),
-        "samples": [
-            {"task_id": task, "sample": sample, "completion": completion, "program": program, **asdict(verdict)}
-            for (task, sample), completion, program, verdict in zip(keys, completions, programs, verdicts, strict=True)
-        ],
-    }
+    return problem is None
 
 
-def _choose(source, style, few_shot, split, limit):
-    """(problems to evaluate, examples to show, whether a part of the split is left out)."""
+def choose(
+    source: str | Path | Sequence[Problem], style: str, few_shot: int | None, split: str, limit: int | None
+) -> tuple[list[Problem], list[Problem], bool]:
+    """Problems to evaluate, examples to show, and whether a part of the split is left out.
+
+    Args:
+        source: see `load_problems`, or a list of `Problem`s.
+        style: "base" (continues text) or "instruct" (answers a message).
+        few_shot: MBPP's worked examples, tasks 2, 3, 4 of the same file; default 3 for base (as published), else 0.
+        split: "test" (MBPP: task ids 11 to 510) or "all" (MBPP: all but the examples shown).
+        limit: evaluate the first so many problems only.
+    Raises:
+        ValueError: a bad setting, or no problem is left.
+    """
     problems = load_problems(source) if isinstance(source, (str, Path)) else list(source)
     if not problems or not all(isinstance(p, Problem) for p in problems):
         raise ValueError("`source` must be a file, a Hub id or a non-empty list of `Problem`s (see `load_problems`).")
-    if split not in ("test", "all"):
-        raise ValueError(f"`split` must be 'test' or 'all', got {split!r}.")
+    require(split in ("test", "all"), "split", split, "'test' or 'all'")
     benchmark = problems[0].benchmark
     shots = SHOTS[benchmark, style] if few_shot is None else few_shot
     most = len(MBPP_SHOTS) if benchmark == "mbpp" else 0
-    if isinstance(shots, bool) or not isinstance(shots, int) or not 0 <= shots <= most:
-        raise ValueError(f"`few_shot` must be from 0 to {most} for {benchmark}, got {few_shot!r}.")
+    require(is_int(shots, 0, most), "few_shot", few_shot, f"from 0 to {most} for {benchmark}")
     by_id = {p.task_id: p for p in problems}
     wanted = [str(i) for i in MBPP_SHOTS[:shots]]
     missing = [i for i in wanted if i not in by_id]
@@ -420,50 +399,159 @@ def _choose(source, style, few_shot, split, limit):
                 "No problem of MBPP's test split (task ids 11 to 510) is in the file. For others: split='all'."
             )
     problems = [p for p in problems if p not in examples]
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"`limit` must be a whole number of at least 1, got {limit!r}.")
+    require(limit is None or is_int(limit, 1), "limit", limit, "a whole number of at least 1")
     chosen = problems[:limit]
     if not chosen:
-        raise ValueError("No problem is left beside the examples that are shown.")
+        raise ValueError("No problem is left besides the examples that are shown.")
     return chosen, examples, len(chosen) < len(problems)
 
 
-def _generate(generate, prompts, keys, benchmark, style, batch_size, seed, generation, on_progress) -> list[str]:
+def complete(
+    generate: Any,
+    chosen: list[Problem],
+    examples: list[Problem],
+    style: str,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    generation: dict,
+    on_progress: Progress | None = None,
+) -> list[Answer]:
+    """Answers to the problems, in order, the samples of a problem one after the other.
+
+    Args:
+        generate: as `evaluate_code`.
+        chosen, examples, style: see `choose`.
+        num_samples: completions of each problem; equal prompts go into a batch together.
+        batch_size: prompts per call of `generate`.
+        seed: of a pipeline's sampling; each (problem, sample) has its own stream, so batches do not matter.
+        generation: arguments of the pipeline's call (gen_length, num_inference_steps, block_length, temperature, ...).
+        on_progress: as `evaluate_code`.
+    Raises:
+        ValueError: completions that are no list of finished texts, or all empty.
+    """
+    asked = [(problem, sample) for problem in chosen for sample in range(num_samples)]
     special = SPECIAL
     if hasattr(generate, "scheduler"):
         special = tuple(dict.fromkeys([*SPECIAL, *getattr(generate.tokenizer, "all_special_tokens", ())]))
-    completions = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    answers: list[Answer] = []
+    for start in range(0, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        prompts = [build_prompt(problem, style, examples) for problem, _ in batch]
         if hasattr(generate, "scheduler"):
             streams = [
-                torch.Generator().manual_seed(zlib.crc32(f"{task} {sample} {seed}".encode()))
-                for task, sample in keys[start : start + batch_size]
+                torch.Generator().manual_seed(zlib.crc32(f"{problem.task_id} {sample} {seed}".encode()))
+                for problem, sample in batch
             ]
-            settings = {"generator": streams, "use_chat_template": style == "instruct", **(generation or {})}
-            texts = list(generate(batch, **settings).texts)
+            settings = {"generator": streams, "use_chat_template": style == "instruct", **generation}
+            texts = list(generate(prompts, **settings).texts)
         else:
-            texts = generate(batch)
-        if not isinstance(texts, (list, tuple)) or len(texts) != len(batch):
-            got = f"{len(texts)} of them" if isinstance(texts, (list, tuple)) else f"a {type(texts).__name__}"
-            raise ValueError(f"`generate` must return a list of {len(batch)} completions, got {got}.")
-        for text, (task, _) in zip(texts, keys[start : start + batch_size], strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"`generate` must return text, got a {type(text).__name__} for {task}.")
-            stops = STOPS[benchmark] if style == "base" else ()
-            found = [token for token in special if token in cut(text, stops)]
-            if found:
-                raise ValueError(
-                    f"The completion for {task} holds the special token {found[0]!r}: it is unfinished, or was "
-                    "decoded with its special tokens. Cut it at its end token and decode with skip_special_tokens=True."
-                )
-        completions += texts
+            texts = generate(prompts)
+        check_completions(texts, [problem for problem, _ in batch], style, special)
+        answers += [
+            Answer(problem, sample, text, build_program(problem, style, text))
+            for (problem, sample), text in zip(batch, texts, strict=True)
+        ]
         if on_progress is not None:
-            on_progress("generate", len(completions), len(prompts))
-    return completions
+            on_progress("generate", len(answers), len(asked))
+    if not any(answer.completion.strip() for answer in answers):
+        raise ValueError(f"All {len(answers)} completions are empty: is `generate` returning only the new text?")
+    return answers
 
 
-def estimate(passed, num_samples: int, k: int) -> dict:
+def check_completions(texts: object, problems: list[Problem], style: str, special: tuple[str, ...]) -> None:
+    """Raise a ValueError if `texts` are not finished completions of the problems, one for each."""
+    if not isinstance(texts, (list, tuple)) or len(texts) != len(problems):
+        got = f"{len(texts)} of them" if isinstance(texts, (list, tuple)) else f"a {type(texts).__name__}"
+        raise ValueError(f"`generate` must return a list of {len(problems)} completions, got {got}.")
+    for text, problem in zip(texts, problems, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(f"`generate` must return text, got a {type(text).__name__} for {problem.task_id}.")
+        stops = STOPS[problem.benchmark] if style == "base" else ()
+        if found := [token for token in special if token in cut(text, stops)]:
+            raise ValueError(
+                f"The completion for {problem.task_id} holds the special token {found[0]!r}: it is unfinished, or was "
+                "decoded with its special tokens. Cut it at its end token and decode with skip_special_tokens=True."
+            )
+
+
+def execute(
+    answers: list[Answer],
+    limits: Limits,
+    isolated: bool,
+    workers: int,
+    completions_file: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> list[Verdict]:
+    """What becomes of each program when it is run against the tests of its problem.
+
+    Args:
+        answers: of `complete`.
+        limits: of one run.
+        isolated: False runs them with limits, but without isolation.
+        workers: programs executed at a time.
+        completions_file: JSON Lines with task_id, sample, completion, written before the first program runs, so that
+            none is lost if executing fails. None for no such file.
+        on_progress: as `evaluate_code`.
+    Raises:
+        OSError: the machine failed. That says nothing of the programs.
+    """
+    if completions_file is not None:
+        rows = [{"task_id": a.problem.task_id, "sample": a.sample, "completion": a.completion} for a in answers]
+        write_atomically(completions_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(answer: Answer) -> Verdict:
+        problem = answer.problem
+        return run_tests(
+            answer.program,
+            problem.tests,
+            names=problem.names,
+            context=problem.context,
+            limits=limits,
+            isolated=isolated,
+        )
+
+    verdicts: list[Verdict] = []
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(run, answers)
+        for _ in answers:
+            try:
+                verdicts.append(next(results))
+            except (SandboxUnavailable, OSError) as error:
+                kept = "" if completions_file is None else f" The completions are in {completions_file}."
+                done = f"{len(verdicts)} of {len(answers)} programs"
+                raise OSError(f"The machine failed after {done} ({error}).{kept}") from error
+            if on_progress is not None:
+                on_progress("execute", len(verdicts), len(answers))
+    return verdicts
+
+
+def summarise(answers: list[Answer], verdicts: list[Verdict], num_samples: int, ks: tuple[int, ...]) -> dict:
+    """The counts in the result of `evaluate_code`, and its samples."""
+    passed = np.array([verdict.passed for verdict in verdicts]).reshape(-1, num_samples).sum(axis=1)
+    compiled = [
+        not (v.outcome == "syntax" or (v.outcome == "died" and v.detail.endswith("its syntax"))) for v in verdicts
+    ]
+    return {
+        "pass_at_k": {str(k): estimate(passed, num_samples, k) for k in ks},
+        "syntax_valid": sum(compiled) / len(compiled),
+        "empty": sum(not answer.completion.strip() for answer in answers),
+        "outcomes": dict(Counter(verdict.outcome for verdict in verdicts).most_common()),
+        "errors": dict(Counter(verdict.error for verdict in verdicts if verdict.error).most_common()),
+        "samples": [
+            {
+                "task_id": answer.problem.task_id,
+                "sample": answer.sample,
+                "completion": answer.completion,
+                "program": answer.program,
+                **asdict(verdict),
+            }
+            for answer, verdict in zip(answers, verdicts, strict=True)
+        ],
+    }
+
+
+def estimate(passed: ArrayLike, num_samples: int, k: int) -> dict:
     """Mean of pass@k over problems with its 95 % interval.
 
     Wilson's for one sample a problem, and where all problems have pass@k 0, or all 1: a bootstrap has no width there.
@@ -476,11 +564,9 @@ def estimate(passed, num_samples: int, k: int) -> dict:
     Returns:
         {"value", "interval" [low, high]}; the interval None for a single problem.
     """
-    each = np.array([pass_at_k(num_samples, int(c), k) for c in passed])
+    each = np.array([pass_at_k(num_samples, int(c), k) for c in np.asarray(passed)])
     if len(each) == 1:
         return {"value": float(each[0]), "interval": None}
     if num_samples == 1 or each.sum() in (0, len(each)):
         return {"value": float(each.mean()), "interval": list(wilson_interval(int(each.sum()), len(each)))}
-    draws = np.random.default_rng(0).integers(len(each), size=(10_000, len(each)))
-    low, high = np.quantile(each[draws].mean(axis=1), [0.025, 0.975])
-    return {"value": float(each.mean()), "interval": [float(low), float(high)]}
+    return {"value": float(each.mean()), "interval": list(bootstrap_interval(each) or ())}
