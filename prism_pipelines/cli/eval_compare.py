@@ -7,13 +7,9 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .arguments import COUNT, Commands, add_command, refuse, show
 from .loading import add_eval_flags, load_bundled_or
-
-if TYPE_CHECKING:
-    pass
 
 # Puzzles and noise that settings are chosen on begin this far from those they are compared on.
 TUNE_SEED = 500_000
