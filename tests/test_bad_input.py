@@ -47,7 +47,7 @@ def words(**parts):
         ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"].tolist()}}, "int64, got list"),
         ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"][:, :3]}}, r"shape \(2, 7\)"),
         ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"] + 99}}, "ids from 0 to 29"),
-        ({"attention_mask": torch.ones(2, 1)}, "`attention_mask` goes with ids"),
+        ({"attention_mask": torch.ones(2, 1)}, "`attention_mask` only applies to ids"),
         ({"prompt": None, "input_ids": [[3, 4]], "attention_mask": [[5, 1]]}, "must hold 1 for tokens and 0"),
         ({"prompt": None, "input_ids": torch.tensor(3)}, r"got \(\)"),
         ({"prompt": None, "input_ids": torch.zeros(1, 0).long()}, "at least one token"),

@@ -193,7 +193,7 @@ def test_refusals():
         ({"texts": "w1", "num_samples": 0}, "`num_samples` must be an integer of at least 1, got 0"),
         ({"texts": "w1", "batch_size": True}, "`batch_size` must be an integer"),
         ({"texts": ["w1", "w2"], "prompt": ["w3", "w4", "w5"]}, "one text for each of 2 texts, got 3"),
-        ({"input_ids": [[5, 6]], "prompt": "w1"}, "`prompt` goes with `texts`"),
+        ({"input_ids": [[5, 6]], "prompt": "w1"}, "`prompt` needs `texts`"),
         ({"texts": "w1", "given": "w1"}, "nothing to score in row 0"),
         ({"texts": "", "prompt": "w1"}, "nothing to score in row 0"),
         ({"input_ids": [[5, 6, pipe.mask_token_id]]}, "holds a mask token"),

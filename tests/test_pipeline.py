@@ -341,8 +341,8 @@ def test_bfloat16_leaves_the_head_in_float32():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ({}, "`gen_length` is needed"),
-        ({"prompt": "1"}, "`gen_length` is needed"),
+        ({}, "`gen_length` is required"),
+        ({"prompt": "1"}, "`gen_length` is required"),
         ({"prompt": "1", "infill": "."}, "Pass one of"),
         ({"infill": "123"}, "`infill` row 0 holds no mask token"),
         ({"infill": [".", "123"]}, "`infill` row 1 holds no mask token"),
@@ -354,7 +354,7 @@ def test_bfloat16_leaves_the_head_in_float32():
         ({"infill": torch.tensor([[1.0]])}, "got torch.float32"),
         ({"infill": [[MASK_ID, 1], [MASK_ID]]}, "rows of one length"),
         ({"infill": torch.ones(1, 2, 3, dtype=torch.long)}, r"got \(1, 2, 3\)"),
-        ({"infill": ".", "attention_mask": torch.ones(1, 1)}, "`attention_mask` goes with ids"),
+        ({"infill": ".", "attention_mask": torch.ones(1, 1)}, "`attention_mask` only applies to ids"),
         (
             {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3), "gen_length": 1},
             "shape of the ids",

@@ -371,7 +371,7 @@ def test_given_may_be_the_beginning_of_each_text():
     ]:
         with pytest.raises(error, match=message):
             given_positions(given, texts, canvas, pipe.tokenizer)
-    with pytest.raises(ValueError, match="is text, which goes with `texts`"):
+    with pytest.raises(ValueError, match="is text, which needs `texts`"):
         given_positions("The", None, canvas, pipe.tokenizer)
 
 

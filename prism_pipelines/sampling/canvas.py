@@ -1,14 +1,17 @@
-"""Canvases: what goes into the model, and which of its positions are generated."""
+"""Canvases: the ids that go into the model, and which positions are generated."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .encoding import NO_FRAME, Frame, prompt_ids, whole_ids
+from ..models.protocols import Tokenizer
+from .encoding import NO_FRAME, Frame, as_texts, prompt_ids, whole_ids
 
 DEFAULT_STEPS = 64
 
@@ -18,11 +21,11 @@ class Canvas:
     """A batch ready for sampling.
 
     Args:
-        sample: int64 (B, L); masks where tokens will be generated, and wherever the user's own prompt has one.
-        generated: true where tokens are generated, bool (B, L). Everything else never changes.
+        sample: int64 (B, L); the mask token where tokens will be generated, and wherever the prompt itself has one.
+        generated: true where tokens are generated, bool (B, L). All other positions never change.
         attention_mask: 1 for tokens and 0 for padding, (B, L); None without padding.
-        whole: decode whole rows (infilling), not the generated part alone.
-        texts: of an infilling, the texts that were given; None for ids.
+        whole: decode whole rows (infilling) rather than the generated part.
+        texts: the texts to infill; None for ids, and for everything but infilling.
     """
 
     sample: Tensor
@@ -31,17 +34,17 @@ class Canvas:
     whole: bool
     texts: tuple[str, ...] | None = None
 
-    def to(self, device) -> Canvas:
-        """The same on another device."""
+    def to(self, device: torch.device | str) -> Canvas:
+        """The same canvas on another device."""
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
         return replace(self, sample=self.sample.to(device), generated=self.generated.to(device), attention_mask=mask)
 
 
 def canvas_of(
-    given: dict,
-    tokenizer,
+    given: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
     mask_token_id: int,
-    attention_mask,
+    attention_mask: Any,
     num_samples: int,
     gen_length: int | None,
     frame: Frame = NO_FRAME,
@@ -49,23 +52,23 @@ def canvas_of(
     """The canvas of a call of the pipeline.
 
     Args:
-        given: {"prompt", "input_ids", "infill"}, at most one not None; without any, the rows begin from nothing.
-        num_samples: of each row, next to each other.
+        given: {"prompt", "input_ids", "infill"}; at most one is not None. Without any, the rows hold only masks.
+        num_samples: copies of each row, next to each other.
         tokenizer, mask_token_id, attention_mask, gen_length, frame: as `canvas_of_prompt`.
     Raises:
-        ValueError: more than one, or arguments that do not go together.
+        ValueError: more than one of `given`, or arguments that exclude each other.
     """
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"Pass one of `prompt`, `messages`, `input_ids` and `infill`, got {named}.")
     source = given[named[0]] if named else ""
-    if attention_mask is not None and (isinstance(source, str) or any(isinstance(text, str) for text in source)):
-        raise ValueError("`attention_mask` goes with ids; texts are padded by the pipeline.")
+    if attention_mask is not None and as_texts(source):
+        raise ValueError("`attention_mask` only applies to ids; the pipeline pads texts itself.")
     if not named:
         return canvas_of_nothing(num_samples, gen_length, mask_token_id, frame)
     if named == ["infill"]:
         if gen_length is not None:
-            raise ValueError("`gen_length` has no meaning with `infill`: its mask tokens say what is generated.")
+            raise ValueError("`gen_length` has no effect with `infill`, which generates its mask tokens. Drop one.")
         canvas = canvas_of_infill(source, tokenizer, mask_token_id, attention_mask)
     else:
         canvas = canvas_of_prompt(source, tokenizer, mask_token_id, gen_length, attention_mask, frame)
@@ -73,66 +76,76 @@ def canvas_of(
 
 
 def canvas_of_nothing(num_samples: int, gen_length: int | None, mask_token_id: int, frame: Frame = NO_FRAME) -> Canvas:
-    """`num_samples` rows of `gen_length` masks, between the special tokens of `frame`, which are given.
+    """`num_samples` rows of `gen_length` masks between the special tokens of `frame`, which are given.
 
     Raises:
         ValueError: no `gen_length`.
     """
     if gen_length is None:
-        raise ValueError("`gen_length` is needed: without `prompt` or `infill` it is the length of each sample.")
+        raise ValueError("`gen_length` is required without `prompt` or `infill`: the length of each sample.")
     row = torch.tensor([*frame.opening, *[mask_token_id] * gen_length, *frame.closing])
-    place = torch.arange(len(row)) - len(frame.opening)
-    generated = (place >= 0) & (place < gen_length)
+    offset = torch.arange(len(row)) - len(frame.opening)
+    generated = (offset >= 0) & (offset < gen_length)
     return Canvas(row.repeat(num_samples, 1), generated.repeat(num_samples, 1), None, whole=False)
 
 
 def canvas_of_prompt(
-    source, tokenizer, mask_token_id: int, gen_length: int | None, attention_mask=None, frame: Frame = NO_FRAME
+    source: Any,
+    tokenizer: Tokenizer | None,
+    mask_token_id: int,
+    gen_length: int | None,
+    attention_mask: Any = None,
+    frame: Frame = NO_FRAME,
 ) -> Canvas:
     """Prompts, padded on the left to one length, followed by `gen_length` masks.
 
-    Padding elsewhere among given ids is moved to the left, so that the new tokens follow the last of the prompt.
+    Padding elsewhere in given ids is moved to the left, so that the new tokens follow the last token of the prompt.
 
     Args:
         source: a text, texts, or ids (B, P). A text may be empty.
-        tokenizer: needed for texts.
-        mask_token_id: written where tokens are generated; a prompt may hold it too and keeps it.
-        gen_length: tokens to generate, at least 1.
-        attention_mask: (B, P) with ids, or None.
-        frame: of the model's texts: its closing tokens follow the masks of a text; ids are taken as they are.
+        tokenizer: required for texts.
+        mask_token_id: written where tokens are generated. Mask tokens of the prompt itself are kept.
+        gen_length: the number of tokens to generate, at least 1.
+        attention_mask: (B, P) for ids, or None.
+        frame: its closing tokens follow the masks of a text; nothing is put around ids.
     Raises:
         ValueError, TypeError: as `read_ids`; or no `gen_length`.
     """
     if gen_length is None:
-        raise ValueError("`gen_length` is needed: how many tokens shall continue the prompt?")
+        raise ValueError("`gen_length` is required with `prompt`: the number of tokens to generate.")
     ids, mask = read_ids("prompt", source, tokenizer, attention_mask, side="left")
     if mask is not None:
         order = mask.argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order), mask.gather(1, order)
-    texts = isinstance(source, str) or (isinstance(source, (list, tuple)) and isinstance(source[0], str))
-    end = torch.tensor(frame.closing if texts else (), dtype=torch.long).repeat(len(ids), 1)
+    end = torch.tensor(frame.closing if as_texts(source) else (), dtype=torch.long).repeat(len(ids), 1)
     tail = torch.cat([torch.full((len(ids), gen_length), mask_token_id), end], dim=1)
-    place = torch.arange(ids.shape[1] + tail.shape[1]).repeat(len(ids), 1) - ids.shape[1]
-    generated = (place >= 0) & (place < gen_length)
+    offset = torch.arange(ids.shape[1] + tail.shape[1]).repeat(len(ids), 1) - ids.shape[1]
+    generated = (offset >= 0) & (offset < gen_length)
     if mask is not None:
         mask = torch.cat([mask, torch.ones_like(tail)], dim=1)
     return Canvas(torch.cat([ids, tail], dim=1), generated, mask, whole=False)
 
 
-def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None, needs_mask: bool = True) -> Canvas:
-    """Texts or ids whose mask tokens are to be filled; padding is at the ends of a row.
+def canvas_of_infill(
+    source: Any,
+    tokenizer: Tokenizer | None,
+    mask_token_id: int,
+    attention_mask: Any = None,
+    needs_mask: bool = True,
+) -> Canvas:
+    """Texts or ids whose mask tokens will be filled; padding is at the ends of a row.
 
     Args:
         source: a text, texts, or ids (B, L).
         tokenizer, mask_token_id, attention_mask: as `canvas_of_prompt`.
-        needs_mask: refuse a row that has nothing to fill.
+        needs_mask: a row without a mask token is an error.
     Raises:
         ValueError, TypeError: as `read_ids`; or a row without a mask token.
     """
     name = "infill" if needs_mask else "texts"
     ids, mask = read_ids(name, source, tokenizer, attention_mask, side="right")
     if mask is not None and (mask.diff(dim=1).abs().sum(dim=1) > 1 + (mask[:, 0] == 0).long()).any():
-        raise ValueError(f"`attention_mask` has a gap inside a row of `{name}`; padding goes to the ends of a row.")
+        raise ValueError(f"`attention_mask` has a gap inside a row of `{name}`. Put padding at the ends of a row.")
     generated = ids == mask_token_id
     if mask is not None:
         generated = generated & mask.bool()
@@ -140,42 +153,48 @@ def canvas_of_infill(source, tokenizer, mask_token_id: int, attention_mask=None,
     if needs_mask and empty:
         shown = f" ({tokenizer.mask_token!r})" if tokenizer is not None and tokenizer.mask_token else ""
         raise ValueError(f"`infill` row {empty[0]} holds no mask token{shown}, id {mask_token_id}: nothing to fill.")
-    texts = [source] if isinstance(source, str) else source
-    written = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
-    return Canvas(ids, generated, mask, whole=True, texts=tuple(texts) if written else None)
+    texts = as_texts(source)
+    return Canvas(ids, generated, mask, whole=True, texts=None if texts is None else tuple(texts))
 
 
-def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[Tensor, Tensor | None]:
-    """Ids int64 (B, L) of texts or of ids, and their attention mask, None where nothing is padded.
+def read_ids(
+    name: str, source: Any, tokenizer: Tokenizer | None, attention_mask: Any, side: str
+) -> tuple[Tensor, Tensor | None]:
+    """Texts or ids as ids, int64 (B, L), and their attention mask; None without padding.
 
     Args:
-        name: what the argument is called in errors.
+        name: the argument's name in errors.
         source: a text, a list of texts, ids as a tensor (L,) or (B, L), or as nested lists.
-        tokenizer: needed for texts; pads them.
-        attention_mask: (B, L) or None; with ids only.
-        side: which side texts of different length are padded on, "left" or "right".
+        tokenizer: required for texts.
+        attention_mask: (B, L) or None; for ids only.
+        side: the side on which texts of different length are padded, "left" or "right".
     Raises:
-        ValueError: nothing given, rows of different length as ids, a wrong mask, or no tokenizer.
+        ValueError: nothing given, rows of ids of different length, a wrong mask, or no tokenizer.
         TypeError: neither texts nor integer ids.
     """
-    texts = [source] if isinstance(source, str) else source
-    if isinstance(texts, (list, tuple)) and not texts:
+    texts = as_texts(source)
+    if texts == []:
         raise ValueError(f"`{name}` is empty; pass at least one text or row of ids.")
-    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
-        if tokenizer is None:
-            raise ValueError(f"`{name}` is text, but the pipeline has no tokenizer. Pass ids, or load a tokenizer.")
-        warn_of_unknown(name, texts, tokenizer)
-        rows = prompt_ids(texts, tokenizer) if side == "left" else [whole_ids(text, tokenizer) for text in texts]
-        if side == "right" and not any(rows):
-            raise ValueError(f"`{name}` is empty: no text has a token.")
-        if len({len(row) for row in rows}) == 1:
-            return torch.tensor(rows, dtype=torch.long), None
-        return pad_rows(rows, tokenizer, side)
+    if texts is None:
+        return checked_ids(name, source, attention_mask)
+    if tokenizer is None:
+        raise ValueError(f"`{name}` is text, but the pipeline has no tokenizer. Pass ids, or load a tokenizer.")
+    warn_of_unknown(name, texts, tokenizer)
+    rows = prompt_ids(texts, tokenizer) if side == "left" else [whole_ids(text, tokenizer) for text in texts]
+    if side == "right" and not any(rows):
+        raise ValueError(f"`{name}` is empty: no text has a token.")
+    if len({len(row) for row in rows}) == 1:
+        return torch.tensor(rows, dtype=torch.long), None
+    return pad_rows(rows, tokenizer, side)
+
+
+def checked_ids(name: str, source: Any, attention_mask: Any) -> tuple[Tensor, Tensor | None]:
+    """Given ids as int64 (B, L), and their attention mask; arguments and errors as `read_ids`."""
     try:
         ids = torch.as_tensor(source)
     except (ValueError, TypeError, RuntimeError) as error:
         raise TypeError(f"`{name}` must be text, texts, or integer ids in rows of one length: {error}") from None
-    ids = (ids[None] if ids.ndim == 1 else ids).cpu()  # the canvas is made here, and moved as a whole
+    ids = (ids[None] if ids.ndim == 1 else ids).cpu()  # the canvas is made on the CPU, then moved as a whole
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"`{name}` must be text or integer ids, got {ids.dtype}.")
     if ids.ndim != 2 or not ids.numel():
@@ -187,25 +206,25 @@ def read_ids(name: str, source, tokenizer, attention_mask, side: str) -> tuple[T
             shapes = f"{tuple(attention_mask.shape)} and {tuple(ids.shape)}"
             raise ValueError(f"`attention_mask` must have the shape of the ids, got {shapes}.")
         if not ((attention_mask == 0) | (attention_mask == 1)).all():
-            raise ValueError("`attention_mask` must hold 1 for tokens and 0 for padding, and nothing else.")
+            raise ValueError("`attention_mask` must hold only 1 for tokens and 0 for padding.")
         attention_mask = attention_mask.long()
         attention_mask = None if attention_mask.all() else attention_mask
     return ids.long(), attention_mask
 
 
-def pad_rows(rows: list[list[int]], tokenizer, side: str) -> tuple[Tensor, Tensor]:
-    """Rows of ids (B, L), padded on one side, and their attention mask. Any token pads: the model does not see it."""
+def pad_rows(rows: list[list[int]], tokenizer: Tokenizer, side: str) -> tuple[Tensor, Tensor]:
+    """Rows of ids, padded on one side to (B, L), and their attention mask. Any token can pad: the mask hides it."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
     pad, length = next(token for token in known if token is not None), max(map(len, rows))
     ids, mask = torch.full((len(rows), length), pad), torch.zeros(len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
+        columns = slice(length - len(row), length) if side == "left" else slice(len(row))
+        ids[i, columns], mask[i, columns] = torch.tensor(row, dtype=torch.long), 1
     return ids, mask
 
 
-def unknown_pieces(text: str, tokenizer) -> list[str]:
-    """Parts of a text that its tokenizer has no token for, in their order; those written as <unk> are not meant."""
+def unknown_pieces(text: str, tokenizer: Tokenizer) -> list[str]:
+    """Parts of a text that the tokenizer reads as its unknown token, in order; an <unk> in the text is not one."""
     if tokenizer.is_fast:
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(read.input_ids, read.offset_mapping, strict=True)
@@ -217,8 +236,8 @@ def unknown_pieces(text: str, tokenizer) -> list[str]:
     return [piece for piece in pieces if piece.strip() != tokenizer.unk_token]
 
 
-def warn_of_unknown(name: str, texts: list[str], tokenizer) -> None:
-    """Warn of what the tokenizer cannot read in some texts, by name."""
+def warn_of_unknown(name: str, texts: list[str], tokenizer: Tokenizer) -> None:
+    """Warn of parts of some texts that the tokenizer does not know, with the name of the argument."""
     if getattr(tokenizer, "unk_token_id", None) is None:
         return
     found = dict.fromkeys(piece for text in texts for piece in unknown_pieces(text, tokenizer))
@@ -232,31 +251,30 @@ def warn_of_unknown(name: str, texts: list[str], tokenizer) -> None:
         )
 
 
-def given_positions(given, texts, canvas: Canvas, tokenizer) -> Tensor:
+def given_positions(given: Any, texts: Any, canvas: Canvas, tokenizer: Tokenizer | None) -> Tensor:
     """Which tokens of some texts were given, bool (B, L).
 
     Args:
         given: the beginning of each text, a string or a list of strings; or bool (B, L), as a tensor or nested lists.
-        texts: those that the canvas was made of, if `given` is strings.
+        texts: the texts of the canvas, required if `given` is strings.
         canvas: of the texts, as `canvas_of_infill` makes it.
-        tokenizer: of the texts.
+        tokenizer: required if `given` is strings.
     Raises:
-        ValueError: strings without texts, not one for each, one that its text does not begin with; or another shape.
+        ValueError: strings without texts, not one for each, or one that does not begin its text; or another shape.
         TypeError: neither strings nor bool.
     """
-    beginnings = [given] if isinstance(given, str) else given
-    if isinstance(beginnings, (list, tuple)) and beginnings and all(isinstance(one, str) for one in beginnings):
-        texts = [texts] if isinstance(texts, str) else texts
-        if texts is None or not all(isinstance(text, str) for text in texts):
-            raise ValueError("`given` is text, which goes with `texts`; with ids it is a bool tensor of their shape.")
+    if beginnings := as_texts(given):
+        texts = as_texts(texts)
+        if texts is None or tokenizer is None:
+            raise ValueError("`given` is text, which needs `texts`. With ids pass a bool tensor of their shape.")
         if len(beginnings) != len(texts):
             raise ValueError(f"`given` must hold one beginning for each of {len(texts)} texts, got {len(beginnings)}.")
         for beginning, text in zip(beginnings, texts, strict=True):
             if not text.startswith(beginning):
                 raise ValueError(f"`given` must be the beginning of its text, got {beginning!r:.60} for {text!r:.60}.")
         positions = torch.zeros_like(canvas.sample, dtype=torch.bool)
-        rows = zip(prompt_ids(list(beginnings), tokenizer), canvas.sample.tolist(), strict=True)
-        for row, (some, ids) in enumerate(rows):  # the last token of a beginning may reach into what follows
+        rows = zip(prompt_ids(beginnings, tokenizer), canvas.sample.tolist(), strict=True)
+        for row, (some, ids) in enumerate(rows):  # the last token of a beginning may span the text after it
             same = next((i for i, (one, other) in enumerate(zip(some, ids, strict=False)) if one != other), len(some))
             positions[row, :same] = True
         return positions
@@ -274,7 +292,7 @@ def given_positions(given, texts, canvas: Canvas, tokenizer) -> Tensor:
 
 
 def repeat_rows(canvas: Canvas, times: int) -> Canvas:
-    """Each row `times` times, next to each other."""
+    """Each row repeated `times` times, copies next to each other."""
     mask = None if canvas.attention_mask is None else canvas.attention_mask.repeat_interleave(times, 0)
     return replace(
         canvas,
@@ -285,16 +303,16 @@ def repeat_rows(canvas: Canvas, times: int) -> Canvas:
     )
 
 
-def changed_sample(returned, shown: Tensor, sample: Tensor, vocab_size: int) -> Tensor:
-    """The canvas after a callback: what it returned under "sample", else what it was shown; `sample` if they are equal.
+def changed_sample(returned: Any, shown: Tensor, sample: Tensor, vocab_size: int) -> Tensor:
+    """The canvas after a callback: its "sample", or the copy it was given; `sample` itself if nothing changed.
 
     Args:
-        returned: what the callback returned.
-        shown: the copy of `sample` that it was given, which it may have changed in place.
-        sample: before it, int64 (B, L).
-        vocab_size: ids are below it.
+        returned: the callback's return value.
+        shown: the copy of `sample` that the callback was given and may have changed in place.
+        sample: the canvas before the callback, int64 (B, L).
+        vocab_size: the number of ids that the model knows.
     Raises:
-        TypeError: neither a dict nor None, or "sample" is no int64 tensor.
+        TypeError: neither a dict nor None was returned, or "sample" is no int64 tensor.
         ValueError: "sample" has another shape, or holds an id that the model does not know.
     """
     if returned is not None and not isinstance(returned, dict):
@@ -315,19 +333,20 @@ def changed_sample(returned, shown: Tensor, sample: Tensor, vocab_size: int) -> 
 def split_blocks(
     generated: Tensor, block_length: int | None, num_steps: int | None, positions: Tensor | None = None
 ) -> list[tuple[Tensor, int]]:
-    """Blocks of generated positions, left to right, with the forward passes each gets.
+    """Blocks of generated positions, left to right, and the number of steps for each.
 
-    Block b of a row holds its generated positions b * block_length up to (b + 1) * block_length, wherever they stand;
-    with `positions`, its blocks begin at multiples of block_length in the row, its first may be short, and those with
-    nothing to generate do not count.
-    A given number of steps is spread evenly over the blocks, the remainder to the first ones: so what a row gets does
-    not depend on how another is cut into blocks. The default is spread by how many tokens the blocks have.
+    Block b of a row holds its generated positions b * block_length up to (b + 1) * block_length, wherever they are.
+    With `positions`, blocks begin at multiples of block_length in the row. Then the first block may be short, and
+    blocks with nothing to generate do not count.
+    A given number of steps is spread evenly over the blocks, the remainder over the first ones. So the steps of a row
+    do not depend on how another row is cut into blocks. The default number is spread in proportion to their tokens.
 
     Args:
         generated: bool (B, L).
         block_length: positions of one block, at least 1; None for one block.
-        num_steps: of the whole run; None for one per token of the longest row, at most 64 and at least one a block.
-        positions: of each token in its row, int64 (B, L), to align blocks to; None to count generated tokens.
+        num_steps: steps of the whole run. None for one per token of the longest row, at most 64 and at least one a
+            block.
+        positions: position of each token in its row, int64 (B, L), to align blocks to; None to count generated tokens.
     Returns:
         list of (bool (B, L), int).
     Raises:
@@ -336,26 +355,26 @@ def split_blocks(
     longest = int(generated.sum(-1).max())
     if block_length is None:
         return [(generated, num_steps or max(1, min(longest, DEFAULT_STEPS)))]
-    place = (generated.cumsum(-1) - 1 if positions is None else positions) // block_length
-    reached = place.masked_fill(~generated, -1).cummax(-1).values
+    cell = (generated.cumsum(-1) - 1 if positions is None else positions) // block_length
+    reached = cell.masked_fill(~generated, -1).cummax(-1).values
     before = torch.nn.functional.pad(reached, (1, 0), value=-1)[:, :-1]
-    block = (generated & (place > before)).cumsum(-1) - 1
+    block = (generated & (cell > before)).cumsum(-1) - 1
     blocks = [generated & (block == b) for b in range(max(1, int(block.max()) + 1))]
     count, even = len(blocks), num_steps is not None
     num_steps = num_steps or max(count, min(longest, DEFAULT_STEPS))
     if num_steps < count:
         raise ValueError(
-            f"`num_inference_steps` is {num_steps}, but there are {count} blocks of {block_length} tokens, and each "
-            f"needs a step. Pass at least {count} steps or a larger `block_length`."
+            f"`num_inference_steps` is {num_steps}, but each of the {count} blocks of {block_length} tokens needs a "
+            f"step. Pass at least {count} steps or a larger `block_length`."
         )
     sizes = [1 if even else max(1, int(one.sum(-1).max())) for one in blocks]
     return list(zip(blocks, spread_steps(num_steps, sizes), strict=True))
 
 
 def spread_steps(num_steps: int, sizes: list[int]) -> list[int]:
-    """Steps for blocks of these sizes: one each, and the rest by what they have beyond one token.
+    """Steps for blocks of these sizes: one each, and the rest in proportion to their size minus one.
 
-    50 over blocks of 32 and 18 tokens are 32 and 18; 7 over three equal ones are 3, 2 and 2.
+    50 steps over blocks of 32 and 18 tokens are 32 and 18; 7 steps over three equal blocks are 3, 2 and 2.
     """
     rest = num_steps - len(sizes)
     more = [size - 1 for size in sizes] if max(sizes) > 1 else [1] * len(sizes)

@@ -1,27 +1,30 @@
 """How likely a masked diffusion model finds a text: a Monte Carlo bound, and the pseudo-log-likelihood.
 
-Such a model gives p(token | the rest), not p(text). With exact conditionals the bound is log p(text) itself: it is the
-mean over all orders in which the tokens could be revealed one at a time.
+Such a model gives p(token | the rest), not p(text). The bound is the mean of log p over all orders in which the tokens
+could be revealed one at a time. With exact conditionals it equals log p(text).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.denoiser import MaskedDenoiser, token_positions
+from ..models.families import MDMSpec
+from ..models.protocols import Tokenizer
 from ..schedulers.functional import uniform
 from ..schedulers.token_sampling import chunk_rows
 from .canvas import Canvas, canvas_of_infill, given_positions, pad_rows, warn_of_unknown
-from .encoding import NO_FRAME, Frame, prompt_ids
+from .encoding import NO_FRAME, Frame, as_texts, prompt_ids
 
 METHODS = ("bound", "pseudo")
 
 
 class Estimate(NamedTuple):
-    """What `estimate` gives: float64 (B,) twice, int64 (B,), int, float32 (B, L) or None."""
+    """The result of `estimate`: float64 (B,) twice, int64 (B,), int, float32 (B, L) or None."""
 
     log_likelihood: Tensor
     standard_error: Tensor
@@ -31,10 +34,10 @@ class Estimate(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One forward pass of one row: which of its positions are masked, and what each hidden token counts."""
+    """One forward pass of one row: its masked positions, and the weight of each hidden token."""
 
     row: int
-    group: int
+    group: int  # the term of the row's likelihood that it is a sample of
     masked: Tensor  # bool (L,)
     weight: float
 
@@ -43,22 +46,29 @@ class Job(NamedTuple):
 
 
 def scored_canvas(
-    texts, prompt, input_ids, attention_mask, given, tokenizer, mask_token_id: int, frame: Frame = NO_FRAME
+    texts: Any,
+    prompt: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    given: Any,
+    tokenizer: Tokenizer | None,
+    mask_token_id: int,
+    frame: Frame = NO_FRAME,
 ) -> tuple[Canvas, Tensor]:
-    """The canvas of some texts or ids, and the positions whose likelihood is asked for, bool (B, L).
+    """The canvas of some texts or ids, and the positions to score, bool (B, L).
 
     Args:
         texts, prompt, input_ids, attention_mask, given: as `PrismPipeline.log_likelihood`.
         tokenizer, mask_token_id: of the model.
         frame: its closing tokens follow an answer.
     Raises:
-        ValueError, TypeError: arguments that do not go together; a mask token or nothing in what is scored.
+        ValueError, TypeError: arguments that exclude each other; a mask token, or no token at all, to score.
     """
     if (texts is None) == (input_ids is None):
         raise ValueError("Pass either `texts` or `input_ids` to `log_likelihood`.")
     if prompt is not None:
         if texts is None or given is not None:
-            raise ValueError("`prompt` goes with `texts`, which follow it, and without `given`.")
+            raise ValueError("`prompt` needs `texts`, which follow it, and excludes `given`.")
         canvas, scored = canvas_of_answers(prompt, texts, tokenizer, frame)
     else:
         source = texts if input_ids is None else input_ids
@@ -66,35 +76,35 @@ def scored_canvas(
         scored = torch.ones_like(canvas.sample, dtype=torch.bool)
         if canvas.attention_mask is not None:
             scored &= canvas.attention_mask.bool()
-        if canvas.texts is not None:
-            scored &= text_positions(canvas, tokenizer)
+        if canvas.texts is not None and tokenizer is not None:  # texts need a tokenizer
+            scored &= text_positions(canvas.texts, canvas.sample, tokenizer)
         if given is not None:
             scored &= ~given_positions(given, texts, canvas, tokenizer)
     if (scored & (canvas.sample == mask_token_id)).any():
-        raise ValueError("`log_likelihood` reads whole texts, and one of these holds a mask token. Fill it first.")
+        raise ValueError("`log_likelihood` needs whole texts, and one of these holds a mask token. Fill it first.")
     if empty := (~scored.any(-1)).nonzero().flatten().tolist():
-        raise ValueError(f"`log_likelihood` has nothing to score in row {empty[0]}: no token of it is in question.")
+        raise ValueError(f"`log_likelihood` has nothing to score in row {empty[0]}: it has no token that is not given.")
     return canvas, scored
 
 
-def text_positions(canvas: Canvas, tokenizer) -> Tensor:
-    """Tokens of the texts of a canvas, without those that the tokenizer puts around each text, bool (B, L)."""
-    positions = torch.zeros_like(canvas.sample, dtype=torch.bool)
-    for row, text in enumerate(canvas.texts):
-        bare, ids = tokenizer(text, add_special_tokens=False).input_ids, canvas.sample[row].tolist()
+def text_positions(texts: tuple[str, ...], sample: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Which tokens of `sample` (B, L) are the texts, without the special tokens around each text, bool (B, L)."""
+    positions = torch.zeros_like(sample, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        bare, ids = tokenizer(text, add_special_tokens=False).input_ids, sample[row].tolist()
         last = len(ids) - len(bare)
         front = next((n for n in range(last + 1) if ids[n : n + len(bare)] == bare), None)
         positions[row, slice(None) if front is None else slice(front, front + len(bare))] = True
     return positions
 
 
-def canvas_of_answers(prompt, texts, tokenizer, frame: Frame) -> tuple[Canvas, Tensor]:
-    """Prompts, each followed by a text, and which tokens are of the texts, bool (B, L)."""
-    prompts, answers = ([one] if isinstance(one, str) else one for one in (prompt, texts))
-    for name, given in (("prompt", prompts), ("texts", answers)):
-        if not (isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given)):
-            raise TypeError(f"`{name}` must be a text or texts; ids go into `input_ids`, with `given`.")
-    prompts = list(prompts) * (len(answers) if len(prompts) == 1 else 1)
+def canvas_of_answers(prompt: Any, texts: Any, tokenizer: Tokenizer | None, frame: Frame) -> tuple[Canvas, Tensor]:
+    """Prompts, each followed by a text, and which tokens are those of the texts, bool (B, L)."""
+    prompts, answers = as_texts(prompt), as_texts(texts)
+    if prompts is None or answers is None:
+        name = "prompt" if prompts is None else "texts"
+        raise TypeError(f"`{name}` must be a text or texts. Pass ids as `input_ids`, with `given`.")
+    prompts = prompts * (len(answers) if len(prompts) == 1 else 1)
     if len(prompts) != len(answers):
         raise ValueError(f"`prompt` must hold one text for each of {len(answers)} texts, got {len(prompts)}.")
     if tokenizer is None:
@@ -106,15 +116,15 @@ def canvas_of_answers(prompt, texts, tokenizer, frame: Frame) -> tuple[Canvas, T
         rows.append([*before, *after, *frame.closing])
         sizes.append((len(before), len(after)))
     ids, mask = pad_rows(rows, tokenizer, "right")
-    place = torch.arange(ids.shape[1])
-    scored = torch.stack([(place >= start) & (place < start + size) for start, size in sizes])
+    column = torch.arange(ids.shape[1])
+    scored = torch.stack([(column >= start) & (column < start + size) for start, size in sizes])
     return Canvas(ids, scored, None if mask.all() else mask, whole=True), scored
 
 
-def answer_ids(prompt: str, answer: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of a prompt, and of what follows it: cut where the prompt alone ends, spaces at its end moved behind the cut.
+def answer_ids(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of its answer, cut where the prompt alone ends; its last spaces move to the answer.
 
-    Where the tokenizer reads the prompt differently once the answer is there, the two are read apart.
+    If the tokenizer reads the prompt differently once the answer follows, the two are tokenized apart.
     """
     spaces = prompt[len(prompt.rstrip()) :]
     prompt, answer = prompt[: len(prompt) - len(spaces)], spaces + answer
@@ -139,29 +149,30 @@ def estimate(
 ) -> Estimate:
     """Log-likelihood of the scored tokens of each row given the others, in nats.
 
-    "bound": `E over l of (M / l) * sum over l hidden tokens of log p(token | the M - l others)`, l uniform in 1..M and
-    the hidden tokens a uniform set of that size. It is at most log p(text) in expectation, and equal to it if the
-    conditionals are exact. The values of l of one row are spread evenly from a random start, which is unbiased and of
-    lower variance than independent ones. A block-causal model has such a term for each of its blocks, given those
-    before.
-    "pseudo": `sum of log p(token | all others)`, M forward passes. No likelihood, but what encoders are compared by.
+    "bound": `E over l of (M / l) * sum over l hidden tokens of log p(token | the M - l others)`, with l uniform in 1..M
+    and the hidden tokens a uniform set of that size. Its expectation is at most log p(text), with equality if the
+    conditionals are exact. The values of l of one row are spread evenly from a random start. This is unbiased, and its
+    variance is lower than that of independent values. A block-causal model has one such term for each of its blocks,
+    given the blocks before.
+    "pseudo": `sum of log p(token | all others)`, M forward passes. It is no likelihood, but the usual measure for
+    encoders.
 
     Args:
-        denoiser: of the model.
+        denoiser: the model.
         canvas: whole texts.
-        scored: positions in question, bool (B, L), at least one a row.
+        scored: positions to score, bool (B, L), at least one a row.
         method: "bound" or "pseudo".
-        num_samples: for "bound", forward passes of each row, or of each of its blocks; one where one token is scored.
+        num_samples: for "bound", forward passes of each row, or of each of its blocks; 1 where one token is scored.
         batch_size: rows of a forward pass.
-        generator: one, or one per row: then a row's result does not depend on the others.
+        generator: one, or one per row; with one per row a row's result does not depend on the others.
     Source: LLaDA (arXiv 2502.09992, equation 6 and Appendix B.5; `get_log_likelihood.py` of its authors).
     """
     groups = group_of(denoiser.spec, canvas, scored)
     if method == "bound":
         jobs = bound_jobs(groups, num_samples, generator)
     else:
-        places = [(row, column) for row, column in scored.nonzero().tolist()]
-        jobs = [Job(row, i, one_position(scored.shape[1], column), 1.0) for i, (row, column) in enumerate(places)]
+        every = torch.arange(scored.shape[1])
+        jobs = [Job(row, i, every == column, 1.0) for i, (row, column) in enumerate(scored.nonzero().tolist())]
     values = torch.zeros(len(jobs), dtype=torch.float64)
     tokens = torch.full(scored.shape, torch.nan)
     lengths = row_ends(canvas)
@@ -179,29 +190,27 @@ def estimate(
     return summed(jobs, values, len(scored), nfe, tokens if method == "pseudo" else None)
 
 
-def one_position(length: int, column: int) -> Tensor:
-    """Bool (length,), true at one place."""
-    return torch.arange(length) == column
-
-
 def row_ends(canvas: Canvas) -> list[int]:
-    """Where the padding at the end of each row begins."""
+    """The column at which the padding at the end of each row begins."""
     length = canvas.sample.shape[1]
     if canvas.attention_mask is None:
         return [length] * len(canvas.sample)
     return (length - canvas.attention_mask.flip(-1).argmax(-1)).tolist()
 
 
-def group_of(spec, canvas: Canvas, scored: Tensor) -> Tensor:
+def group_of(spec: MDMSpec, canvas: Canvas, scored: Tensor) -> Tensor:
     """Which term of its row's likelihood a position belongs to, int64 (B, L); -1 where nothing is scored."""
     group = torch.zeros_like(canvas.sample)
     if spec.attention == "block_causal":
+        assert spec.block_length is not None
         group = token_positions(canvas.sample, canvas.attention_mask) // spec.block_length
     return group.masked_fill(~scored, -1).cpu()
 
 
-def bound_jobs(groups: Tensor, num_samples: int, generator) -> list[Job]:
-    """Sets of hidden positions for the bound: for each term of each row `num_samples` of them."""
+def bound_jobs(
+    groups: Tensor, num_samples: int, generator: torch.Generator | list[torch.Generator] | None
+) -> list[Job]:
+    """Sets of hidden positions for the bound: `num_samples` for each term of each row."""
     jobs, term = [], 0
     for row, group in enumerate(groups):
         own = generator[row] if isinstance(generator, (list, tuple)) else generator
@@ -216,14 +225,16 @@ def bound_jobs(groups: Tensor, num_samples: int, generator) -> list[Job]:
             for sizes, ranks in zip(size, rank, strict=True):
                 masked = torch.zeros(groups.shape[1], dtype=torch.bool)
                 masked[columns[ranks < sizes]] = True
-                # The first block sees none of the later ones, so each term has canvases of its own.
+                # A block sees no later one, so each term has canvases of its own.
                 jobs.append(Job(row, term, masked, total / int(sizes)))
             term += 1
     return jobs
 
 
-def hidden_log_probs(denoiser: MaskedDenoiser, canvas: Canvas, jobs: list[Job], length: int):
-    """log p of the hidden tokens of some canvases by one forward pass: for each (columns, float32 (n,)) on the CPU."""
+def hidden_log_probs(
+    denoiser: MaskedDenoiser, canvas: Canvas, jobs: list[Job], length: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """log p of the hidden tokens of each job by one forward pass: (columns, float32 (n,)), on the CPU."""
     rows = torch.tensor([job.row for job in jobs], device=canvas.sample.device)
     masked = torch.stack([job.masked for job in jobs])[:, :length].to(canvas.sample.device)
     ids = canvas.sample[rows, :length]
@@ -242,7 +253,7 @@ def hidden_log_probs(denoiser: MaskedDenoiser, canvas: Canvas, jobs: list[Job], 
 
 
 def summed(jobs: list[Job], values: Tensor, rows: int, nfe: int, tokens: Tensor | None) -> Estimate:
-    """Means of each term of a row, added up; the standard error is that of independent samples."""
+    """The sum over the terms of a row of the mean of each; the standard error assumes independent samples."""
     row, term = (torch.tensor(which) for which in zip(*((job.row, job.group) for job in jobs), strict=True))
     count = term.bincount()
     mean = term.bincount(weights=values) / count
@@ -254,10 +265,10 @@ def summed(jobs: list[Job], values: Tensor, rows: int, nfe: int, tokens: Tensor 
 
 @torch.no_grad()
 def is_greedy(denoiser: MaskedDenoiser, canvas: Canvas, scored: Tensor) -> list[bool]:
-    """Would the model write the scored tokens of each row itself, the most certain first, at temperature 0?
+    """Would the model write the scored tokens of each row itself at temperature 0, the most certain token first?
 
-    A row is given up at its first other token, so the answer no costs few forward passes, and yes one per token. As in
-    LLaDA's evaluation; a block-causal model writes block after block.
+    A row ends at the first token that differs. So "no" costs few forward passes, and "yes" costs one per token. A
+    block-causal model writes block after block. Source: the evaluation of LLaDA.
     """
     groups, answers = group_of(denoiser.spec, canvas, scored), []
     for row, (group, end) in enumerate(zip(groups, row_ends(canvas), strict=True)):

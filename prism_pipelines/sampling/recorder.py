@@ -1,13 +1,14 @@
-"""Keeps what a run knows about its tokens, a `RunContext`, up to date: pass by pass and step by step.
+"""Keeps a `RunContext`, the facts known about each token of a run, up to date after every forward pass and step.
 
-It makes no forward pass of its own. The log-probabilities given the first canvas need the output head once at each
-generated position; after that each newly written token costs one dot product. Only "own" runs the output head in every
-pass, at the visible tokens.
+Recording makes no forward pass. The log-probabilities given the first canvas need the output head once at each
+generated position; then each newly written token costs one dot product. Only "own" runs the output head in every step,
+at the visible tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +18,32 @@ from ..schedulers.context import RunContext, check_inputs
 from ..schedulers.token_sampling import chunk_rows, probabilities, true_positions
 
 
-def recorder_for(denoiser: MaskedDenoiser, generated: Tensor, *readers, always=()) -> RunRecorder | None:
-    """A recorder of `always` and of what heads and schedulers read by their `reads_context`; None for nothing."""
+def recorder_for(
+    denoiser: MaskedDenoiser, generated: Tensor, *readers: object, always: Iterable[str] = ()
+) -> RunRecorder | None:
+    """A recorder of `always` and of the inputs in the `reads_context` of heads and schedulers; None for no input."""
     reads = {*always, *(name for reader in readers for name in getattr(reader, "reads_context", ()))}
     return RunRecorder(denoiser, generated, sorted(reads)) if reads else None
 
 
 def context_of_text(
     denoiser: MaskedDenoiser,
-    reader,
+    reader: Any,
     sample: Tensor,
     attention_mask: Tensor | None,
     hidden: Tensor,
     given: Tensor | None = None,
 ) -> RunContext:
-    """What is known about a text that nobody watched being written.
+    """The context of a finished text whose sampling was not recorded.
 
     Args:
-        denoiser: of the model.
-        reader: the head or scheduler that will read it.
+        denoiser: the model.
+        reader: the head or scheduler that will read the context, by its `reads_context`.
         sample: the text, int64 (B, L); may hold masks.
         attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
-        hidden: of a forward pass on it, (B, L, H).
-        given: the part that is not in question, bool (B, L). If the reader wants what the first forward pass of a run
-            would have said, it is made here, with all but this part masked. None for nothing known.
+        hidden: the hidden states of a forward pass on the text, (B, L, H).
+        given: the part that was there from the start, bool (B, L). If the reader needs the first forward pass of a run,
+            that pass is made here, with all but this part masked. None if nothing is known.
     """
     generated = torch.ones_like(sample, dtype=torch.bool) if given is None else ~given
     generated = generated if attention_mask is None else generated & attention_mask.bool()
@@ -53,37 +56,39 @@ def context_of_text(
 
 
 def own_log_probs(denoiser: MaskedDenoiser, sample: Tensor, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """log p(y_i | y) of every visible token of a text by the pass that saw it, float32 (B, L); NaN elsewhere.
+    """log p(y_i | y) of every visible token in the forward pass that saw the whole text, float32 (B, L); else NaN.
 
     Args:
         denoiser, sample, attention_mask, hidden: as `context_of_text`.
     """
     visible = torch.ones_like(sample, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    return RunRecorder(denoiser, visible, ["own"]).observe(sample, hidden).own_logprob
+    own = RunRecorder(denoiser, visible, ["own"]).observe(sample, hidden).own_logprob
+    assert own is not None  # it is read
+    return own
 
 
 class RunRecorder:
-    """Records a run: `begin` a block, then for each of its steps `observe` the forward pass and take `after_step`.
+    """Records a run: `begin` a block, then in each of its steps call `observe`, the scheduler, and `after_step`.
 
-    It knows no pipeline: a training loop that advances a pool of rows by a scheduler may use it too, see `restart`.
-    Tokens that change between two calls, by a callback or by whoever fills the rest of a finished row, are found by
-    comparing the canvas with the one that the step gave. Nobody knows how they were drawn.
+    The recorder needs no pipeline. A training loop that advances a pool of rows by a scheduler can use it too, see
+    `restart`. A token that changed between two calls (by a callback, or as the filling of a finished row) is found by
+    comparing the canvas with the result of the last step. How such a token was drawn is unknown.
 
-    Memory: one canvas of hidden states (B, L, H) where "prompt" or "first_hidden" is read, and about ten of (B, L).
+    Memory: one canvas of hidden states (B, L, H) if "prompt" or "first_hidden" is read, and about ten of (B, L).
 
     Args:
-        denoiser: of the model.
+        denoiser: the model.
         generated: positions that the run may write, bool (B, L).
-        reads: which of `schedulers.context.INPUTS` are read; others are left unknown.
+        reads: which of `schedulers.context.INPUTS` to record; the others stay unknown.
     Raises:
         ValueError: an unknown input.
     """
 
-    def __init__(self, denoiser: MaskedDenoiser, generated: Tensor, reads: Iterable[str]):
+    def __init__(self, denoiser: MaskedDenoiser, generated: Tensor, reads: Iterable[str]) -> None:
         self.denoiser, self.generated, self.reads = denoiser, generated, frozenset(check_inputs(list(reads)))
         self.reads_first = not self.reads.isdisjoint(("prompt", "first_hidden"))
-        self._sample: Tensor | None = None  # the canvas that all of this is about
-        self._due: Tensor | None = None  # positions whose first forward pass comes next
+        self._sample: Tensor | None = None  # the canvas that the records belong to
+        self._due: Tensor | None = None  # positions whose first forward pass is the next one
         self._first_hidden: Tensor | None = None
         unknown = torch.full(generated.shape, torch.nan, device=generated.device)
         never, none = torch.full_like(generated, -1, dtype=torch.long), torch.zeros_like(generated, dtype=torch.long)
@@ -93,11 +98,11 @@ class RunRecorder:
         self._own_count = none
 
     def restart(self, rows: Tensor, generated: Tensor) -> None:
-        """Some rows of a pool are new texts.
+        """Some rows of a pool become new texts, and their records are dropped.
 
         Args:
-            rows: which, bool (B,).
-            generated: positions that may be written, bool (B, L); those of other rows are not read.
+            rows: the new rows, bool (B,).
+            generated: positions that may be written, bool (B, L); other rows are ignored.
         """
         some = rows[:, None]
         self.generated = torch.where(some, generated, self.generated)
@@ -111,43 +116,42 @@ class RunRecorder:
             self._first_hidden = self._first_hidden.masked_fill(some[..., None], 0)
 
     def state(self) -> dict[str, Tensor]:
-        """All that is known, by name, for a checkpoint of a training run."""
+        """All records by name, for a checkpoint of a training run."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave; the recorder must be new and read the same inputs."""
+        """Continue from a `state`; the recorder must be new and read the same inputs."""
         for name, value in state.items():
             setattr(self, name, value)
 
     def begin(self, positions: Tensor) -> None:
-        """The next forward pass is the first for these positions, bool (B, L): a block, or the new rows of a pool."""
+        """The next forward pass is the first one for these positions, bool (B, L): a block, or new rows of a pool."""
         self._due = positions
 
     @torch.no_grad()
     def observe(self, sample: Tensor, hidden: Tensor, work: Tensor | None = None) -> RunContext:
-        """Take in a forward pass, and give the context that belongs to it.
+        """Record a forward pass and return its context.
 
         Args:
             sample: the canvas that the model saw, int64 (B, L).
-            hidden: what `MaskedDenoiser.hidden` gave, (B, L, H); with guidance that of the conditional pass.
-            work: positions that this pass is for, bool (B, L): a block, of the rows that take part. None for all.
+            hidden: its hidden states, (B, L, H); with guidance those of the conditional forward pass.
+            work: positions that may change in this step, bool (B, L); None for all that are generated.
         """
         work = self.generated if work is None else work
         self._now = self._now + work.any(-1)
         self._take_edits(sample)
-        reads_first = self._due is not None and self.reads_first
-        if reads_first or "own" in self.reads:
+        if (self._due is not None and self.reads_first) or "own" in self.reads:
             predicts = self.denoiser.aligned(hidden.detach())
-            if reads_first:
-                self._take_first(sample, predicts)
+            if self._due is not None and self.reads_first:
+                self._take_first(sample, predicts, self._due)
             if "own" in self.reads:
                 self._take_own(sample, predicts, work)
         self._due = None
         return self._context()
 
     @torch.no_grad()
-    def after_step(self, step) -> None:
-        """Take in what a scheduler's step did, a `PrismSchedulerOutput`."""
+    def after_step(self, step: Any) -> None:
+        """Record the result of a scheduler's step, a `PrismSchedulerOutput`."""
         unmasked, remasked = step.unmasked, step.remasked
         restored = getattr(step, "restored", None)
         self._forget(unmasked | remasked if restored is None else unmasked | remasked | restored)
@@ -161,10 +165,10 @@ class RunRecorder:
 
     @torch.no_grad()
     def draw_probabilities(self, sample: Tensor) -> Tensor:
-        """How probable each token of the finished canvas was when it was drawn, float32 (B, L).
+        """The probability of each token of the finished canvas when it was drawn, float32 (B, L).
 
-        1 where nothing is generated; NaN for tokens that were not drawn: written by a callback, taken back from an
-        earlier canvas, or the end token that fills the rest of a finished row.
+        1 where nothing is generated. NaN for tokens that were not drawn: written by a callback, restored from an
+        earlier canvas, or the end token that fills a finished row.
         """
         self._take_edits(sample)
         return self._draw.exp().masked_fill(~self.generated, 1.0)
@@ -188,7 +192,7 @@ class RunRecorder:
         )
 
     def _forget(self, positions: Tensor) -> None:
-        """Nothing is known any more about the tokens at `positions`, bool (B, L) or (B, 1)."""
+        """Drop the records of the tokens at `positions`, bool (B, L) or (B, 1)."""
         self._written_at = self._written_at.masked_fill(positions, -1)
         self._draw, self._prompt = (v.masked_fill(positions, torch.nan) for v in (self._draw, self._prompt))
         if "own" in self.reads:
@@ -198,9 +202,9 @@ class RunRecorder:
             self._own_count = self._own_count.masked_fill(positions, 0)
 
     def _take_edits(self, sample: Tensor) -> None:
-        """Tokens that nobody saw being written; what the first forward pass said of them is still true."""
+        """Tokens that changed without a step; their probability in the first forward pass is still known."""
         before, self._sample = self._sample, sample
-        if before is None or before is sample:  # as it is in a loop: no look back from the device
+        if before is None or before is sample:  # the usual case; comparing would wait for the device
             return
         changed = self.generated & (sample != before)
         self._forget(changed)
@@ -208,9 +212,9 @@ class RunRecorder:
             index = (changed & (sample != self.denoiser.spec.mask_token_id)).nonzero(as_tuple=True)
             self._prompt = self._prompt.index_put(index, self._given_first(index, sample[index]))
 
-    def _take_first(self, sample: Tensor, predicts: Tensor) -> None:
-        """The first forward pass at the masks that are due; a token that it saw has no prediction without it."""
-        due = self._due & self.generated & (sample == self.denoiser.spec.mask_token_id)
+    def _take_first(self, sample: Tensor, predicts: Tensor, due: Tensor) -> None:
+        """The first forward pass at the masks that are due. A visible token is no mask: the model has seen it."""
+        due = due & self.generated & (sample == self.denoiser.spec.mask_token_id)
         before = torch.zeros_like(predicts) if self._first_hidden is None else self._first_hidden
         self._first_hidden = torch.where(due[..., None], predicts, before)
         if "prompt" not in self.reads:
@@ -224,9 +228,10 @@ class RunRecorder:
             self._first_entropy = self._first_entropy.index_put(index, entropy)
 
     def _given_first(self, index: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        """log p(token | first canvas) at some positions, float32 (N,); NaN where there was no first pass."""
+        """log p(token | first canvas) at some positions, float32 (N,); NaN where there was no first forward pass."""
+        assert self._first_hidden is not None  # the first forward pass is over
         logits = self.denoiser.token_logits(self._first_hidden[index], tokens.long())
-        return (logits - self._log_sum[index]).clamp(max=0)  # the model's dtype rounds one and not the other
+        return (logits - self._log_sum[index]).clamp(max=0)  # the sum is of logits rounded to the model's dtype
 
     def _take_own(self, sample: Tensor, predicts: Tensor, work: Tensor) -> None:
         visible = work & self.generated & (sample != self.denoiser.spec.mask_token_id)
@@ -245,15 +250,15 @@ class RunRecorder:
         self._own_count = self._own_count + visible
 
 
-def _logits_at(denoiser: MaskedDenoiser, predicts: Tensor, index: tuple[Tensor, ...]):
-    """Logits (n, V) at some positions of aligned hidden states (B, L, H), a bounded number at a time."""
+def _logits_at(denoiser: MaskedDenoiser, predicts: Tensor, index: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """Logits (n, V) at some positions of aligned hidden states (B, L, H), a bounded number of rows at a time."""
     for part in zip(*(which.split(chunk_rows(denoiser.vocab_size)) for which in index), strict=True):
         if len(part[0]):
             yield denoiser.lm_head(predicts[part])
 
 
 def log_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, largest log-probability, and entropy in nats of each row of logits (N, V), float32 (N,) each."""
+    """Log-sum-exp, largest log-probability and entropy in nats of each row of logits (N, V), float32 (N,) each."""
     p = probabilities(logits)
     largest = p.amax(-1).log()
     return logits.amax(-1).float() - largest, largest, torch.special.entr(p).sum(-1)

@@ -1,57 +1,60 @@
-"""Rows of a data set as examples: what of a row is given and what is trained, for training and for calibration.
+"""Rows of a data set as examples for training and calibration: ids, and which tokens are trained.
 
-An example is a dict of tensors: `input_ids` (L,), and `trainable_mask` (L,), false where a token is given (a prompt)
-and never masked.
+An example is a dict of tensors: `input_ids` (L,), and `trainable_mask` (L,), which is false where a token is given
+(such as a prompt) and never masked.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..models.protocols import Tokenizer
 from .encoding import NO_FRAME, TRAIN_ON, Frame, answer_spans, chat_texts, has_chat_template, prompt_ids, span_ids
 
 TOO_LONG = ("error", "drop")
+Example = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns a row of a data set into ids, and says what kind of rows these are.
+    """Turns rows of a data set into examples.
 
-    A row is one of, by its columns:
+    The columns of a row decide its kind:
         {"messages": [{"role", "content"}, ...]}    a chat; the last message, the assistant's, is the answer
         {"prompt": str, "completion": str}          the completion is the answer
         {"text": str}                               trained everywhere
 
-    What is given of a row is what the pipeline writes after when it generates: a prompt and its completion are a chat
-    of two turns where the tokenizer has a chat template; an answer is tokenized apart from its prompt and closed by the
-    end token of a language model; the special tokens around an encoder's text are given, and never trained.
+    The given part of a row is the same as in generation. With a chat template, a prompt and its completion are a chat
+    of two turns. An answer is tokenized apart from its prompt, and a language model's end token closes it. The special
+    tokens around an encoder's text are given, and never trained.
 
     Args:
         tokenizer: transformers tokenizer.
         mask_token_id: must not occur in the data.
-        max_length: most tokens of a row, and the length of a packed one.
-        vocab_size: ids at and above it are unknown to the model.
-        too_long: "error", or "drop" to leave out rows that are longer.
-        suppress_tokens: ids that the model must never predict, such as padding. In a `text` they are given; an answer
-            must not hold them.
-        supports_all_masked_input: whether the model can read a row of masks alone; if not, an example without any given
-            token keeps its first one, and an answer needs a prompt.
+        max_length: the largest number of tokens of a row, and the length of a packed one.
+        vocab_size: the number of ids that the model knows.
+        too_long: "error", or "drop" to leave out longer rows.
+        suppress_tokens: ids that the model never predicts, such as padding. In a `text` they are given; an answer must
+            not hold them.
+        supports_all_masked_input: can the model read a row of masks alone? If not, an example without a given token
+            keeps its first one, and an answer needs a prompt.
         frame: special tokens around every text of an encoder, see `encoding.text_frame`.
-        packing: lay `text` rows end to end and cut them into `max_length`; None for language models only.
+        packing: join `text` rows end to end and cut them into `max_length` tokens; None for language models only.
         use_chat_template: False writes prompt and completion as plain text.
-        template_kwargs: for the chat template.
-        train_on: "last_turn", or "all_turns" to learn every message of the assistant.
-        open_ended: masks up to `max_length` stand in the place of every answer, so rows may be prompts alone.
+        template_kwargs: further arguments of the chat template.
+        train_on: "last_turn", or "all_turns" to train on every message of the assistant.
+        open_ended: replace every answer by masks up to `max_length`, so rows may be prompts alone.
     Raises:
-        ValueError: unknown `too_long` or `train_on`, `max_length` below 1, or from `answer` and `text` a row that
-            cannot be used.
+        ValueError: unknown `too_long` or `train_on`, `max_length` below 1; or, from `answer` and `text`, an unusable
+            row.
     """
 
-    tokenizer: object
+    tokenizer: Tokenizer
     mask_token_id: int
     max_length: int
     vocab_size: int
@@ -61,11 +64,11 @@ class RowEncoder:
     frame: Frame = NO_FRAME
     packing: bool | None = None
     use_chat_template: bool = True
-    template_kwargs: dict | None = None
+    template_kwargs: dict[str, Any] | None = None
     train_on: str = "last_turn"
     open_ended: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in (("too_long", TOO_LONG), ("train_on", TRAIN_ON)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
@@ -76,11 +79,11 @@ class RowEncoder:
 
     @property
     def packs(self) -> bool:
-        """Are `text` rows laid end to end?"""
+        """Are `text` rows joined end to end?"""
         return not self.frame.closing if self.packing is None else self.packing
 
-    def answer(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
-        """The example of a row with an answer, or None if it is too long and such rows are dropped."""
+    def answer(self, row: Mapping[str, Any], number: int) -> Example | None:
+        """The example of a row with an answer; None if it is too long and dropped."""
         chat = self._chat(row, number)
         if chat is None:
             ids, learned = self._plain(row["prompt"], row["completion"])
@@ -107,8 +110,8 @@ class RowEncoder:
         self._check(ids, number)
         return self._fitting(ids, learned, number)
 
-    def prompt(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
-        """The example of a prompt alone, masks up to `max_length` after it; None if it is too long and dropped."""
+    def prompt(self, row: Mapping[str, Any], number: int) -> Example | None:
+        """The example of a prompt alone, followed by masks up to `max_length`; None if too long and dropped."""
         chat, text = row.get("messages"), row.get("prompt")
         if chat and isinstance(chat, list) and chat[-1].get("role") == "assistant":
             chat = chat[:-1]
@@ -127,36 +130,38 @@ class RowEncoder:
                 return None
             raise ValueError(
                 f"Row {number} of the data set has a prompt of {len(given)} tokens, and --max-length is "
-                f"{self.max_length}: no token is left to be written. Raise it, or pass --too-long drop."
+                f"{self.max_length}, which leaves no token to generate. Raise it, or pass --too-long drop."
             )
         return written_by_the_model(given, count, self.frame.closing, self.mask_token_id)
 
-    def text(self, row: dict, number: int) -> dict[str, torch.Tensor] | None:
+    def text(self, row: Mapping[str, Any], number: int) -> Example | None:
         """The example of a row of plain text, one sequence with its special tokens; None if empty or dropped."""
         content = self._content(row, number)
         if not content:
             return None
-        if self.frame.closing:
-            before, after, ends = list(self.frame.opening), list(self.frame.closing), []
-        else:
-            (before,), after, ends = prompt_ids([""], self.tokenizer), [], self._end()
-        learned = [token not in self.suppress_tokens for token in [*content, *ends]]
-        return self._fitting(
-            [*before, *content, *ends, *after], [False] * len(before) + learned + [False] * len(after), number
-        )
+        before, after = list(self.frame.opening), list(self.frame.closing)
+        if not after:
+            (before,), content = prompt_ids([""], self.tokenizer), [*content, *self._end()]
+        learned = [token not in self.suppress_tokens for token in content]
+        learned = [False] * len(before) + learned + [False] * len(after)
+        return self._fitting([*before, *content, *after], learned, number)
 
-    def packed_text(self, row: dict, number: int) -> list[int]:
-        """Ids of a row of plain text, closed by the end token, to be packed; empty for an empty text."""
+    def packed_text(self, row: Mapping[str, Any], number: int) -> list[int]:
+        """Ids of a row of plain text for packing, closed by the end token; empty for an empty text."""
         content = self._content(row, number)
         return [*content, *(self._end() or self.frame.closing)] if content else []
 
-    def block(self, ids: list[int]) -> dict[str, torch.Tensor]:
-        """An example in which every token may be masked, or every token but the first."""
+    def block(self, ids: list[int]) -> Example:
+        """An example of packed text: every token is trained, except suppressed ones, and the first one if it must be.
+
+        The first one is given if the model cannot read a row of masks alone.
+        """
         learned = torch.tensor([token not in self.suppress_tokens for token in ids])
         learned[0] &= self.supports_all_masked_input
         return {"input_ids": torch.tensor(ids), "trainable_mask": learned}
 
-    def _fitting(self, ids: list[int], learned: list[bool], number: int) -> dict[str, torch.Tensor] | None:
+    def _fitting(self, ids: list[int], learned: list[bool], number: int) -> Example | None:
+        """The example of ids that fit into `max_length`; else None, or an error."""
         if len(ids) <= self.max_length:
             if all(learned) and not self.supports_all_masked_input:
                 learned = [False, *learned[1:]]
@@ -173,15 +178,13 @@ class RowEncoder:
         (given,), answer = prompt_ids([prompt], self.tokenizer), self._bare(completion)
         if not answer:
             return given, [False] * len(given)
-        after = list(
-            self.frame.closing
-        )  # an encoder's closing token is given: it writes as many tokens as are asked for
+        after = list(self.frame.closing)  # given: an encoder generates a fixed number of tokens
         if not after and (end := self.tokenizer.eos_token_id) is not None and answer[-1] != end:
             answer = [*answer, end]
         return [*given, *answer, *after], [False] * len(given) + [True] * len(answer) + [False] * len(after)
 
-    def _chat(self, row: dict, number: int) -> list[dict] | None:
-        """The chat of a row, or None for a prompt and a completion that are plain text."""
+    def _chat(self, row: Mapping[str, Any], number: int) -> list[dict[str, str]] | None:
+        """The chat of a row, or None for a prompt and a completion as plain text."""
         if "messages" in row:
             if not has_chat_template(self.tokenizer):
                 raise ValueError(
@@ -199,7 +202,7 @@ class RowEncoder:
             raise ValueError(f"Row {number} of the data set has no trainable token: its answer is empty.")
         return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
 
-    def _content(self, row: dict, number: int) -> list[int]:
+    def _content(self, row: Mapping[str, Any], number: int) -> list[int]:
         if not isinstance(row["text"], str):
             raise ValueError(f"Row {number} of the data set: its text is no text but {row['text']!r}.")
         ids = self._bare(row["text"]) if row["text"].strip() else []
@@ -223,15 +226,16 @@ class RowEncoder:
             raise ValueError(f"Row {number} gives id {max(ids)}; the model knows ids up to {self.vocab_size - 1}.")
 
 
-def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str, torch.Tensor]]:
+def encode_rows(rows: Iterable[Mapping[str, Any]], encoder: RowEncoder) -> Iterator[Example]:
     """Examples of rows: one for each answer and each text; or blocks of `max_length` tokens of packed text.
 
-    What is left after the last whole block is an example of its own if it is all there is, and else dropped.
+    Tokens after the last whole block are dropped, unless there is no whole block.
 
     Raises:
-        ValueError: columns of no known kind, or what `RowEncoder` raises.
+        ValueError: columns of no known kind, or as `RowEncoder`.
     """
-    buffer, blocks = [], 0
+    buffer: list[int] = []
+    blocks = 0
     for number, row in enumerate(rows):
         if encoder.open_ended and row.keys() & {"prompt", "messages"}:
             if (example := encoder.prompt(row, number)) is not None:
@@ -252,15 +256,15 @@ def encode_rows(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[dict[str,
         yield encoder.block(buffer)
 
 
-def written_by_the_model(before, count: int, after, mask_token_id: int) -> dict[str, torch.Tensor]:
-    """An example of `count` masks between given ids: the model will write them."""
+def written_by_the_model(before: Sequence[int], count: int, after: Sequence[int], mask_token_id: int) -> Example:
+    """An example of `count` masks between given ids, which the model itself will fill."""
     ids = [*before, *[mask_token_id] * count, *after]
-    place = torch.arange(len(ids)) - len(before)
-    return {"input_ids": torch.tensor(ids), "trainable_mask": (place >= 0) & (place < count)}
+    offset = torch.arange(len(ids)) - len(before)
+    return {"input_ids": torch.tensor(ids), "trainable_mask": (offset >= 0) & (offset < count)}
 
 
-def row_kind(row: dict) -> str:
-    """Which kind of row it is, by its columns: "chat", "prompt" or "text".
+def row_kind(row: Mapping[str, Any]) -> str:
+    """The kind of a row by its columns: "chat", "prompt" or "text".
 
     Raises:
         ValueError: none of these.
@@ -274,29 +278,29 @@ def row_kind(row: dict) -> str:
     )
 
 
-def examples_line(rows, encoder: RowEncoder, examples) -> str:
-    """One line that says how rows became examples, with the first example, its given tokens in brackets.
+def examples_line(rows: Iterable[Mapping[str, Any]], encoder: RowEncoder, examples: Iterable[Example]) -> str:
+    """One line about how rows became examples, with the first example, its given tokens in brackets.
 
     Args:
-        rows: as they were read.
-        encoder: made the examples of them.
-        examples: at least one; those of a stream are not counted.
+        rows: the rows of the data set.
+        encoder: the encoder that made the examples.
+        examples: at least one; they are counted unless they are a stream.
     """
-    first_row, streamed = next(iter(rows)), not hasattr(examples, "__len__")
+    first_row = next(iter(rows))
     open_ended = encoder.open_ended and first_row.keys() & {"prompt", "messages"}
     kind = "open" if open_ended else row_kind(first_row)
     first = next(iter(examples))
-    plain = encoder.use_chat_template and has_chat_template(encoder.tokenizer)
+    uses_template = encoder.use_chat_template and has_chat_template(encoder.tokenizer)
     way = {
         "text": f"packed end to end into {encoder.max_length} tokens" if encoder.packs else "one sequence a row",
         "chat": f"by the chat template, trained on {encoder.train_on.replace('_', ' ')}",
-        "prompt": "by the chat template" if plain else "as plain text",
+        "prompt": "by the chat template" if uses_template else "as plain text",
         "open": "prompts that the model answers itself",
     }[kind]
     if kind == "text" and encoder.frame.closing and not encoder.packs:
         around = [encoder.tokenizer.decode(list(ids)) for ids in encoder.frame]
         way += f" between {around[0]} and {around[1]}"
-    count = "rows" if streamed else f"{len(examples)} examples"
+    count = f"{len(examples)} examples" if isinstance(examples, Sized) else "rows"
     parts = []
     for learned, run in itertools.groupby(
         zip(first["input_ids"].tolist(), first["trainable_mask"].tolist(), strict=True), key=lambda pair: pair[1]
@@ -308,7 +312,7 @@ def examples_line(rows, encoder: RowEncoder, examples) -> str:
     return f"{count} of {kind} rows, {way}. The first, with what is given in ⟦⟧: {shown!r}"
 
 
-def pad_batch(examples: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_batch(examples: Sequence[Example], pad_token_id: int) -> Example:
     """A batch of examples, padded on the right to the longest.
 
     Args:

@@ -1,4 +1,4 @@
-"""The page of a trace: what `trace.html` is given to draw, and how texts are made safe and of known width for it."""
+"""The page of a trace: the data that `trace.html` draws, and texts made safe and of known width for it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import html
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.protocols import Tokenizer
+from ..schedulers.validation import is_int
 from .trace import Trace
 
-# Code of a quality or probability that is not known; the others are 0 to 254, for 0 to 1.
+# Code of an unknown quality or probability; 0 to 254 stand for 0 to 1.
 UNKNOWN = 255
-# Characters that have no picture of their own, or would move those around them.
+# Characters that are invisible, or would move the text around them.
 PICTURES = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 
 
-def trace_page(trace: Trace, *, title: str, columns: int | None, rows: list[int] | None) -> str:
+def trace_page(trace: Trace, *, title: str, columns: int | None, rows: Sequence[int] | None) -> str:
     """The page as a string; see `Trace.to_html`."""
     if not trace:
         raise ValueError("The trace has no steps: nothing was generated.")
-    if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
+    if columns is not None and not is_int(columns, 1):
         raise ValueError(f"`columns` must be None or an integer of at least 1, got {columns!r}.")
     batch = range(len(trace.start))
     rows = list(batch) if rows is None else list(rows)
@@ -41,21 +45,23 @@ def trace_page(trace: Trace, *, title: str, columns: int | None, rows: list[int]
         "widths": [display_width(word) for word in vocabulary.words],
         "breaks": vocabulary.breaks,
     }
-    # No "<" in the script block: "</script>" would end it, "<!--<script" would keep its end from being seen.
+    # No "<" in the script block: "</script>" would end the block, and "<!--<script" would hide its end.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
-    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    script = page.split("<script>", 1)[1].split("</script>", 1)[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # JSON in a script block may hold these two separators only escaped, or old browsers read them as line ends.
+    # These two separators are escaped, as old browsers read them as line ends.
     parts = {"@DATA@": text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"), "@TITLE@": html.escape(title)}
     parts["@SCRIPT@"] = f"sha256-{digest}"
-    return re.sub("@DATA@|@TITLE@|@SCRIPT@", lambda found: parts[found[0]], page)  # one pass: a part may hold a name
+    return re.sub(
+        "@DATA@|@TITLE@|@SCRIPT@", lambda found: parts[found[0]], page
+    )  # in one pass, as a part may hold a name
 
 
 class _Vocabulary:
-    """The distinct tokens of a page: their texts, and which of them end a line."""
+    """The distinct tokens of a page: their texts, and which of them hold a line break."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.words: list[str] = []
         self.breaks: list[int] = []
@@ -64,21 +70,20 @@ class _Vocabulary:
     def __getitem__(self, token: int) -> int:
         """Index of the token's text in `words`."""
         if token not in self._index:
-            raw = str(token) if self.tokenizer is None else self._text(token)
+            raw = str(token)
+            if self.tokenizer is not None:
+                raw = self.tokenizer.decode([token]) or str(self.tokenizer.convert_ids_to_tokens(token))
             self._index[token] = len(self.words)
             if "\n" in raw:
                 self.breaks.append(len(self.words))
             self.words.append(visible_text(raw))
         return self._index[token]
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token]) or str(self.tokenizer.convert_ids_to_tokens(token))
-
 
 def visible_text(text: str) -> str:
-    """Every character as something that can be seen and has a place: ↵ for a line's end, ␀ to ␡ for control characters.
+    """A text with every character visible: ↵ for a line break, ␀ to ␡ for control characters.
 
-    Marks that would change the direction of the text around them, and characters of no width, become ◌ or stand on it.
+    Characters without width, and marks that change the direction of text, become ◌ or stand on one.
     """
     if text and not text.strip(" "):
         return "␣" * len(text)
@@ -100,7 +105,7 @@ def visible_text(text: str) -> str:
 
 
 def display_width(text: str) -> int:
-    """Columns that a text takes in a font of one width: 2 for a wide character, 0 for one that stands on another."""
+    """Columns of a text in a monospaced font: 2 for a wide character, 0 for one that stands on another."""
     wide = {"W": 2, "F": 2}
     return sum(
         0 if unicodedata.category(c).startswith("M") else wide.get(unicodedata.east_asian_width(c), 1) for c in text
@@ -108,13 +113,19 @@ def display_width(text: str) -> int:
 
 
 def _codes(values: Tensor) -> str:
-    """Floats in [0, 1] as base64 of a byte each; NaN is `UNKNOWN`."""
+    """Floats in [0, 1] as base64 with a byte each; NaN is `UNKNOWN`."""
     codes = (values.clamp(0, 1) * 254).round().nan_to_num(UNKNOWN).to(torch.uint8)
     return base64.b64encode(bytes(codes.tolist())).decode()
 
 
-def _row(trace: Trace, row: int, vocabulary: _Vocabulary, apart: bool) -> dict:
-    """What the page needs of one row. -1 is a mask; positions are counted from the first that is shown."""
+def _row(trace: Trace, row: int, vocabulary: _Vocabulary, apart: bool) -> dict[str, Any]:
+    """The data of one row; -1 is a mask, and positions are counted from the first that is shown.
+
+    Args:
+        apart: give a prompt as a text of its own.
+    """
+    if trace.result is None or trace.nfe_per_row is None:
+        raise ValueError("The trace is not finished: call `finish` with the result of the run.")
     shown = torch.ones_like(trace.generated[row]) if trace.attention_mask is None else trace.attention_mask[row].bool()
     generated, prompt = trace.generated[row] & shown, None
     if apart and generated.any():
@@ -131,7 +142,7 @@ def _row(trace: Trace, row: int, vocabulary: _Vocabulary, apart: bool) -> dict:
     start, steps = list(canvas), []
     for step in trace:
         after, unmasked, remasked = words(step.sample[row]), step.unmasked[row][shown], step.remasked[row][shown]
-        record = {
+        record: dict[str, Any] = {
             "written": [[i, after[i]] for i in unmasked.nonzero().flatten().tolist()],
             "drawn": _codes(step.drawn[row][shown][unmasked]),
             "remasked": remasked.nonzero().flatten().tolist(),
@@ -141,7 +152,7 @@ def _row(trace: Trace, row: int, vocabulary: _Vocabulary, apart: bool) -> dict:
             canvas[i] = word
         for i in record["remasked"]:
             canvas[i] = -1
-        # Neither drawn nor taken back: an earlier canvas that was restored, or an edit by a callback.
+        # Neither drawn nor masked: restored from an earlier canvas, or changed by a callback.
         if others := [[i, word] for i, word in enumerate(after) if word != canvas[i]]:
             record["set"] = others
         if step.verdicts[row] is not None:
@@ -150,7 +161,7 @@ def _row(trace: Trace, row: int, vocabulary: _Vocabulary, apart: bool) -> dict:
             record["quality"] = _codes(step.quality[row].masked_fill(~generated, torch.nan)[shown])
         canvas = after
         steps.append(record)
-    result = {"forwards": trace.nfe_per_row[row]}
+    result: dict[str, Any] = {"forwards": trace.nfe_per_row[row]}
     if others := [[i, word] for i, word in enumerate(words(trace.result[row])) if word != canvas[i]]:
         result["set"] = others
     if trace.quality is not None:

@@ -1,11 +1,13 @@
-"""A trace as a picture that moves: one SVG file without a script, which plays wherever pictures are shown."""
+"""A trace as a moving picture: one SVG file without a script, which plays wherever pictures are shown."""
 
 from __future__ import annotations
 
 from xml.sax.saxutils import escape
 
 import torch
+from torch import Tensor
 
+from ..schedulers.validation import is_int, is_number
 from .trace import Trace
 from .trace_page import display_width, visible_text
 
@@ -21,9 +23,9 @@ def trace_svg(trace: Trace, *, row: int, columns: int, seconds: float) -> str:
         raise ValueError("The trace has no steps: nothing was generated.")
     if row not in range(len(trace.start)):
         raise ValueError(f"`row` must be a row of the batch, from 0 to {len(trace.start) - 1}, got {row}.")
-    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+    if not is_int(columns, 1):
         raise ValueError(f"`columns` must be an integer of at least 1, got {columns!r}.")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+    if not (is_number(seconds, 0) and seconds > 0):
         raise ValueError(f"`seconds` must be a number above 0, got {seconds!r}.")
     frames = _frames(trace, row)
     hold = 6  # the result is shown as long as this many steps
@@ -33,7 +35,7 @@ def trace_svg(trace: Trace, *, row: int, columns: int, seconds: float) -> str:
     clock = f'dur="{seconds * (len(frames) - 1 + hold):g}s" repeatCount="indefinite" calcMode="discrete"'
 
     def moving(attribute: str, values: list[str]) -> str:
-        """The animation of one attribute; nothing where it never changes."""
+        """The animation of one attribute; empty if it never changes."""
         kept = [n for n in range(len(values)) if n == 0 or values[n] != values[n - 1]]
         if len(kept) == 1:
             return ""
@@ -75,7 +77,7 @@ def trace_svg(trace: Trace, *, row: int, columns: int, seconds: float) -> str:
 def _frames(trace: Trace, row: int) -> list[tuple[list[str], list[str], str]]:
     """(words, colours, caption) of the start, of every step, and of the result."""
 
-    def words(ids) -> list[str]:
+    def words(ids: Tensor) -> list[str]:
         texts = {
             i: visible_text(str(i) if trace.tokenizer is None else trace.tokenizer.decode([i]))
             for i in set(ids.tolist())
@@ -104,6 +106,8 @@ def _frames(trace: Trace, row: int) -> list[tuple[list[str], list[str], str]]:
         taken = int(remasked.sum())
         caption += f", {said}" if said else f", {taken} taken back" if taken else ""
         frames.append((words(step.sample[row]), colours, caption))
+    if trace.result is None:
+        raise ValueError("The trace is not finished: call `finish` with the result of the run.")
     last = words(trace.result[row])
     if trace.quality is None:
         return [*frames, (last, frames[-1][1], frames[-1][2])]
