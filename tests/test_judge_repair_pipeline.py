@@ -113,3 +113,20 @@ def test_the_pipeline_gives_rules_that_read_a_context_theirs_at_no_forward(kind,
     hook.remove()
     assert out.nfe == len(made) == 12 and "." not in out.texts[0]
     assert sum(int(step.remasked.sum()) for step in out.trace) > 5
+
+
+@pytest.mark.parametrize("block_length", [None, 27])
+def test_a_row_is_accepted_where_the_scheduler_accepted_each_of_its_blocks(block_length, monkeypatch):
+    pipe = pipeline(scheduler=JudgeAndRepairScheduler(quality_threshold=0.15, tokens_per_step=8))
+    said, step = [], JudgeAndRepairScheduler.step
+
+    def watched(self, *args, **kwargs):
+        said.append(step(self, *args, **kwargs))
+        return said[-1]
+
+    monkeypatch.setattr(JudgeAndRepairScheduler, "step", watched)
+    call = {"num_inference_steps": 60, "block_length": block_length, "output_type": "seq"}
+    out = pipe(infill=["." * 81, HARD_PUZZLE] * 4, generator=generators(8), **call)
+    given_up = [b for b in range(8) if any(bool(s.finished[b]) and not bool(s.accepted[b]) for s in said)]
+    assert out.accepted.tolist() == [b not in given_up for b in range(8)]
+    assert 0 < len(given_up) < 8
