@@ -67,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "PRISM remasks given tokens",
         "schedulers/scheduling_prism.py",
-        "remasked = lowest(quality, visible, ",
-        "remasked = lowest(quality, sample != mask_token_id, ",
+        "lowest(quality, now.visible, ",
+        "lowest(quality, now.sample != now.mask_token_id, ",
         "test_schedulers.py",
     ),
     Mutation(
@@ -161,22 +161,22 @@ MUTATIONS = [
     Mutation(
         "every token is a block",
         "prism_pipelines/sampling/canvas.py",
-        "(generated & (place > before))",
-        "(generated & (place >= before))",
+        "(generated & (cell > before))",
+        "(generated & (cell >= before))",
         "test_pipeline.py",
     ),
     Mutation(
         "the cache is refreshed a step late",
         CACHE,
-        "self._age + 1 == self.refresh_interval",
-        "self._age == self.refresh_interval",
+        "else self._block\n        self._age = 0 if self._age + 1 == self.refresh_interval",
+        "else self._block\n        self._age = 0 if self._age == self.refresh_interval",
         "test_cache.py",
     ),
     Mutation(
         "the cached window of a shifted model lacks the column before it",
         CACHE,
-        "if self.denoiser.spec.logit_shift:",
-        "if False:",
+        "(0, 1)) if spec.logit_shift else wanted",
+        "(0, 1)) if False else wanted",
         "test_cache.py",
     ),
     Mutation(
@@ -196,10 +196,17 @@ MUTATIONS = [
     ),
     Mutation(
         "the loss forgets that there are several processes",
-        LOSSES,
+        "prism_pipelines/training/trainer.py",
+        "sums / (self.args.world_size * len(counts))",
+        "sums / len(counts)",
+        "test_training_parallel.py",
+    ),
+    Mutation(
+        "an objective of its own in several processes divides by the tokens of all",
+        "prism_pipelines/training/loss_terms.py",
         "count.clamp(min=1) / torch.distributed.get_world_size()",
         "count.clamp(min=1)",
-        "test_training_parallel.py",
+        "test_losses.py test_training_parallel.py",
     ),
     Mutation(
         "the head learns which tokens are wrong",
