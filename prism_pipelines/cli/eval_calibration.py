@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         pipe = load_bundled_or(args, "sudoku")
         if pipe.mask_token_id != sudoku.MASK_ID or getattr(pipe.model.config, "vocab_size", None) != sudoku.VOCAB_SIZE:
             raise ValueError(f"{args.model} is not a Sudoku model; pass --data FILE with texts.")
-        data = {
+        data: dict[str, Any] = {
             "input_ids": torch.as_tensor(sudoku.make_puzzles(args.num_sequences, 36, seed=args.seed)[1]).long(),
             "trainable_mask": None,
         }

@@ -134,8 +134,14 @@ def _tuned(
         return plan["arms"]
     if kind == "sudoku" and args.tune_reference is not None:
         raise ValueError("--tune-reference is for text; puzzles to choose settings on are generated.")
-    of_plan = plan["forwards"], plan["seeds"], plan.get("temperature", 1.0), {None: pipe}, plan.get("reference")
-    check_comparison(first_settings(plan["arms"]), *of_plan)  # what it refuses must not show after the search
+    check_comparison(  # what it refuses must not show after the search
+        first_settings(plan["arms"]),
+        plan["forwards"],
+        plan["seeds"],
+        plan.get("temperature", 1.0),
+        {None: pipe},
+        plan.get("reference"),
+    )
     if kind == "sudoku":
         task, mark = _sudoku_task(args, TUNE_SEED + args.seed)
         mark += f" [{evaluation.fingerprint(pipe)}]"

@@ -186,7 +186,7 @@ def _confirmed(
     return next(pair for pair in pairs if pair["metric"] == quality and pair["arm"] == "chosen")
 
 
-def _task(args: argparse.Namespace, seed: int, reference: str | None) -> Any:
+def _task(args: argparse.Namespace, seed: int, reference: str) -> Any:
     from .. import evaluation, sudoku
 
     if args.task == "sudoku":
