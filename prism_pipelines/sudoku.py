@@ -6,8 +6,14 @@ In bulk a grid is int64 of shape (81,), row by row, 0 for a blank cell. For peop
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD_ID, MASK_ID, VOCAB_SIZE, CELLS = 0, 10, 11, 81  # the digits 1-9 are their own token ids
 # 25 clues, unique: what `prism sudoku` solves when it is given nothing
@@ -63,14 +69,15 @@ def _solutions(
     Raises:
         _OutOfVisits: more than `max_visits` partial grids.
     """
-    grid, found, visits = list(cells), [], 0
+    grid, visits = list(cells), 0
+    found: list[list[int]] = []
     free = [_ALL] * 27  # digits still to be placed in each unit, as bit sets
 
-    def flip(i, digit):
+    def flip(i: int, digit: int) -> None:
         for unit in _UNITS_OF[i]:
             free[unit] ^= 1 << (digit - 1)
 
-    def search():
+    def search() -> None:
         nonlocal visits
         visits += 1
         if max_visits is not None and visits > max_visits:
@@ -101,17 +108,17 @@ def _solutions(
     return found
 
 
-def conflicts(puzzle) -> list[tuple[int, int]]:
+def conflicts(puzzle: Iterable[int]) -> list[tuple[int, int]]:
     """Pairs of cells (i, j), i < j, that hold the same digit in one row, column or box; empty for a consistent grid."""
     cells = [int(digit) for digit in puzzle]
-    pairs = set()
+    pairs: set[tuple[int, int]] = set()
     for unit in UNITS.tolist():
         for a, i in enumerate(unit):
             pairs.update((i, j) for j in unit[a + 1 :] if cells[i] and cells[i] == cells[j])
     return sorted(pairs)
 
 
-def count_solutions(puzzle, limit: int = 2, max_visits: int | None = None) -> int | None:
+def count_solutions(puzzle: Iterable[int], limit: int = 2, max_visits: int | None = None) -> int | None:
     """How many solutions a puzzle has, exactly, counting no further than `limit` (2 proves or refutes uniqueness).
 
     `max_visits` bounds the search, in partial grids looked at; None is returned where it was not enough to know. Most
@@ -124,14 +131,14 @@ def count_solutions(puzzle, limit: int = 2, max_visits: int | None = None) -> in
         return None
 
 
-def solve(puzzle) -> np.ndarray | None:
+def solve(puzzle: Iterable[int]) -> np.ndarray | None:
     """The first solution of a puzzle, int64 of shape (81,), or None where there is none."""
     cells = [int(digit) for digit in puzzle]
     found = [] if conflicts(cells) else _solutions(cells, 1)
     return np.array(found[0], dtype=np.int64) if found else None
 
 
-def is_valid_grid(grids) -> np.ndarray:
+def is_valid_grid(grids: npt.ArrayLike) -> np.ndarray:
     """Whether each grid is complete and every row, column and box holds 1-9 once.
 
     Args:
@@ -143,7 +150,7 @@ def is_valid_grid(grids) -> np.ndarray:
     return (units == np.arange(1, 10)).all(axis=(-2, -1))
 
 
-def is_solved(grids, puzzles) -> np.ndarray:
+def is_solved(grids: npt.ArrayLike, puzzles: npt.ArrayLike) -> np.ndarray:
     """Whether each grid is valid AND keeps every clue of its puzzle; shapes as `is_valid_grid`."""
     grids, puzzles = np.asarray(grids), np.asarray(puzzles)
     return is_valid_grid(grids) & ((puzzles == 0) | (grids == puzzles)).all(axis=-1)
@@ -186,7 +193,7 @@ def symmetry_images(grids: np.ndarray, u: np.ndarray) -> np.ndarray:
     labels = np.zeros((n, 10), dtype=grids.dtype)
     labels[:, 1:] = u[:, :9].argsort(axis=1) + 1
 
-    def lines(numbers):  # (n, 9): an order of the nine rows that keeps bands together
+    def lines(numbers: np.ndarray) -> np.ndarray:  # (n, 9): an order of the nine rows that keeps bands together
         bands, inside = numbers[:, :3].argsort(axis=1), numbers[:, 3:].reshape(n, 3, 3).argsort(axis=2)
         return (bands[:, :, None] * 3 + inside).reshape(n, 9)
 
@@ -198,7 +205,7 @@ def symmetry_images(grids: np.ndarray, u: np.ndarray) -> np.ndarray:
     return np.take_along_axis(labels, images.astype(np.int64), axis=1)
 
 
-def uniform_of(seed: int, indices, count: int) -> np.ndarray:
+def uniform_of(seed: int, indices: npt.ArrayLike, count: int) -> np.ndarray:
     """`count` uniform numbers in [0, 1) for each index, of which it and the seed alone decide: float64 (N, count).
 
     Number k of index i is the output i * count + k of the generator SplitMix64 that starts at `seed` (Steele, Lea and
@@ -206,7 +213,7 @@ def uniform_of(seed: int, indices, count: int) -> np.ndarray:
     """
     place = np.asarray(indices, dtype=np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
     with np.errstate(over="ignore"):  # all arithmetic is modulo 2^64
-        x = np.uint64(seed % 2**64) + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x: np.ndarray = np.uint64(seed % 2**64) + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
@@ -260,7 +267,8 @@ def make_puzzles(n: int, clues: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     if not 20 <= clues <= CELLS:
         raise ValueError(f"`clues` must be between 20 and 81, got {clues}.")
     rng = random.Random(f"puzzles-{clues}-{seed}")
-    puzzles, solutions = [], []
+    puzzles: list[list[int]] = []
+    solutions: list[list[int]] = []
     while len(puzzles) < n:
         solution = _solutions([0] * CELLS, 1, rng)[0]
         puzzle, left = _dig(solution, clues, rng)
@@ -295,18 +303,18 @@ def parse_puzzle(text: str) -> np.ndarray:
     return puzzle
 
 
-def format_grid(grid) -> str:
+def format_grid(grid: Iterable[int]) -> str:
     """A grid as 81 characters, `.` for a blank; `parse_puzzle` reads it back."""
     return "".join(str(int(digit)) if digit else "." for digit in grid)
 
 
-def to_ids(grids) -> np.ndarray:
+def to_ids(grids: npt.ArrayLike) -> np.ndarray:
     """Token ids of grids, int64 of the same shape: a blank becomes the mask token, a digit its own id."""
     grids = np.asarray(grids, dtype=np.int64)
     return np.where(grids == 0, MASK_ID, grids)
 
 
-def sudoku_tokenizer():
+def sudoku_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the Sudoku model: one token a cell, "." is the mask token; "0" and "_" are read as "."."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -43,8 +43,10 @@ class OneLineErrors(argparse.ArgumentParser):
 class Parser(OneLineErrors):
     """A parser of flags with dashes, which takes underscores as well."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(None if args is None else dashed(args), namespace)
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # typeshed overloads it by the type of the namespace
+        if args is not None and "-" in self.prefix_chars:  # `prism train` passes all words on as they are
+            args = dashed(args)
+        return super().parse_known_args(args, namespace)
 
 
 def add_command(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import COUNT, Commands, add_command, refuse, show
 from .loading import add_eval_flags, load_bundled_or
 
 if TYPE_CHECKING:
-    pass
+    from ..pipeline_prism import PrismPipeline
 
 
 def add_parser(kinds: Commands) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         pipe = load_bundled_or(args, "sudoku")
         if pipe.mask_token_id != sudoku.MASK_ID or getattr(pipe.model.config, "vocab_size", None) != sudoku.VOCAB_SIZE:
             raise ValueError(f"{args.model} is not a Sudoku model; pass --data FILE with texts.")
-        data = {
+        data: dict[str, Any] = {
             "input_ids": torch.as_tensor(sudoku.make_puzzles(args.num_sequences, 36, seed=args.seed)[1]).long(),
             "trainable_mask": None,
         }
@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     return show(result, args, evaluation.calibration_table(result))
 
 
-def text_sequences(texts: list[str], pipe, length: int, count: int, packing: bool | None = None) -> dict:
+def text_sequences(
+    texts: list[str], pipe: PrismPipeline, length: int, count: int, packing: bool | None = None
+) -> dict[str, Any]:
     """The first `count` sequences of texts, as training makes examples of them.
 
     Args:

@@ -7,9 +7,13 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .arguments import COUNT, Commands, add_command, refuse, show
 from .loading import add_eval_flags, load_bundled_or
+
+if TYPE_CHECKING:
+    from ..pipeline_prism import PrismPipeline
 
 # Puzzles and noise that settings are chosen on begin this far from those they are compared on.
 TUNE_SEED = 500_000
@@ -100,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     return show(results if task == "all" else results[task], args, text)
 
 
-def _configured(args, plan: dict, kind: str) -> dict:
+def _configured(args: argparse.Namespace, plan: dict[str, Any], kind: str) -> dict[str, Any]:
     """The plan of `--config`; of the task's own only its quality stays, where the file names no other."""
     from .. import evaluation
 
@@ -111,7 +115,9 @@ def _configured(args, plan: dict, kind: str) -> dict:
     return (kept if fields.get("quality", plan.get("quality")) == plan.get("quality") else {}) | fields
 
 
-def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
+def _tuned(
+    args: argparse.Namespace, plan: dict[str, Any], kind: str, pipe: PrismPipeline, out: str
+) -> list[dict[str, Any]]:
     """The arms of the plan, those with lists at the best of the settings tried: on other puzzles or texts."""
     from .. import evaluation
     from ..evaluation.arms import check_comparison
@@ -128,8 +134,14 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
         return plan["arms"]
     if kind == "sudoku" and args.tune_reference is not None:
         raise ValueError("--tune-reference is for text; puzzles to choose settings on are generated.")
-    of_plan = plan["forwards"], plan["seeds"], plan.get("temperature", 1.0), {None: pipe}, plan.get("reference")
-    check_comparison(first_settings(plan["arms"]), *of_plan)  # what it refuses must not show after the search
+    check_comparison(  # what it refuses must not show after the search
+        first_settings(plan["arms"]),
+        plan["forwards"],
+        plan["seeds"],
+        plan.get("temperature", 1.0),
+        {None: pipe},
+        plan.get("reference"),
+    )
     if kind == "sudoku":
         task, mark = _sudoku_task(args, TUNE_SEED + args.seed)
         mark += f" [{evaluation.fingerprint(pipe)}]"
@@ -155,7 +167,7 @@ def _tuned(args, plan: dict, kind: str, pipe, out: str) -> list[dict]:
     return arms
 
 
-def _compare_sudoku(args):
+def _compare_sudoku(args: argparse.Namespace) -> tuple[PrismPipeline, Any, dict[str, Any], str]:
     """Pipeline, task, plan and name of a comparison on the puzzles of a file, or on generated ones."""
     from .. import evaluation
     from ..evaluation.arms import SUDOKU_ARMS
@@ -174,7 +186,7 @@ def _compare_sudoku(args):
     return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.fingerprint(pipe)}]"
 
 
-def _sudoku_task(args, seed: int):
+def _sudoku_task(args: argparse.Namespace, seed: int) -> tuple[Any, str]:
     """The task of solving generated puzzles; its name."""
     from .. import evaluation, sudoku
 
@@ -183,7 +195,7 @@ def _sudoku_task(args, seed: int):
     return evaluation.sudoku_task(puzzles), f"{count} puzzles of {clues} clues from seed {seed}"
 
 
-def _compare_text(args):
+def _compare_text(args: argparse.Namespace) -> tuple[PrismPipeline, Any, dict[str, Any], str]:
     """Pipeline, task, plan and name of a comparison by text written from nothing."""
     from .. import bundled, evaluation
 
@@ -194,7 +206,7 @@ def _compare_text(args):
     return pipe, task, plan, f"{_named(args, 'text')}: {mark}"
 
 
-def _texts_read(args, reference: str | None) -> set[str]:
+def _texts_read(args: argparse.Namespace, reference: str | None) -> set[str]:
     """The texts that generated ones are compared with, however their lines are broken."""
     from .. import bundled
     from ..evaluation.text_compare import held_out
@@ -208,7 +220,7 @@ def _share_a_text(some: set[str], others: set[str]) -> bool:
     return any(a in b or b in a for a in some for b in others)
 
 
-def _text_task(args, pipe, reference: str | None):
+def _text_task(args: argparse.Namespace, pipe: PrismPipeline, reference: str | None) -> tuple[Any, str]:
     """The task of writing text from nothing, judged by a file or else by the model's own held-out texts; its name."""
     from .. import bundled, evaluation
     from .text import room
@@ -220,7 +232,7 @@ def _text_task(args, pipe, reference: str | None):
     return task, f"{count} texts of {length} tokens [{mark}]"
 
 
-def _named(args, default: str) -> str:
+def _named(args: argparse.Namespace, default: str) -> str:
     """The model and head, for people; a finished cell is found again by this and `evaluation.fingerprint`."""
     head = f" with {args.quality_head}" if args.quality_head else ""
     return f"{args.model or f'bundled {default}'}{head}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import COUNT, Commands, add_command, show
 from .loading import add_eval_flags, load_bundled_or, scheduler_facts, steps_within
 
 if TYPE_CHECKING:
-    pass
+    from ..pipeline_prism import PrismPipeline
 
 
 def add_parser(kinds: Commands) -> None:
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from .. import evaluation, sudoku
     from ..schedulers import JudgeAndRepairScheduler
 
-    pipe, outputs = load_bundled_or(args, "sudoku"), []
+    pipe = load_bundled_or(args, "sudoku")
+    outputs: list[Any] = []
     if args.risk_coverage:
         _check_calibrated(pipe)
     # The forward that judges the result counts; judge and repair makes its own.
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return show(result | scheduler_facts(pipe), args)
 
 
-def _check_calibrated(pipe) -> None:
+def _check_calibrated(pipe: PrismPipeline) -> None:
     """Raise a ValueError where the pipeline can say nothing of how sure it is."""
     if pipe.quality_head is None or pipe.quality_head.config.get("temperature") is None:
         found = "no quality head" if pipe.quality_head is None else "a quality head without a fitted temperature"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .arguments import COUNT, Commands, add_command, check_device, refuse, show
 from .loading import add_eval_flags, load_bundled_or, scheduler_facts, steps_within
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_parser(kinds: Commands) -> None:
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return show(result | rule, args)
 
 
-def _byte_judge(file: str):
+def _byte_judge(file: str) -> Callable[..., Any]:
     """A 6-gram judge of bytes, counted in the texts of a file."""
     from transformers import AutoTokenizer
 

@@ -6,9 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from .arguments import Commands, add_command, add_device_flag
 from .loading import add_head_flag, add_source_flags
+
+if TYPE_CHECKING:
+    from ..models.families import MDMSpec
+    from ..pipeline_prism import PrismPipeline
 
 
 def add_parser(commands: Commands) -> None:
@@ -66,13 +71,15 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def describe(pipe, args: argparse.Namespace) -> dict[str, str]:
+def describe(pipe: PrismPipeline, args: argparse.Namespace) -> dict[str, str]:
     """What is in use and where each fact comes from, in words."""
     from ..models.families import MDMSpec
 
     spec = MDMSpec.from_dict(pipe.config.mdm_spec)
     head, count = pipe.quality_head, sum(parameter.numel() for parameter in pipe.model.parameters())
     defaults = {field.name: field.default for field in dataclasses.fields(MDMSpec)}
+    rules = spec.key_mapping
+    renamed = "no" if rules is None or rules is defaults["key_mapping"] else f"{len(rules)} rules"
     facts = {
         "model": f"{args.model}, {count / 1e6:,.1f} M parameters, {str(pipe.model.dtype).removeprefix('torch.')}",
         "class": type(pipe.model).__name__ + (" (native)" if spec.native_class else " (named by the checkpoint)"),
@@ -83,7 +90,7 @@ def describe(pipe, args: argparse.Namespace) -> dict[str, str]:
         "attention": spec.attention + (f", blocks of {spec.block_length}" if spec.block_length else ""),
         "logit_shift": str(spec.logit_shift),
         "attention mask": spec.mask_format + (f", with {', '.join(spec.extra_inputs)}" if spec.extra_inputs else ""),
-        "keys renamed": "no" if spec.key_mapping is defaults["key_mapping"] else f"{len(spec.key_mapping)} rules",
+        "keys renamed": renamed,
         "LoRA targets": ", ".join(spec.lora_targets) or "not known",
         "source": spec.source or "passed by the caller",
         "tested": "against an independent reference" if spec.tested else "NO: compare with the authors' own code",
@@ -94,7 +101,7 @@ def describe(pipe, args: argparse.Namespace) -> dict[str, str]:
     return facts
 
 
-def mask_origin(pipe, spec, given: int | None) -> str:
+def mask_origin(pipe: PrismPipeline, spec: MDMSpec, given: int | None) -> str:
     """Who knew the mask id."""
     if given is not None:
         return "given"
@@ -104,14 +111,14 @@ def mask_origin(pipe, spec, given: int | None) -> str:
     return f"from the row of its family, {spec.source}" if spec.source else "saved with the pipeline"
 
 
-def context_read(pipe) -> str:
+def context_read(pipe: PrismPipeline) -> str:
     """What head and scheduler read of the run besides hidden states and logits."""
     parts = {"head": pipe.quality_head, "scheduler": pipe.scheduler}
     reads = {name: ", ".join(getattr(part, "reads_context", ())) for name, part in parts.items()}
     return "; ".join(f"{name}: {inputs}" for name, inputs in reads.items() if inputs) or "none is read"
 
 
-def remasking(pipe) -> str:
+def remasking(pipe: PrismPipeline) -> str:
     """What the scheduler in use does, and what could be done without a head."""
     name = type(pipe.scheduler).__name__
     if pipe.quality_head is None and name == "MDLMScheduler":

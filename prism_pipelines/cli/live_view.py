@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..pipeline_prism import PrismPipeline
 
 LOW_QUALITY = 0.5
 # kind: (mark, style, words of the legend). Of a grid, the mark stands before the digit.
@@ -24,7 +28,14 @@ ALONE = ("remasked", "mask")  # kinds that show their mark in place of a token
 _ASCII = str.maketrans("·×│─┼", "~x|-+")
 
 
-def token_kinds(before, after, generated, mask_token_id: int, quality=None, remasked=None) -> list[str]:
+def token_kinds(
+    before: Sequence[int],
+    after: Sequence[int],
+    generated: Sequence[bool],
+    mask_token_id: int,
+    quality: Sequence[float] | None = None,
+    remasked: Sequence[bool] | None = None,
+) -> list[str]:
     """The kind of each token after one step.
 
     Args:
@@ -51,7 +62,7 @@ def token_kinds(before, after, generated, mask_token_id: int, quality=None, rema
     return kinds
 
 
-def board(ids, kinds: list[str]) -> Text:
+def board(ids: Sequence[int], kinds: list[str]) -> Text:
     """A Sudoku grid as 11 lines, with a mark and a colour for every cell.
 
     Args:
@@ -81,7 +92,7 @@ def page(tokens: list[str], kinds: list[str]) -> Text:
     return text
 
 
-def legend(kinds) -> Text:
+def legend(kinds: Collection[str]) -> Text:
     """One line that names these keys of `KINDS`, each in its colour."""
     text = Text("legend: ")
     for mark, style, words in (KINDS[kind] for kind in KINDS if kind in kinds):
@@ -109,7 +120,9 @@ class LiveView:
         delay: seconds to hold each frame, >= 0.
     """
 
-    def __init__(self, console: Console, draw: Callable, unit: str = "tokens", delay: float = 0.05):
+    def __init__(
+        self, console: Console, draw: Callable[[list[int], list[str]], Text], unit: str = "tokens", delay: float = 0.05
+    ):
         self.console, self.draw, self.unit, self.delay = console, draw, unit, delay
         self.ids: list[int] | None = None
         self.remasked_so_far, self.judged = 0, False
@@ -119,10 +132,10 @@ class LiveView:
         self.live.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.live.__exit__(*error)
 
-    def step(self, pipe, i: int, t, state: dict) -> dict:
+    def step(self, pipe: PrismPipeline, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
         """Show row 0 of the sample after step `i`; `state` holds what the pipeline gives its callback."""
         after, generated = state["sample"][0].tolist(), state["generation_mask"][0].tolist()
         blank = [pipe.mask_token_id if free else token for free, token in zip(generated, after, strict=True)]
@@ -142,7 +155,7 @@ class LiveView:
         time.sleep(self.delay)
         return {}
 
-    def _phase(self, pipe, before: list[int]) -> str:
+    def _phase(self, pipe: PrismPipeline, before: list[int]) -> str:
         """What the step did: filled masks, judged a full canvas, or refilled what a judgement had masked."""
         full = pipe.mask_token_id not in before
         self.judged = self.judged or full

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -14,6 +17,15 @@ from .. import sudoku
 from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
 from .quiet import is_quiet
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..pipeline_output import PrismPipelineOutput
+    from ..pipeline_prism import PrismPipeline
+    from ..sampling.trace import Trace
+
+OnStep: TypeAlias = "Callable[[PrismPipeline, int, Any, dict[str, Any]], dict[str, Any]]"
 BATCH_SIZE = 32
 MAX_VISITS = 500_000  # partial grids of the exact search: about five seconds
 
@@ -137,7 +149,7 @@ class Outcome:
         return f"Not solved: {wrong}. All clues are kept. Try another --seed or more --num-inference-steps."
 
 
-def load_pipeline(args):
+def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     """The pipeline that the flags describe, on its device, without its own progress bar.
 
     Raises:
@@ -161,7 +173,7 @@ def load_pipeline(args):
     return pipe.to(device)
 
 
-def set_scheduler(pipe, args) -> None:
+def set_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:
     """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
 
     Raises:
@@ -177,14 +189,20 @@ def set_scheduler(pipe, args) -> None:
         raise ValueError(f"{flags}: {error}") from None
 
 
-def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[Outcome], list]:
+def solve(
+    pipe: PrismPipeline,
+    puzzles: np.ndarray,
+    args: argparse.Namespace,
+    on_step: OnStep | None = None,
+    trace: bool = False,
+) -> tuple[list[Outcome], list[Trace]]:
     """Run the pipeline on every puzzle that has a blank and a solution, in batches.
 
     Args:
         on_step: callback of the pipeline, or None.
         trace: whether to record the runs.
     Returns:
-        outcomes, one a puzzle in their order; traces, one a batch.
+        outcomes, one a puzzle in their order; traces with `trace`, one a batch.
     """
     import torch
 
@@ -192,16 +210,18 @@ def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[
 
     outcomes = [Outcome(puzzle, puzzle, sudoku.count_solutions(puzzle, max_visits=MAX_VISITS)) for puzzle in puzzles]
     todo = [i for i, outcome in enumerate(outcomes) if outcome.solutions != 0 and not outcome.solved]
-    traces = []
+    traces: list[Trace] = []
     for start in range(0, len(todo), BATCH_SIZE):
         rows = todo[start : start + BATCH_SIZE]
         remasked = np.zeros(len(rows), dtype=np.int64)
 
-        def count(pipe, i, t, state, remasked=remasked):
+        def count(
+            pipe: PrismPipeline, i: int, t: Any, state: dict[str, Any], remasked: np.ndarray = remasked
+        ) -> dict[str, Any]:
             remasked += state["remasked"].sum(-1).cpu().numpy()
             return on_step(pipe, i, t, state) if on_step else {}
 
-        out = pipe(
+        found = pipe(
             infill=torch.from_numpy(sudoku.to_ids(puzzles[rows])),
             num_inference_steps=args.num_inference_steps,
             generator=row_generators(puzzles[rows], args.seed),
@@ -209,21 +229,23 @@ def solve(pipe, puzzles, args, on_step=None, trace: bool = False) -> tuple[list[
             callback_on_step_end=count,
             return_trace=trace,
         )
-        traces.append(out.trace)
+        out = cast("PrismPipelineOutput", found)  # it is no tuple with return_dict=True, the default
+        traces += [out.trace] if out.trace is not None else []
+        forwards = out.nfe_per_row or [out.nfe] * len(rows)
         for i, (row, grid) in enumerate(zip(rows, out.sequences.cpu().numpy(), strict=True)):
             outcomes[row] = Outcome(
                 puzzles[row],
                 grid,
                 outcomes[row].solutions,
                 int(remasked[i]),
-                out.nfe_per_row[i],
+                forwards[i],
                 None if out.accepted is None else bool(out.accepted[i]),
                 None if out.confidence is None else float(out.confidence[i]),
             )
     return outcomes, traces
 
 
-def run_sudoku(args) -> int:
+def run_sudoku(args: argparse.Namespace) -> int:
     """Run `prism sudoku`; see `add_parser` for the flags. Returns the exit status."""
     from rich.console import Console
 
@@ -239,7 +261,7 @@ def run_sudoku(args) -> int:
     return _run_one(pipe, puzzles, args, console)
 
 
-def _run_one(pipe, puzzles, args, console) -> int:
+def _run_one(pipe: PrismPipeline, puzzles: np.ndarray, args: argparse.Namespace, console: Console) -> int:
     from .live_view import LiveView, board, legend, printable
 
     live = console.is_terminal and not (args.json or args.no_live)
@@ -264,7 +286,7 @@ def _run_one(pipe, puzzles, args, console) -> int:
             "given" if clue else "conflict" if i in clashing else "kept" if digit else "mask"
             for i, (clue, digit) in enumerate(zip(outcome.puzzle, outcome.grid, strict=True))
         ]
-        console.print(printable(console, board(outcome.grid, kinds)), end="")
+        console.print(printable(console, board(outcome.grid.tolist(), kinds)), end="")
         console.print(printable(console, legend(kinds)))
         console.print(outcome.sentence(), style="bold green" if outcome.solved else "bold red")
         counts = f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}."
@@ -272,7 +294,7 @@ def _run_one(pipe, puzzles, args, console) -> int:
     return 0 if outcome.solved else 1
 
 
-def _progress():
+def _progress() -> Progress:
     """A progress bar on stderr, silent where that is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -281,11 +303,11 @@ def _progress():
     return Progress(console=errors, disable=is_quiet() or not errors.is_terminal, transient=True)
 
 
-def _run_file(pipe, puzzles, args) -> int:
+def _run_file(pipe: PrismPipeline, puzzles: np.ndarray, args: argparse.Namespace) -> int:
     with _progress() as progress:
         task = progress.add_task(f"{len(puzzles)} puzzles")
 
-        def advance(pipe, i, t, state):
+        def advance(pipe: PrismPipeline, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
             steps = len(pipe.scheduler.timesteps)
             progress.update(task, total=math.ceil(len(puzzles) / BATCH_SIZE) * steps, advance=1)
             return {}

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ..pipeline_output import PrismPipelineOutput
+    from ..pipeline_prism import PrismPipeline
 
 
 def add_parser(commands: Commands) -> None:
@@ -34,7 +42,7 @@ def add_parser(commands: Commands) -> None:
     add_live_flags(parser, group, delay=0.05)
 
 
-def load_pipeline(args):
+def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     """The pipeline that the flags describe, on its device, without its own progress bar.
 
     Raises:
@@ -50,7 +58,7 @@ def load_pipeline(args):
     return pipe.to(device)
 
 
-def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
+def set_scheduler(pipe: PrismPipeline, name: str | None, temperature: float | None) -> None:
     """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it."""
     from ..schedulers.by_name import change_scheduler
 
@@ -58,7 +66,7 @@ def set_scheduler(pipe, name: str | None, temperature: float | None) -> None:
     pipe.scheduler = change_scheduler(pipe.scheduler, name, wanted)
 
 
-def room(pipe, prompt: str | None, gen_length: int | None) -> int:
+def room(pipe: PrismPipeline, prompt: str | None, gen_length: int | None) -> int:
     """Tokens to generate: what the flag says, or what fits beside the prompt, at most 256.
 
     Raises:
@@ -75,7 +83,7 @@ def room(pipe, prompt: str | None, gen_length: int | None) -> int:
     return limit - used
 
 
-def run_text(args) -> int:
+def run_text(args: argparse.Namespace) -> int:
     """Run `prism text`; see `add_parser` for the flags. Returns the exit status."""
     import torch
     from rich.console import Console
@@ -93,17 +101,17 @@ def run_text(args) -> int:
     remasked = torch.zeros(rows, dtype=torch.long)
     live = console.is_terminal and not (args.json or args.no_live)
 
-    def draw(ids, kinds):
+    def draw(ids: list[int], kinds: list[str]) -> Text:
         return page([pipe.tokenizer.decode([token]) for token in ids], kinds)
 
     view = LiveView(console, draw, delay=args.delay) if live else None
 
-    def on_step(pipe, i, t, state):
+    def on_step(pipe: PrismPipeline, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
         remasked.add_(state["remasked"].sum(-1).cpu())
         return view.step(pipe, i, t, state) if view else {}
 
-    def write():
-        return pipe(
+    def write() -> PrismPipelineOutput:
+        out = pipe(
             args.prompt,
             num_samples=rows,
             gen_length=room(pipe, args.prompt, args.gen_length),
@@ -113,13 +121,14 @@ def run_text(args) -> int:
             callback_on_step_end=on_step,
             return_trace=bool(args.html),
         )
+        return cast("PrismPipelineOutput", out)  # it is no tuple with return_dict=True, the default
 
     if view:
         with view:
             out = write()
     else:
         out = write()
-    if args.html:
+    if out.trace is not None:
         out.trace.to_html(args.html, title="prism text")
     facts = {"forwards": out.nfe, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__}
     if out.accepted is not None:
@@ -127,7 +136,7 @@ def run_text(args) -> int:
     if args.json:
         print(json.dumps({"prompt": args.prompt, "texts": out.texts, "remasked": remasked.tolist(), **facts}))
         return 0
-    for i, text in enumerate(out.texts):
+    for i, text in enumerate(out.texts or []):
         if rows > 1:
             print(f"--- {i + 1} of {rows}")
         print((args.prompt or "") + text)
@@ -136,9 +145,10 @@ def run_text(args) -> int:
     return 0
 
 
-def _verdict(out) -> str:
+def _verdict(out: PrismPipelineOutput) -> str:
     """How many texts a rule that judges accepted, and in how many forwards; "" for other rules."""
-    if out.accepted is None:
+    if out.accepted is None or out.nfe_per_row is None:
         return ""
-    mean = sum(out.nfe_per_row) / len(out.nfe_per_row)
-    return f" {int(out.accepted.sum())} of {len(out.texts)} accepted by the quality head, {mean:.0f} forwards each."
+    rows = len(out.nfe_per_row)
+    mean = sum(out.nfe_per_row) / rows
+    return f" {int(out.accepted.sum())} of {rows} accepted by the quality head, {mean:.0f} forwards each."

@@ -5,10 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 from .arguments import COUNT, Commands, add_command, add_seed_flag
 from .loading import add_source_flags
 from .quiet import is_quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from transformers import TrainerCallback, TrainerState
+
+    from ..training.held_out import HeadReport
 
 LENGTH = 256  # tokens of a text at most, where the model takes more
 STRIDE = 16
@@ -145,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def step_bar(bar, measuring: float):
+def step_bar(bar: Progress, measuring: float) -> TrainerCallback:
     """A callback that shows the steps of a training, and the time that is left with the measurement at its end.
 
     Args:
@@ -157,13 +166,13 @@ def step_bar(bar, measuring: float):
     class StepBar(TrainerCallback):
         """The time of a step is the mean of those since the training began here."""
 
-        def on_train_begin(self, args, state, control, **_):
+        def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
             self.task = bar.add_task("training", total=state.max_steps, completed=state.global_step)
-            self.first, self.began = state.global_step, None
+            self.first, self.began = state.global_step, 0.0
 
-        def on_step_end(self, args, state, control, **_):
+        def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
             now = time.monotonic()
-            if self.began is None:  # the first step fills the pool, which takes longer than the others
+            if not self.began:  # the first step fills the pool, which takes longer than the others
                 self.first, self.began = state.global_step, now
                 return
             each = (now - self.began) / (state.global_step - self.first)
@@ -171,13 +180,13 @@ def step_bar(bar, measuring: float):
             words = f"training, about {left / 60:.0f} min left" if left > 90 else f"training, about {left:.0f} s left"
             bar.update(self.task, completed=state.global_step, description=words)
 
-        def on_train_end(self, args, state, control, **_):
+        def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
             bar.update(self.task, description="measuring the trained head")
 
     return StepBar()
 
 
-def progress_bar(console):
+def progress_bar(console: Console) -> Progress:
     """A bar on stderr; hidden if stderr is no terminal, or by --quiet."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -185,7 +194,7 @@ def progress_bar(console):
     return Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal, transient=True)
 
 
-def calibration_line(before, after) -> str:
+def calibration_line(before: HeadReport, after: HeadReport) -> str:
     """How far the head's claims were from the probabilities, before training and after."""
     ends = [report.found["head"]["ece"] if report.found else None for report in (before, after)]
     first, last = ("unknown" if value is None else f"{value:.3f}" for value in ends)
@@ -193,7 +202,7 @@ def calibration_line(before, after) -> str:
     return f"Calibration error before training {first}, after {last}. Temperature: {fitted}."
 
 
-def table(report):
+def table(report: HeadReport) -> Table:
     """What the head finds against free scores, for a terminal."""
     from rich.table import Table
 

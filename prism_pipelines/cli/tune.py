@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .arguments import (
     COUNT,
@@ -16,6 +17,9 @@ from .arguments import (
     add_temperature_flags,
 )
 from .loading import add_bundled_model_flags, load_bundled_or
+
+if TYPE_CHECKING:
+    from ..pipeline_prism import PrismPipeline
 
 CONFIRM_SEED = 700_000  # data that the choice is confirmed on begin this far from those it is made on
 # What is tried where --fields says nothing else: lists of values in order, the default among them.
@@ -128,7 +132,7 @@ def run_tune(args: argparse.Namespace) -> int:
     return 0
 
 
-def arms_of(scheduler, fields: str | None) -> tuple[dict, dict]:
+def arms_of(scheduler: Any, fields: str | None) -> tuple[dict, dict]:
     """The arm whose lists are tried, and that of the present setting, as `tune_arms` and `run_comparison` take them.
 
     Args:
@@ -159,8 +163,16 @@ def arms_of(scheduler, fields: str | None) -> tuple[dict, dict]:
 
 
 def _confirmed(
-    pipe, task, arms: dict, steps: int, seed: int, folder: str, task_name: str, temperature, quality
-) -> dict:
+    pipe: PrismPipeline,
+    task: Any,
+    arms: dict[str, dict[str, Any]],
+    steps: int,
+    seed: int,
+    folder: str,
+    task_name: str,
+    temperature: float,
+    quality: str,
+) -> dict[str, Any]:
     """The paired difference of `quality`, "chosen" - "present", a row of `tabulate`. Finished cells are read.
 
     Rules that stop by themselves make as many forwards as they need, so these are not compared.
@@ -174,7 +186,7 @@ def _confirmed(
     return next(pair for pair in pairs if pair["metric"] == quality and pair["arm"] == "chosen")
 
 
-def _task(args, seed: int, reference: str | None):
+def _task(args: argparse.Namespace, seed: int, reference: str) -> Any:
     from .. import evaluation, sudoku
 
     if args.task == "sudoku":
@@ -183,13 +195,13 @@ def _task(args, seed: int, reference: str | None):
     return evaluation.text_task(texts, num_samples=args.num_samples, gen_length=args.gen_length)
 
 
-def _data(args, reference: str | None) -> str:
+def _data(args: argparse.Namespace, reference: str | None) -> str:
     if args.task == "sudoku":
         return f"{args.num_puzzles} puzzles of {args.clues} clues"
     return f"{args.num_samples} texts of {args.gen_length} tokens, {reference}"
 
 
-def _sentence(result: dict) -> str:
+def _sentence(result: dict[str, Any]) -> str:
     interval = "" if result["low"] is None else f" ({result['low']:+.3f} to {result['high']:+.3f})"
     kept = f"Written to {result['written']}." if "written" in result else "Nothing was written."
     return (
