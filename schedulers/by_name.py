@@ -5,16 +5,23 @@ from __future__ import annotations
 import inspect
 import json
 from importlib import import_module
+from typing import Any
+
+from diffusers import ConfigMixin
+
+from .mixin import MDMSchedulerMixin
 
 _package = import_module(__package__)
-SCHEDULERS = {name: getattr(_package, name) for name in _package.__all__ if name.endswith("Scheduler")}
+SCHEDULERS: dict[str, type[MDMSchedulerMixin]] = {
+    name: getattr(_package, name) for name in _package.__all__ if name.endswith("Scheduler")
+}
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").removesuffix("scheduler")
 
 
-def scheduler_class(name: str) -> type:
+def scheduler_class(name: str) -> type[MDMSchedulerMixin]:
     """The scheduler class of that name: "JudgeAndRepairScheduler", or "judge-and-repair" for short.
 
     Raises:
@@ -26,7 +33,9 @@ def scheduler_class(name: str) -> type:
     return found[0]
 
 
-def change_scheduler(scheduler, name: str | None = None, fields: dict | str | None = None):
+def change_scheduler(
+    scheduler: ConfigMixin, name: str | None = None, fields: dict[str, Any] | str | None = None
+) -> MDMSchedulerMixin:
     """A new scheduler: of the class `name`, with the config of `scheduler` except for `fields`.
 
     Args:
@@ -36,7 +45,7 @@ def change_scheduler(scheduler, name: str | None = None, fields: dict | str | No
     Raises:
         ValueError: an unknown name or field, or no JSON object.
     """
-    kind = type(scheduler) if name is None else scheduler_class(name)
+    kind: Any = type(scheduler) if name is None else scheduler_class(name)
     changed = {} if fields is None else fields
     if isinstance(changed, str):
         try:

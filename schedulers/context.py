@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class RunContext:
         )
 
 
-def check_inputs(names) -> tuple[str, ...]:
+def check_inputs(names: Any) -> tuple[str, ...]:
     """The names of inputs as a tuple.
 
     Raises:
@@ -130,10 +131,10 @@ def context_features(context: RunContext | None, sample: Tensor, mask_token_id: 
 
 def _logs(context: RunContext, fields: tuple[str, ...]) -> list[Tensor]:
     """Is the input known, and its values; an entropy counts with a minus, so that all of them are at most 0."""
-    values = [getattr(context, field) for field in fields]
-    if values[0] is None:
+    read = [getattr(context, field) for field in fields]
+    if read[0] is None:
         return [torch.zeros_like(context.draw_logprob)] * (1 + len(fields))
-    values = torch.stack([-v if field == "first_entropy" else v for field, v in zip(fields, values, strict=True)])
+    values = torch.stack([-v if field == "first_entropy" else v for field, v in zip(fields, read, strict=True)])
     return [~values[0].isnan(), *values.clamp(min=LOG_FLOOR).mul(0.1).nan_to_num(0.0)]
 
 

@@ -6,11 +6,14 @@ Plain functions on whole batches. B rows, L positions, V tokens; N positions tak
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Device = torch.device | str | None
 Generators = torch.Generator | list[torch.Generator] | None  # one, or one for each row, or torch's default one
+Number = TypeVar("Number", float, Tensor)
 ORDERS = ("random", "confidence", "margin", "entropy", "left_to_right")
 
 
@@ -20,7 +23,7 @@ ORDERS = ("random", "confidence", "margin", "entropy", "left_to_right")
 def uniform(
     shape: tuple[int, ...],
     generator: Generators = None,
-    device: torch.device | str | None = None,
+    device: Device = None,
 ) -> Tensor:
     """Independent uniform numbers in [0, 1), drawn where the generator lives and then moved.
 
@@ -42,7 +45,7 @@ def uniform(
     return _moved(torch.rand(shape, generator=generator, device=drawn_on), device)
 
 
-def _moved(drawn: Tensor, device: torch.device | str | None) -> Tensor:
+def _moved(drawn: Tensor, device: Device) -> Tensor:
     # To a GPU without waiting for it: the driver takes a copy of ordinary memory before it returns.
     return drawn.to(device or "cpu", non_blocking=drawn.device.type == "cpu")
 
@@ -159,7 +162,7 @@ def share_of(count: Tensor, share: float) -> Tensor:
     return count * exact.numerator // exact.denominator
 
 
-def remdm_cap(alpha_t: Tensor | float, alpha_s: Tensor | float, eta: float) -> Tensor | float:
+def remdm_cap(alpha_t: Number, alpha_s: Number, eta: float) -> Number:
     """Remasking probability of a visible token: sigma = min(eta, (1 - alpha_s) / alpha_t).
 
     Args:
@@ -175,7 +178,7 @@ def remdm_cap(alpha_t: Tensor | float, alpha_s: Tensor | float, eta: float) -> T
     return min(eta, (1 - alpha_s) / max(alpha_t, 1e-12))
 
 
-def remdm_rescale(alpha_t: Tensor | float, alpha_s: Tensor | float, eta: float) -> Tensor | float:
+def remdm_rescale(alpha_t: Number, alpha_s: Number, eta: float) -> Number:
     """Remasking probability of a visible token: sigma = eta * min(1, (1 - alpha_s) / alpha_t).
 
     Args:
@@ -202,7 +205,7 @@ def remdm_confidence(sigma_max: float, confidence: Tensor) -> Tensor:
     return sigma_max * (-confidence).softmax(-1).nan_to_num(0)  # a row of +inf alone gives NaN: nothing to remask
 
 
-def unmask_probability(alpha_t: Tensor | float, alpha_s: Tensor | float, sigma: Tensor | float) -> Tensor | float:
+def unmask_probability(alpha_t: Number, alpha_s: Number, sigma: Number) -> Number:
     """Chance that a mask is filled in a step: (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t).
 
     With it alpha_s is visible after the step although sigma of the visible tokens are remasked; sigma = 0 gives

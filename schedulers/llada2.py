@@ -10,8 +10,9 @@ delivers both before each step. Checked with diffusers 0.42.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import BaseOutput
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .validation import is_number, require
 
+SchedulerClass = TypeVar("SchedulerClass", bound=type)
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 # Arguments of `BlockRefinementScheduler.step` that ours does not have: one of them tells whose loop is calling.
 _THEIRS = frozenset({"prompt_mask", "sampling_method", "editing_threshold", "minimal_topk"})
@@ -55,32 +57,33 @@ class _Block:
     wanted: Tensor | None = None  # what is not cut off after `gen_length`, bool (B, at least L)
 
 
-def runs_in_llada2_pipeline(cls):
+def runs_in_llada2_pipeline(cls: SchedulerClass) -> SchedulerClass:
     """Class decorator: a scheduler with a static schedule that `LLaDA2Pipeline` can drive as well.
 
     `step` runs as it is written unless an argument that only `LLaDA2Pipeline` passes is among those given. The class
     needs the config fields of `check_dropin_config` and a keyword `threshold` of `step`.
     """
-    own_set_timesteps, own_step = cls.set_timesteps, cls.step
+    kind: Any = cls
+    own_set_timesteps, own_step = kind.set_timesteps, kind.step
 
     @functools.wraps(own_set_timesteps)
-    def set_timesteps(self, *args, **kwargs):
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own_set_timesteps(self, *args, **kwargs)
         self._block = _Block()
 
     @functools.wraps(own_step)
-    def step(self, *args, **kwargs):
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _THEIRS.isdisjoint(kwargs):
             return own_step(self, *args, **kwargs)
         return _step_in_block(self, own_step, *args, **kwargs)
 
-    cls.set_timesteps, cls.step = set_timesteps, step
-    cls.check_eos_finished = staticmethod(check_eos_finished)  # as in BlockRefinementScheduler
-    cls.check_block_should_continue = check_block_should_continue
+    kind.set_timesteps, kind.step = set_timesteps, step
+    kind.check_eos_finished = staticmethod(check_eos_finished)  # as in BlockRefinementScheduler
+    kind.check_block_should_continue = check_block_should_continue
     return cls
 
 
-def check_dropin_config(config: Mapping) -> None:
+def check_dropin_config(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for `use_threshold` with another order than "confidence"."""
     fits = not config["use_threshold"] or config["order"] == "confidence"
     require(
@@ -88,7 +91,7 @@ def check_dropin_config(config: Mapping) -> None:
     )
 
 
-def resolve_threshold(config: Mapping, threshold: float | None) -> float | None:
+def resolve_threshold(config: Mapping[str, Any], threshold: float | None) -> float | None:
     """The confidence above which every token is written: the argument, or if it is None the config's.
 
     None without `use_threshold`: `LLaDA2Pipeline` passes its default in every call, which cannot be told from a wish.
@@ -103,7 +106,7 @@ def resolve_threshold(config: Mapping, threshold: float | None) -> float | None:
     return threshold
 
 
-def deliver_quality(scheduler, quality: Tensor | None) -> None:
+def deliver_quality(scheduler: Any, quality: Tensor | None) -> None:
     """Give a scheduler the quality of the forward pass that its next `step` belongs to; that step uses it up.
 
     Args:
@@ -115,7 +118,7 @@ def deliver_quality(scheduler, quality: Tensor | None) -> None:
         block.quality = quality
 
 
-def deliver_wanted(scheduler, wanted: Tensor | None) -> None:
+def deliver_wanted(scheduler: Any, wanted: Tensor | None) -> None:
     """Tell a scheduler which positions are kept; its next `step` writes no other, and uses this up.
 
     Args:
@@ -128,8 +131,8 @@ def deliver_wanted(scheduler, wanted: Tensor | None) -> None:
 
 
 def _step_in_block(
-    scheduler,
-    own_step,
+    scheduler: Any,
+    own_step: Callable[..., Any],
     model_output: Tensor,
     timestep: int | Tensor,
     sample: Tensor,
@@ -215,7 +218,7 @@ def check_eos_finished(
 
 
 def check_block_should_continue(
-    self,
+    self: Any,
     step_idx: int,
     masks_remaining: bool | Tensor,
     editing_enabled: bool,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from torch import Tensor
 
+from .functional import Device
 from .validation import check_run, loop_steps
 
 # Names that fields had in configs saved by earlier versions: {class: {then: now}}.
@@ -26,9 +26,10 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     config of any other, and keeps the rest in its config: A -> B -> A gives A's config back.
     """
 
-    order = 1  # diffusers: forward passes per timestep. The order of revealing is config.order.
-    num_inference_steps: int | None = None
-    timesteps: Tensor | None = None
+    config: Any  # diffusers': a dict whose keys are attributes too
+    order = 1  # diffusers': forward passes per timestep. The order of revealing is config.order.
+    num_inference_steps: Any = None  # T, an int once a run has begun
+    timesteps: Any = None  # int64 (T,), and more for a loop
     _memory: Any = None  # what a rule notes from step to step of a run
 
     @property
@@ -41,12 +42,7 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
         """Would this configuration ever remask a token?"""
         return True
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: Device = None, block_length: int | None = None) -> None:
         """Begin a run of `num_inference_steps` steps, and of `loop_steps` more if there is such a field.
 
         Args:
@@ -82,6 +78,7 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
 
 
 def _subclasses(kind: type) -> Iterator[type]:
+    below: type
     for below in kind.__subclasses__():
         yield below
         yield from _subclasses(below)

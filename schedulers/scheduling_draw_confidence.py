@@ -78,12 +78,12 @@ class DrawConfidenceScheduler(MDMSchedulerMixin):
         *,
         quality: Tensor | None = None,
         context: RunContext | None = None,
+        threshold: float | None = None,
         generation_mask: Tensor | None = None,
         mask_token_id: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        threshold: float | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .functional import Generators, lowest
+from .functional import Device, Generators, lowest
 from .mixin import MDMSchedulerMixin
 from .step import PrismSchedulerOutput, Step
-from .token_sampling import Logits, reveal
-from .validation import (
-    Order,
-    Temperature,
-    TokenId,
-    TopK,
-    TopP,
-    check_fields,
-    check_quality,
-    integer,
-    number,
-    require,
-)
+from .token_sampling import Logits
+from .validation import Order, Temperature, TokenId, TopK, TopP, check_fields, check_quality, integer, number, require
 
 # How sure the judge must be of a token before its being drawn again is no longer held against it.
 SURE = 0.999
@@ -106,12 +95,7 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
     ) -> None:
         check_fields(JudgeAndRepairScheduler, self.config)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        block_length: int | None = None,
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: Device = None, block_length: int | None = None) -> None:
         """Begin a run of at most `num_inference_steps` steps, `pool_factor` times as many for a row.
 
         Raises:
@@ -149,8 +133,8 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
         now = Step.of(
             self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
-        wanted = f"the quality head's probabilities, floats {tuple(sample.shape)}, as `sample`"
-        require(quality is not None, "quality", None, wanted)
+        if quality is None:
+            raise ValueError("`quality` must be the quality head's probabilities, got None. Pass a quality head.")
         check_quality(quality, sample)
         rows = self._memory
         if now.index == 0 or rows is None or rows.best.shape != sample.shape:
@@ -159,17 +143,8 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
         verdict = rows.judge(self.config, now, quality, left)
         filled, probs, unmasked = self._fill(now, rows, rows.due(now.masked, left))
         prev_sample = torch.where(verdict.restored, rows.best, filled).masked_fill(verdict.remasked, now.mask_token_id)
-        output = PrismSchedulerOutput(
-            prev_sample,
-            unmasked,
-            verdict.remasked,
-            filled[unmasked].long(),
-            probs[unmasked],
-            verdict.finished,
-            verdict.accepted,
-            verdict.restored,
-            verdict.judged,
-        )
+        tokens, probs = filled[unmasked].long(), probs[unmasked]
+        output = PrismSchedulerOutput(prev_sample, unmasked, verdict.remasked, tokens, probs, *verdict.ends)
         return output if return_dict else output.to_tuple()
 
     def _fill(self, now: Step, rows: _Rows, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,36 +153,22 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
         threshold = self.config.doubt_threshold if now.order == "confidence" else None
         filled, probs, unmasked = now.sample, torch.zeros(now.sample.shape, device=now.sample.device), now.nothing
         for repairing in (False, True):
-            masked = now.masked & (rows.repairing == repairing)[:, None]
-            sampling, penalty = now.sampling, None
+            some, penalty = replace(now, masked=now.masked & (rows.repairing == repairing)[:, None]), None
             if repairing:
-                sampling = now.sampling._replace(temperature=self.config.repair_temperature)
+                some = replace(some, sampling=some.sampling._replace(temperature=self.config.repair_temperature))
                 penalty = (rows.rejected, rows.penalty)
-            new, tokens, their_probs = reveal(
-                now.model_output,
-                masked,
-                n,
-                now.order,
-                sampling,
-                now.mask_token_id,
-                u_order,
-                u_token,
-                threshold,
-                penalty,
-            )
+            new, tokens, their_probs = some.reveal(n, u_order, u_token, threshold, penalty)
             filled = filled.masked_scatter(new, tokens.to(filled.dtype))
             probs, unmasked = probs.masked_scatter(new, their_probs), unmasked | new
         return filled, probs, unmasked
 
 
 class _Verdict(NamedTuple):
-    """What `_Rows.judge` decides: see `PrismSchedulerOutput`."""
+    """What `_Rows.judge` decides, see `PrismSchedulerOutput`; `ends` are its last four fields."""
 
-    finished: Tensor
-    accepted: Tensor
     remasked: Tensor
     restored: Tensor
-    judged: Tensor
+    ends: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -280,7 +241,7 @@ class _Rows:
         ends = self.done >= self.steps
         return torch.where(ends | (left == 0), rest, (rest - after).clamp(min=1))
 
-    def judge(self, config, now: Step, quality: Tensor, left: Tensor) -> _Verdict:
+    def judge(self, config: Any, now: Step, quality: Tensor, left: Tensor) -> _Verdict:
         """Steps 2 to 5 of the algorithm in rows without a mask. A repair is filled in the passes that follow."""
         bar = config.doubt_threshold
         working = now.generation_mask.any(-1) & ~self.finished  # (B,)
@@ -309,7 +270,7 @@ class _Rows:
         finished = ended | (working & (left == 0))
         self.finished = self.finished | finished
         self._begin_repairs(now.sample, q, repair, remasked, gain(chosen))
-        return _Verdict(finished, accepted, remasked, restored, judged)
+        return _Verdict(remasked, restored, (finished, accepted, restored, judged))
 
     def _note_best(self, sample: Tensor, q: Tensor, at: Tensor, full: Tensor) -> None:
         """Step 2: keep the canvas if it is the best so far, and note what share of its promise the repair kept."""

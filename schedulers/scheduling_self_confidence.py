@@ -83,12 +83,12 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         sample: Tensor,
         *,
         quality: Tensor | None = None,
+        threshold: float | None = None,
         generation_mask: Tensor | None = None,
         mask_token_id: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
-        threshold: float | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
@@ -116,9 +116,9 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         past = now.recall(self._memory) or _Past(now.sample, [], nothing, nothing)
         same = now.sample == past.sample
         if self.config.history is None:  # no list of all passes: T of them would cost T squared
-            total, count = past.total * same + p.nan_to_num(0.0), past.count * same + ~p.isnan()
-            self._memory = _Past(now.sample, [], total, count)
-            return total / count
+            total, times = past.total * same + p.nan_to_num(0.0), past.times * same + ~p.isnan()
+            self._memory = _Past(now.sample, [], total, times)
+            return total / times
         recent = [*(before.where(same, torch.nan) for before in past.recent), p][-self.config.history :]
         self._memory = _Past(now.sample, recent, nothing, nothing)
         return torch.stack(recent).nanmean(0)
@@ -133,4 +133,4 @@ class _Past(NamedTuple):
     sample: Tensor
     recent: list[Tensor]
     total: Tensor
-    count: Tensor
+    times: Tensor

@@ -150,36 +150,29 @@ class Step:
         return draw_at(self.model_output, positions, index, self.sampling, self.mask_token_id, u)[:2]
 
     def reveal(
-        self, n: Tensor, u_order: Tensor, u_token: Tensor, threshold: float | None = None
+        self,
+        n: Tensor,
+        u_order: Tensor,
+        u_token: Tensor,
+        threshold: float | None = None,
+        penalty: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill n masks of each row: which, bool (B, L), their tokens and probabilities, (N,). See `reveal`.
+        """Fill n masks of each row: which, bool (B, L), their tokens and probabilities, (N,).
 
-        With a threshold also all masks whose token is surer than it, and at least one.
+        With a threshold also all masks whose token is surer than it, and at least one. See `token_sampling.reveal`.
         """
         if threshold is not None:
             n = n.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
-        return reveal(
-            self.model_output,
-            self.masked,
-            n,
-            self.order,
-            self.sampling,
-            self.mask_token_id,
-            u_order,
-            u_token,
-            threshold,
-        )
+        where = (self.model_output, self.masked, n, self.order, self.sampling, self.mask_token_id)
+        return reveal(*where, u_order, u_token, threshold, penalty)
 
     def recall(self, memory: Memory | None) -> Memory | None:
         """What a rule noted in the step before; None where a run begins, or if its first tensor is not (B, L)."""
         fits = self.index > 0 and memory is not None and memory[0].shape == self.sample.shape
         return memory if fits else None
 
-    def output(
-        self, unmasked: Tensor, tokens: Tensor, probs: Tensor, remasked: Tensor, return_dict: bool = True
-    ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
+    def output(self, unmasked: Tensor, tokens: Tensor, probs: Tensor, remasked: Tensor) -> PrismSchedulerOutput:
         """The output of the step that wrote `tokens` at `unmasked` and put masks at `remasked`, bool (B, L) both."""
         filled = self.sample.masked_scatter(unmasked, tokens.to(self.sample.dtype))
         prev_sample = filled.masked_fill(remasked, self.mask_token_id)
-        output = PrismSchedulerOutput(prev_sample, unmasked, remasked, tokens, probs)
-        return output if return_dict else output.to_tuple()
+        return PrismSchedulerOutput(prev_sample, unmasked, remasked, tokens, probs)

@@ -1,13 +1,23 @@
 """Drawing tokens from logits, and filling masks with them.
 
+What drawing means, for logits (N, V) with the mask token at -inf and uniform numbers u (N,):
+
+    p     = softmax(logits)                     the model's own opinion, which is what confidence means
+    mass  = softmax(logits / temperature)       then 0 outside the top_k tokens, then 0 outside the nucleus of top_p
+    token = the first v with mass[0] + ... + mass[v] > u * sum(mass); after truncation the most likely v come first
+    prob  = p[token]
+
+`sample_tokens` is that. The rest of this file makes it fast: no sort of the vocabulary, short sums in float32, bounded
+memory, logits only where they are needed, and one wait for the device in a step.
+
 Plain functions on whole batches. B rows, L positions, V tokens; N positions taken out of (B, L) in row-major order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +49,9 @@ class Sampling(NamedTuple):
     top_k: int | None = None
 
 
+# --- drawing a token --------------------------------------------------------------------------------------------------
+
+
 def sample_tokens(
     logits: Tensor,
     temperature: float = 1.0,
@@ -50,6 +63,14 @@ def sample_tokens(
     generator: Generators = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution, in float32.
+
+    Example:
+        >>> logits, u = torch.randn(50, 9), torch.rand(50, 1)
+        >>> mass, ids = (logits / 0.7).softmax(-1).topk(3)
+        >>> first = (mass.cumsum(-1) > u * mass.sum(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+        >>> tokens, probs = sample_tokens(logits, temperature=0.7, top_k=3, u=u[:, 0])
+        >>> torch.equal(tokens, ids.gather(-1, first)[:, 0])
+        True
 
     Truncation follows the habit of transformers and diffusers: temperature first, then top_k, then top_p on what is
     left. A token of probability zero is never drawn.
@@ -78,14 +99,6 @@ def sample_tokens(
     drawn = [_sample(suppress(part, mask_token_id), sampling, some, None) for part, some in parts]
     tokens, probs, _ = (torch.cat(part) for part in zip(*drawn, strict=True))
     return tokens, probs
-
-
-def seeded_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
-    """A CPU generator for each row, seeded by `seed` and the row's number alone, not by its batch.
-
-    torch's CPU generator reads the low 32 bits of its seed: 2^32 / 1,000,003 seeds apart stay distinct.
-    """
-    return [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**32) for row in rows]
 
 
 def chunk_rows(vocab_size: int) -> int:
@@ -149,6 +162,9 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
 
 
+# --- the nucleus, without sorting the vocabulary ----------------------------------------------------------------------
+
+
 def _draw_from_nucleus(logits: Tensor, mass: Tensor, u: Tensor, top_p: float) -> Tensor:
     """Tokens (N,) from the smallest set of most likely tokens of each row that holds `top_p` of its `mass` (N, V).
 
@@ -185,6 +201,9 @@ def _surplus(mass: Tensor, total: Tensor, top_p: float) -> Tensor:
     return surplus
 
 
+# --- the first largest and the inverse of a cumulative sum, block by block --------------------------------------------
+
+
 def first_largest(values: Tensor) -> Tensor:
     """`values.argmax(-1)` of (N, V), the first of equals: as fast as `amax`, which on a CPU is ten times as fast."""
     block, size = _blocks(values, torch.Tensor.amax).argmax(-1), _block_size(values)
@@ -205,7 +224,7 @@ def _block_size(values: Tensor) -> int:
     return math.isqrt(values.shape[-1] - 1) + 1
 
 
-def _blocks(values: Tensor, reduce) -> Tensor:
+def _blocks(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     """`reduce` over each block of the last dimension of (N, V), (N, number of blocks); the last may be shorter."""
     size = _block_size(values)
     whole = values.shape[-1] // size * size
@@ -240,6 +259,9 @@ def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     index = (cumulative > target).to(torch.uint8).argmax(-1, keepdim=True)  # the first of equals
     end, width = cumulative.gather(-1, index), mass.gather(-1, index)
     return index[:, 0], (1 - (end - target) / width).clamp(0, 1)[:, 0]
+
+
+# --- which of the drawn tokens to write -------------------------------------------------------------------------------
 
 
 def order_score(p: Tensor, tokens: Tensor, order: str) -> Tensor:
@@ -287,12 +309,14 @@ def logit_chunks(
         index: the same as rows and columns, int64 of shape (N,) each, in row-major order.
         mask_token_id: the mask token.
     """
-    if isinstance(model_output, Tensor) or hasattr(model_output, "at"):
-        read = model_output.at if hasattr(model_output, "at") else lambda row, column: model_output[row, column]
-        size = chunk_rows(model_output.shape[-1])
+    source: Any = model_output
+    chunks: Iterable[Tensor]
+    if isinstance(source, Tensor) or hasattr(source, "at"):
+        read = source.at if hasattr(source, "at") else lambda row, column: source[row, column]
+        size = chunk_rows(source.shape[-1])
         chunks = (read(*part) for part in zip(*(which.split(size) for which in index), strict=True))
     else:
-        logits = model_output[positions]
+        logits = source[positions]
         chunks = logits.split(chunk_rows(logits.shape[-1]))
     # `LazyLogits` hold the mask token at -inf already, which saves a copy of them.
     without = None if getattr(model_output, "mask_token_id", None) == mask_token_id else mask_token_id
@@ -303,7 +327,7 @@ def logit_chunks(
 def draw_at(
     model_output: Logits,
     positions: Tensor,
-    index: tuple[Tensor, Tensor],
+    index: tuple[Tensor, ...],
     sampling: Sampling,
     mask_token_id: int,
     u: Tensor,
@@ -404,3 +428,14 @@ def reveal(
     unmasked = highest(score, masked, n)
     (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
     return unmasked, tokens[kept], probs[kept]
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def seeded_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """A CPU generator for each row, seeded by `seed` and the row's number alone, not by its batch.
+
+    torch's CPU generator reads the low 32 bits of its seed: 2^32 / 1,000,003 seeds apart stay distinct.
+    """
+    return [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**32) for row in rows]

@@ -26,7 +26,7 @@ def is_int(value: object, low: int, high: int = MOST) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def is_number(value: object, low: float, high: float = math.inf) -> bool:
+def is_number(value: Any, low: float, high: float = math.inf) -> bool:
     """Is it a finite number (no bool) in [low, high]?"""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and low <= value <= min(high, sys.float_info.max)
@@ -53,7 +53,7 @@ class Allowed(NamedTuple):
 def integer(low: int, high: int = MOST) -> Allowed:
     """An integer from `low` to `high`."""
     words = f"an integer of at least {low}" if high == MOST else f"an integer from {low} to {high:,}"
-    return Allowed(words, lambda value: is_int(value, low) and value <= high)
+    return Allowed(words, lambda value: is_int(value, low, high))
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Allowed:

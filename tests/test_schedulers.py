@@ -31,6 +31,7 @@ from prism_pipelines.schedulers import (
 )
 from prism_pipelines.schedulers.context import RunContext
 from prism_pipelines.schedulers.mixin import MDMSchedulerMixin
+from prism_pipelines.schedulers.token_sampling import sample_tokens
 from prism_pipelines.schedulers.validation import own_fields
 
 VOCAB, MASK = 5, 3
@@ -679,10 +680,10 @@ def test_a_config_saved_with_the_old_name_of_the_bar_means_the_same():
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_example_of_a_scheduler_gives_what_its_docstring_says(kind):
-    names = {**vars(schedulers), "torch": torch, "RunContext": RunContext}
-    example = doctest.DocTestParser().get_doctest(inspect.getdoc(kind), names, kind.__name__, None, 0)
+@pytest.mark.parametrize("documented", [*KINDS, sample_tokens])
+def test_the_example_of_a_docstring_gives_what_it_says(documented):
+    names = {**vars(schedulers), "torch": torch, "RunContext": RunContext, "sample_tokens": sample_tokens}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(documented), names, documented.__name__, None, 0)
     assert 3 <= len(example.examples) <= 5
     said = []
     failed, _ = doctest.DocTestRunner().run(example, out=said.append)
