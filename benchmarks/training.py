@@ -85,7 +85,7 @@ def llama(sizes: dict, device: str) -> LlamaForCausalLM:
 
 def denoiser_of(model) -> MaskedDenoiser:
     """The model with attention to both sides; its last id is the mask."""
-    spec = MDMSpec(mask_token_id=model.config.vocab_size - 1, mask_format="additive", native_class="LlamaForCausalLM")
+    spec = MDMSpec(mask_token_id=model.config.vocab_size - 1, mask_format="additive")
     return MaskedDenoiser(model, spec)
 
 

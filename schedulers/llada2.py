@@ -3,8 +3,8 @@
 That pipeline calls a scheduler once per forward pass on one block of the sequence, with the keyword arguments of
 diffusers' `BlockRefinementScheduler`, and asks it when a row and when a block is done. It writes a position only if
 `transfer_index` or `editing_transfer_index` is true there, so a remasking is reported as an edit whose new token is the
-mask. It cannot pass the quality of a token, nor say where `gen_length` ends inside the last block: `enable_prism`
-delivers both before each step. Checked with diffusers 0.42.
+mask. It cannot pass the quality of a token, nor say where `gen_length` ends inside the last block: `enable_prism` puts
+both into the scheduler's `inbox` before each step. Read in diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -53,8 +53,26 @@ class _Block:
 
     timestep: int = 0  # forward passes made; the pipeline's own count stands still while a block holds no mask
     full: Tensor | None = None  # rows of the block without a mask, bool (B,)
-    quality: Tensor | None = None  # of the forward pass just made, float (B, at least L)
-    wanted: Tensor | None = None  # what is not cut off after `gen_length`, bool (B, at least L)
+
+
+@dataclass
+class Inbox:
+    """What `LLaDA2Pipeline` cannot pass to a scheduler's next `step`. That step uses it up.
+
+    Args:
+        quality: of the tokens in the forward pass just made, float (B, W), of which the block is the last L positions;
+            None if nobody judged them.
+        kept: what is not cut off after `gen_length`, bool (B, W). The step writes nothing else. None if all is kept.
+    """
+
+    quality: Tensor | None = None
+    kept: Tensor | None = None
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """(quality, kept); the inbox is empty then."""
+        quality, kept = self.quality, self.kept
+        self.quality = self.kept = None
+        return quality, kept
 
 
 def runs_in_llada2_pipeline(cls: SchedulerClass) -> SchedulerClass:
@@ -69,7 +87,7 @@ def runs_in_llada2_pipeline(cls: SchedulerClass) -> SchedulerClass:
     @functools.wraps(own_set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own_set_timesteps(self, *args, **kwargs)
-        self._block = _Block()
+        self._block, self.inbox = _Block(), Inbox()
 
     @functools.wraps(own_step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,30 +122,6 @@ def resolve_threshold(config: Mapping[str, Any], threshold: float | None) -> flo
     threshold = config["threshold"] if threshold is None else threshold
     require(is_number(threshold, 0), "threshold", threshold, "a number of at least 0")
     return threshold
-
-
-def deliver_quality(scheduler: Any, quality: Tensor | None) -> None:
-    """Give a scheduler the quality of the forward pass that its next `step` belongs to; that step uses it up.
-
-    Args:
-        scheduler: one in a run. Others, also such as cannot run in `LLaDA2Pipeline`, are left alone.
-        quality: float of shape (B, W), of which the block is the last L positions; None to take it back.
-    """
-    block = getattr(scheduler, "_block", None)
-    if isinstance(block, _Block):
-        block.quality = quality
-
-
-def deliver_wanted(scheduler: Any, wanted: Tensor | None) -> None:
-    """Tell a scheduler which positions are kept; its next `step` writes no other, and uses this up.
-
-    Args:
-        scheduler: as `deliver_quality`.
-        wanted: bool of shape (B, W), of which the block is the last L positions; None if all are.
-    """
-    block = getattr(scheduler, "_block", None)
-    if isinstance(block, _Block):
-        block.wanted = wanted
 
 
 def _step_in_block(
@@ -165,10 +159,9 @@ def _step_in_block(
         fits = prompt_mask.dtype == torch.bool and prompt_mask.shape == sample.shape[1:]
         require(fits, "prompt_mask", given, f"torch.bool {tuple(sample.shape[1:])}, one for each token of the block")
         generation_mask &= ~prompt_mask
-    quality, wanted = block.quality, block.wanted
-    block.quality = block.wanted = None
-    if wanted is not None:
-        generation_mask &= wanted[:, -sample.shape[1] :].to(sample.device)
+    quality, kept = scheduler.inbox.take() if hasattr(scheduler, "inbox") else (None, None)
+    if kept is not None:
+        generation_mask &= kept[:, -sample.shape[1] :].to(sample.device)
     output = own_step(
         scheduler,
         model_output,

@@ -19,7 +19,7 @@ def build(way):
     if way == "lora":
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model.add_adapter(config, adapter_name="prism")
-    spec = MDMSpec(mask_token_id=39, mask_format="additive", native_class="LlamaForCausalLM")
+    spec = MDMSpec(mask_token_id=39, mask_format="additive")
     head = QualityHead(32, "mlp")
     return PRISMObjective(MaskedDenoiser(model, spec), head, num_revealed=3, freeze_backbone=way == "frozen").train()
 

@@ -15,7 +15,7 @@ from test_pipeline_heads import save_base, save_head, tokens
 
 from prism_pipelines import PrismPipeline, QualityHead
 from prism_pipelines.hub.adapters import active_adapters, adapter_names
-from prism_pipelines.hub.fingerprints import lasting_fingerprint, signs_fingerprint, weights_fingerprint
+from prism_pipelines.hub.fingerprints import portable_fingerprint, signs_fingerprint, weights_fingerprint
 from prism_pipelines.hub.publish import save_head_repo
 
 IDS = torch.full((1, 6), 2)
@@ -329,10 +329,10 @@ def test_a_fingerprint_is_the_same_in_bfloat16_and_with_adapters_and_differs_for
     base, head, _ = repos
     model = PrismPipeline.from_pretrained(base).model
     mark = weights_fingerprint(model)
-    assert lasting_fingerprint(PrismPipeline.from_pretrained(base, quality_head=head).model) == mark
-    assert lasting_fingerprint(PrismPipeline.from_pretrained(base, dtype=torch.bfloat16).model) == mark
+    assert portable_fingerprint(PrismPipeline.from_pretrained(base, quality_head=head).model) == mark
+    assert portable_fingerprint(PrismPipeline.from_pretrained(base, dtype=torch.bfloat16).model) == mark
     half = PrismPipeline.from_pretrained(base, dtype=torch.float16).model
-    assert lasting_fingerprint(half) is None
+    assert portable_fingerprint(half) is None
     embedding, whole = signs_fingerprint(model).split("-")
     assert signs_fingerprint(half) == f"{embedding}-{whole}"
     half.hf_quantizer = object()  # quantized weights have no signs; embeddings are kept
@@ -395,9 +395,9 @@ def test_a_missing_tensor_a_damaged_file_and_broken_json_are_named(repos, tmp_pa
         path = tmp_path / "head" / name
         kept = path.read_text()
         for broken, words in (
-            ("{", "is no JSON"),
+            ("{", "is not JSON"),
             ("[1]", "must be a JSON object, got a list"),
-            ("[" * 10**5, "no JSON"),
+            ("[" * 10**5, "not JSON"),
         ):
             path.write_text(broken)
             with pytest.raises(ValueError, match=f"{name}.*{words}"):
@@ -471,7 +471,7 @@ def test_other_kinds_of_adapters_and_initialisations_are_refused_with_the_reason
     base, _, sft = repos
     config = tmp_path / "sft" / "adapter_config.json"
     kept = json.loads(config.read_text())
-    for values, words in (({"peft_type": "IA3"}, "is a IA3"), ({"init_lora_weights": "pissa"}, "weights that changed")):
+    for values, words in (({"peft_type": "IA3"}, "is a IA3"), ({"init_lora_weights": "pissa"}, "changed the weights")):
         config.write_text(json.dumps(kept | values))
         with pytest.raises(ValueError, match=words):
             PrismPipeline.from_pretrained(base).load_lora_weights(sft)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_generate_many import CHAT, pipeline
 from tokenizers.processors import TemplateProcessing
 
-from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines import CheckpointRecipe, MDLMScheduler, MDMSpec, PrismPipeline, PrismScheduler, QualityHead
 from prism_pipelines.sampling.canvas import canvas_of_prompt
 from prism_pipelines.sampling.encoding import prompt_ids
 
@@ -232,7 +232,8 @@ def test_a_wrong_spec_is_refused_when_it_is_passed(wrong, says):
 
 def test_a_spec_that_does_not_say_how_the_config_names_its_sizes():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM needs \['hidden_size', 'num_hidden_layers'\]"):
-        PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec=MDMSpec(MASK, native_class="LlamaForCausalLM"))
+        spec = MDMSpec(MASK, recipe=CheckpointRecipe("LlamaForCausalLM"))
+        PrismPipeline.from_pretrained(checkpoint("llada"), mdm_spec=spec)
 
 
 def test_a_spec_that_is_no_spec():

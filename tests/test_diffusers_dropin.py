@@ -100,7 +100,7 @@ def test_the_delivered_quality_is_that_of_our_own_pipeline(architecture):
     step, pairs = pipe.scheduler.step, []
 
     def spy(**arguments):
-        delivered = pipe.scheduler._block.quality[:, -arguments["sample"].shape[1] :].clone()
+        delivered = pipe.scheduler.inbox.quality[:, -arguments["sample"].shape[1] :].clone()
         output = step(**arguments)
         pairs.append((arguments["sample"].clone(), delivered, output))
         return output
@@ -477,7 +477,7 @@ def test_a_head_that_looks_around_does_not_see_padding():
     for padding in (1, 2):
         ids = torch.tensor([[padding, padding, 3, 4, 5, 6]])
         pipe.model(ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]]), position_ids=torch.arange(6)[None])
-        delivered.append(pipe.scheduler._block.quality)
+        delivered.append(pipe.scheduler.inbox.quality)
     torch.testing.assert_close(delivered[0][:, 2:], delivered[1][:, 2:])
 
 

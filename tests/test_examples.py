@@ -106,7 +106,9 @@ def test_language_models_with_a_head(authors_hub, tmp_path):
 
 
 def test_a_folder_of_mdlm_downloads_no_tokenizer(authors_hub, tmp_path):
-    with pytest.warns(UserWarning, match="has no tokenizer, and that of 'openai-community/gpt2' cannot be had"):
+    with pytest.warns(
+        UserWarning, match="has no tokenizer, and the one of 'openai-community/gpt2' cannot be downloaded"
+    ):
         pipe = PrismPipeline.from_pretrained(tmp_path / "mdlm")
     assert pipe.tokenizer is None and not authors_hub.requests
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
@@ -124,6 +126,6 @@ def test_the_docs_list_every_family_with_its_facts():
     for key, spec in FAMILIES.items():
         assert str(spec.mask_token_id) in rows[key]
         assert ("i - 1" in rows[key]) == (spec.logit_shift == 1)
-        assert ("untested" in rows[key]) == (not spec.tested)
-        assert (spec.native_class or "remote code") in rows[key] or "native masked LM" in rows[key]
+        assert ("untested" in rows[key]) == (not spec.recipe.tested)
+        assert (spec.recipe.native_class or "remote code") in rows[key] or "native masked LM" in rows[key]
         assert (f"block-causal, {spec.block_length}" in rows[key]) == (spec.attention == "block_causal")

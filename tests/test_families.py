@@ -36,12 +36,12 @@ from family_twins import (
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from prism_pipelines import FAMILIES, MDMSpec, PrismPipeline, QualityHead, resolve_spec
+from prism_pipelines import FAMILIES, CheckpointRecipe, MDMSpec, PrismPipeline, QualityHead, resolve_spec
 from prism_pipelines.models.families import family_of
 
 
 def test_every_row_that_calls_itself_tested_is_tested_here():
-    assert set(CHECKPOINTS) == {family for family, row in FAMILIES.items() if row.tested}
+    assert set(CHECKPOINTS) == {family for family, row in FAMILIES.items() if row.recipe.tested}
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
@@ -71,7 +71,9 @@ def test_a_saved_pipeline_gives_the_same_logits_under_native_names(family, tmp_p
     # transformers reads what was saved by itself, with nothing missing and nothing left over, but for the bias that
     # MDLM's output head has and GPT-NeoX's lacks.
     plain, info = type(pipe.model).from_pretrained(tmp_path / "saved" / "model", output_loading_info=True)
-    left = info["unexpected_keys"] - ({"lm_head.bias", "embed_out.bias"} if FAMILIES[family].fold_time else set())
+    left = info["unexpected_keys"] - (
+        {"lm_head.bias", "embed_out.bias"} if FAMILIES[family].recipe.fold_time else set()
+    )
     assert not (left or info["missing_keys"] or info["mismatched_keys"])
     ours = pipe.model.state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in plain.state_dict().items())
@@ -81,8 +83,9 @@ def test_a_saved_pipeline_gives_the_same_logits_under_native_names(family, tmp_p
 
 def test_a_spec_of_the_users_own_loads_an_unknown_family(tmp_path):
     folder = save_qwen(tmp_path, "theirs", tied=False, biases=False, qk_norm=True)
-    facts = {"native_class": "Qwen3ForCausalLM", "mask_format": "additive", "extra_inputs": ("position_ids",)}
-    pipe = PrismPipeline.from_pretrained(folder, mdm_spec=MDMSpec(MASK, **facts))
+    facts = {"mask_format": "additive", "extra_inputs": ("position_ids",)}
+    spec = MDMSpec(MASK, **facts, recipe=CheckpointRecipe("Qwen3ForCausalLM"))
+    pipe = PrismPipeline.from_pretrained(folder, mdm_spec=spec)
     ids, weights = some_ids(), load_file(folder / "model.safetensors")
     everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
     assert_close(aligned(pipe, ids), gated_transformer(weights, QWEN_WORDS, ids, everything, 1e6, 1e-6))
@@ -119,7 +122,7 @@ def test_a_word_of_a_row_is_looked_for_in_the_name_of_the_checkpoint_alone(name,
 
 def test_an_architecture_tells_two_models_of_one_type_apart():
     moe = SimpleNamespace(model_type="llada", architectures=["LLaDAMoEModelLM"], vocab_size=157184)
-    assert resolve_spec(moe, name="here").native_class == "Qwen3MoeForCausalLM"
+    assert resolve_spec(moe, name="here").recipe.native_class == "Qwen3MoeForCausalLM"
     assert resolve_spec(moe, name="here").mask_token_id == 156895
     dense = SimpleNamespace(model_type="llada", architectures=["LLaDAModelLM"])
     assert family_of(dense, "here") is FAMILIES["llada"]
@@ -135,7 +138,7 @@ def test_models_of_a_shared_type_are_told_apart_or_not_guessed(tmp_path):
         resolve_spec(SimpleNamespace(model_type="llama", architectures=["LlamaForCausalLM"]), name="run7")
     reasoner = SimpleNamespace(model_type="Dream", block_size=32, mask_token_id=151669, vocab_size=151936)
     spec = resolve_spec(reasoner, name="Dream-org/DreamReasoner-8B")
-    assert (spec.native_class, spec.logit_shift, spec.block_length) == ("Qwen3ForCausalLM", 0, 32)
+    assert (spec.recipe.native_class, spec.logit_shift, spec.block_length) == ("Qwen3ForCausalLM", 0, 32)
     illada = resolve_spec(SimpleNamespace(model_type="illada", vocab_size=155136))
     assert (illada.mask_token_id, illada.attention) == (5, "bidirectional")
 
@@ -199,7 +202,7 @@ def test_llada_may_give_its_vocabulary_by_either_name(tmp_path):
 def test_untested_specs_say_so_and_remote_code_is_not_run(tmp_path):
     config = {"model_type": "novel", "vocab_size": V, "auto_map": {"AutoModel": "modeling.Model"}}
     write(tmp_path, config, {"x": torch.zeros(1)})
-    spec = MDMSpec(MASK, tested=False)
+    spec = MDMSpec(MASK, recipe=CheckpointRecipe(tested=False))
     with pytest.warns(UserWarning, match="no test compares"), pytest.raises(ValueError, match="trust_remote_code=True"):
         PrismPipeline.from_pretrained(tmp_path, mdm_spec=spec)
 
@@ -264,7 +267,7 @@ def test_the_dtype_may_be_named_and_must_be_floating(family):
 
 @pytest.mark.parametrize("family", ["llada", "Dream", "esm"])
 def test_a_quantization_config_reaches_transformers(family, monkeypatch):
-    native = getattr(transformers, FAMILIES[family].native_class)
+    native = getattr(transformers, FAMILIES[family].recipe.native_class)
     given = {}
 
     def stop(path, **options):
@@ -288,18 +291,18 @@ def test_a_causal_model_by_mistake(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="No mask token is known"):
         PrismPipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no masked language model of transformers"):
+    with pytest.raises(ValueError, match="not a masked language model of transformers"):
         PrismPipeline.from_pretrained(tmp_path, mask_token_id=MASK)
     with pytest.raises(ValueError, match="is causal: its first position"):
-        PrismPipeline.from_pretrained(tmp_path, mdm_spec=MDMSpec(MASK, native_class="LlamaForCausalLM"))
-    additive = MDMSpec(MASK, native_class="LlamaForCausalLM", mask_format="additive")
+        PrismPipeline.from_pretrained(tmp_path, mdm_spec=MDMSpec(MASK))
+    additive = MDMSpec(MASK, mask_format="additive")
     PrismPipeline.from_pretrained(tmp_path, mdm_spec=additive)
 
 
 @pytest.mark.parametrize(
     ("family", "changed", "says"),
     [
-        ("esm", {"dplm_type": "dplm2_esm"}, "two modalities"),
+        ("esm", {"dplm_type": "dplm2_esm"}, "dplm_type 'dplm2_esm'"),
         ("mdlm", {"time_conditioning": True}, "time_conditioning True"),
         ("bd3lm", {"causal": True}, "causal True"),
         ("llada", {"attention_layer_norm": True}, "attention_layer_norm True"),
@@ -399,7 +402,7 @@ def test_esm_refuses_a_row_of_masks_alone():
 
 
 def test_a_bidirectional_model_that_calls_itself_block_causal():
-    encoder = MDMSpec(MASK, native_class="BertForMaskedLM", mask_format="padding").to_dict()
+    encoder = MDMSpec(MASK, mask_format="padding").to_dict()
     with pytest.raises(ValueError, match="block-causal model needs mask_format"):
         load(checkpoint("bert"), mdm_spec=encoder | {"attention": "block_causal", "block_length": 4})
 

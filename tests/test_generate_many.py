@@ -43,7 +43,7 @@ def pipeline(scheduler=None, head=True, **more):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    spec = MDMSpec(28, native_class="LlamaForCausalLM", mask_format="additive", extra_inputs=("position_ids",))
+    spec = MDMSpec(28, mask_format="additive", extra_inputs=("position_ids",))
     quality_head = QualityHead(32, "mlp") if head else None
     scheduler = scheduler or (PrismScheduler(num_remask=2) if head else MDLMScheduler())
     pipe = PrismPipeline(model, tokenizer(**more), quality_head, scheduler, mdm_spec=spec)

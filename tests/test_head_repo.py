@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from family_twins import H, load, save_llada
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import BertConfig, BertForMaskedLM
 
@@ -144,9 +144,9 @@ def test_a_base_in_a_folder_works_here_and_is_refused_for_the_hub(base, tmp_path
     pipe = trained(base, name=str(base))
     folder = save_head_repo(pipe, tmp_path / "head")
     assert torch.equal(generate(PrismPipeline.from_pretrained(str(folder))), generate(pipe))
-    with pytest.raises(ValueError, match="no id on the Hub"):
+    with pytest.raises(ValueError, match="not an id on the Hub"):
         pipe.push_to_hub(HEAD)
-    with pytest.raises(ValueError, match="no id on the Hub"):
+    with pytest.raises(ValueError, match="not an id on the Hub"):
         pipe.push_to_hub(HEAD, what="pipeline")
 
 
@@ -158,9 +158,9 @@ def test_the_card_says_what_is_known_and_its_snippet_runs(hub, base, tmp_path):
     push_head_repo(trained(base), HEAD, facts=facts)
     files = hub.files(HEAD)
     card = files["README.md"].decode()
-    header = yaml.safe_load(card.split("---")[1])
-    assert header["base_model"] == BASE and header["library_name"] == "peft" and header["license"] == "mit"
-    assert {"lora", "prism", "masked-diffusion", "diffusers"} <= set(header["tags"])
+    header = ModelCard(card).data
+    assert header.base_model == BASE and header.library_name == "peft" and header.license == "mit"
+    assert {"lora", "prism", "masked-diffusion", "diffusers"} <= set(header.tags)
     assert "some/data" in card and "--rank 2" in card and "| eval_auroc | 0.875 |" in card and "eval_ece" not in card
     assert "PrismScheduler(num_remask=3, order='confidence')" in card and "calibration.png" in files
     for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
@@ -169,7 +169,7 @@ def test_the_card_says_what_is_known_and_its_snippet_runs(hub, base, tmp_path):
 
 
 def test_a_card_without_facts_invents_none(base):
-    card = model_card(trained(base, lora=False), BASE, None, None, {})
+    card = model_card(trained(base, lora=False), BASE, None, None, {}).content
     assert "Training" not in card and "metrics" not in card and "license" not in card and "no adapter" in card
 
 
@@ -184,7 +184,7 @@ def test_the_adapter_snippet_of_a_base_that_is_a_saved_pipeline_runs(hub, base):
 def test_the_card_of_a_critic_does_not_claim_what_prism_means(base):
     pipe = trained(base, lora=False)
     pipe.scheduler = TokenCriticScheduler()
-    card = model_card(pipe, BASE, None, None, {})
+    card = model_card(pipe, BASE, None, None, {}).content
     assert "# Token-Critic quality head" in card and "2209.04439" in card
     assert "visible token is right" not in card and "2510.01384" not in card
 
@@ -209,7 +209,7 @@ def test_a_key_mapped_family_shares_its_head_too(hub, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"what": "adapter"}, '`what` must be "head" or "pipeline"'), ({"base_model": "./here"}, "no id on the Hub")],
+    [({"what": "adapter"}, '`what` must be "head" or "pipeline"'), ({"base_model": "./here"}, "not an id on the Hub")],
 )
 def test_wrong_arguments_are_named(base, arguments, words):
     with pytest.raises(ValueError, match=words):

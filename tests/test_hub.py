@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from examples.local_hub import LocalHub
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
-from prism_pipelines.hub.backbones import with_split_weights
+from prism_pipelines.models.transformers_patches import with_split_weights
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 BASE, HEAD, PIPE = "them/tiny-llada", "me/tiny-llada-prism", "me/tiny-pipeline"

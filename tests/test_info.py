@@ -102,12 +102,12 @@ def test_info_of_a_family(family, capsys):
     assert main(["info", str(checkpoint(family)), "--mask-token-id", str(MASK), "--json"]) == 0
     facts, row = json.loads(capsys.readouterr().out)["facts"], FAMILIES[family]
     _, block, shift = CHECKPOINTS[family]
-    assert facts["class"] == f"{row.native_class} (native)"
+    assert facts["class"] == f"{row.recipe.native_class} (native)"
     assert facts["mask_token_id"] == f"{MASK} (given)"
     assert facts["attention"] == (f"block_causal, blocks of {block}" if block else "bidirectional")
     assert facts["logit_shift"] == str(shift)
     assert facts["attention mask"].startswith(row.mask_format)
-    assert facts["keys renamed"] == (f"{len(row.key_mapping)} rules" if row.key_mapping else "no")
+    assert facts["keys renamed"] == (f"{len(row.recipe.key_mapping)} rules" if row.recipe.key_mapping else "no")
     assert facts["LoRA targets"] == ", ".join(row.lora_targets)
     assert facts["source"] == row.source and facts["tested"] == "against an independent reference"
     assert facts["quality head"] == "none" and "SelfConfidenceScheduler" in facts["remasking"]

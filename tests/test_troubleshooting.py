@@ -24,7 +24,6 @@ MESSAGES = {
     "ties them": "hub/convert.py",
     "and the model has rows for": "models/probes.py",
     "cannot be reached": "hub/files.py",
-    "is no JSON": "hub/files.py",
     "must be a JSON object": "hub/files.py",
     "has a wrong config.json": "hub/heads.py",
     "does not fit its config.json": "hub/heads.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING
@@ -73,16 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(pipe: PrismPipeline, args: argparse.Namespace) -> dict[str, str]:
     """What is in use and where each fact comes from, in words."""
-    from ..models.families import MDMSpec
+    from ..models.families import recipe_of
 
-    spec = MDMSpec.from_dict(pipe.config.mdm_spec)
+    spec, recipe = pipe.spec, recipe_of(pipe.spec)
     head, count = pipe.quality_head, sum(parameter.numel() for parameter in pipe.model.parameters())
-    defaults = {field.name: field.default for field in dataclasses.fields(MDMSpec)}
-    rules = spec.key_mapping
-    renamed = "no" if rules is None or rules is defaults["key_mapping"] else f"{len(rules)} rules"
+    native = type(pipe.model).__module__.startswith("transformers.")
     facts = {
         "model": f"{args.model}, {count / 1e6:,.1f} M parameters, {str(pipe.model.dtype).removeprefix('torch.')}",
-        "class": type(pipe.model).__name__ + (" (native)" if spec.native_class else " (named by the checkpoint)"),
+        "class": type(pipe.model).__name__ + (" (native)" if native else " (named by the checkpoint)"),
         "tokenizer": "none"
         if pipe.tokenizer is None
         else f"{type(pipe.tokenizer).__name__}, {len(pipe.tokenizer)} ids",
@@ -90,10 +87,10 @@ def describe(pipe: PrismPipeline, args: argparse.Namespace) -> dict[str, str]:
         "attention": spec.attention + (f", blocks of {spec.block_length}" if spec.block_length else ""),
         "logit_shift": str(spec.logit_shift),
         "attention mask": spec.mask_format + (f", with {', '.join(spec.extra_inputs)}" if spec.extra_inputs else ""),
-        "keys renamed": renamed,
+        "keys renamed": f"{len(recipe.key_mapping)} rules" if recipe.key_mapping else "no",
         "LoRA targets": ", ".join(spec.lora_targets) or "not known",
         "source": spec.source or "passed by the caller",
-        "tested": "against an independent reference" if spec.tested else "NO: compare with the authors' own code",
+        "tested": "against an independent reference" if recipe.tested else "NO: compare with the authors' own code",
         "quality head": f"{head.config.architecture}, hidden size {head.config.hidden_size}" if head else "none",
         "context": context_read(pipe),
         "remasking": remasking(pipe),

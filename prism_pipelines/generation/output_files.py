@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from ..atomic_files import atomic_file
-from ..hub.files import module_digest
+from ..hub.fingerprints import module_digest
 
 if TYPE_CHECKING:
     from ..pipeline_prism import PrismPipeline

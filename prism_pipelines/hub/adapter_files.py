@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models.checks import non_finite
 from ..models.convert_mdlm import LAYER_NAMES, fold_lora
+from ..models.families import recipe_of
+from ..models.spec import MDMSpec
 from ..schedulers.validation import is_number
 from .files import fetch_file, inside, read_json, tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the names of the base model
-NOTHING = ("none", None, False, [], {})
-# Fields of an adapter's config by which it is more than LoRA, and why that cannot be loaded beside others.
+NOTHING: tuple[object, ...] = ("none", None, False, [], {})
+# Fields of an adapter's config that make it more than LoRA, and why it cannot be loaded then.
 MORE_THAN_LORA = {
     "bias": "it trains biases of the base model",
     "modules_to_save": "it replaces whole layers of the base model, such as embeddings with rows for new tokens",
@@ -26,8 +28,8 @@ MORE_THAN_LORA = {
     "target_parameters": "it changes parameters that are no layers",
 }
 LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
-LARGEST_ALPHA = 1e6  # beyond, float16 overflows for any weights
-PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")  # others subtract something from the base's weights
+LARGEST_ALPHA = 1e6  # above it, float16 overflows for any weights
+PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")  # all others change the base's weights
 MERGE = (
     "Merge it into its base with PEFT (PeftModel.from_pretrained(base, adapter).merge_and_unload()), save that, and "
     "load the folder as a model."
@@ -37,46 +39,48 @@ MERGE = (
 class AdapterFiles(NamedTuple):
     """An adapter that was read: PEFT's config, and weights under the names of the model that takes it."""
 
-    config: object
+    config: Any
     weights: dict[str, Tensor]
 
 
-def read_adapter(path: str, subfolder: str, hub_kwargs: dict, model, spec=None) -> AdapterFiles:
+def read_adapter(
+    path: str, subfolder: str, hub_kwargs: dict[str, Any], model: Any, spec: MDMSpec | None = None
+) -> AdapterFiles:
     """The LoRA adapter of a folder or repository, fitted to the names of a model.
 
-    Sizes are compared with the file's header before a weight is read, and before a layer is made.
+    Sizes are compared with the header of the file before any weight is read and any layer is made.
 
     Args:
         path, subfolder: of adapter_config.json and adapter_model.safetensors.
         hub_kwargs: revision, cache_dir, token, local_files_only.
         model: transformers model that will take it.
-        spec: its `MDMSpec`, whose key_mapping and split_weights rename what authors' code calls its layers; or None.
+        spec: its `MDMSpec`, whose recipe renames the layers of adapters that were made with the authors' code; or None.
     Raises:
-        OSError: its weights are not safetensors.
+        OSError: there are no safetensors weights.
         ValueError: it is more than LoRA; its weights do not fit the model or its config; or one is NaN or inf.
     """
     file = fetch_file(path, inside(subfolder, WEIGHTS), hub_kwargs)
     if file is None:
         raise OSError(f"The adapter of {path!r} has no {inside(subfolder, WEIGHTS)}.")
-    config_dict = read_json(path, inside(subfolder, CONFIG), hub_kwargs)
+    config_dict = read_json(path, inside(subfolder, CONFIG), hub_kwargs) or {}
     check_kind(config_dict, path)
     shapes = tensor_shapes(file)
     if other := sorted(name for name in shapes if ".lora_" not in name):
         raise ValueError(
-            f"The adapter of {path!r} holds {other[:3]}, which are no LoRA: "
+            f"The adapter of {path!r} holds {other[:3]}, which are not LoRA: "
             f"{MORE_THAN_LORA['modules_to_save']}. {MERGE}"
         )
     names = {name: native_names(name, spec) for name in shapes}
     check_fit(path, config_dict, {new: shapes[old] for old, news in names.items() for new in news}, model, spec)
     weights = load_file(file)
-    if spec is not None and spec.fold_time:
+    if recipe_of(spec).fold_time:
         authors = {name: name.removeprefix(PREFIX) for name in names if names[name] != [name.removeprefix(PREFIX)]}
         weights |= {name: fold_lora(plain, weights[name], model) for name, plain in authors.items()}
     if whole := [key for key, value in weights.items() if not value.is_floating_point()]:
-        raise ValueError(f"The adapter of {path!r} is no LoRA: {whole[0]} is {weights[whole[0]].dtype}, not a float.")
+        raise ValueError(f"The adapter of {path!r} is not LoRA: {whole[0]} is {weights[whole[0]].dtype}, not a float.")
     if bad := non_finite(weights.items()):
         raise ValueError(f"A weight of the adapter of {path!r} holds NaN or inf: {bad}. Load another adapter.")
-    fitted = {}
+    fitted: dict[str, Tensor] = {}
     for old, news in names.items():
         parts = split_rows(weights[old], news, model) if len(news) > 1 else [weights[old]]
         fitted |= {PREFIX + new: part for new, part in zip(news, parts, strict=True)}
@@ -84,8 +88,8 @@ def read_adapter(path: str, subfolder: str, hub_kwargs: dict, model, spec=None) 
     return AdapterFiles(peft_config(config_dict, names if renamed else None), fitted)
 
 
-def check_kind(config_dict: dict, path: str) -> None:
-    """Raise a ValueError if an adapter's config is not one of LoRA (DoRA and rsLoRA are), with the reason."""
+def check_kind(config_dict: dict[str, Any], path: str) -> None:
+    """Raise a ValueError, with the reason, if an adapter's config is not LoRA. DoRA and rsLoRA are."""
     kind = config_dict.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"The adapter of {path!r} is a {kind}; LoRA (and DoRA) adapters are supported.")
@@ -95,7 +99,7 @@ def check_kind(config_dict: dict, path: str) -> None:
     init = config_dict.get("init_lora_weights", True)
     if init not in PLAIN_INIT:
         raise ValueError(
-            f"The adapter of {path!r} has init_lora_weights={init!r}: it belongs to a base whose weights that changed. "
+            f"The adapter of {path!r} has init_lora_weights={init!r}: its training changed the weights of the base. "
             "Save it as plain LoRA (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))."
         )
 
@@ -105,34 +109,35 @@ def module_of(name: str) -> str:
     return name.removeprefix(PREFIX).split(".lora_")[0]
 
 
-def native_names(name: str, spec) -> list[str]:
-    """Names that a weight of an adapter has in a model; several where the authors' layer is cut in parts here.
+def native_names(name: str, spec: MDMSpec | None) -> list[str]:
+    """Names of an adapter's weight in a model. There are several where the authors' layer is cut in parts here.
 
-    Adapters that were made with the authors' own code name their layers as that does (LLaDA: attn_out, ff_proj).
+    Adapters made with the authors' own code have the layer names of that code (LLaDA: attn_out, ff_proj).
     """
     plain = name.removeprefix(PREFIX)
-    renames = LAYER_NAMES if spec is not None and spec.fold_time else ((spec and spec.key_mapping) or {})
-    for pattern, replacement in renames.items():
+    recipe = recipe_of(spec)
+    for pattern, replacement in (LAYER_NAMES if recipe.fold_time else recipe.key_mapping or {}).items():
         plain = re.sub(pattern, replacement, plain)
     module, _, rest = plain.partition(".lora_")
-    for whole, parts in ((spec and spec.split_weights) or {}).items():
+    for whole, parts in (recipe.split_weights or {}).items():
         end = whole.removesuffix(".weight")
         if module.endswith(end):
             start = module.removesuffix(end)
             return [f"{start}{part.removesuffix('.weight')}.lora_{rest}" for part in parts]
-    if rest == "magnitude_vector":  # of DoRA: a module in memory, which PEFT saves as a bare tensor
+    if rest == "magnitude_vector":  # DoRA: PEFT saves the weight of this module under the module's own name
         rest = "magnitude_vector.weight"
     return [f"{module}.lora_{rest}"] if rest else [plain]
 
 
-def split_rows(value: Tensor, names: list[str], model) -> list[Tensor]:
-    """A LoRA weight of a layer that is cut in parts by its rows: B and magnitudes are cut, A is the same for all."""
+def split_rows(value: Tensor, names: list[str], model: Any) -> list[Tensor]:
+    """The parts of a LoRA weight whose layer is cut by its rows: B and magnitudes are cut, A is the same for all."""
     if ".lora_A." in names[0]:
         return [value.clone() for _ in names]
-    return list(value.split([output_size(layer_of(model, name)) for name in names]))
+    layers = [layer_of(model, name) for name in names]
+    return list(value.split([output_size(layer) for layer in layers if layer is not None]))
 
 
-def layer_of(model, name: str) -> nn.Module | None:
+def layer_of(model: Any, name: str) -> nn.Module | None:
     """The layer of a model that a LoRA weight belongs to, below PEFT's wrapper; None if there is none."""
     try:
         layer = model.get_submodule(module_of(name))
@@ -141,18 +146,20 @@ def layer_of(model, name: str) -> nn.Module | None:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def output_size(layer: nn.Module) -> int:
-    """Numbers that a linear layer gives; transformers' Conv1D keeps its weight transposed."""
+def output_size(layer: Any) -> int:
+    """Output features of a linear layer. transformers' Conv1D keeps its weight transposed."""
     return getattr(layer, "out_features", None) or layer.weight.shape[1]
 
 
-def input_size(layer: nn.Module) -> int:
-    """Numbers that a linear layer takes."""
+def input_size(layer: Any) -> int:
+    """Input features of a linear layer."""
     return getattr(layer, "in_features", None) or layer.weight.shape[0]
 
 
-def check_fit(path: str, config_dict: dict, shapes: dict[str, tuple], model, spec) -> None:
-    """Raise a ValueError if the weights that a file lists are not those that its config speaks of in a model."""
+def check_fit(
+    path: str, config_dict: dict[str, Any], shapes: dict[str, tuple[int, ...]], model: Any, spec: MDMSpec | None
+) -> None:
+    """Raise a ValueError if the weights in a file do not fit its config, or the layers of a model."""
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config_dict.get(name) or {}, dict):
             raise ValueError(
@@ -170,12 +177,15 @@ def check_fit(path: str, config_dict: dict, shapes: dict[str, tuple], model, spe
             f"The adapter of {path!r} has rank {config_dict.get('r')!r}; a rank is an integer of at least 1."
         )
     if flat := [name for name, shape in shapes.items() if LORA_MATRIX.search(name) and len(shape) < 2]:
-        raise ValueError(f"The adapter of {path!r} is damaged: {flat[0]} is no matrix, {shapes[flat[0]]}.")
-    found, wrong = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}, []
+        raise ValueError(
+            f"The adapter of {path!r} is damaged: {flat[0]} is not a matrix, its shape is {shapes[flat[0]]}."
+        )
+    found = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     if found != ranks and shapes:
         raise ValueError(
             f"The adapter of {path!r} says rank {sorted(ranks)} in {CONFIG}, and its weights have {sorted(found)}."
         )
+    wrong = []
     for name, shape in shapes.items():
         layer = layer_of(model, name)
         if layer is None:
@@ -193,14 +203,16 @@ def check_fit(path: str, config_dict: dict, shapes: dict[str, tuple], model, spe
         )
 
 
-def is_cut(name: str, spec) -> bool:
-    """Is it a weight of a layer that `MDMSpec.split_weights` makes of rows of another?"""
-    parts = [part.removesuffix(".weight") for names in ((spec and spec.split_weights) or {}).values() for part in names]
+def is_cut(name: str, spec: MDMSpec | None) -> bool:
+    """Is it a weight of a layer that `CheckpointRecipe.split_weights` makes of rows of another?"""
+    parts = [part.removesuffix(".weight") for names in (recipe_of(spec).split_weights or {}).values() for part in names]
     return module_of(name).endswith(tuple(parts)) if parts else False
 
 
-def peft_config(config_dict: dict, names: dict[str, list[str]] | None):
-    """PEFT's config of a JSON one; with `names` (in the file -> in the model) its layers by their names in the model.
+def peft_config(config_dict: dict[str, Any], names: dict[str, list[str]] | None) -> Any:
+    """PEFT's config from a JSON one.
+
+    With `names` (of a weight in the file -> in the model) its layers get their names in the model.
 
     Raises:
         ValueError: PEFT does not take it.
@@ -209,6 +221,7 @@ def peft_config(config_dict: dict, names: dict[str, list[str]] | None):
     from peft.utils.other import get_pattern_key
 
     config_dict = dict(config_dict)
+    mapped: dict[str, Any]
     if names is not None:
         layers = {module_of(old): sorted({module_of(new) for new in news}) for old, news in names.items()}
         config_dict["target_modules"] = sorted({new for news in layers.values() for new in news})
@@ -216,22 +229,24 @@ def peft_config(config_dict: dict, names: dict[str, list[str]] | None):
         for field in ("rank_pattern", "alpha_pattern"):
             patterns, mapped = config_dict.get(field) or {}, {}
             for old, news in layers.items():
-                key = get_pattern_key(patterns.keys(), old)
+                key = get_pattern_key(list(patterns), old)
                 mapped |= {new: patterns[key] for new in news if key in patterns}
             config_dict[field] = mapped
     try:
         config = LoraConfig.from_peft_type(**config_dict)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{CONFIG} is no config of LoRA: {error}") from error
+        raise ValueError(f"{CONFIG} is not a LoRA config: {error}") from error
     config.inference_mode = True
     return config
 
 
-def write_adapter(model, name: str, folder: Path, base_model: str | None, base_revision: str | None) -> None:
+def write_adapter(model: Any, name: str, folder: Path, base_model: str | None, base_revision: str | None) -> None:
     """Write one adapter of a model as PEFT does, whether it is active or not.
 
     Args:
-        base_model, base_revision: named in its config; None for a base that lies beside it.
+        base_model, base_revision: named in its config; None for a base in the same folder.
+    Raises:
+        ValueError: the adapter is offloaded.
     """
     from peft import get_peft_model_state_dict
 
@@ -246,8 +261,8 @@ def write_adapter(model, name: str, folder: Path, base_model: str | None, base_r
     config.save_pretrained(folder)
 
 
-def without_lora(model) -> dict[str, Tensor]:
-    """The state dict of a model under the names that its layers have without adapters, and without those.
+def without_lora(model: Any) -> dict[str, Tensor]:
+    """The state dict of a model without its adapters, under the names that its weights have then.
 
     Weights that adapters are fused into are given as they are.
     """

@@ -1,6 +1,6 @@
-"""Checkpoints that are pickles, as a folder that loads here: safetensors, config.json and a tokenizer.
+"""Converts pickled checkpoints to a folder that this package loads: safetensors, config.json and a tokenizer.
 
-A pickle can run code when it is read. Here it is read with `weights_only=True`, which builds tensors and nothing else.
+Reading a pickle can run code. Here it is read with `weights_only=True`, which builds tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import json
 import pickle
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -21,17 +23,18 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..models.families import family_of
+from ..models.families import family_of, recipe_of
 from ..models.probes import wrong_size
-from .backbones import TOKENIZER_FILES, native_config
+from .backbones import TOKENIZER_FILES
 from .files import fetch_file, inside, reachable, read_json
+from .loaders import native_config
 from .sizes import check_sizes, model_config, parts_of
 
-# Where training code keeps the weights inside a checkpoint that holds more than weights.
+# Entries under which training code keeps the weights, in a checkpoint that holds more than weights.
 INNER = ("state_dict", "model_state_dict", "model", "module")
-# Put before every name by wrappers of training code.
+# Prefixes that wrappers of training code put before every name.
 WRAPPERS = ("", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.")
-# What special tokens are called in vocabularies.
+# Names of special tokens in vocabularies.
 ROLES = {
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
@@ -48,8 +51,8 @@ class Conversion:
     Attributes:
         weights: how many tensors were written.
         renamed: name in the source -> name that was written, where the two differ.
-        left_out: names in the source that the model's class has no place for.
-        tokenizer: what the tokenizer was made of, in words.
+        left_out: names in the source that the model's class does not have.
+        tokenizer: a description of what the tokenizer was made from.
     """
 
     weights: int
@@ -73,25 +76,25 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write a checkpoint of pickled weights as a folder that `PrismPipeline.from_pretrained` loads.
 
-    Names of weights are matched with those of the family's native class: prefixes of training wrappers are dropped,
-    `gamma` and `beta` of old layer norms become `weight` and `bias`, and weights without a place are left out. A family
-    that is loaded by renaming (LLaDA) keeps the names of its authors.
+    Names of weights are matched with those of the family's native class. Prefixes of training wrappers are dropped,
+    `gamma` and `beta` of old layer norms become `weight` and `bias`, and weights that the class does not have are left
+    out. A family that is loaded by renaming (LLaDA) keeps the names of its authors.
 
     Args:
-        source: folder or Hub id with a config.json and pickled weights. Safetensors are taken where there are some.
+        source: folder or Hub id with a config.json and pickled weights. Safetensors are preferred if there are any.
         folder: where to write; must be empty or absent.
         subfolder: inside `source`.
         weights: file name inside `source`; None for model.safetensors or pytorch_model.bin, whole or in parts.
-        vocab: file with one token a line, from which a tokenizer of one token a character is built. None: `source`'s
-            own tokenizer, or its vocab.txt.
-        tokenizer: folder or Hub id of a tokenizer, in place of `vocab`.
+        vocab: file with one token a line, from which a tokenizer of one token a character is built. None for the
+            tokenizer of `source`, or its vocab.txt.
+        tokenizer: folder or Hub id of a tokenizer, instead of `vocab`.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
     Returns:
         `Conversion`.
     Raises:
         OSError: no config.json or no weights there.
         ValueError: `folder` is not empty; the pickle holds more than tensors; weights are missing, or do not have the
-            sizes that config.json gives; or the tokenizer has not one id for each row of the embeddings.
+            sizes in config.json; or the number of the tokenizer's ids is not that of the rows of the embeddings.
     """
     hub_kwargs = {
         "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
@@ -102,10 +105,10 @@ def convert_checkpoint(
     config = read_json(source, inside(subfolder, "config.json"), hub_kwargs)
     if config is None:
         raise OSError(
-            f"{source!r} has no {inside(subfolder, 'config.json')}, which says what model its weights are of."
+            f"{source!r} has no {inside(subfolder, 'config.json')}, which says what model the weights belong to."
         )
     if vocab is not None and tokenizer is not None:
-        raise ValueError("`vocab` and `tokenizer` both name a tokenizer; pass one of them.")
+        raise ValueError("`vocab` and `tokenizer` both give a tokenizer; pass only one of them.")
     made, origin = find_tokenizer(source, subfolder, config, vocab, tokenizer, hub_kwargs)
     check_size(made, config, origin)
     files = weight_files(source, subfolder, weights, hub_kwargs)
@@ -132,7 +135,7 @@ def convert_checkpoint(
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def weight_files(source: str, subfolder: str, weights: str | None, hub_kwargs: dict) -> list[str]:
+def weight_files(source: str, subfolder: str, weights: str | None, hub_kwargs: dict[str, Any]) -> list[str]:
     """Local paths of the files that hold the weights.
 
     Raises:
@@ -141,17 +144,19 @@ def weight_files(source: str, subfolder: str, weights: str | None, hub_kwargs: d
     for name in [weights] if weights else ["model.safetensors", "pytorch_model.bin"]:
         index = read_json(source, inside(subfolder, f"{name}.index.json"), hub_kwargs)
         parts = [name] if index is None else parts_of(index, f"{name}.index.json of {source!r}")
-        files = [fetch_file(source, inside(subfolder, part), hub_kwargs) for part in parts]
-        if all(files):
+        found = {part: fetch_file(source, inside(subfolder, part), hub_kwargs) for part in parts}
+        files = [file for file in found.values() if file is not None]
+        if len(files) == len(parts):
             return files
-        if any(files):
-            raise OSError(f"{source!r} lacks {parts[files.index(None)]}, a part of its weights. Download it again.")
+        if files:
+            lost = next(part for part, file in found.items() if file is None)
+            raise OSError(f"{source!r} lacks {lost}, a part of its weights. Download it again.")
     wanted = weights or "model.safetensors and no pytorch_model.bin; name the file of its weights (--weights FILE)"
     raise OSError(f"{source!r} has no {inside(subfolder, wanted)}.")
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Tensors of one file by name: safetensors, or a pickle of which nothing but tensors is built.
+    """Tensors of one file by name: safetensors, or a pickle of which only tensors are built.
 
     Raises:
         ValueError: the pickle holds other objects, or no tensors; or the file is damaged.
@@ -183,8 +188,8 @@ def read_weights(file: str) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def load_tensors(file: str):
-    """`torch.load` with weights_only=True; large files stay on the disk until they are used, where the format can."""
+def load_tensors(file: str) -> Any:
+    """`torch.load` with weights_only=True. Large files stay on the disk until they are used, if the format allows."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -193,21 +198,22 @@ def load_tensors(file: str):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def match_names(found: dict[str, Tensor], config: dict, source: str) -> tuple[dict[str, Tensor], Conversion]:
-    """The weights under names that the loader finds again, and a report.
+def match_names(found: dict[str, Tensor], config: dict[str, Any], source: str) -> tuple[dict[str, Tensor], Conversion]:
+    """The weights under names that the loader finds, and a report.
 
     Raises:
-        ValueError: weights of the native class are missing, or of another size than config.json says.
+        ValueError: weights of the native class are missing, or have another size than in config.json.
     """
     names = {re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name)): name for name in found}
     row = family_of(SimpleNamespace(**config), source)
-    native = getattr(transformers, row.native_class or "", None) if row else None
-    if native is None or row.key_mapping or row.fold_time or row.split_weights or row.config_mapping:
+    recipe = recipe_of(row)
+    native = getattr(transformers, recipe.native_class or "", None)
+    if native is None or recipe.key_mapping or recipe.fold_time or recipe.split_weights or recipe.config_mapping:
         prefix = best_prefix(names, None)
         kept = {name.removeprefix(prefix): found[old] for name, old in names.items() if name.startswith(prefix)}
         return kept, report_of(kept, names, prefix)
     shapes = {name: tuple(found[old].shape) for name, old in names.items()}
-    made = model_config(lambda: native_config(native, config, row), native, config, shapes, source)
+    made = model_config(lambda: native_config(native, config, recipe), native, config, shapes, source)
     check_sizes(native, made, config, shapes, source)
     with torch.device("meta"):
         model = native(made)
@@ -220,29 +226,29 @@ def match_names(found: dict[str, Tensor], config: dict, source: str) -> tuple[di
     missing = sorted(set(expected) - set(kept) - tied)
     if missing:
         raise ValueError(
-            f"{len(missing)} weights of {row.native_class} are not in {source!r}, such as {missing[:3]}. It has "
-            f"{sorted(set(stripped) - set(kept))[:5]}, which have no place in it."
+            f"{len(missing)} weights of {recipe.native_class} are not in {source!r}, such as {missing[:3]}. It has "
+            f"{sorted(set(stripped) - set(kept))[:5]}, which that class does not have."
         )
     wrong = [name for name, value in kept.items() if value.shape != expected[name].shape]
     if wrong:
         name = wrong[0]
         raise ValueError(
             f"{len(wrong)} weights of {source!r} are not of the size that config.json gives: {name} is "
-            f"{tuple(kept[name].shape)}, and {row.native_class} has {tuple(expected[name].shape)}."
+            f"{tuple(kept[name].shape)}, and {recipe.native_class} has {tuple(expected[name].shape)}."
         )
     return kept, report_of(kept, names, prefix)
 
 
-def best_prefix(names, expected: set[str] | None) -> str:
-    """The prefix of a training wrapper that all names share; of several, that which leaves most names expected."""
+def best_prefix(names: Iterable[str], expected: set[str] | None) -> str:
+    """The prefix of a training wrapper that all names share; of several, the one that leaves most expected names."""
     if expected is None:
         shared = [p for p in WRAPPERS if p in ("module.", "_orig_mod.", "module._orig_mod.")]
         return next((p for p in reversed(shared) if all(name.startswith(p) for name in names)), "")
     return max(WRAPPERS, key=lambda p: len({name.removeprefix(p) for name in names if name.startswith(p)} & expected))
 
 
-def check_tied(kept: dict[str, Tensor], model, source: str) -> None:
-    """Raise a ValueError if two weights differ that the model's class holds to be one: one of them would be lost."""
+def check_tied(kept: dict[str, Tensor], model: Any, source: str) -> None:
+    """Raise a ValueError if two weights differ that the model's class ties: one of them would be lost."""
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in kept and other in kept and not torch.equal(kept[name], kept[other]):
             raise ValueError(
@@ -252,7 +258,7 @@ def check_tied(kept: dict[str, Tensor], model, source: str) -> None:
 
 
 def report_of(kept: dict[str, Tensor], names: dict[str, str], prefix: str) -> Conversion:
-    """What became of the names of a checkpoint."""
+    """The report about the names of a checkpoint."""
     renamed = {old: name.removeprefix(prefix) for name, old in names.items() if old != name.removeprefix(prefix)}
     left_out = sorted(old for name, old in names.items() if name.removeprefix(prefix) not in kept)
     return Conversion(len(kept), {old: new for old, new in renamed.items() if new in kept}, left_out)
@@ -261,32 +267,39 @@ def report_of(kept: dict[str, Tensor], names: dict[str, str], prefix: str) -> Co
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def find_tokenizer(source: str, subfolder: str, config: dict, vocab, tokenizer: str | None, hub_kwargs: dict):
-    """A tokenizer, or None, and what it was made of, in words.
+def find_tokenizer(
+    source: str,
+    subfolder: str,
+    config: dict[str, Any],
+    vocab: str | Path | None,
+    tokenizer: str | None,
+    hub_kwargs: dict[str, Any],
+) -> tuple[Any, str]:
+    """A tokenizer, or None, and a description of what it was made from.
 
     Raises:
-        ValueError: the vocabulary is no list of tokens, or not one of characters where that is asked for.
+        ValueError: the vocabulary is not a list of tokens, or `vocab` has tokens of several characters.
     """
     if tokenizer is not None:
-        return AutoTokenizer.from_pretrained(tokenizer, **hub_kwargs | {"revision": None}), f"that of {tokenizer}"
+        return AutoTokenizer.from_pretrained(tokenizer, **hub_kwargs | {"revision": None}), f"the one of {tokenizer}"
     if vocab is not None:
         return character_tokenizer(read_vocab(vocab), config), f"one token a character, {vocab}"
     own = [name for name in TOKENIZER_FILES if fetch_file(source, inside(subfolder, name), hub_kwargs)]
     if not own:
         return None, "none; pass --vocab or --tokenizer"
     if own == ["vocab.txt"]:
-        lines = read_vocab(fetch_file(source, inside(subfolder, "vocab.txt"), hub_kwargs))
-        if is_of_characters(lines):  # transformers would read a sequence as one word, which it does not know
+        lines = read_vocab(fetch_file(source, inside(subfolder, "vocab.txt"), hub_kwargs) or "")
+        if is_of_characters(lines):  # transformers would read a sequence as one unknown word
             return character_tokenizer(lines, config), "one token a character, vocab.txt"
     return AutoTokenizer.from_pretrained(source, subfolder=subfolder, **hub_kwargs), f"its own, {', '.join(own)}"
 
 
-def read_vocab(file) -> list[str]:
-    """Tokens of a file with one a line; the line's number is the id.
+def read_vocab(file: str | Path) -> list[str]:
+    """Tokens of a file with one token a line; the number of the line is the id.
 
     Raises:
         OSError: no such file.
-        ValueError: a token stands there twice, or a line is empty.
+        ValueError: a token appears twice, or a line is empty.
     """
     lines = Path(file).read_text().splitlines()
     for number, token in enumerate(lines):
@@ -304,20 +317,19 @@ def is_of_characters(tokens: list[str]) -> bool:
     return bool(ordinary) and all(len(token) == 1 for token in ordinary)
 
 
-def character_tokenizer(tokens: list[str], config: dict) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a character (residues of proteins, digits of a puzzle) with [CLS] text [SEP].
+def character_tokenizer(tokens: list[str], config: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token for each character (residues of proteins, digits of a puzzle), with [CLS] text [SEP].
 
-    White space between characters is no token, so that "E V Q" and "EVQ" are the same; case is kept.
+    White space between characters is ignored, so that "E V Q" and "EVQ" are the same. Case is kept.
 
     Raises:
         ValueError: a token has more than one character and is not special, or there is no unknown token.
     """
-    special = {role: next((n for n in names if n in tokens), None) for role, names in ROLES.items()}
-    special = {role: name for role, name in special.items() if name}
+    special = {role: name for role, names in ROLES.items() for name in names[::-1] if name in tokens}
     longer = [token for token in tokens if len(token) > 1 and token not in special.values()]
     if longer:
         raise ValueError(
-            f"The vocabulary has tokens of several characters, such as {longer[:3]}, so it is not one of characters. "
+            f"The vocabulary has tokens of several characters, such as {longer[:3]}, so a token is not a character. "
             "Pass the folder of its tokenizer (--tokenizer)."
         )
     if "unk_token" not in special:
@@ -344,8 +356,8 @@ def character_tokenizer(tokens: list[str], config: dict) -> PreTrainedTokenizerF
     return fast
 
 
-def check_size(tokenizer, config: dict, origin: str) -> None:
-    """Raise a ValueError if a tokenizer cannot be that of a model, by the number of its ids."""
+def check_size(tokenizer: Any, config: dict[str, Any], origin: str) -> None:
+    """Raise a ValueError if a tokenizer has too many or too few ids for a model."""
     wrong = None if tokenizer is None else wrong_size(len(tokenizer), config.get("vocab_size"))
     if wrong:
         raise ValueError(f"The tokenizer ({origin}) {wrong}. Pass another with --vocab or --tokenizer.")

@@ -1,11 +1,11 @@
-"""Files of a folder or a repository of the Hub, one at a time; and why one cannot be had."""
+"""Files of a folder or a repository of the Hub, one at a time, and why a file is not available."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
@@ -21,13 +21,13 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from safetensors import SafetensorError, safe_open
 
 PATIENCE = 5.0  # seconds that the Hub has to answer
-_down: set[str] = set()  # addresses of Hubs that did not, when they were last asked
+_down: set[str] = set()  # addresses of Hubs that did not answer when they were last asked
 
 
-def fetch_file(path: str, name: str, hub_kwargs: dict, download: bool = True) -> str | None:
+def fetch_file(path: str, name: str, hub_kwargs: dict[str, Any], download: bool = True) -> str | None:
     """Local path of a file of a folder or Hub repository, or None if it has no such file.
 
-    With `download=False` a file on the Hub is only asked for, and its address is given.
+    With `download=False` a file on the Hub is not downloaded, and the result is its address.
 
     Raises:
         OSError: no such repository, or the Hub cannot be reached and nothing is known about the file.
@@ -53,17 +53,20 @@ def fetch_file(path: str, name: str, hub_kwargs: dict, download: bool = True) ->
         raise OSError(f"{path!r} is neither a folder here nor an id on the Hub (owner/name).") from error
 
 
-def reachable(path: str, hub_kwargs: dict) -> dict:
-    """`hub_kwargs`; with local_files_only=True, and a warning, if `path` is on the Hub and the Hub does not answer.
+def reachable(path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`hub_kwargs`, with local_files_only=True if `path` is on the Hub and the Hub does not answer.
 
-    It is asked once, without retries: else every file would wait for its own.
+    The Hub is asked once, without retries. Otherwise each file would wait for its own retries.
+
+    Warns:
+        UserWarning: the Hub does not answer.
     """
     if Path(path).is_dir() or hub_kwargs.get("local_files_only") or is_offline_mode():
         return hub_kwargs
     try:
         answer = get_session().head(constants.ENDPOINT, timeout=PATIENCE)
         reason = f"status {answer.status_code}" if answer.status_code >= 500 else None
-    except Exception as error:  # what its HTTP client raises depends on the release of huggingface_hub
+    except Exception as error:  # which class is raised depends on the release of huggingface_hub
         reason = str(error) or type(error).__name__
     _down.discard(constants.ENDPOINT)
     if reason is None:
@@ -76,26 +79,26 @@ def reachable(path: str, hub_kwargs: dict) -> dict:
     return hub_kwargs | {"local_files_only": True}
 
 
-def read_json(path: str, name: str, hub_kwargs: dict) -> dict | None:
+def read_json(path: str, name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """A JSON file of a folder or Hub repository, or None if it has no such file.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     file = fetch_file(path, name, hub_kwargs)
     if file is None:
         return None
     try:
         content = json.loads(Path(file).read_text())
-    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its depth
-        raise ValueError(f"{name} of {path!r} is no JSON: {error}. Download or write it again.") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep
+        raise ValueError(f"{name} of {path!r} is not JSON: {error}. Download or write it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} of {path!r} must be a JSON object, got a {type(content).__name__}.")
     return content
 
 
-def out_of_reach(path: str, name: str, hub_kwargs: dict) -> bool:
-    """Is a file of the Hub unknown to the cache while nothing may be fetched?"""
+def out_of_reach(path: str, name: str, hub_kwargs: dict[str, Any]) -> bool:
+    """Is a file of the Hub not in the cache, while nothing may be downloaded?"""
     if Path(path).is_dir() or not (hub_kwargs.get("local_files_only") or is_offline_mode()):
         return False
     known = try_to_load_from_cache(
@@ -104,14 +107,14 @@ def out_of_reach(path: str, name: str, hub_kwargs: dict) -> bool:
     return known is None
 
 
-def absence(path: str, name: str, hub_kwargs: dict) -> str:
-    """That a file is not there, in words: the repository lacks it, or it is not in the cache and may not be fetched."""
+def absence(path: str, name: str, hub_kwargs: dict[str, Any]) -> str:
+    """Why a file is missing, as a clause: the repository lacks it, or it is not cached and may not be downloaded."""
     if not out_of_reach(path, name, hub_kwargs):
         return f"{path!r} has no {name}"
     if constants.ENDPOINT in _down:
         return f"{name} of {path!r} was not downloaded before, and the Hub ({constants.ENDPOINT}) cannot be reached"
     why = "local_files_only=True" if hub_kwargs.get("local_files_only") else "HF_HUB_OFFLINE"
-    return f"{name} of {path!r} was not downloaded before, and {why} forbids to fetch it now"
+    return f"{name} of {path!r} was not downloaded before, and {why} forbids to download it now"
 
 
 def inside(subfolder: str | None, name: str) -> str:
@@ -119,31 +122,21 @@ def inside(subfolder: str | None, name: str) -> str:
     return f"{subfolder}/{name}" if subfolder else name
 
 
-def is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> TypeGuard[str]:
     """Does a name look like owner/name on the Hub, and not like a path?"""
-    return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    if not name or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return False
+    return not Path(name).exists()
 
 
 def tensor_shapes(file: str) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a safetensors file by its name. Only the header is read, so nothing is allocated.
 
     Raises:
-        ValueError: the file is no whole safetensors file.
+        ValueError: the file is damaged.
     """
     try:
         with safe_open(file, "pt") as header:
             return {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}. Download it again.") from error
-
-
-def module_digest(module) -> str:
-    """Hash of the first 64 numbers of each tensor: it notices training and another dtype, and costs milliseconds."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta":
-            digest.update(bytes(tensor.flatten()[:64].cpu().contiguous().view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]

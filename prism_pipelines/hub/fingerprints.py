@@ -1,11 +1,17 @@
-"""Fingerprints that tell whether a model is the one that something was made for. They are no proof against forgery."""
+"""Fingerprints of models: is it the model that a head or an adapter was made for? They are no proof against forgery.
+
+`embedding_fingerprint` tells models of one architecture apart, and training keeps it. `weights_fingerprint` changes with
+any training; `portable_fingerprint` is the same number if another machine would find it too. `signs_fingerprint` takes
+the place of both in float16. `module_digest` compares a module with itself, between two runs on one machine.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLE = 1024  # numbers that are read of each weight
 
@@ -15,25 +21,25 @@ def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def raw_bytes(value: Tensor) -> bytes:
+def tensor_bytes(value: Tensor) -> bytes:
     """The numbers of a tensor; floating-point ones as bfloat16, so that float32 and bfloat16 give the same."""
     value = value.detach()
     value = value.to("cpu", torch.bfloat16) if value.is_floating_point() else value.cpu()
     return value.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def embedding_fingerprint(model) -> str | None:
-    """Hash of a few rows of the token embeddings, the same in float32 and bfloat16; None in other dtypes.
-
-    It tells models of one architecture and size apart, and LoRA does not change it. Further training may not either.
-    """
-    weight = model.get_input_embeddings().weight
-    return digest(raw_bytes(weight[:64])) if is_comparable(weight) else None
-
-
 def is_comparable(weight: Tensor) -> bool:
     """Does a weight have the same fingerprint wherever its model is loaded? Not in float16, quantized or offloaded."""
     return weight.dtype in (torch.float32, torch.bfloat16) and not weight.is_meta
+
+
+def embedding_fingerprint(model: Any) -> str | None:
+    """Hash of the first 64 rows of the token embeddings, the same in float32 and bfloat16; None in other dtypes.
+
+    LoRA does not change it, and further training may not either.
+    """
+    weight = model.get_input_embeddings().weight
+    return digest(tensor_bytes(weight[:64])) if is_comparable(weight) else None
 
 
 def sampled(value: Tensor) -> Tensor:
@@ -43,37 +49,37 @@ def sampled(value: Tensor) -> Tensor:
     return numbers[:: max(1, numbers.numel() // SAMPLE) | 1]
 
 
-def weights_fingerprint(model) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """Hash over all weights of a model without its adapters: their shapes, and a sample of the numbers of each.
 
-    `SAMPLE` numbers of each weight are read, evenly spaced, so that it is quick for models of any size; a change of a
-    few numbers may go unseen. Names do not count, for releases of transformers differ in them. Weights that adapters
-    are fused into count as they are.
+    `SAMPLE` numbers of each weight are read, evenly spaced, so that it is fast for models of any size. A change of a
+    few numbers may not be noticed. Names do not count, because they differ between releases of transformers. Weights
+    that adapters are fused into count as they are.
     """
     marks = []
     for name, value in model.named_parameters():  # a weight that is used twice comes once
         if ".lora_" not in name:
-            numbers = b"" if value.is_meta else raw_bytes(sampled(value))
+            numbers = b"" if value.is_meta else tensor_bytes(sampled(value))
             marks.append(digest(repr(tuple(value.shape)).encode(), numbers))
     return digest("".join(sorted(marks)).encode())
 
 
-def lasting_fingerprint(model) -> str | None:
-    """`weights_fingerprint` where it is the same wherever the model is loaded, else None.
+def portable_fingerprint(model: nn.Module) -> str | None:
+    """`weights_fingerprint` if it is the same wherever the model is loaded, else None.
 
-    Not in float16, quantized or offloaded; nor for MDLM, whose weights are computed as it is loaded, with rounding that
-    depends on the machine.
+    It is not the same in float16, quantized or offloaded. Nor for MDLM: its weights are computed when it is loaded,
+    with rounding that depends on the machine.
     """
     comparable = all(is_comparable(value) for value in model.parameters())
     return weights_fingerprint(model) if comparable and has_own_weights(model) else None
 
 
-def has_own_weights(model) -> bool:
-    """Are the weights those of a checkpoint, neither quantized nor computed as the model was loaded?"""
+def has_own_weights(model: nn.Module) -> bool:
+    """Are the weights those of a checkpoint, neither quantized nor computed when the model was loaded?"""
     return getattr(model, "hf_quantizer", None) is None and not getattr(model, "_computed_weights", False)
 
 
-def signs_fingerprint(model) -> str | None:
+def signs_fingerprint(model: Any) -> str | None:
     """Hashes over the signs of weights, "embeddings-all": the same in float32, bfloat16 and float16.
 
     The first is of a few rows of the token embeddings. The second is of the weights that `weights_fingerprint` reads;
@@ -95,9 +101,19 @@ def has_signs(weight: Tensor) -> bool:
 
 def sign_digest(numbers: Tensor) -> str:
     """Hash of the signs of numbers. What is too small for float16 becomes a zero there, and keeps its sign."""
-    return digest(raw_bytes(torch.signbit(numbers)))
+    return digest(tensor_bytes(torch.signbit(numbers)))
 
 
 def signs_differ(one: str, other: str) -> bool:
-    """Are two of `signs_fingerprint` those of different weights? A part that one of them lacks is not compared."""
+    """Do two results of `signs_fingerprint` belong to different weights? A part that one lacks is not compared."""
     return any(a and b and a != b for a, b in zip(one.split("-"), other.split("-"), strict=False))
+
+
+def module_digest(module: nn.Module) -> str:
+    """Hash of the first 64 numbers of each tensor. It changes with training and with the dtype."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            found.update(bytes(tensor.flatten()[:64].cpu().contiguous().view(torch.uint8).numpy()))
+    return found.hexdigest()[:16]

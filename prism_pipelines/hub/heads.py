@@ -1,9 +1,10 @@
-"""Where quality heads come from, and whether one fits a model."""
+"""Loads quality heads and their schedulers, and checks that a head was made for a model."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -15,16 +16,16 @@ from ..schedulers import PrismScheduler
 from ..schedulers.by_name import SCHEDULERS
 from .adapters import adapter_names
 from .files import absence, fetch_file, is_hub_id, read_json, tensor_shapes
-from .fingerprints import embedding_fingerprint, lasting_fingerprint, signs_differ, signs_fingerprint
+from .fingerprints import embedding_fingerprint, portable_fingerprint, signs_differ, signs_fingerprint
 
 
-def head_config(path: str, hub_kwargs: dict) -> dict | None:
+def head_config(path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Config of the quality head of a folder or repository, or None if it has none."""
     return read_json(path, "quality_head/config.json", hub_kwargs)
 
 
-def head_place(quality_head) -> str | None:
-    """The folder or Hub id that a head is to be read from, or None if it is a head itself.
+def head_place(quality_head: object) -> str | None:
+    """The folder or Hub id that a head is read from, or None if it is a `QualityHead` already.
 
     Raises:
         TypeError: neither.
@@ -37,7 +38,7 @@ def head_place(quality_head) -> str | None:
     return str(quality_head)
 
 
-def load_head(path: str, hub_kwargs: dict) -> QualityHead:
+def load_head(path: str, hub_kwargs: dict[str, Any]) -> QualityHead:
     """The quality head of a folder or repository, from its `quality_head/`.
 
     Raises:
@@ -53,7 +54,7 @@ def load_head(path: str, hub_kwargs: dict) -> QualityHead:
         raise OSError(f"The quality head of {path!r} has no {name}; heads are read from safetensors only.")
     owner = f"The quality head of {path!r}"
     found = tensor_shapes(file)
-    with torch.device("meta"):  # sizes without memory: those of a config are anybody's
+    with torch.device("meta"):  # takes no memory, whatever sizes the config asks for
         expected = {key: tuple(value.shape) for key, value in make_head(config, owner).state_dict().items()}
     if found != expected:
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
@@ -69,11 +70,11 @@ def load_head(path: str, hub_kwargs: dict) -> QualityHead:
     return head.eval()
 
 
-def make_head(config: dict, owner: str) -> QualityHead:
-    """A head with the config of a file, and weights by chance.
+def make_head(config: dict[str, Any], owner: str) -> QualityHead:
+    """A head with the config of a file, and random weights.
 
     Raises:
-        ValueError: the config is not one of a `QualityHead`, or speaks of more than any memory holds.
+        ValueError: it is not the config of a `QualityHead`, or its sizes are too large for any memory.
     """
     for name in ("base_model", "base_revision", "base_fingerprint", "weights_fingerprint", "signs_fingerprint"):
         if not isinstance(config.get(name), (str, type(None))):
@@ -84,7 +85,7 @@ def make_head(config: dict, owner: str) -> QualityHead:
         raise ValueError(f"{owner} has a wrong config.json: {str(error).splitlines()[0]}") from error
 
 
-def load_scheduler(path: str, hub_kwargs: dict):
+def load_scheduler(path: str, hub_kwargs: dict[str, Any]) -> Any:
     """The recommended scheduler of a head's repository, or None if it has none.
 
     Raises:
@@ -99,26 +100,26 @@ def load_scheduler(path: str, hub_kwargs: dict):
     return SCHEDULERS[name].from_config(config)
 
 
-def scheduler_for(quality_head, has, hub_kwargs: dict):
-    """The scheduler that is recommended with a head, else `has` if it reads a quality, else `PrismScheduler()`.
+def scheduler_for(quality_head: QualityHead | str | Path, current: Any, hub_kwargs: dict[str, Any]) -> Any:
+    """The scheduler recommended with a head; or else `current` if it reads a quality, or else `PrismScheduler()`.
 
     Args:
-        quality_head: a `QualityHead`, which recommends none, or a folder or Hub id.
-        has: the scheduler there is.
+        quality_head: a folder or Hub id; or a `QualityHead`, with which none is recommended.
+        current: the scheduler in use.
         hub_kwargs: revision, cache_dir, token, local_files_only.
     """
     recommended = None if isinstance(quality_head, QualityHead) else load_scheduler(str(quality_head), hub_kwargs)
-    return recommended or (has if has.needs_quality else PrismScheduler())
+    return recommended or (current if current.needs_quality else PrismScheduler())
 
 
-def check_scheduler(scheduler) -> None:
-    """Raise a TypeError for what is no scheduler of ours."""
+def check_scheduler(scheduler: Any) -> None:
+    """Raise a TypeError for anything but a scheduler of this package."""
     if not hasattr(scheduler, "needs_quality"):
         raise TypeError(f"`scheduler` must be one of {', '.join(SCHEDULERS)}; got {type(scheduler).__name__}.")
 
 
-def check_adapter(name: str | None, with_adapter: set[str], model) -> None:
-    """Raise a ValueError if the adapter that the head of that name came with is gone from the model."""
+def check_adapter(name: str | None, with_adapter: set[str], model: Any) -> None:
+    """Raise a ValueError if the adapter of the head of that name is no longer in the model."""
     if name in with_adapter and name not in adapter_names(model):
         raise ValueError(
             f"The adapter of the quality head {name!r} is no longer in the model: another pipeline that shares it has "
@@ -126,23 +127,24 @@ def check_adapter(name: str | None, with_adapter: set[str], model) -> None:
         )
 
 
-def fingerprints(model) -> dict:
-    """What the config of a head says of the model that it was made for; None where that cannot be compared later."""
+def fingerprints(model: Any) -> dict[str, str | None]:
+    """Fingerprints of a model for the config of its head. None for one that cannot be compared later."""
     return {
         "base_fingerprint": embedding_fingerprint(model),
-        "weights_fingerprint": lasting_fingerprint(model),
+        "weights_fingerprint": portable_fingerprint(model),
         "signs_fingerprint": signs_fingerprint(model),
     }
 
 
-def check_head(quality_head: QualityHead | None, model, revision: str | None = None) -> None:
+def check_head(quality_head: QualityHead | None, model: Any, revision: str | None = None) -> None:
     """Check that a head was made for this model.
 
     Raises:
         ValueError: it was made for another hidden size, or for another repository of the Hub; or holds NaN or inf.
-        TypeError: it is no `QualityHead`.
+        TypeError: it is not a `QualityHead`.
     Warns:
-        UserWarning: it was made for another revision, or the dtype of the model hides whether it was made for it.
+        UserWarning: it was made for another revision or for other weights, or the model's dtype does not let us
+        compare.
     """
     if quality_head is None:
         return
@@ -153,27 +155,29 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
             f"A weight of `quality_head` holds NaN or inf: {bad}. It would remask at random. Load another head, or "
             "train it again with a lower --learning-rate."
         )
-    made_for, has = quality_head.config.hidden_size, model.config.hidden_size
-    base, here = quality_head.config.base_model, getattr(model.config, "_name_or_path", "")
+    about = quality_head.config
+    made_for, has = about.hidden_size, model.config.hidden_size
+    base, here = about.base_model, getattr(model.config, "_name_or_path", "")
     if made_for != has:
         raise ValueError(
             f"`quality_head` was made for hidden size {made_for}{f' ({base})' if base else ''}, and "
             f"{type(model).__name__} has {has}. Load the head of this model."
         )
-    trained_on, differs = quality_head.config.base_revision, other_embeddings(quality_head.config, model)
-    # A tuned backbone with its head is pushed under a name of its own; the embeddings tell that they belong together.
+    differs = other_embeddings(about, model)
+    # A tuned backbone is pushed with its head under a new name. Then the embeddings tell that the two belong together.
     if differs is None and is_hub_id(base) and is_hub_id(here) and base != here:
         made_for = f"`quality_head` was made for {base!r}, and the model is {here!r}"
-        if quality_head.config.base_fingerprint:
-            warnings.warn(f"{made_for}; in {model.dtype} it cannot be told whether they are the same.", stacklevel=3)
+        if about.base_fingerprint:
+            warnings.warn(f"{made_for}; in {model.dtype} the two cannot be compared.", stacklevel=3)
             return
         raise ValueError(
             f"{made_for}. Load the head of this model, or that model; a head judges the hidden states of its own "
             "backbone only."
         )
-    if trained_on and revision and trained_on != revision:
+    if about.base_revision and revision and about.base_revision != revision:
         warnings.warn(
-            f"The quality head was made for revision {trained_on!r}, and the model is of {revision!r}.", stacklevel=3
+            f"The quality head was made for revision {about.base_revision!r}, and the model is of {revision!r}.",
+            stacklevel=3,
         )
         return
     if differs:
@@ -181,17 +185,17 @@ def check_head(quality_head: QualityHead | None, model, revision: str | None = N
             f"`quality_head` was made for another model of the same size ({base}): the token embeddings differ. Load "
             "the head of this model; a head judges the hidden states of its own backbone only."
         )
-    if other_weights(quality_head.config, model):
+    if other_weights(about, model):
         warnings.warn(
             f"The quality head was made for other weights of {base or 'its base model'} (the fingerprints differ): the "
-            "model was trained further, or edited. What the head says may be off; check it with "
+            "model was trained further, or edited. The head may be wrong about it. Check it with "
             "`prism eval calibration`, or train a head for this model.",
             stacklevel=3,
         )
 
 
-def other_embeddings(config, model) -> bool | None:
-    """Are the token embeddings of a model others than those a head was made with? None if it cannot be told."""
+def other_embeddings(config: Any, model: Any) -> bool | None:
+    """Does a model have other token embeddings than the one a head was made with? None if they cannot be compared."""
     if config.base_fingerprint and (here := embedding_fingerprint(model)):
         return here != config.base_fingerprint
     if config.signs_fingerprint and (here := signs_fingerprint(model)):
@@ -199,9 +203,9 @@ def other_embeddings(config, model) -> bool | None:
     return None
 
 
-def other_weights(config, model) -> bool:
-    """Are the weights of a model known to be others than those a head was made with? In float16 the signs tell."""
-    if config.weights_fingerprint and (here := lasting_fingerprint(model)):
+def other_weights(config: Any, model: Any) -> bool:
+    """Is a model known to have other weights than the one a head was made with? In float16 their signs are compared."""
+    if config.weights_fingerprint and (here := portable_fingerprint(model)):
         return here != config.weights_fingerprint
-    here = config.signs_fingerprint and signs_fingerprint(model)
-    return bool(here) and signs_differ(config.signs_fingerprint, here)
+    here = signs_fingerprint(model) if config.signs_fingerprint else None
+    return here is not None and signs_differ(config.signs_fingerprint, here)

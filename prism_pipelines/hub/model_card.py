@@ -1,13 +1,16 @@
-"""The model cards of a head's repository and of a whole pipeline's: what it is, how it is used, what was measured."""
+"""The model cards of heads, adapters and whole pipelines: what it is, how it is used, what was measured."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..models import checks
+from ..models.families import recipe_of
+from ..models.quality_head import QualityHead
 from ..schedulers import TokenCriticScheduler
 from ..schedulers.validation import own_fields
 from .files import is_hub_id, read_json
@@ -22,56 +25,98 @@ MEANINGS = {
 }
 
 
-def method(pipe) -> str:
-    """The method that a head was trained for, of `MEANINGS`: the scheduler that is recommended with it says which."""
+def method(pipe: Any) -> str:
+    """The method that a head was trained for, a key of `MEANINGS`. The recommended scheduler tells which."""
     return "Token-Critic" if isinstance(pipe.scheduler, TokenCriticScheduler) else "PRISM"
 
 
 def model_card(
-    pipe, base_model: str, base_revision: str | None, rank: int | None, facts: dict, repo_id: str | None = None
-) -> str:
+    pipe: Any,
+    base_model: str,
+    base_revision: str | None,
+    rank: int | None,
+    facts: dict[str, Any],
+    repo_id: str | None = None,
+) -> ModelCard:
     """README.md of a head's repository; what is not known is left out."""
-    kind = pipe.quality_head.config.architecture
-    name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
+    kind, name = pipe.quality_head.config.architecture, shown_name(base_model)
     at = f" at revision `{base_revision}`" if base_revision else ""
     adapter = f"a LoRA adapter of rank {rank}" if rank else "no adapter: the backbone is as published"
-    use = usage(pipe, repo_id, facts)
-    if rank:
-        use += "\n\n" + adapter_usage(pipe, base_model, base_revision, repo_id)
-    parts = [
-        header("peft" if rank else "diffusers", base_model, ["lora"] if rank else [], facts),
+    return card(
+        data("peft" if rank else "diffusers", base_model, ["lora"] if rank else [], facts),
         f"# {method(pipe)} quality head for {Path(name).name}",
         f"A {kind} head on the last hidden states of `{name}`{at}, with {adapter}. {MEANINGS[method(pipe)]}",
         "## Use",
-        use,
+        usage(pipe, repo_id, facts),
+        *([adapter_usage(pipe, base_model, base_revision, repo_id)] if rank else []),
         "## Recommended settings",
         settings(pipe.scheduler),
         *judging(pipe.quality_head, facts),
         *training(facts),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 def adapter_card(
-    pipe, base_model: str, base_revision: str | None, rank: int, facts: dict, repo_id: str | None = None
-) -> str:
+    pipe: Any,
+    base_model: str,
+    base_revision: str | None,
+    rank: int,
+    facts: dict[str, Any],
+    repo_id: str | None = None,
+) -> ModelCard:
     """README.md of a plain adapter's repository; what is not known is left out."""
-    name = base_model if is_hub_id(base_model) else Path(base_model).name  # a card tells no folders
+    name = shown_name(base_model)
     at = f" at revision `{base_revision}`" if base_revision else ""
-    parts = [
-        header("peft", base_model, ["lora"], facts),
+    return card(
+        data("peft", base_model, ["lora"], facts),
         f"# LoRA adapter for {Path(name).name}",
         f"An adapter of rank {rank} for `{name}`{at}, trained with the loss of masked diffusion.",
         "## Use",
         usage(pipe, repo_id, facts),
         adapter_usage(pipe, base_model, base_revision, repo_id),
         *training(facts),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
-def judging(head, facts: dict) -> list[str]:
-    """The parts of a card about what a head learned, on which states, from what it judges, and what it finds."""
+def pipeline_card(pipe: Any, base_model: str | None, facts: dict[str, Any], repo_id: str | None = None) -> ModelCard:
+    """README.md of a whole pipeline's repository; what is not known is left out."""
+    head = pipe.quality_head
+    judged = "" if head is None else f" with a {method(pipe)} quality head ({head.config.architecture})"
+    return card(
+        data("diffusers", base_model, [], facts),
+        f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
+        f"A masked diffusion language model, {type(pipe.model).__name__}{judged}, as a pipeline of `prism_pipelines`.",
+        "## Use",
+        usage(pipe, repo_id, facts),
+        "## Recommended settings",
+        settings(pipe.scheduler),
+        *training(facts),
+    )
+
+
+def data(library: str, base_model: str | None, tags: list[str], facts: dict[str, Any]) -> ModelCardData:
+    """The metadata of a card."""
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=[*CARD_TAGS, *tags],
+        base_model=base_model if is_hub_id(base_model) else None,
+        license=facts.get("license"),
+    )
+
+
+def card(metadata: ModelCardData, *parts: str) -> ModelCard:
+    """A card of metadata and paragraphs."""
+    return ModelCard("\n\n".join([f"---\n{metadata}\n---", *parts]) + "\n")
+
+
+def shown_name(base_model: str) -> str:
+    """The Hub id of a base model, or the last part of its folder: a card shows no folders of this machine."""
+    return base_model if is_hub_id(base_model) else Path(base_model).name
+
+
+def judging(head: QualityHead, facts: dict[str, Any]) -> list[str]:
+    """The parts of a card about what a head learned, on which states, what it reads, and what it finds."""
     calibrated = head.config.get("temperature")
     about = {
         "It estimates": facts.get("target"),
@@ -85,34 +130,7 @@ def judging(head, facts: dict) -> list[str]:
     return parts
 
 
-def pipeline_card(pipe, base_model: str | None, facts: dict, repo_id: str | None = None) -> str:
-    """README.md of a whole pipeline's repository; what is not known is left out."""
-    head = pipe.quality_head
-    judged = "" if head is None else f" with a {method(pipe)} quality head ({head.config.architecture})"
-    parts = [
-        header("diffusers", base_model, [], facts),
-        f"# {Path(repo_id).name if repo_id else 'Masked diffusion pipeline'}",
-        f"A masked diffusion language model, {type(pipe.model).__name__}{judged}, as a pipeline of `prism_pipelines`.",
-        "## Use",
-        usage(pipe, repo_id, facts),
-        "## Recommended settings",
-        settings(pipe.scheduler),
-        *training(facts),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def header(library: str, base_model: str | None, tags: list[str], facts: dict) -> str:
-    """The YAML block of a card, between its lines of dashes."""
-    values = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*CARD_TAGS, *tags]}
-    if is_hub_id(base_model):
-        values["base_model"] = base_model
-    if "license" in facts:
-        values["license"] = facts["license"]
-    return "---\n" + yaml.safe_dump(values, sort_keys=False) + "---"
-
-
-def training(facts: dict) -> list[str]:
+def training(facts: dict[str, Any]) -> list[str]:
     """The parts of a card about training and what was measured."""
     about = {
         "Data": facts.get("dataset"),
@@ -133,8 +151,8 @@ def training(facts: dict) -> list[str]:
     return parts
 
 
-def usage(pipe, repo_id: str | None, facts: dict) -> str:
-    """How a reader loads the repository and generates with it; runs as it stands, in the folder if it has no id."""
+def usage(pipe: Any, repo_id: str | None, facts: dict[str, Any]) -> str:
+    """How a reader loads the repository and generates with it. The code runs as it is, without an id in the folder."""
     frame = sum(map(len, pipe.text_frame))
     length = min(32, (checks.max_length(pipe.model.config) or 32 + frame) - frame)
     what, shown = "num_samples=1, ", "out.texts[0]"
@@ -155,14 +173,14 @@ def usage(pipe, repo_id: str | None, facts: dict) -> str:
     return "\n".join(lines)
 
 
-def adapter_usage(pipe, base_model: str, base_revision: str | None, repo_id: str | None) -> str:
+def adapter_usage(pipe: Any, base_model: str, base_revision: str | None, repo_id: str | None) -> str:
     """How the adapter is loaded without this package."""
     kind = type(pipe.model).__name__
-    base = f'"{base_model if is_hub_id(base_model) else Path(base_model).name}"'  # a card tells no folders
-    with contextlib.suppress(OSError):  # out of reach: no reason not to save a head
+    base = f'"{shown_name(base_model)}"'
+    with contextlib.suppress(OSError):  # a Hub that does not answer is no reason not to save a head
         if read_json(base_model, "model_index.json", {"revision": base_revision}) is not None:
             base += ', subfolder="model"'  # of a saved pipeline
-    if pipe.config.mdm_spec.get("key_mapping"):
+    if recipe_of(pipe.spec).key_mapping:
         return f"The adapter alone is an ordinary PEFT adapter for {kind}, under whose names the base model is loaded."
     lines = [
         "The adapter alone, without this package:",
@@ -177,7 +195,7 @@ def adapter_usage(pipe, base_model: str, base_revision: str | None, repo_id: str
     return "\n".join(lines)
 
 
-def settings(scheduler) -> str:
+def settings(scheduler: Any) -> str:
     """The scheduler's settings that differ from the defaults of its class."""
     plain = own_fields(type(scheduler)())
     changed = {key: value for key, value in own_fields(scheduler).items() if value != plain[key]}

@@ -1,4 +1,4 @@
-"""The repository of a head: a plain PEFT adapter at its root, the quality head, recommended settings, a model card."""
+"""Writes and uploads the repository of a head: PEFT adapter, quality head, recommended settings, model card."""
 
 from __future__ import annotations
 
@@ -7,41 +7,51 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from . import adapters, heads
 from .adapter_files import CONFIG, WEIGHTS, write_adapter
 from .files import is_hub_id
-from .fingerprints import lasting_fingerprint, weights_fingerprint
+from .fingerprints import portable_fingerprint, weights_fingerprint
 from .model_card import adapter_card, method, model_card, pipeline_card
 
 FACTS = {"call", "dataset", "command", "hardware", "license", "steps", "versions", "metrics", "figure"}
 FACTS |= {"target", "states", "detection"}
 
 
-def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=None, repo_id=None) -> Path:
+def save_head_repo(
+    pipe: Any,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    facts: dict[str, Any] | None = None,
+    repo_id: str | None = None,
+) -> Path:
     """Write the head of a pipeline, its LoRA adapter and its scheduler settings as a repository of their own.
 
-    Files: adapter_config.json and adapter_model.safetensors if the model in use has an adapter, quality_head/,
-    scheduler/ and README.md. The base model is named, not copied.
+    Files: adapter_config.json and adapter_model.safetensors if the head has an adapter, quality_head/, scheduler/ and
+    README.md. The base model is named, not copied.
 
     Args:
         pipe: `PrismPipeline` with a quality head.
-        folder: where; made if missing, files of the same names are replaced.
-        base_model: Hub id or folder that the head belongs to; None for what the head's config says.
-        base_revision: of that; None for what the head's config says.
-        facts: about the training, for the card, all optional: "dataset", "command", "hardware", "license" (strings),
-            "steps" (int), "versions" and "metrics" (dicts), "call" (dict, further arguments with which the pipeline
-            writes after what the training data gave), "figure" (path of a calibration figure, copied); "target",
-            "states" and "detection", what the head estimates, learned on, and finds (strings, Markdown).
+        folder: where; made if missing. Files of the same names are replaced.
+        base_model: Hub id or folder that the head belongs to; None for the one in the head's config.
+        base_revision: revision of the base model; None for the one in the head's config.
+        facts: about the training, for the card. All are optional: "dataset", "command", "hardware", "license"
+            (strings), "steps" (int), "versions" and "metrics" (dicts), "call" (dict, arguments of the pipeline that fit
+            the training data), "figure" (path of a calibration plot, which is copied); "target", "states" and
+            "detection": what the head estimates, what it learned on, and what it finds (strings, Markdown).
         repo_id: where it will be on the Hub, for the card; None for a folder.
     Returns:
         The folder.
     Raises:
         ValueError: no quality head; no base model is known, or the one known is not the model in use; an unknown fact.
     Warns:
-        UserWarning: the scheduler, which is recommended with the head, does not read it.
+        UserWarning: the scheduler, which is saved as the recommended one, does not read the head; or other adapters are
+            active, which are not saved.
     """
     if pipe.quality_head is None:
         raise ValueError("This pipeline has no quality head to save. Load or train one, or save the whole pipeline.")
@@ -51,15 +61,15 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     if not base_model:
         raise ValueError(
             "No base model is known for this head: pass `base_model` (the Hub id of its backbone). A head that was "
-            'tuned together with its backbone is of use with that alone: push_to_hub(repo_id, what="pipeline").'
+            'tuned together with its backbone works with that backbone only: push_to_hub(repo_id, what="pipeline").'
         )
     if unknown := sorted(set(facts) - FACTS):
         raise ValueError(f"`facts` has unknown entries {unknown}; known: {sorted(FACTS)}.")
     heads.check_scheduler(pipe.scheduler)
     if not pipe.scheduler.needs_quality:
         warnings.warn(
-            f"{type(pipe.scheduler).__name__} does not read the quality head, and is saved as what is recommended with "
-            "it. Give the pipeline the scheduler that readers shall use, such as PrismScheduler.",
+            f"{type(pipe.scheduler).__name__} does not read the quality head, and is saved as recommended with it. "
+            "Set pipe.scheduler to the one that users should have, such as PrismScheduler.",
             stacklevel=2,
         )
     mine = pipe._head_adapter()
@@ -81,28 +91,29 @@ def save_head_repo(pipe, folder, *, base_model=None, base_revision=None, facts=N
     return folder
 
 
-def check_base(pipe, named: str | None) -> None:
-    """Raise a ValueError if a head would name a base model that is not the model in use, unless the caller names it."""
+def check_base(pipe: Any, named: str | None) -> None:
+    """Raise a ValueError if the base model of a head is not the model in use, unless the caller names the base."""
     trained_with = pipe.quality_head.config.weights_fingerprint
     origin, here = getattr(pipe.model, "_origin", None), weights_fingerprint(pipe.model)
-    comparable = trained_with and lasting_fingerprint(pipe.model)
+    comparable = trained_with and portable_fingerprint(pipe.model)
     if named is None and ((origin and origin.fingerprint != here) or (comparable and trained_with != here)):
         raise ValueError(
             f"The head names the base model {pipe.quality_head.config.base_model!r}, and the model in use has other "
-            'weights. Save or push the whole pipeline (what="pipeline"), or pass `base_model`, where these weights are.'
+            'weights. Save or push the whole pipeline (what="pipeline"), or pass `base_model`, '
+            "the id of these very weights."
         )
 
 
-def write_card(folder: Path, card: str, facts: dict) -> None:
-    """README.md, and the figure that it shows."""
+def write_card(folder: Path, card: ModelCard, facts: dict[str, Any]) -> None:
+    """Write README.md, and copy the plot that it shows."""
     figure = facts.get("figure")
     if figure and Path(figure).resolve() != (folder / "calibration.png").resolve():
         shutil.copyfile(figure, folder / "calibration.png")
-    (folder / "README.md").write_text(card)
+    card.save(folder / "README.md")
 
 
-def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None) -> int | None:
-    """Write the adapter of the head in use as PEFT does, and return its rank; None if it has none."""
+def save_adapter(pipe: Any, folder: Path, base_model: str, base_revision: str | None) -> int | None:
+    """Write the adapter of the head in use as PEFT does, and return its rank; None without an adapter."""
     name = pipe._head_adapter()
     if name is None:
         for file in (CONFIG, WEIGHTS):
@@ -112,15 +123,15 @@ def save_adapter(pipe, folder: Path, base_model: str, base_revision: str | None)
     return pipe.model.peft_config[name].r
 
 
-def rewrite(file: Path, values: dict) -> None:
-    """Set fields of a JSON file, and drop the folder it was once loaded from."""
+def rewrite(file: Path, values: dict[str, Any]) -> None:
+    """Set fields of a JSON file, and drop the folder that it was loaded from."""
     content = json.loads(file.read_text())
     content.pop("_name_or_path", None)
     file.write_text(json.dumps(content | values, indent=2, sort_keys=True) + "\n")
 
 
 def scrub(file: Path, base_model: str | None) -> None:
-    """Take folders of this machine out of a JSON file of a saved pipeline; a base model is named by its Hub id."""
+    """Remove folders of this machine from a JSON file of a saved pipeline; a base model is named by its Hub id."""
     content = json.loads(file.read_text())
     named = [key for key in ("_name_or_path", "name_or_path") if key in content]
     based = [key for key in ("base_model", "base_model_name_or_path") if content.get(key)]
@@ -131,12 +142,12 @@ def scrub(file: Path, base_model: str | None) -> None:
 
 
 def push_head_repo(
-    pipe,
+    pipe: Any,
     repo_id: str,
     *,
-    base_model=None,
-    base_revision=None,
-    facts=None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    facts: dict[str, Any] | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -145,13 +156,13 @@ def push_head_repo(
     """Upload what `save_head_repo` writes.
 
     Args:
-        pipe, base_model, base_revision, facts: as `save_head_repo`; `base_model` must be an id on the Hub, for whoever
-            loads the head needs it.
+        pipe, base_model, base_revision, facts: as `save_head_repo`. `base_model` must be an id on the Hub, because
+            users of the head need it.
         repo_id: "owner/name" on the Hub; made if missing.
-        private: of a new repository; None for the Hub's default.
-        token: of the Hub; None for the one that is logged in.
+        private: whether a new repository is private; None for the Hub's default.
+        token: access token of the Hub; None for the one that is logged in.
         revision: branch to commit to; None for main.
-        commit_message: of the commit.
+        commit_message: of the commit; None for a default.
     Returns:
         URL of the commit.
     Raises:
@@ -160,20 +171,27 @@ def push_head_repo(
     base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
     if base_model and not is_hub_id(base_model):
         raise ValueError(
-            f"The base model of this head is {base_model!r}, which is no id on the Hub (owner/name), so nobody else "
-            "could load it. Push the base model first, and pass its id as `base_model`."
+            f"The base model of this head is {base_model!r}, which is not an id on the Hub (owner/name), so "
+            "nobody else could load it. Push the base model first, and pass its id as `base_model`."
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_head_repo(
             pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
         )
         message = commit_message or f"{method(pipe)} quality head"
-        target = {"private": private, "token": token, "revision": revision, "commit_message": message}
-        return upload(folder, repo_id, ["adapter_*", "quality_head/*", "scheduler/*"], **target)
+        replaces = ["adapter_*", "quality_head/*", "scheduler/*"]
+        return upload(folder, repo_id, replaces, message, private=private, token=token, revision=revision)
 
 
 def save_adapter_repo(
-    pipe, name: str, folder, *, base_model: str, base_revision=None, facts=None, repo_id=None
+    pipe: Any,
+    name: str,
+    folder: str | Path,
+    *,
+    base_model: str,
+    base_revision: str | None = None,
+    facts: dict[str, Any] | None = None,
+    repo_id: str | None = None,
 ) -> Path:
     """Write one adapter of a pipeline's model as a plain PEFT adapter, which `PeftModel.from_pretrained` loads.
 
@@ -192,25 +210,41 @@ def save_adapter_repo(
 
 
 def push_adapter_repo(
-    pipe, name: str, repo_id: str, *, base_model, base_revision=None, facts=None, private=None, token=None
+    pipe: Any,
+    name: str,
+    repo_id: str,
+    *,
+    base_model: str,
+    base_revision: str | None = None,
+    facts: dict[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
 ) -> str:
-    """Upload what `save_adapter_repo` writes, and give the URL of the commit; arguments as `push_head_repo`."""
+    """Upload what `save_adapter_repo` writes, and return the URL of the commit; arguments as `push_head_repo`."""
     with tempfile.TemporaryDirectory() as temporary:
-        known = {"base_model": base_model, "base_revision": base_revision, "facts": facts}
-        folder = save_adapter_repo(pipe, name, temporary, repo_id=repo_id, **known)
-        target = {"private": private, "token": token, "revision": None, "commit_message": "LoRA adapter"}
-        return upload(folder, repo_id, ["adapter_*"], **target)
+        folder = save_adapter_repo(
+            pipe, name, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
+        )
+        return upload(folder, repo_id, ["adapter_*"], "LoRA adapter", private=private, token=token)
 
 
 def push_pipeline(
-    pipe, repo_id: str, *, base_model=None, facts=None, private=None, token=None, revision=None, commit_message=None
+    pipe: Any,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    facts: dict[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
 ) -> str:
-    """Upload a whole saved pipeline; the arguments are those of `push_head_repo`.
+    """Upload a whole saved pipeline; arguments as `push_head_repo`.
 
-    An adapter is saved by reference, so a pipeline with one names its base model as a head's repository does.
+    A pipeline with an adapter names its base model, as a head's repository does.
 
     Raises:
-        ValueError: it has an adapter, and the base model is a folder here.
+        ValueError: it has an adapter, and the base model is a folder of this machine.
     """
     with tempfile.TemporaryDirectory() as temporary:
         pipe.save_pretrained(temporary)
@@ -218,24 +252,34 @@ def push_pipeline(
             base_model = base_model or (pipe.quality_head and pipe.quality_head.config.base_model)
             if not base_model or not is_hub_id(base_model):
                 raise ValueError(
-                    f"This pipeline has a LoRA adapter, and its base model {base_model!r} is no id on the Hub. "
+                    f"This pipeline has a LoRA adapter, and its base model {base_model!r} is not an id on the Hub. "
                     "Pass `base_model`, or merge the adapter into the weights first: pipe.fuse_lora()."
                 )
         if pipe.quality_head is not None:
-            # The backbone may be tuned, and has a new name from now on: its embeddings say that the head is its own.
+            # The backbone may be tuned, and gets a new name now. Its fingerprints tell that the head is its own.
             rewrite(Path(temporary) / "quality_head" / "config.json", heads.fingerprints(pipe.model))
         for file in Path(temporary).rglob("*.json"):
             scrub(file, base_model)
         write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, repo_id), facts or {})
         message = commit_message or "PRISM pipeline"
-        target = {"private": private, "token": token, "revision": revision, "commit_message": message}
-        return upload(Path(temporary), repo_id, ["model/*", "quality_head/*", "scheduler/*", "tokenizer/*"], **target)
+        replaces = ["model/*", "quality_head/*", "scheduler/*", "tokenizer/*"]
+        return upload(Path(temporary), repo_id, replaces, message, private=private, token=token, revision=revision)
 
 
-def upload(folder: Path, repo_id: str, replaces: list[str], *, private, token, revision, commit_message: str) -> str:
+def upload(
+    folder: Path,
+    repo_id: str,
+    replaces: list[str],
+    commit_message: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None = None,
+) -> str:
     """Make a repository if there is none, and commit a folder to it; returns the commit's URL.
 
-    What matches a pattern of `replaces` and is not in the folder is deleted there, lest an old adapter be loaded.
+    Files of the repository that match a pattern of `replaces` and are not in the folder are deleted, so that no old
+    adapter is loaded.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -1,8 +1,8 @@
-"""The `model/` of a saved pipeline: weights, or the name of the base model that has them, and all its adapters.
+"""The `model/` of a saved pipeline: its adapters, and either its weights or the name of the base model that has them.
 
-A base model is named where the weights in use are those that it was loaded with; else they are saved whole. Adapters
-lie at the root of the folder, where transformers and PEFT look for one, if there is only one beside a named base; else
-in `adapters/<name>/`. `adapters.json` says what they are called and which are in use.
+A base model is named if the weights in use are still the ones that were loaded from it. Otherwise all weights are
+saved. A single adapter of a named base lies at the root of the folder, where transformers and PEFT look for it.
+Otherwise adapters lie in `adapters/<name>/`. `adapters.json` says what they are called and which are active.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import json
 import re
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..models.spec import MDMSpec
+from ..models.transformers_patches import saved_without_adapters
 from .adapter_files import CONFIG, WEIGHTS, without_lora, write_adapter
 from .adapters import active_adapters, fused_adapters, load_adapter, use_adapters
 from .files import inside, read_json
-from .fingerprints import lasting_fingerprint, signs_differ, signs_fingerprint, weights_fingerprint
+from .fingerprints import portable_fingerprint, signs_differ, signs_fingerprint, weights_fingerprint
 
 INDEX = "adapters.json"
 
@@ -31,31 +32,30 @@ class Origin(NamedTuple):
     fingerprint: str
 
 
-def note_origin(model, base: str, revision: str | None) -> None:
-    """Remember what a model was loaded from; its weights are as they were there."""
+def note_origin(model: Any, base: str, revision: str | None) -> None:
+    """Note on a model that was just loaded where it came from."""
     model._origin = Origin(base, revision, weights_fingerprint(model))
 
 
-def origin_in_use(model) -> Origin | None:
-    """What a model was loaded from, if its weights are still those; else None."""
+def origin_in_use(model: Any) -> Origin | None:
+    """What a model was loaded from, if its weights are still the same; else None."""
     origin = getattr(model, "_origin", None)
     return origin if origin is not None and weights_fingerprint(model) == origin.fingerprint else None
 
 
-def save_model(model, folder: Path, names: dict[str, str]) -> bool:
-    """Write a model that has adapters. Returns whether its weights were written too, and no base was named.
+def save_model(model: Any, folder: Path, names: dict[str, str]) -> bool:
+    """Write a model that has adapters. Returns True if its weights were written, and False if a base was named.
 
-    Weights that adapters are fused into are written as they are, and no adapters beside them.
+    Weights that adapters are fused into are written as they are, and then no adapters are written.
 
     Args:
         model: transformers model.
         folder: where.
-        names: of the adapters to write -> what they are called there.
-
+        names: name of an adapter to write -> its name in the folder.
     Raises:
         ValueError: an adapter is offloaded; or a base would be named in a folder that holds a whole model.
     Warns:
-        UserWarning: the weights are not those of the base that was loaded, so they are saved whole.
+        UserWarning: the weights are not those of the base that was loaded, so all of them are saved.
     """
     fused = fused_adapters(model)
     names = {} if fused else names
@@ -69,16 +69,19 @@ def save_model(model, folder: Path, names: dict[str, str]) -> bool:
             base = getattr(model, "_origin", None)
             what = f"The weights are not those of {base.base!r} any more" if base else "It is not known what was loaded"
             warnings.warn(f"{what}: the model is saved whole, with its adapters beside it.", stacklevel=4)
-        with as_without_adapters(model):
+        with saved_without_adapters(model):
             type(model).save_pretrained(model, folder, state_dict=without_lora(model), safe_serialization=True)
     at_root = origin is not None and len(names) == 1
     places = {called: "" if at_root else f"adapters/{called}" for called in names.values()}
     base, revision = (origin.base, origin.revision) if origin else (None, None)
     for name, called in names.items():
         write_adapter(model, name, folder / places[called], base, revision)
-    index = {"adapters": places, "active": [names[name] for name in active_adapters(model) if name in names]}
+    index: dict[str, Any] = {
+        "adapters": places,
+        "active": [names[name] for name in active_adapters(model) if name in names],
+    }
     if origin is not None:
-        index |= {"base_model": base, "base_revision": revision, "base_fingerprint": lasting_fingerprint(model)}
+        index |= {"base_model": base, "base_revision": revision, "base_fingerprint": portable_fingerprint(model)}
         index["base_signs"] = signs_fingerprint(model)
     if names:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -86,36 +89,23 @@ def save_model(model, folder: Path, names: dict[str, str]) -> bool:
 
 
 def refuse_stale(folder: Path, pattern: str, saved: str, here: str) -> None:
-    """Raise a ValueError if a folder holds files of an earlier save that would be loaded beside what is saved now."""
+    """Raise a ValueError if a folder holds files of an earlier save that would be loaded together with the new ones."""
     if stale := sorted(folder.glob(pattern)):
         raise ValueError(
-            f"{folder} holds {stale[0].name}, {saved} saved before; beside this pipeline's {here} it would be loaded "
-            "again. Save to another folder."
+            f"{folder} holds {stale[0].name}, {saved} saved before. It would be loaded again, together with this "
+            f"pipeline's {here}. Save to another folder."
         )
 
 
 def clear(folder: Path) -> None:
-    """Take away adapters that an earlier save left, lest they be loaded again."""
+    """Delete the adapters of an earlier save, so that they are not loaded again."""
     for name in (CONFIG, WEIGHTS, INDEX):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapters", ignore_errors=True)
 
 
-@contextmanager
-def as_without_adapters(model):
-    """While it lasts, transformers saves a model as if it had no adapters."""
-    kept = {name: getattr(model, name, None) for name in ("_hf_peft_config_loaded", "_weight_conversions")}
-    model._hf_peft_config_loaded = False
-    model._weight_conversions = vars(model).get("_before_adapters", (None,))[0]
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(model, name, value)
-
-
-def read_index(path: str, subfolder: str, hub_kwargs: dict) -> dict | None:
-    """What `adapters.json` of a saved model says; None if there is none.
+def read_index(path: str, subfolder: str, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of a saved model's `adapters.json`; None without that file.
 
     Raises:
         ValueError: it is not as `save_model` writes it.
@@ -124,14 +114,23 @@ def read_index(path: str, subfolder: str, hub_kwargs: dict) -> dict | None:
     if index is None:
         return None
     places, active = index.get("adapters"), index.get("active")
-    sound = isinstance(places, dict) and isinstance(active, list) and set(map(str, active)) <= set(places)
-    if not sound or not all(re.fullmatch(r"|adapters/[\w-]+", str(place)) for place in places.values()):
+    valid = isinstance(places, dict) and isinstance(active, list) and set(map(str, active)) <= set(places)
+    if not valid or not all(re.fullmatch(r"|adapters/[\w-]+", str(place)) for place in index["adapters"].values()):
         raise ValueError(f"{inside(subfolder, INDEX)} of {path!r} is damaged: it names adapters and their folders.")
     return index
 
 
-def load_adapters(model, path: str, subfolder: str, hub_kwargs: dict, index: dict | None, spec) -> None:
-    """Put the adapters of a saved model into it, with those in use that were; without an index the one at the root.
+def load_adapters(
+    model: Any,
+    path: str,
+    subfolder: str,
+    hub_kwargs: dict[str, Any],
+    index: dict[str, Any] | None,
+    spec: MDMSpec | None,
+) -> None:
+    """Add the adapters of a saved model to it, and activate those that were active when it was saved.
+
+    Without an index it is the one adapter at the root.
 
     Warns:
         UserWarning: the base model is not the one that the adapters were saved with.
@@ -139,7 +138,7 @@ def load_adapters(model, path: str, subfolder: str, hub_kwargs: dict, index: dic
     index = index or {"adapters": {"prism": ""}, "active": ["prism"]}
     expected, found = index.get("base_fingerprint"), None
     if expected:
-        found = lasting_fingerprint(model)
+        found = portable_fingerprint(model)
     signs = None if found else index.get("base_signs")
     other = found != expected if found else signs and signs_differ(signs, signs_fingerprint(model) or "")
     if other:

@@ -1,8 +1,10 @@
-"""Sizes that a checkpoint's config.json speaks of, against its tensors, before memory is taken for them."""
+"""Compares the sizes in a checkpoint's config.json with its tensors, before memory is taken for them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,13 +13,13 @@ from .files import fetch_file, inside, read_json, tensor_shapes
 
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks|h)\.(\d+)\.")
-# A model may have more numbers than its files hold: weights that are packed, eight to one, or made as it is loaded.
+# A model may have more numbers than its files: packed weights (up to eight in one), or weights made when it is loaded.
 PACKED, SPARE = 8, 2**20
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def weight_files(path: str, subfolder: str, hub_kwargs: dict) -> list[str]:
+def weight_files(path: str, subfolder: str, hub_kwargs: dict[str, Any]) -> list[str]:
     """Local paths of a checkpoint's safetensors files.
 
     Raises:
@@ -30,14 +32,14 @@ def weight_files(path: str, subfolder: str, hub_kwargs: dict) -> list[str]:
     files = {name: fetch_file(path, inside(subfolder, name), hub_kwargs) for name in names}
     if lost := [name for name, file in files.items() if file is None]:
         raise OSError(f"{path!r} lacks {inside(subfolder, lost[0])}, a part of its weights. Download it again.")
-    return list(files.values())
+    return [file for file in files.values() if file is not None]
 
 
-def parts_of(index: dict, owner: str) -> list[str]:
+def parts_of(index: dict[str, Any], owner: str) -> list[str]:
     """Names of the files that the index of a checkpoint in parts lists.
 
     Raises:
-        ValueError: it lists none, or something that is no name of a file beside it.
+        ValueError: it lists none, or something that is not the name of a file in the same folder.
     """
     names = index.get("weight_map")
     names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
@@ -51,7 +53,14 @@ def file_shapes(files: list[str]) -> Shapes:
     return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
 
 
-def model_config(make, native, config_dict: dict, shapes: Shapes, owner: str, names: dict[str, str] | None = None):
+def model_config(
+    make: Callable[[], Any],
+    native: Any,
+    config_dict: dict[str, Any],
+    shapes: Shapes,
+    owner: str,
+    names: dict[str, str] | None = None,
+) -> Any:
     """The config that `make()` builds from a config.json.
 
     Args:
@@ -65,17 +74,17 @@ def model_config(make, native, config_dict: dict, shapes: Shapes, owner: str, na
         ValueError: config.json holds values that make no model, or another number of layers than the files.
     """
     names = {**native.config_class.attribute_map, **(names or {})}
-    # First of all: some configs list their layers, and are gigabytes for a number that makes no sense.
+    # First of all: some configs make a list of their layers, which takes gigabytes if the number is wrong.
     check_layers(
         native,
-        config_dict.get(names.get("num_hidden_layers"), config_dict.get("num_hidden_layers")),
+        config_dict.get(names.get("num_hidden_layers", ""), config_dict.get("num_hidden_layers")),
         config_dict,
         shapes,
         owner,
     )
     try:
         config = make()
-    except Exception as error:  # transformers raises a dozen classes, by field and release
+    except Exception as error:  # transformers raises a dozen classes, which depend on field and release
         raise wrong(owner, error) from error
     for name in COUNTS:
         value = getattr(config, name, None)
@@ -88,18 +97,16 @@ def model_config(make, native, config_dict: dict, shapes: Shapes, owner: str, na
     return config
 
 
-def check_layers(native, layers, config_dict: dict, shapes: Shapes, owner: str) -> None:
-    """Raise a ValueError if a config speaks of another number of layers than there are in the files.
+def check_layers(native: Any, layers: object, config_dict: dict[str, Any], shapes: Shapes, owner: str) -> None:
+    """Raise a ValueError if a config has another number of layers than the files.
 
-    Fewer would leave weights out without a word; a model of far more takes hours and gigabytes to make.
+    With fewer, weights would be left out silently. A model with far more takes hours and gigabytes to make.
     """
     numbered = [int(found[1]) for name in shapes if (found := LAYER.search(name))]
-    held, left_out = (
-        max(numbered, default=-1) + 1,
-        config_dict.get("num_nextn_predict_layers"),
-    )  # for several tokens at once
-    least = held - (left_out if is_int(left_out, 0) else 0)
-    if is_int(layers, 1) and not least <= layers <= (held or len(shapes)):
+    held = max(numbered, default=-1) + 1
+    extra = config_dict.get("num_nextn_predict_layers")  # layers that predict several tokens at once; may be left out
+    least = held - (extra if isinstance(extra, int) and is_int(extra, 0) else 0)
+    if isinstance(layers, int) and is_int(layers, 1) and not least <= layers <= (held or len(shapes)):
         raise ValueError(
             f"The weights of {owner!r} do not fit {native.__name__}: its config.json says {layers} layers, and the "
             f"files hold {held}. Look for the config.json that belongs to them."
@@ -107,20 +114,20 @@ def check_layers(native, layers, config_dict: dict, shapes: Shapes, owner: str) 
 
 
 def wrong(owner: str, error: Exception) -> ValueError:
-    """The error that a config.json makes no model, with the words of transformers in one line."""
+    """The error for a config.json that makes no model, with the message of transformers in one line."""
     return ValueError(f"config.json of {owner!r} has values that make no model: {' '.join(str(error).split())[:300]}")
 
 
-def check_sizes(native, config, config_dict: dict, shapes: Shapes, owner: str) -> None:
-    """Raise a ValueError if a config makes another model than the one that the tensors of its files are of.
+def check_sizes(native: Any, config: Any, config_dict: dict[str, Any], shapes: Shapes, owner: str) -> None:
+    """Raise a ValueError if a config makes another model than the one in the files.
 
-    A model is made on the meta device, which takes no memory.
+    For that a model is made on the meta device, which takes no memory.
 
     Args:
         native: class of transformers.
         config: its config.
         config_dict: the config.json that it was built from.
-        shapes: of the tensors of the files by name, in whatever names.
+        shapes: shape of each tensor in the files by its name; the names may be others than the model's.
         owner: the checkpoint, for the error.
     """
     check_layers(native, getattr(config, "num_hidden_layers", None), config_dict, shapes, owner)

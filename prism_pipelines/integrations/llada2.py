@@ -1,45 +1,82 @@
-"""PRISM inside diffusers' own pipelines: the quality of a token gets to the scheduler past a loop that knows none.
+"""PRISM inside diffusers' own pipeline, whose loop has no place for the quality of a token.
 
-Such a pipeline hands its scheduler logits and nothing else. Hooks on the model see the hidden states on their way into
-the output head, score them, and deliver the result to the scheduler before its step.
+`LLaDA2Pipeline` gives its scheduler logits and nothing else. Two hooks on its model see the hidden states on their way
+into the output head, score them, and put the result into the scheduler's inbox before its step.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..hub import adapters, heads
 from ..hub.files import reachable
 from ..models.quality_head import QualityHead
 from ..schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
-from ..schedulers.llada2 import deliver_quality, deliver_wanted
+from ..schedulers.llada2 import Inbox
 
 ADAPTER = "prism"
 OURS = (PrismScheduler, SelfConfidenceScheduler, MDLMScheduler)
-_NAMES = ", ".join(kind.__name__ for kind in OURS)
+
+
+class _Judge:
+    """The two hooks of a model, which fill the inbox of the pipeline's scheduler in every forward pass."""
+
+    def __init__(self, pipe: Any, head: QualityHead | None):
+        self.pipe, self.head = pipe, head
+        self.attention_mask: Tensor | None = None  # of the forward pass under way, 0 at padding, (B, W)
+
+    @property
+    def inbox(self) -> Inbox | None:
+        """Of the scheduler that the pipeline has now; None for one that does not run here."""
+        return getattr(self.pipe.scheduler, "inbox", None)
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tells the scheduler which positions are kept. The pipeline masks those beyond `gen_length` as padding."""
+        mask = kwargs.get("attention_mask")
+        self.attention_mask = mask if mask is not None and mask.ndim == 2 else None
+        if self.inbox is not None:
+            self.inbox.kept = None if self.attention_mask is None else self.attention_mask.bool()
+
+    def before_output_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Tells the scheduler the quality of each token, from the hidden states (B, W, H) before the output head."""
+        if self.head is None or self.inbox is None or not getattr(self.pipe.scheduler, "needs_quality", False):
+            return
+        with torch.no_grad():
+            self.inbox.quality = self.head.to(args[0].device)(args[0], self.attention_mask).sigmoid()
 
 
 @dataclass
 class _Enabled:
     """What `disable_prism` has to undo."""
 
-    scheduler: object
-    handles: list = field(default_factory=list)
+    scheduler: Any  # the one from before
+    former_adapters: list[str]
+    with_head: bool
     adapter: bool = False
-    former_adapters: list[str] = field(default_factory=list)
-    attention_mask: torch.Tensor | None = None
-    installed: object = None  # the scheduler in the place of that one
-    with_head: bool = False
+    installed: Any = None  # the scheduler that took its place
+    handles: list[Any] = field(default_factory=list)
+
+
+class _Source(NamedTuple):
+    """A head and what was found where it was loaded from; a head that was passed as it is comes alone."""
+
+    head: QualityHead | None
+    path: str = ""
+    hub_kwargs: dict[str, Any] | None = None
+    adapter: str | None = None  # subfolder of its LoRA adapter
+    scheduler: Any = None  # recommended with it
 
 
 def enable_prism(
-    pipe,
+    pipe: Any,
     quality_head: QualityHead | str | None,
     *,
-    scheduler=None,
+    scheduler: Any = None,
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | bool | None = None,
@@ -47,104 +84,110 @@ def enable_prism(
 ) -> None:
     """Let an unmodified diffusers pipeline for masked diffusion (`LLaDA2Pipeline`) correct itself.
 
-    Each forward pass of `pipe.model` then also scores its tokens, and `pipe.scheduler` remasks the worst. Called again,
-    it replaces the head. Undone by `disable_prism`.
+    Each forward pass of `pipe.model` then also scores its tokens, and `pipe.scheduler` remasks the worst of them. A
+    second call replaces the head. `disable_prism` undoes it.
 
     Args:
         pipe: a pipeline with `model` and `scheduler`.
-        quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`; a LoRA adapter that lies
-            there is loaded into the model too. None for no head: a scheduler without one is told where `gen_length`
-            ends, and fills and remasks nothing beyond.
-        scheduler: one that runs in `LLaDA2Pipeline`. None keeps a `PrismScheduler` in use; else takes that
-            recommended with the head, or makes one from the config of the pipeline's own. Without a head it keeps
-            one of ours, or makes a `SelfConfidenceScheduler`.
+        quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`. A LoRA adapter in that
+            repository is loaded into the model too. With None there is no head: the scheduler only learns where
+            `gen_length` ends, and neither fills nor remasks anything beyond.
+        scheduler: one that runs in `LLaDA2Pipeline`. None keeps a `PrismScheduler` in use; or else takes the one that
+            is recommended with the head, or makes one from the config of the pipeline's own. Without a head, None
+            keeps one of ours, or makes a `SelfConfidenceScheduler`.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
     Raises:
         TypeError: `pipe` has no model with an output head, `quality_head` is neither a head nor a place, or
             `scheduler` does not run there.
-        ValueError: the head was made for another model or reads a run context, or the model has an adapter called
-            "prism" already.
+        ValueError: the head was made for another model or reads a run context, or the model already has an adapter
+            called "prism".
         OSError: no head there.
     Warns:
         UserWarning: the scheduler recommended with the head does not run there; a `PrismScheduler` takes its place.
     """
+    _check_parts(pipe, scheduler)
+    model = pipe.model
+    hub_kwargs = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    source = _find_head(pipe, quality_head, hub_kwargs)
+    kept = OURS if source.head is None else (PrismScheduler,)
+    chosen = scheduler or (pipe.scheduler if isinstance(pipe.scheduler, kept) else None) or _recommended(source, pipe)
+    disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
+    enabled = _Enabled(pipe.scheduler, adapters.active_adapters(model), with_head=source.head is not None)
+    pipe._prism = enabled
+    if source.adapter is not None:
+        adapters.load_adapter(model, source.path, ADAPTER, source.hub_kwargs or {}, source.adapter)
+        adapters.use_adapters(model, [*enabled.former_adapters, ADAPTER])
+        enabled.adapter = True
+    default = SelfConfidenceScheduler if source.head is None else PrismScheduler
+    pipe.scheduler = enabled.installed = chosen or default.from_config(pipe.scheduler.config)
+    judge = _Judge(pipe, source.head)
+    enabled.handles = [
+        model.register_forward_pre_hook(judge.before_forward, with_kwargs=True),
+        model.get_output_embeddings().register_forward_pre_hook(judge.before_output_head),
+    ]
+
+
+def _check_parts(pipe: Any, scheduler: Any) -> None:
+    """Raise a TypeError for a pipeline without model or scheduler, or a scheduler that does not run there."""
     model = getattr(pipe, "model", None)
-    output_head = getattr(model, "get_output_embeddings", lambda: None)()
-    if output_head is None or not hasattr(pipe, "scheduler"):
+    if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(pipe, "scheduler"):
         raise TypeError(
             f"`pipe` must have a scheduler and a model with get_output_embeddings(); got {type(pipe).__name__}."
         )
     if scheduler is not None and not _runs_in_blocks(scheduler):
-        raise TypeError(f"`scheduler` must be one of {_NAMES}, which run in blocks; got {type(scheduler).__name__}.")
-    hub_kwargs = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    source = None if quality_head is None else heads.head_place(quality_head)
-    hub_kwargs = hub_kwargs if source is None else reachable(source, hub_kwargs)
-    head = quality_head if source is None else heads.load_head(source, hub_kwargs)
-    if head is not None:
-        _check_head(head, model, output_head)
-    if source is not None and not getattr(getattr(pipe, "_prism", None), "adapter", False):
-        adapters.refuse_taken(model, ADAPTER)
-    recommended = None if source is None else heads.load_scheduler(source, hub_kwargs)
-    adapter = None if source is None else adapters.adapter_subfolder(source, hub_kwargs)
-
-    kept = PrismScheduler if head is not None else OURS
-    in_use = pipe.scheduler if isinstance(pipe.scheduler, kept) else None
-    if recommended is not None and not _runs_in_blocks(recommended):
-        if scheduler is None and in_use is None:
-            warnings.warn(
-                f"{source!r} recommends {type(recommended).__name__}, which does not run in {type(pipe).__name__}; "
-                "a PrismScheduler takes its place. PrismPipeline runs it.",
-                stacklevel=2,
-            )
-        recommended = None
-    disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
-    enabled = pipe._prism = _Enabled(pipe.scheduler, former_adapters=adapters.active_adapters(model))
-    if adapter is not None:
-        adapters.load_adapter(model, source, ADAPTER, hub_kwargs, adapter)
-        adapters.use_adapters(model, [*enabled.former_adapters, ADAPTER])
-        enabled.adapter = True
-    default = SelfConfidenceScheduler if head is None else PrismScheduler
-    pipe.scheduler = scheduler or in_use or recommended or default.from_config(pipe.scheduler.config)
-    enabled.installed, enabled.with_head = pipe.scheduler, head is not None
-
-    def note_padding(module, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        enabled.attention_mask = mask if mask is not None and mask.ndim == 2 else None
-        deliver_wanted(pipe.scheduler, None if enabled.attention_mask is None else enabled.attention_mask.bool())
-
-    def score(module, args):
-        hidden, attention_mask = args[0], enabled.attention_mask  # (B, W, H), (B, W)
-        if head is None or not getattr(pipe.scheduler, "needs_quality", False):
-            return
-        with torch.no_grad():
-            quality = head.to(hidden.device)(hidden, attention_mask).sigmoid()
-        deliver_quality(pipe.scheduler, quality)
-
-    enabled.handles = [
-        model.register_forward_pre_hook(note_padding, with_kwargs=True),
-        model.get_output_embeddings().register_forward_pre_hook(score),
-    ]
+        names = ", ".join(kind.__name__ for kind in OURS)
+        raise TypeError(f"`scheduler` must be one of {names}, which run in blocks; got {type(scheduler).__name__}.")
 
 
-def _runs_in_blocks(scheduler) -> bool:
-    """Can `LLaDA2Pipeline` drive it? It asks its scheduler when a block is done."""
+def _find_head(pipe: Any, quality_head: QualityHead | str | None, hub_kwargs: dict[str, Any]) -> _Source:
+    """Load and check a head, and look for its adapter and scheduler; arguments and errors as `enable_prism`."""
+    if quality_head is None:
+        return _Source(None)
+    if isinstance(quality_head, QualityHead):
+        _check_head(quality_head, pipe.model)
+        return _Source(quality_head)
+    path = str(heads.head_place(quality_head))
+    hub_kwargs = reachable(path, hub_kwargs)
+    head = heads.load_head(path, hub_kwargs)
+    _check_head(head, pipe.model)
+    if not getattr(getattr(pipe, "_prism", None), "adapter", False):
+        adapters.refuse_taken(pipe.model, ADAPTER)
+    adapter, scheduler = adapters.adapter_subfolder(path, hub_kwargs), heads.load_scheduler(path, hub_kwargs)
+    return _Source(head, path, hub_kwargs, adapter, scheduler)
+
+
+def _recommended(source: _Source, pipe: Any) -> Any:
+    """The scheduler that is recommended with a head, if it runs there; else None, with a warning if there is one."""
+    if source.scheduler is None or _runs_in_blocks(source.scheduler):
+        return source.scheduler
+    warnings.warn(
+        f"{source.path!r} recommends {type(source.scheduler).__name__}, which does not run in {type(pipe).__name__}; "
+        "a PrismScheduler takes its place. PrismPipeline runs it.",
+        stacklevel=3,
+    )
+    return None
+
+
+def _runs_in_blocks(scheduler: Any) -> bool:
+    """Can `LLaDA2Pipeline` drive it? That pipeline asks its scheduler when a block is done."""
     return hasattr(scheduler, "check_block_should_continue")
 
 
-def _check_head(head: QualityHead, model, output_head) -> None:
+def _check_head(head: QualityHead, model: Any) -> None:
     """Raise a ValueError if the head was made for another model, by its config or else its output head.
 
-    Or if it reads what the run knows: diffusers' loop tells nobody when a token was written, nor what it saw first.
+    A head that reads the run context is refused too: diffusers' loop does not record when a token was written, nor the
+    first hidden states.
     """
     if head.reads_context:
         raise ValueError(
-            f"This quality head reads what the run knows (context={', '.join(head.reads_context)}), and diffusers' "
-            "loop records none of it. PrismPipeline.from_pipe(pipe, quality_head=...) runs it on the same model; or "
-            "pass a head without context."
+            f"This quality head reads the run context (context={', '.join(head.reads_context)}), and diffusers' loop "
+            "does not record it. PrismPipeline.from_pipe(pipe, quality_head=...) runs it on the same model; or pass a "
+            "head without context."
         )
     if hasattr(model, "config"):
         heads.check_head(head, model)
-    width = getattr(output_head, "in_features", head.config.hidden_size)
+    width = getattr(model.get_output_embeddings(), "in_features", head.config.hidden_size)
     if width != head.config.hidden_size:
         raise ValueError(
             f"`quality_head` was made for hidden size {head.config.hidden_size}, and the output head of "
@@ -152,13 +195,13 @@ def _check_head(head: QualityHead, model, output_head) -> None:
         )
 
 
-def disable_prism(pipe) -> None:
-    """Undo `enable_prism`; else does nothing.
+def disable_prism(pipe: Any) -> None:
+    """Undo `enable_prism`; without one it does nothing.
 
-    Hooks and adapter are removed, and the scheduler from before comes back, unless another was put in the place of
-    that installed meanwhile. A `PrismScheduler` that would be without its head goes in any case.
+    Hooks and adapter are removed. The scheduler from before comes back, unless another than the installed one is in use
+    by now. A `PrismScheduler` that would be without its head goes in any case.
     """
-    enabled = getattr(pipe, "_prism", None)
+    enabled: _Enabled | None = getattr(pipe, "_prism", None)
     if enabled is None:
         return
     for handle in enabled.handles:
@@ -166,8 +209,8 @@ def disable_prism(pipe) -> None:
     if enabled.adapter:
         adapters.drop_adapter(pipe.model, ADAPTER)
         adapters.use_adapters(pipe.model, enabled.former_adapters)
-    deliver_quality(pipe.scheduler, None)
-    deliver_wanted(pipe.scheduler, None)
+    if hasattr(pipe.scheduler, "inbox"):
+        pipe.scheduler.inbox.take()
     without_head = enabled.with_head and isinstance(pipe.scheduler, PrismScheduler)
     if pipe.scheduler is enabled.installed or without_head:
         pipe.scheduler = enabled.scheduler

@@ -1,4 +1,4 @@
-"""How checkpoints that are read by a class of transformers call their weights and the fields of their config."""
+"""How checkpoints name their weights and config fields, and which config values a class of transformers can run."""
 
 LLADA_KEYS = {
     r"^model\.transformer\.wte\.": "model.embed_tokens.",
@@ -103,3 +103,37 @@ DSM_CONFIG = {
         "pad_token_id",
     )
 }
+
+# --- config values that the native class has built in (`CheckpointRecipe.hardcoded_config`) ---------------------------
+
+LLADA_HARDCODED = {
+    "block_type": ("llama",),
+    "layer_norm_type": ("rms",),
+    "activation_type": ("silu",),
+    "rope": (True,),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+}
+LLADA_MOE_HARDCODED = {
+    "clip_qkv": (None,),
+    "qk_layernorm": (True,),
+    "partial_rotary_factor": (1,),
+    "shared_expert_intermediate_size": (None,),
+    "moe_router_enable_expert_bias": (False, None),
+}
+ILLADA_HARDCODED = {
+    "layer_norm_eps": (None,),  # it would have other norms
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+}
+LLADA2_HARDCODED = {
+    "norm_head": (False,),
+    "use_bias": (False,),
+    "expert_capacity": (None,),  # LLaDA2.2 chooses experts for a whole block; the native class chooses for each token
+}
+# DreamReasoner has the model_type of Dream: a copy of it under another name has a block size.
+DREAM_HARDCODED = {"block_size": (None,)}
+MDLM_HARDCODED = {"time_conditioning": (False, None)}
+BD3LM_HARDCODED = {"time_conditioning": (False, None), "causal": (False, None)}

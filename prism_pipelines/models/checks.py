@@ -1,17 +1,22 @@
-"""What must hold of a loaded model, whatever its code and its config say."""
+"""Sanity checks on a loaded model: maximum length, rotary frequencies, NaN and inf, direction of attention."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import transformers
+from torch import Tensor, nn
 
 from .denoiser import MaskedDenoiser
 
 
-def max_length(config) -> int | None:
+def max_length(config: Any) -> int | None:
     """The most tokens a model takes, or None if its config does not say.
 
-    RoBERTa-like models and ESM count positions from pad_token_id + 1, so they take fewer than they have embeddings.
+    RoBERTa-like models and ESM count positions from pad_token_id + 1, so they take fewer tokens than they have position
+    embeddings.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and ("roberta" in config.model_type or config.model_type == "esm"):
@@ -19,24 +24,24 @@ def max_length(config) -> int | None:
     return limit
 
 
-def check_rope(model, name: str) -> None:
-    """Raise a ValueError if a rotary embedding's frequencies are not those of its config.
+def check_rope(model: nn.Module, name: str) -> None:
+    """Raise a ValueError if the frequencies of a rotary embedding are not initialised.
 
-    Some remote code leaves them uninitialised under transformers 5, and the model then writes garbage in silence.
+    Some remote code leaves them uninitialised under transformers 5. The model then writes garbage without an error.
     """
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("inv_freq") and buffer.numel():
             values = buffer.float()
-            sane = values.isfinite().all() and (values > 0).all() and (values <= 1.0001).all()
-            if not sane or (values.diff() > 0).any():
+            valid = values.isfinite().all() and (values > 0).all() and (values <= 1.0001).all()
+            if not valid or (values.diff() > 0).any():
                 raise ValueError(
                     f"The rotary frequencies of {name!r} ({buffer_name}) are not initialised: its code does not fit "
                     f"transformers {transformers.__version__}."
                 )
 
 
-def non_finite(tensors) -> str | None:
-    """The first of some (name, tensor) that holds NaN or inf, as "name (NaN)"; None if all are numbers."""
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The first of some (name, tensor) that holds NaN or inf, as "name (NaN)"; None if all numbers are finite."""
     for name, value in tensors:
         if value.is_meta or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             continue  # offloaded, or quantized
@@ -46,8 +51,8 @@ def non_finite(tensors) -> str | None:
 
 
 @torch.no_grad()
-def refuse_nan(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
-    """Raise a ValueError if the model gives NaN or inf for some ids (B, L), which names the tensor it comes from."""
+def refuse_nan(denoiser: MaskedDenoiser, ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Raise a ValueError if the model gives NaN or inf for some ids (B, L), and name the tensor it comes from."""
     hidden = denoiser.hidden(ids, attention_mask)
     whole = bool(hidden.isfinite().all())
     if whole and not any_nan(denoiser.logits(row[None], torch.ones_like(row[None, :, 0]).bool()) for row in hidden):
@@ -68,18 +73,18 @@ def refuse_nan(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torc
     )
 
 
-def any_nan(logits) -> bool:
-    """Does any of some tensors of logits hold a NaN or +inf? Those of forbidden ids are -inf."""
+def any_nan(logits: Iterable[Tensor]) -> bool:
+    """Does any of these tensors of logits hold NaN or +inf? The logits of suppressed ids are -inf."""
     return any(bool((values.isnan() | values.isposinf()).any()) for values in logits)
 
 
-def first_overflow(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> str | None:
+def first_overflow(denoiser: MaskedDenoiser, ids: Tensor, attention_mask: Tensor | None) -> str | None:
     """Name of the first module whose output is not finite."""
-    found = []
+    found: list[str] = []
 
-    def look(module, args, output):
+    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        if not found and isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
+        if not found and isinstance(tensor, Tensor) and not tensor.isfinite().all():
             found.append(names[module])
 
     names = {module: place for place, module in denoiser.model.named_modules()}
@@ -94,10 +99,11 @@ def first_overflow(denoiser: MaskedDenoiser, ids: torch.Tensor, attention_mask: 
 
 @torch.no_grad()
 def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) -> bool:
-    """Does the last token influence the first position, among `length` tokens, by more than `noise`?
+    """Does the last of `length` tokens change the first position by more than `noise`?
 
-    Two sequences that differ in their last token alone are compared at the hidden state of their first position, by its
-    largest change relative to its largest entry. Each has a forward of its own: rows of a batch differ by rounding.
+    Two sequences that differ in their last token alone are compared at the hidden state of their first position. The
+    change is its largest entry, relative to the largest entry of the state. Each sequence has a forward pass of its
+    own, because rows of one batch differ by rounding.
     """
     device = denoiser.suppressed.device
     allowed = (~denoiser.suppressed).nonzero().flatten()
@@ -107,21 +113,21 @@ def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) ->
     ids[1, -1] = other
     one, two = (denoiser.hidden(row[None])[0, 0].float() for row in ids)
     if not (one.isfinite().all() and two.isfinite().all()):
-        for row in ids:  # a NaN equals nothing, and would pass for "sees nothing"
+        for row in ids:  # NaN equals nothing, so it would look like a causal model
             refuse_nan(denoiser, row[None])
     return bool((one - two).abs().max() > noise * one.abs().max())
 
 
-def is_causal_class(model) -> bool:
+def is_causal_class(model: nn.Module) -> bool:
     """Is it a class of transformers that is causal unless its mask or its config says otherwise?"""
     kind = type(model)
     return kind.__module__.startswith("transformers.") and kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def check_attention(denoiser: MaskedDenoiser, name: str) -> None:
-    """Raise a ValueError if a model's attention is not what its spec says.
+    """Raise a ValueError if a model's attention is not the one in its spec.
 
-    Within a block, or for a bidirectional model anywhere, later tokens must be seen; beyond the block they must not.
+    A bidirectional model must see later tokens everywhere. A block-causal model must see them within a block only.
     """
     block = denoiser.spec.block_length if denoiser.spec.attention == "block_causal" else None
     if block != 1 and not sees_ahead(denoiser, min(4, block or 4)):
@@ -129,6 +135,6 @@ def check_attention(denoiser: MaskedDenoiser, name: str) -> None:
             f"{name!r} is causal: its first position does not change with its last token, so it cannot fill masks from "
             "both sides. Load a bidirectional model."
         )
-    # A mixture of experts sorts its tokens by expert, so its rounding depends on tokens that are not seen.
+    # A mixture of experts sorts tokens by expert, so its rounding depends on tokens that it does not see.
     if block is not None and sees_ahead(denoiser, block + 1, noise=0.01):
         raise ValueError(f"{name!r} is declared block-causal, but its first block sees the second.")

@@ -1,7 +1,7 @@
-"""MDLM checkpoints (the text model of the PRISM paper) as a native GPT-NeoX: no flash-attention, no remote code.
+"""Loads MDLM checkpoints (the text model of the PRISM paper) as GPT-NeoX: no flash-attention, no remote code.
 
-MDLM's layers are modulated by an embedding of the diffusion time (adaLN), and its released models are trained with that
-time held at 0. Shift, scale and gate are then constants of each layer, and go into its weights without any loss:
+MDLM's layers are modulated by an embedding of the diffusion time (adaLN). Its released models are trained with that
+time fixed at 0, so shift, scale and gate are constants of each layer. They can be folded into its weights exactly:
 
     norm(x) * w * (1 + scale) + shift    is a layer norm of weight w * (1 + scale) and bias shift
     gate * (A x + b)                     is a linear layer of weight gate * A and bias gate * b
@@ -10,6 +10,7 @@ time held at 0. Shift, scale and gate are then constants of each layer, and go i
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -38,7 +39,7 @@ def native_model(config: GPTNeoXConfig) -> GPTNeoXForCausalLM:
 
 
 def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GPTNeoXForCausalLM:
-    """The model of safetensors files: an MDLM checkpoint, or one saved from here under GPT-NeoX's names.
+    """The model of safetensors files: an MDLM checkpoint, or one that this package saved under GPT-NeoX's names.
 
     Args:
         files: paths of `model.safetensors`, or of its parts.
@@ -48,10 +49,10 @@ def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GP
         RuntimeError: weights are missing or of another shape.
     """
     weights = {name: value for file in files for name, value in load_file(file).items()}
-    model = native_model(config)
+    model: Any = native_model(config)
     if not any(name.startswith("gpt_neox.") for name in weights):
         weights, model._gates = fold_time(weights, config.num_attention_heads)
-    # The head is called lm_head or embed_out: it depends on the release of transformers, in memory and on disk.
+    # The head is called lm_head or embed_out, in memory and on disk, depending on the release of transformers.
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     weights = {re.sub(r"^(lm_head|embed_out)\.", f"{head}.", name): value for name, value in weights.items()}
     model.load_state_dict(weights)
@@ -60,17 +61,17 @@ def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GP
 
 
 def per_head(rows: Tensor, num_heads: int) -> Tensor:
-    """Rows of MDLM's attn_qkv as GPT-NeoX has them: it packs query, key, value of each head; MDLM all queries first."""
+    """Rows of MDLM's attn_qkv in the order of GPT-NeoX, which packs query, key and value of each head."""
     return rows.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def fold_lora(name: str, value: Tensor, model) -> Tensor:
-    """A LoRA weight of a layer under the name that MDLM's authors give it, as one of `native_model`'s.
+def fold_lora(name: str, value: Tensor, model: Any) -> Tensor:
+    """A LoRA weight under the layer name of MDLM's authors, for the same layer of `native_model`.
 
-    Rows of B, and magnitudes of DoRA, are those of the layer: they are put in its order, and gated as it is.
+    Rows of B and magnitudes of DoRA belong to rows of the layer. They get the same order and the same gate.
 
     Raises:
-        ValueError: the model was saved from here, so that the gates in its weights are not known.
+        ValueError: the model was saved by this package, so that the gates in its weights are not known.
     """
     gates = getattr(model, "_gates", None)
     if gates is None:

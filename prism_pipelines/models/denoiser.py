@@ -1,27 +1,31 @@
 """A backbone behind one contract: token ids -> the input of its output head -> logits at chosen positions.
 
-The last hidden state is defined as the *input of the output head*. It is caught by a forward-pre-hook, which also hands
-the head zero rows: one forward of the model then costs the body alone, and logits are made later, only where read.
+The last hidden state is defined as the *input of the output head*. A forward-pre-hook of the head catches it, and gives
+the head no rows. So a forward pass of the model costs its body alone, and logits are made later, only where they are
+read.
 
-Threads may share a model: what a forward catches belongs to its thread, and forwards of one model wait for each other,
-since models keep state of their own while they run (rotary tables, offloaded weights, `config.is_causal`).
+Threads may share a model. The hidden state that a forward pass catches belongs to its thread. Forward passes of one
+model wait for each other, because models keep state while they run (rotary tables, offloaded weights,
+`config.is_causal`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..schedulers.token_sampling import chunk_rows
-from .families import MDMSpec, supports_all_masked_input
+from .families import supports_all_masked_input
+from .spec import MDMSpec
+from .transformers_patches import not_causal
 
-# Autoregressive classes of transformers that see in both directions without any mask if they are told that they are not
-# causal; tests/test_speed.py holds each to the result with a mask of zeros.
+# Autoregressive classes of transformers that are bidirectional without any mask if `is_causal` is False.
+# tests/test_speed.py compares each with a mask of zeros.
 UNMASKED = (
     "GPT2LMHeadModel",
     "GPTNeoXForCausalLM",
@@ -36,27 +40,27 @@ _REGISTERING = threading.Lock()
 
 
 class OutputHeadHook:
-    """Forward-pre-hook of an output head that, while `catching`, keeps what the head is given and hands it no rows.
+    """Forward-pre-hook of an output head. While `catching`, it keeps the head's input and gives the head no rows.
 
-    It stays on the head, and is one object: `torch.compile` traces it with the model, and guards `catching`.
-    A forward is caught for the thread that runs it. `lock` is held while the model or its head runs.
+    There is one such hook for each head, and it stays there: `torch.compile` traces it with the model, and guards
+    `catching`. The input is kept for the thread that runs the model. `lock` is held while the model or its head runs.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.mine, self.lock = threading.local(), threading.RLock()
 
-    def __call__(self, module: nn.Module, args: tuple):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not getattr(self.mine, "catching", False):
             return None
         self.mine.caught = args[0]
         return (args[0][:, :0], *args[1:])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[OutputHeadHook], tuple[()]]:
         return (OutputHeadHook, ())  # a copy of the model is another model, with a lock of its own
 
     @contextmanager
     def catch(self) -> Iterator[threading.local]:
-        """While it lasts, a forward of this thread is caught in `caught` of what this gives; other threads wait."""
+        """Inside it, a forward pass of this thread leaves the head's input in `caught`. Other threads wait."""
         with self.lock:
             try:
                 self.mine.catching, self.mine.caught = True, None
@@ -66,7 +70,7 @@ class OutputHeadHook:
 
     @classmethod
     def of(cls, head: nn.Module) -> OutputHeadHook:
-        """The one of `head`, registered if there is none yet."""
+        """The hook of `head`, which is registered if there is none yet."""
         with _REGISTERING:
             hook = next((hook for hook in head._forward_pre_hooks.values() if isinstance(hook, cls)), None)
             if hook is None:
@@ -81,13 +85,19 @@ class MaskedDenoiser(nn.Module):
     Args:
         model: transformers model that has output embeddings.
         spec: facts about it, see `MDMSpec`.
-        num_tokens: ids at and above this are not in the tokenizer and never predicted; None keeps all of them.
-        suppress_tokens: further ids that are never predicted (padding); the mask id always is.
+        num_tokens: ids from this one on are not in the tokenizer, and are never predicted; None for no such ids.
+        suppress_tokens: further ids that are never predicted (padding). The mask id never is.
     Raises:
         ValueError: the model has no output head.
     """
 
-    def __init__(self, model: nn.Module, spec: MDMSpec, num_tokens: int | None = None, suppress_tokens=()):
+    model: Any
+    suppressed: Tensor
+    suppressed_ids: Tensor
+
+    def __init__(
+        self, model: Any, spec: MDMSpec, num_tokens: int | None = None, suppress_tokens: Iterable[int] = ()
+    ) -> None:
         super().__init__()
         self.model, self.spec = model, spec
         if spec.output_head and spec.output_head not in dict(model.named_modules()):
@@ -98,12 +108,12 @@ class MaskedDenoiser(nn.Module):
         suppressed[list({spec.mask_token_id, *suppress_tokens})] = True
         suppressed[vocab_size if num_tokens is None else num_tokens :] = True
         ids, device = suppressed.nonzero()[:, 0], head.weight.device
-        if device.type == "meta":  # an offloaded weight, which comes back where and when it is used
+        if device.type == "meta":  # an offloaded weight, which is loaded where and when it is used
             device = suppressed.device
         self.register_buffer("suppressed", suppressed.to(device), persistent=False)  # (V,)
-        self.register_buffer("suppressed_ids", ids.to(device), persistent=False)  # a few of them
+        self.register_buffer("suppressed_ids", ids.to(device), persistent=False)  # (a few,)
 
-    def _output_head(self) -> nn.Module:
+    def _output_head(self) -> Any:
         head = self.model.get_submodule(self.spec.output_head) if self.spec.output_head else None
         head = head or self.model.get_output_embeddings()
         if head is None:
@@ -114,13 +124,13 @@ class MaskedDenoiser(nn.Module):
         return head
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """Parameters that `logits` uses and `hidden` does not, but for weights tied to the embeddings."""
+        """Parameters that `logits` uses, and `hidden` does not unless they are tied to the embeddings."""
         bias = [self.model.get_parameter(self.spec.output_bias)] if self.spec.output_bias else []
         return [*self._output_head().parameters(), *bias]
 
     @property
-    def lock(self) -> threading.RLock:
-        """Held while a thread runs the model or its head; the others wait."""
+    def lock(self) -> Any:
+        """The `threading.RLock` that is held while a thread runs the model or its head."""
         return OutputHeadHook.of(self._output_head()).lock
 
     @property
@@ -135,20 +145,21 @@ class MaskedDenoiser(nn.Module):
         *,
         columns: Tensor | None = None,
         reach: int | None = None,
-        past_key_values=None,
+        past_key_values: Any = None,
     ) -> Tensor:
-        """The input of the output head, by one forward of the model in which that head gets no row.
+        """The input of the output head, by one forward pass of the model in which that head gets no rows.
 
         Args:
             input_ids: int64 of shape (B, L).
             attention_mask: 1 for tokens and 0 for padding, of shape (B, L); None for no padding.
-            columns: run the model on these positions only, int64 (B, W), with the keys and values of all others from
-                `past_key_values`; L itself, where a row has fewer than W, gives a result without meaning. None for all.
-            reach: with `columns`, how many positions, from the first, there are keys for; None for L.
-            past_key_values: transformers cache that gives and takes the keys and values; only for models with an
+            columns: run the model on these positions only, int64 (B, W), and read the keys and values of all others
+                from `past_key_values`. A row with fewer than W is filled up with L, where the result means nothing.
+                None for all positions.
+            reach: with `columns`, the number of positions, from the first, that have keys; None for L.
+            past_key_values: transformers cache of keys and values, which is read and written. Only for models with an
                 additive mask, see `sampling/kv_cache.py`.
         Returns:
-            (B, L, H), or (B, W, H) with `columns`, in the model's dtype; means nothing at padding.
+            (B, L, H), or (B, W, H) with `columns`, in the model's dtype. It means nothing at padding.
         """
         inputs = self.inputs(input_ids, attention_mask, columns=columns, reach=reach)
         if past_key_values is not None:
@@ -159,7 +170,7 @@ class MaskedDenoiser(nn.Module):
                 self.model(input_ids=asked, return_dict=True, **inputs)
             hidden = mine.caught.to(input_ids.device)  # from the last device of a model that is spread over several
         if self.spec.logit_shift and attention_mask is not None and columns is None:
-            # What a shifted model reads for the first token of a row is its own row, also behind padding.
+            # For the first token of a row a shifted model reads the hidden state of that token, also after padding.
             shown = attention_mask.bool()
             before_first = ~shown[:, :-1] & shown[:, 1:] & (attention_mask.cumsum(-1)[:, 1:] == 1)
             front = torch.where(before_first[..., None], hidden[:, 1:], hidden[:, :-1])
@@ -173,9 +184,9 @@ class MaskedDenoiser(nn.Module):
         *,
         columns: Tensor | None = None,
         reach: int | None = None,
-    ) -> dict[str, Tensor | bool]:
-        """What else the model's forward takes, as the spec says; arguments as `hidden`."""
-        spec, inputs = self.spec, {}
+    ) -> dict[str, Any]:
+        """Arguments of the model's forward besides the ids, as the spec says; arguments as `hidden`."""
+        spec, inputs = self.spec, dict[str, Any]()
         positions = token_positions(input_ids, attention_mask)
         if not supports_all_masked_input(getattr(self.model, "config", None)):
             hidden = input_ids == spec.mask_token_id
@@ -210,7 +221,7 @@ class MaskedDenoiser(nn.Module):
         return inputs
 
     def _sees_all_without_mask(self) -> bool:
-        """May the mask of zeros be left out? Flash kernels take none."""
+        """May the mask of zeros be left out? Flash kernels take no mask."""
         model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile(model)
         native = type(model).__module__.startswith("transformers.") and type(model).__name__ in UNMASKED
         return (
@@ -223,20 +234,21 @@ class MaskedDenoiser(nn.Module):
 
     def lm_head(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of hidden rows (N, H), with the mask token and undefined ids at -inf."""
-        with self.lock:  # an offloaded head is taken away again after each call
+        with self.lock:  # an offloaded head is unloaded again after each call
             logits = self._output_head()(rows).to(rows.device)
         if self.spec.output_bias:
             logits = logits + self.model.get_parameter(self.spec.output_bias)
         logits = soft_cap(logits, self.spec.logit_cap)
-        ids = self.suppressed_ids.to(logits.device)  # of an offloaded head they lie where its weight does
+        ids = self.suppressed_ids.to(logits.device)  # they may be on the device of an offloaded head
         if logits.requires_grad:
             return logits.index_fill(-1, ids, -torch.inf)
-        return logits.index_fill_(-1, ids, -torch.inf)  # fresh from the head: no need of a copy
+        return logits.index_fill_(-1, ids, -torch.inf)  # a new tensor of the head, which needs no copy
 
     def token_logits(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """The logits of one token each.
+        """For each row, the logit of one token.
 
-        With a plain linear output head that is one dot product each; any other makes its logits, some rows at a time.
+        With a plain linear output head that is one dot product each. Any other head computes all logits, some rows at
+        a time.
 
         Args:
             rows: what the output head reads, (N, H).
@@ -258,8 +270,8 @@ class MaskedDenoiser(nn.Module):
         return logits.to(rows.device).masked_fill(self.suppressed.to(rows.device)[tokens], -torch.inf)
 
     def aligned(self, hidden: Tensor) -> Tensor:
-        """`hidden` (B, L, H) moved so that position i holds what predicts token i, which `logits` does by itself."""
-        # The first token of a shifted model has nothing before it and keeps its own row.
+        """`hidden` (B, L, H), moved so that position i holds the state that predicts token i, as `logits` reads it."""
+        # The first token of a shifted model has nothing before it, and keeps its own state.
         return torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if self.spec.logit_shift else hidden
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -275,7 +287,7 @@ class MaskedDenoiser(nn.Module):
 
     def logits_at(self, hidden: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """As `logits`, at positions given as rows and columns, int64 (N,) each."""
-        # A shifted model predicts token i at i - 1; the first token has nothing before it and keeps its own row.
+        # A shifted model predicts token i at i - 1. The first token has nothing before it, and keeps its own state.
         return self.lm_head(hidden[row, (column - self.spec.logit_shift).clamp(min=0)])
 
 
@@ -284,31 +296,15 @@ def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-@contextmanager
-def not_causal(config) -> Iterator[None]:
-    """While it lasts, transformers builds no causal mask for a model of this config; None for nothing to do."""
-    if config is None:
-        yield
-        return
-    before = vars(config).get("is_causal")
-    config.is_causal = False
-    try:
-        yield
-    finally:
-        del config.is_causal  # or it would be saved with the model
-        if before is not None:
-            config.is_causal = before
-
-
 def token_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Position of each token, counted from the first of its row that is no padding, int64 (B, L); 0 at padding."""
+    """Position of each token, counted from the first of its row that is not padding, int64 (B, L); 0 at padding."""
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).masked_fill(attention_mask == 0, 0)
 
 
 def take_columns(values: Tensor, columns: Tensor) -> Tensor:
-    """`values` (B, L) at `columns` (B, W); a column beyond the last gives the last."""
+    """`values` (B, L) at `columns` (B, W). A column beyond the last gives the last."""
     return values.gather(1, columns.clamp(max=values.shape[1] - 1))
 
 
@@ -320,17 +316,17 @@ def additive_mask(
     columns: Tensor | None = None,
     reach: int | None = None,
 ) -> Tensor:
-    """Which token sees which, to be added to attention scores: 0 where it does, the lowest finite number where not.
+    """The attention mask that is added to scores: 0 where a token sees another, the lowest finite number elsewhere.
 
     Args:
-        positions: of each token in its row, int64 (B, L).
+        positions: position of each token in its row, int64 (B, L).
         attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
-        block_length: None if every token sees every other; else a token sees its own block and those before.
-        dtype: of the result; that of the model.
-        columns: which tokens ask, int64 (B, Q); None for all.
-        reach: how many tokens, from the first, are asked; None for all.
+        block_length: None if every token sees every other one. Else a token sees its own block and those before.
+        dtype: of the result; the model's.
+        columns: columns of the queries, int64 (B, Q); None for all.
+        reach: number of keys, from the first; None for all.
     Returns:
-        (B, 1, Q, K), query by key. Padding is never seen, except by itself: a softmax over nothing is NaN.
+        (B, 1, Q, K), query by key. Padding sees itself, because a softmax over nothing is NaN; nothing else sees it.
     """
     batch, length = positions.shape
     every = torch.arange(length, device=positions.device)
@@ -347,29 +343,29 @@ def additive_mask(
 
 
 class LazyLogits:
-    """Logits of one forward that are computed when indexed, at just the positions asked for.
+    """Logits of one forward pass that are computed when they are indexed, and only at those positions.
 
     `lazy[positions]` with a boolean (B, L) mask gives (N, V), as a dense (B, L, V) tensor would.
     """
 
-    def __init__(self, denoiser: MaskedDenoiser, hidden: Tensor):
+    def __init__(self, denoiser: MaskedDenoiser, hidden: Tensor) -> None:
         self.denoiser, self.hidden = denoiser, hidden
 
     def __getitem__(self, positions: Tensor) -> Tensor:
         return self.denoiser.logits(self.hidden, positions)
 
     def at(self, row: Tensor, column: Tensor) -> Tensor:
-        """Logits (N, V) that predict the tokens at rows and columns, int64 (N,) each. Nothing waits for the device."""
+        """Logits (N, V) that predict the tokens at rows and columns, int64 (N,) each. Does not wait for the device."""
         return self.denoiser.logits_at(self.hidden, row, column)
 
     @property
     def mask_token_id(self) -> int:
-        """The token whose logits are -inf already."""
+        """The mask token, whose logits are -inf already."""
         return self.denoiser.spec.mask_token_id
 
     @property
     def shape(self) -> torch.Size:
-        """(B, L, V), the shape of the dense logits that are never made."""
+        """(B, L, V), the shape of the dense logits, which are never made."""
         return torch.Size((*self.hidden.shape[:2], self.denoiser.vocab_size))
 
     @property
@@ -379,16 +375,21 @@ class LazyLogits:
 
 
 class ProcessedLogits:
-    """Logits that a function of the user's changes, wherever they are read; it may forbid tokens, and allow none back.
+    """Logits that a function of the user changes as they are read. It may forbid tokens, and allow no suppressed ones.
 
     Args:
         logits: `LazyLogits` or `GuidedLogits` of a canvas.
-        processor: called as `processor(positions, logits)` with the `Positions` of N rows of logits (N, V), float, and
-            gives logits of that shape. Each step calls it for the positions that it reads, in one or several parts.
+        processor: called as `processor(positions, logits)` with the `Positions` of N rows of logits (N, V), float.
+            Returns logits of that shape. Each step calls it for the positions that it reads, in one or several parts.
         sample: the canvas that the model saw, int64 (B, L).
     """
 
-    def __init__(self, logits, processor, sample: Tensor):
+    def __init__(
+        self,
+        logits: LazyLogits | GuidedLogits,
+        processor: Callable[[Positions, Tensor], Tensor],
+        sample: Tensor,
+    ) -> None:
         self.logits, self.processor, self.sample = logits, processor, sample
         self.shape, self.device, self.mask_token_id = logits.shape, logits.device, logits.mask_token_id
 
@@ -399,8 +400,8 @@ class ProcessedLogits:
         """As `LazyLogits.at`.
 
         Raises:
-            TypeError, ValueError: the processor gave something else than such logits, NaN, or forbade every token where
-                one is to be drawn.
+            TypeError, ValueError: the processor gave anything but such logits, or NaN, or forbade every token at a
+                masked position.
         """
         before = self.logits.at(row, column)
         after = self.processor(Positions(row, column, self.sample), before.clone())
@@ -412,7 +413,7 @@ class ProcessedLogits:
                 f"`logits_processor` must return logits of shape {tuple(before.shape)}, got {tuple(after.shape)}."
             )
         after = after.to(before.device).masked_fill(before.isneginf(), -torch.inf)
-        # A token that stands there may be one that is suppressed now: its row is then read, and nothing is drawn in it.
+        # A visible token may be one that is suppressed now. Its logits are then read, and nothing is drawn there.
         masked = self.sample[row, column] == self.mask_token_id
         wrong = after.isnan().any(-1) | (masked & after.isneginf().all(-1))
         if wrong.any():
@@ -426,11 +427,11 @@ class ProcessedLogits:
 
 
 class Positions(NamedTuple):
-    """Where the logits stand that a `logits_processor` is given.
+    """The positions of the logits that a `logits_processor` gets.
 
     Args:
-        row, column: of each in the canvas, int64 (N,).
-        sample: the canvas that the model saw, int64 (B, L): what is written so far, and masks.
+        row, column: of each position in the canvas, int64 (N,).
+        sample: the canvas that the model saw, int64 (B, L): the tokens written so far, and masks.
     """
 
     row: Tensor
@@ -439,7 +440,7 @@ class Positions(NamedTuple):
 
 
 class GuidedLogits:
-    """Classifier-free guidance, made where it is indexed: `u + (cfg_scale + 1) * (c - u)` of two `LazyLogits`.
+    """Classifier-free guidance, computed when it is indexed: `u + (cfg_scale + 1) * (c - u)` of two `LazyLogits`.
 
     Args:
         conditional: logits c given the prompt.
@@ -448,7 +449,7 @@ class GuidedLogits:
     Source: LLaDA (arXiv 2502.09992, appendix on classifier-free guidance).
     """
 
-    def __init__(self, conditional: LazyLogits, unconditional: LazyLogits, cfg_scale: float):
+    def __init__(self, conditional: LazyLogits, unconditional: LazyLogits, cfg_scale: float) -> None:
         self.conditional, self.unconditional, self.cfg_scale = conditional, unconditional, cfg_scale
         self.shape, self.device = conditional.shape, conditional.device
         self.mask_token_id = conditional.mask_token_id
@@ -461,5 +462,5 @@ class GuidedLogits:
         return self._guided(self.conditional.at(row, column), self.unconditional.at(row, column))
 
     def _guided(self, given: Tensor, free: Tensor) -> Tensor:
-        # Forbidden ids are -inf in both; their difference would be NaN.
+        # Suppressed ids are -inf in both, and their difference would be NaN.
         return torch.where(given.isneginf(), given, free + (self.cfg_scale + 1) * (given - free))

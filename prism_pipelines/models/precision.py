@@ -1,4 +1,4 @@
-"""Where bfloat16 is slow."""
+"""Warns where bfloat16 is slow."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def bfloat16_is_emulated() -> bool:
-    """Whether products of bfloat16 matrices have no fast kernel on this CPU: an x86 with AVX2 and no AVX-512.
+    """Does this CPU have no fast kernel for products of bfloat16 matrices? An x86 with AVX2 and no AVX-512 has none.
 
-    There they take tens of times as long as in float32, and nothing says so. False where that is not known.
+    There they take tens of times as long as in float32, without any warning. False where that is not known.
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
@@ -25,6 +25,6 @@ def bfloat16_is_emulated() -> bool:
 
 @functools.cache
 def warn_of_slow_bfloat16(advice: str) -> None:
-    """One warning if this CPU has no fast bfloat16; `advice` says what to pass instead."""
+    """Warn once if this CPU has no fast bfloat16; `advice` says what to pass instead."""
     if bfloat16_is_emulated():
         logger.warning("This CPU has no fast bfloat16: it takes tens of times as long as float32. %s", advice)

@@ -1,16 +1,17 @@
-"""Does a loaded model behave as its `MDMSpec` says? Small experiments on the model itself, with a verdict each."""
+"""Does a loaded model behave as its `MDMSpec` says? Probes, each a small experiment with a verdict."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks
 from .denoiser import MaskedDenoiser
-from .families import FAMILIES, MDMSpec
+from .families import FAMILIES
+from .spec import MDMSpec
 
 # Nats per token by which one reading of the logits must beat the other before the probe takes a side.
 CLEAR_MARGIN = 0.2
@@ -22,19 +23,19 @@ TEXT = (
 
 
 class Finding(NamedTuple):
-    """One probe: what was asked, "ok" | "wrong" | "unknown", and what was seen."""
+    """The result of one probe: its name, "ok" | "wrong" | "unknown", and what was seen."""
 
     probe: str
     verdict: str
     seen: str
 
 
-def run_probes(pipe, text: str | None = None) -> list[Finding]:
+def run_probes(pipe: Any, text: str | None = None) -> list[Finding]:
     """All probes on the model of a `PrismPipeline`.
 
     Args:
         pipe: `PrismPipeline`.
-        text: ordinary text for the shift probe; None takes an English paragraph. Without a tokenizer there is none.
+        text: ordinary text for the shift probe; None for an English paragraph. Without a tokenizer it is not used.
     Returns:
         Findings in the order attention, tokenizer, mask token, rotary embedding, shift.
     """
@@ -66,7 +67,7 @@ def probe_attention(denoiser: MaskedDenoiser) -> Finding:
     return Finding("attention", "ok", seen)
 
 
-def probe_tokenizer(tokenizer, rows: int) -> Finding:
+def probe_tokenizer(tokenizer: Any, rows: int) -> Finding:
     """Does the tokenizer have an id for each row of the embeddings, and read its own characters?
 
     Args:
@@ -74,7 +75,7 @@ def probe_tokenizer(tokenizer, rows: int) -> Finding:
         rows: of the model's embeddings, V.
     """
     if tokenizer is None:
-        return Finding("tokenizer", "unknown", "there is none: ids go in and come out")
+        return Finding("tokenizer", "unknown", "there is none: the pipeline takes and gives ids only")
     if wrong := wrong_size(len(tokenizer), rows):
         return Finding("tokenizer", "wrong", f"it {wrong}; convert its vocabulary: prism convert SRC DST --vocab FILE")
     seen = f"{len(tokenizer)} ids for {rows} rows"
@@ -89,9 +90,9 @@ def probe_tokenizer(tokenizer, rows: int) -> Finding:
 
 
 def wrong_size(ids: int, rows: int | None) -> str | None:
-    """Why a tokenizer of so many ids cannot be that of a model with so many rows of embeddings; None if it can.
+    """Why a tokenizer with `ids` ids does not belong to a model with `rows` rows of embeddings; None if it may.
 
-    Rows beyond the tokenizer are usual: a tenth of them, or what rounds their number up to a multiple of 8 to 128.
+    A few rows more than ids are common: up to a tenth, or up to the next multiple of 8 to 128.
     """
     if rows is None:
         return None
@@ -101,8 +102,8 @@ def wrong_size(ids: int, rows: int | None) -> str | None:
     return None if rounded or ids >= 0.9 * rows else f"has {ids} ids only, and the model has rows for {rows}"
 
 
-def probe_mask(pipe) -> Finding:
-    """Is the mask id a token of its own: inside the vocabulary, special, and not one the text is written with?"""
+def probe_mask(pipe: Any) -> Finding:
+    """Is the mask id a token of its own? It must be special or beyond the tokenizer, and not pad, bos, eos or unk."""
     mask, tokenizer = pipe.mask_token_id, pipe.tokenizer
     if tokenizer is None:
         return Finding("mask token", "unknown", f"id {mask}; there is no tokenizer to ask")
@@ -123,8 +124,8 @@ def probe_mask(pipe) -> Finding:
     return Finding("mask token", "wrong", seen)
 
 
-def probe_rope(model) -> Finding:
-    """Are the rotary frequencies initialised? Some remote code leaves them as they were in memory."""
+def probe_rope(model: nn.Module) -> Finding:
+    """Are the rotary frequencies initialised? Some remote code leaves them uninitialised."""
     count = sum(name.endswith("inv_freq") for name, _ in model.named_buffers())
     try:
         checks.check_rope(model, "the model")
@@ -134,7 +135,7 @@ def probe_rope(model) -> Finding:
 
 
 def probe_shift(denoiser: MaskedDenoiser, ids: Tensor | None) -> Finding:
-    """Do the logits at i, or those at i - 1, predict token i? Hide every sixth token of a text, read both ways.
+    """Do the logits at i, or those at i - 1, predict token i? Mask every sixth token of a text, and read both ways.
 
     Args:
         denoiser: the model.
@@ -155,10 +156,10 @@ def probe_shift(denoiser: MaskedDenoiser, ids: Tensor | None) -> Finding:
 
 
 @torch.no_grad()
-def masked_nll(model, spec: MDMSpec, ids: Tensor) -> float:
-    """Mean negative log-likelihood, nats, of the tokens of `ids` (1, L), every sixth hidden at a time: six forwards.
+def masked_nll(model: nn.Module, spec: MDMSpec, ids: Tensor) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens of `ids` (1, L). Each but the first is masked once.
 
-    Each token but the first is hidden once.
+    Every sixth token is masked at a time, which takes six forward passes.
     """
     denoiser = MaskedDenoiser(model, spec)
     place, losses = torch.arange(ids.shape[1], device=ids.device), []

@@ -1,10 +1,15 @@
-"""The head that predicts, from a backbone's last hidden states, which visible tokens are right."""
+"""The head that predicts from a backbone's last hidden states which visible tokens are right."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # `diffusers` itself shows type checkers a stand-in
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
@@ -17,7 +22,7 @@ ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
 class TransformerBlock(nn.Module):
     """One bidirectional pre-norm transformer block: attention, then a GELU network of four times the width.
 
-    It has no position encoding: hidden states of a backbone carry their positions.
+    It has no position encoding, because the hidden states of a backbone hold their positions already.
 
     Args:
         hidden_size: H.
@@ -42,37 +47,36 @@ class TransformerBlock(nn.Module):
         allowed = None
         if attention_mask is not None:
             allowed = attention_mask.bool()
-            # A row of padding alone attends to all of it: some attention kernels give NaN for a softmax over nothing.
+            # A row of padding alone attends to all of it. Some attention kernels give NaN for a softmax over nothing.
             allowed = (allowed | ~allowed.any(-1, keepdim=True))[:, None, None, :]
         attended = scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         hidden = hidden + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
         return hidden + self.mlp_out(gelu(self.mlp_in(self.mlp_norm(hidden))))
 
 
-class QualityHead(ModelMixin, ConfigMixin):
+class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declare a config_name
     """Quality of each visible token, `p(x_i = y_i | all other tokens)`, as a logit.
 
-    Parameters are float32 and stay so, whatever dtype the head is cast to or loaded in: it is tiny, and it ranks tokens
-    whose qualities differ by less than bfloat16 resolves. Moves between devices work as usual.
+    Parameters stay float32, whatever dtype the head is cast to or loaded in. The head is small, and it ranks tokens
+    whose qualities differ by less than bfloat16 can tell. Moves between devices work as usual.
 
-    With `context` it also reads what the run knows about each token, see `RunContext`. The channels of
-    `context_features` enter by a linear map into the hidden states and by another, a skip, to the logit; the first
-    hidden states enter, normalised, by a linear map of their own. All three begin at zero, so a new head with context
-    is the same as one without.
+    With `context` the head also reads the run context of each token, see `RunContext`. A linear map adds the channels
+    of `context_features` to the hidden states, and another adds them to the logit. A third linear map adds the first
+    hidden states, normalised. All three start at zero, so that a new head with context gives what one without gives.
 
     Args:
         hidden_size: H of the backbone's last hidden states.
         architecture: "linear" (LayerNorm, Linear), "mlp" (LayerNorm, Linear, GELU, Linear), "block" (one bidirectional
             transformer block, then "linear") or "block_mlp" (such a block, then "mlp").
-        base_model: Hub id of the backbone it was trained on; kept in the config so that a shared head finds its base.
+        base_model: Hub id of the backbone that it was trained on. From the config a shared head finds its base.
         base_revision: revision of that backbone, or None.
         mdm_spec: `MDMSpec.to_dict()` of that backbone, or None.
-        num_attention_heads: of "block"; None for heads about 64 wide.
-        base_fingerprint: `embedding_fingerprint` of that backbone: a model with another is refused; or None.
-        weights_fingerprint: `weights_fingerprint` of that backbone: a model with another is warned of; or None.
+        num_attention_heads: of "block" and "block_mlp"; None for heads about 64 wide.
+        base_fingerprint: `embedding_fingerprint` of that backbone, or None. A model with another one is refused.
+        weights_fingerprint: `weights_fingerprint` of that backbone, or None. A model with another one gives a warning.
         signs_fingerprint: `signs_fingerprint` of that backbone, which is compared in float16; or None.
         context: which of `schedulers.context.INPUTS` it reads besides the hidden states; none for PRISM's head.
-        temperature: what the logits are divided by before the sigmoid, fitted on finished runs; None if it was not.
+        temperature: the logits are divided by it before the sigmoid; fitted on finished runs. None for no division.
     Raises:
         ValueError: unknown architecture or input; a size below 1; attention heads whose number does not divide
             `hidden_size`; or a temperature that is not above 0.
@@ -80,6 +84,8 @@ class QualityHead(ModelMixin, ConfigMixin):
     Source: PRISM (arXiv 2510.01384); "linear" is its head for Sudoku, "block" for text, "mlp" for LLaDA-8B. The
         context is ours.
     """
+
+    config: Any  # diffusers declares a dict; it is a FrozenDict with attributes
 
     @register_to_config
     def __init__(
@@ -95,7 +101,7 @@ class QualityHead(ModelMixin, ConfigMixin):
         context: tuple[str, ...] | list[str] = (),
         temperature: float | None = None,
         signs_fingerprint: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         require(is_int(hidden_size, 1), "hidden_size", hidden_size, "an integer of at least 1")
         heads = num_attention_heads
@@ -125,11 +131,11 @@ class QualityHead(ModelMixin, ConfigMixin):
         for name in ("context_in", "context_skip", "first_in"):
             if hasattr(self, name):
                 nn.init.zeros_(getattr(self, name).weight)
-        super()._apply(Tensor.float)  # torch.set_default_dtype may have made them otherwise
+        super()._apply(Tensor.float)  # torch.set_default_dtype may have made them in another dtype
 
     @property
     def attends(self) -> bool:
-        """Does it look at other positions than the one it judges?"""
+        """Does it read other positions than the one it judges?"""
         return self.config.architecture.startswith("block")
 
     @property
@@ -149,9 +155,9 @@ class QualityHead(ModelMixin, ConfigMixin):
         Args:
             hidden: last hidden states (the input of the output head), (B, L, H), any floating dtype.
             attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding. Only "block" and "block_mlp"
-                look at other positions, so only they read this.
-            features: `context_features(context, sample, mask_token_id, head.reads_context)`, float (B, L, F); None for
-                a finished text of which nothing is known, which is the same as zeros.
+                read other positions, so only they use this.
+            features: `context_features(context, sample, mask_token_id, head.reads_context)`, float (B, L, F). None, the
+                same as zeros, for a finished text whose run is not known.
             first_hidden: `context.first_hidden`, (B, L, H), any floating dtype; None or zeros where it is not known.
         Returns:
             float32 of shape (B, L), also under autocast; `quality` gives probabilities. Values at padding mean nothing.
@@ -165,7 +171,7 @@ class QualityHead(ModelMixin, ConfigMixin):
                 hidden = hidden + self.context_in(features.float())
                 skip = self.context_skip(features.float()).squeeze(-1)
             if first_hidden is not None and "first_hidden" in self.reads_context:
-                # Without a weight and bias of its own the norm of an unknown state, zeros, is zeros again.
+                # This norm has no weight and bias, so that an unknown state, zeros, stays zeros.
                 hidden = hidden + self.first_in(layer_norm(first_hidden.float(), first_hidden.shape[-1:]))
             if self.attends:
                 hidden = self.block(hidden, attention_mask)
@@ -187,7 +193,7 @@ class QualityHead(ModelMixin, ConfigMixin):
         return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()
 
     def inputs(self, context: RunContext | None, sample: Tensor, mask_token_id: int) -> dict[str, Tensor | None]:
-        """What `forward` and `quality` take besides the hidden states, of a canvas `sample`, int64 (B, L)."""
+        """Arguments of `forward` and `quality` besides the hidden states, for a canvas `sample`, int64 (B, L)."""
         if context is None or not self.reads_context:
             return {}
         features = context_features(context, sample, mask_token_id, self.reads_context)
@@ -209,18 +215,20 @@ class QualityHead(ModelMixin, ConfigMixin):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As `ModelMixin.from_pretrained`, but in float32 whatever `torch_dtype` or `dtype` is asked for."""
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str] | None, **kwargs: Any) -> QualityHead:
+        """As `ModelMixin.from_pretrained`, but always in float32, whatever `torch_dtype` or `dtype` says."""
         kwargs.pop("dtype", None)
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "torch_dtype": torch.float32})
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> QualityHead:  # type: ignore[override]  # theirs is a wrapper object
         """As `nn.Module.to`, except that a dtype is ignored."""
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # as nn.Module.to reads its arguments
-        return self if device is None else super().to(device=device, non_blocking=non_blocking)
+        if device is not None:
+            super().to(device=device, non_blocking=non_blocking)  # type: ignore[call-arg]  # the same
+        return self
 
-    def _apply(self, fn, recurse=True):
-        # The one gate of .half(), .double(), .bfloat16(), and of a parent's .to(): take its device, leave its dtype.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityHead:
+        # .half(), .double(), .bfloat16() and a parent's .to() come through here. The device is taken, the dtype is not.
         def without_cast(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)

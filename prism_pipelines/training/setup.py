@@ -21,7 +21,8 @@ from transformers import (
 
 from .. import PrismPipeline, sudoku  # the pipeline by its public name: that enters our classes in diffusers' tables
 from ..hub import backbones
-from ..hub.files import fetch_file, inside, is_hub_id, module_digest, read_json
+from ..hub.files import fetch_file, inside, is_hub_id, read_json
+from ..hub.fingerprints import module_digest
 from ..models import checks
 from ..models.denoiser import MaskedDenoiser
 from ..models.families import MDMSpec, resolve_spec, supports_all_masked_input
