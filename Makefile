@@ -25,7 +25,7 @@ test-slow: $(VENV)/.installed   ## checks of whole programs: docs, wheel, launch
 mutations: $(VENV)/.installed   ## which tests notice a mistake: chosen lines are broken one by one, in a copy
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
-lint: $(VENV)/.installed        ## style, formatting and the downward-imports rule
+lint: types     ## style, formatting, types and the downward-imports rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_imports.py

@@ -20,7 +20,7 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
-def check_optional_counts(**counts: object) -> None:
+def check_optional_counts(**counts: int | None) -> None:
     """Raise a ValueError unless each argument is None or an integer of at least 1, and the steps have an end."""
     for name, value in counts.items():
         if value is not None:

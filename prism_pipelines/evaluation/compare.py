@@ -67,8 +67,7 @@ def run_comparison(
         ImportError: matplotlib is not installed (asked before anything runs).
     """
     arms, forwards, seeds = [dict(arm) for arm in arms], list(forwards), list(seeds)
-    pipes: dict[str | None, Any] = {None: pipe}
-    pipes |= models or {}
+    pipes: dict[Any, Any] = {None: pipe, **(models or {})}
     check_comparison(arms, forwards, seeds, temperature, pipes, reference)
     names = [arm["name"] for arm in arms]
     reference = names[0] if reference is None else reference

@@ -165,8 +165,7 @@ def tune_arms(
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
     first = first_settings(arms)
-    pipes: dict[str | None, Any] = {None: pipe}
-    pipes |= models or {}
+    pipes: dict[Any, Any] = {None: pipe, **(models or {})}
     settings = [settings_of(arm, temperature) for arm in arms]
     check_comparison(first, [steps], [seed], temperature, pipes)
     for arm, options in zip(arms, settings, strict=True):

@@ -17,8 +17,8 @@ from .running import check_counts, plan_batches, run_batches
 
 if TYPE_CHECKING:
     from torch import Generator
-    from transformers import PreTrainedTokenizerBase
 
+    from ..models.protocols import Tokenizer
     from ..pipeline_prism import PrismPipeline
 
 WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a row
@@ -97,7 +97,7 @@ def _check_messages(messages: object, place: str) -> None:
 
 def prompt_texts(
     rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     use_chat_template: bool = True,
     template_kwargs: dict | None = None,
     continue_final_message: bool = False,

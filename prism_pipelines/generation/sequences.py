@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .input_files import read_json_lines, read_lines
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..models.protocols import Tokenizer
 
 FASTA = (".fasta", ".fa", ".faa", ".fas")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -160,9 +160,7 @@ def parse_spans(spans: object, length: int) -> list[tuple[int, int]]:
     return found
 
 
-def masked_text(
-    text: str, tokenizer: PreTrainedTokenizerBase, spans: object = None, marks: str = "", drop: str = ""
-) -> str:
+def masked_text(text: str, tokenizer: Tokenizer, spans: object = None, marks: str = "", drop: str = "") -> str:
     """The text with the tokenizer's mask token for everything that is to be filled.
 
     Args:
@@ -173,21 +171,22 @@ def masked_text(
     Raises:
         ValueError: spans that are not in the text.
     """
-    mask, pieces, place = tokenizer.mask_token, [], 0
+    mask, place = tokenizer.mask_token or "", 0
+    pieces: list[str | None] = []
     chosen = parse_spans(spans, len(text)) if spans not in (None, "") else []
     for start, end in tokens_within(text, chosen, tokenizer):
         pieces += [text[place:start], None]
         place = end
     pieces.append(text[place:])
     table = str.maketrans(dict.fromkeys(drop, "") | dict.fromkeys(marks, mask))
-    own = mask if mask in text else None  # a mark or a character to drop may be part of the mask token's name
+    own = mask if mask and mask in text else None  # a mark or a character to drop may be part of the mask token's name
     return "".join(
         mask if piece is None else mask.join(part.translate(table) for part in (piece.split(own) if own else [piece]))
         for piece in pieces
     )
 
 
-def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Characters of each token that has some of them in the spans, in order; one token a character if nobody knows."""
     if not spans:
         return []
@@ -202,7 +201,7 @@ def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer: PreTrained
     return [(start, end) for start, end in offsets if any(chosen[start:end])]
 
 
-def readable_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
+def readable_text(text: str, tokenizer: Tokenizer) -> tuple[str, list[str]]:
     """The text in the case that the tokenizer knows, and what of it is unknown to it.
 
     Lower case marks repeats in FASTA; it is read as upper case where the tokenizer knows that alone.

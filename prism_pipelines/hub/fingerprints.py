@@ -1,8 +1,8 @@
 """Fingerprints of models: is it the model that a head or an adapter was made for? They are no proof against forgery.
 
-`embedding_fingerprint` tells models of one architecture apart, and training keeps it. `weights_fingerprint` changes with
-any training; `portable_fingerprint` is the same number if another machine would find it too. `signs_fingerprint` takes
-the place of both in float16. `module_digest` compares a module with itself, between two runs on one machine.
+`embedding_fingerprint` tells models of one architecture apart, and training keeps it. `weights_fingerprint` changes
+with any training; `portable_fingerprint` is the same number if another machine would find it too. `signs_fingerprint`
+takes the place of both in float16. `module_digest` compares a module with itself, between two runs on one machine.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -149,7 +150,7 @@ class PrismLM(LM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for batch in plan_batches(lengths, self.batch_size, groups):
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
-                out = self.pipe(
+                out: Any = self.pipe(
                     [texts[i] for i in batch], use_chat_template=False, generator=generators, **calls[batch[0]]
                 )
                 for i, text in zip(batch, out.texts, strict=True):

@@ -118,8 +118,8 @@ def fold_time(weights: dict[str, Tensor], num_heads: int) -> tuple[dict[str, Ten
         constants = old[f"{place}.adaLN_modulation.weight"] @ time + old[f"{place}.adaLN_modulation.bias"]
         return constants.chunk(parts)
 
-    new, gates = {"gpt_neox.embed_in.weight": old["vocab_embed.embedding"]}, {}
-    layer = 0
+    new, layer = {"gpt_neox.embed_in.weight": old["vocab_embed.embedding"]}, 0
+    gates: dict[str, Tensor] = {}
     while f"blocks.{layer}.norm1.weight" in old:
         block, native = f"blocks.{layer}", f"gpt_neox.layers.{layer}"
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(block, 6)

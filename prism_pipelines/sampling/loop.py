@@ -323,11 +323,10 @@ class ModelCall:
         """
         run = self.run
         seen = self._given(sample, taking_part)
-        given = LazyLogits(run.denoiser, seen.canvas)
-        logits: Logits = given
+        logits: Any = LazyLogits(run.denoiser, seen.canvas)
         if self._free is not None and run.cfg_scale is not None:
             free = self._free(torch.where(run.canvas.generated, sample, run.mask_token_id), taking_part)
-            logits = GuidedLogits(given, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
+            logits = GuidedLogits(logits, LazyLogits(run.denoiser, free.canvas), run.cfg_scale)
         if run.logits_processor is not None:
             logits = ProcessedLogits(logits, run.logits_processor, sample)
         context = None if self.recorder is None else self.recorder.observe(sample, seen.canvas, work)

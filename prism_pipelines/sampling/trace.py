@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.protocols import Tokenizer
-
 
 @dataclass(frozen=True)
 class TraceStep:
@@ -99,7 +97,7 @@ class Trace(list[TraceStep]):
         start: Tensor,
         generated: Tensor,
         mask_token_id: int,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Any = None,
         attention_mask: Tensor | None = None,
         prompted: bool = False,
         scheduler: str = "",

@@ -141,7 +141,7 @@ class SudokuProgress(TrainerCallback):
         for name, arm in (("confidence", MDLMScheduler(order="confidence", temperature=0.0)), ("pipeline", scheduler)):
             self.pipe.scheduler = arm
             for clues, puzzles in self.sets.items():
-                out = self.pipe(
+                out: Any = self.pipe(
                     infill=torch.from_numpy(sudoku.to_ids(puzzles)),
                     num_inference_steps=52,
                     generator=torch.Generator().manual_seed(0),

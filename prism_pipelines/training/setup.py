@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
@@ -26,6 +25,7 @@ from ..hub.fingerprints import module_digest
 from ..models import checks
 from ..models.denoiser import MaskedDenoiser
 from ..models.families import MDMSpec, resolve_spec, supports_all_masked_input
+from ..models.protocols import Tokenizer
 from ..models.quality_head import QualityHead
 from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
@@ -54,7 +54,7 @@ DISTILLED_BAR = 0.02  # quality below which a head from --objective distill rema
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
 
 
-def load_base(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MDMSpec]:
+def load_base(run: RunArguments) -> tuple[PreTrainedModel, Tokenizer, MDMSpec]:
     """(model, tokenizer, spec) to start from: those of `--base-model`, or a new model of `--model-type`.
 
     Raises:
@@ -123,8 +123,9 @@ def quantization(run: RunArguments) -> Any:
     )
 
 
-def new_model(run: RunArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, MDMSpec]:
+def new_model(run: RunArguments) -> tuple[PreTrainedModel, Tokenizer, MDMSpec]:
     """(model, tokenizer, spec) of a model with random weights, sized for its data."""
+    tokenizer: Any
     if run.dataset == "sudoku":
         tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
     elif run.tokenizer is None:
@@ -175,7 +176,7 @@ def add_lora(run: RunArguments, model: PreTrainedModel, spec: MDMSpec) -> None:
             parameter.data = parameter.data.float()
 
 
-def run_suppress_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, spec: MDMSpec) -> tuple[int, ...]:
+def run_suppress_tokens(tokenizer: Tokenizer, model: PreTrainedModel, spec: MDMSpec) -> tuple[int, ...]:
     """Tokens that are never predicted. Sampling leaves out more, which a text may hold and be trained on (<unk>, X)."""
     return default_suppress_tokens(tokenizer, end_tokens(None, tokenizer, model, spec))
 
@@ -250,9 +251,7 @@ def begin_from(head: Any, folder: str) -> None:
     head.load_state_dict(own | fitting)
 
 
-def build_objective(
-    run: RunArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec
-) -> MDMObjective:
+def build_objective(run: RunArguments, model: PreTrainedModel, tokenizer: Tokenizer, spec: MDMSpec) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
     denoiser = MaskedDenoiser(model, spec, num_tokens=len(tokenizer), suppress_tokens=suppress_tokens)
@@ -327,7 +326,7 @@ def rollout_flags(run: RunArguments) -> dict:
     return flags
 
 
-def build_pipeline(objective: MDMObjective, tokenizer: PreTrainedTokenizerBase, run: RunArguments) -> PrismPipeline:
+def build_pipeline(objective: MDMObjective, tokenizer: Tokenizer, run: RunArguments) -> PrismPipeline:
     """The pipeline of the modules being trained: PRISM with a quality head, the plain model without.
 
     A head is to judge tokens like those that it was trained on, so they are drawn as there.
@@ -353,7 +352,7 @@ def load_examples(
     run: RunArguments,
     args: TrainingArguments,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     spec: MDMSpec,
 ) -> tuple[Any, Any, Callable | None]:
     """(training examples, held-out examples, collator or None).
@@ -453,7 +452,7 @@ def template_kwargs(words: str | None) -> dict | None:
 
 
 def blank_examples(
-    run: RunArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, spec: MDMSpec, length: int
+    run: RunArguments, args: TrainingArguments, tokenizer: Tokenizer, spec: MDMSpec, length: int
 ) -> tuple[BlankCanvases, BlankCanvases]:
     """As `load_examples`, of a training without data: rows of masks of at most `length` tokens.
 

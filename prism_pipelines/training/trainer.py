@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -108,7 +108,7 @@ class ObjectiveTrainer(Trainer):
             call = calls.pop(0)
             # DDP adds up gradients over processes in the last backward of a step alone.
             waits = isinstance(model, DistributedDataParallel) and (calls or call.get("part") == "predict")
-            with model.no_sync() if waits else contextlib.nullcontext():
+            with cast(Any, model).no_sync() if waits else contextlib.nullcontext():
                 with self.compute_loss_context_manager():
                     output = model(**inputs, **call)
                 if output.loss is not None:

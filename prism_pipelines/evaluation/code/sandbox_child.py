@@ -562,9 +562,9 @@ def judge() -> None:
     except Garbled as error:
         end("died", "", f"the program's process sent {error}")
     except AssertionError as error:
-        if side.raised is None or error is not side.raised[2]:
-            end("wrong", "AssertionError", describe(error)["text"])
-        end("error", *side.raised[:2])
+        if side.raised is not None and error is side.raised[2]:
+            end("error", *side.raised[:2])
+        end("wrong", "AssertionError", describe(error)["text"])
     except Exception as error:
         if side.raised is not None and error is side.raised[2]:
             end("error", *side.raised[:2])
