@@ -11,6 +11,7 @@ import pytest
 import torch
 from family_twins import H
 from test_examples import llada_repository
+from test_what_is_written import bert
 
 import prism_pipelines
 from examples.local_hub import LocalHub
@@ -46,6 +47,10 @@ def hub(monkeypatch, tmp_path):
         QualityHead(H, base_model="GSAI-ML/LLaDA-8B-Instruct").save_pretrained(tmp_path / "head" / "quality_head")
         PrismScheduler(num_remask=2).save_pretrained(tmp_path / "head" / "scheduler")
         server.commit("you/llada-8b-prism", tmp_path / "head")
+        encoder = bert()
+        encoder.model.save_pretrained(tmp_path / "bert")
+        encoder.tokenizer.save_pretrained(tmp_path / "bert")
+        server.commit("answerdotai/ModernBERT-base", tmp_path / "bert")
         yield server
 
 

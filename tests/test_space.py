@@ -32,20 +32,22 @@ def address():
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}/"
     try:
-        for _ in range(600):
+        for _ in range(3000):  # minutes, on a machine that does much else
             try:
                 urllib.request.urlopen(url, timeout=5).close()
                 break
             except OSError:
                 assert server.poll() is None, server.stdout.read()
                 time.sleep(0.1)
+        else:
+            pytest.fail("the app did not answer in five minutes")
         yield url
     finally:
         server.terminate()
         server.wait()
 
 
-def wait_for(tab: Browser, expression: str, seconds: float = 90):
+def wait_for(tab: Browser, expression: str, seconds: float = 300):
     """The value of an expression of the page, once it is true."""
     end = time.monotonic() + seconds
     while not (value := tab.js(expression)):
