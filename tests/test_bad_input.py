@@ -48,7 +48,7 @@ def words(**parts):
         ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"][:, :3]}}, r"shape \(2, 7\)"),
         ({"callback_on_step_end": lambda p, i, t, k: {"sample": k["sample"] + 99}}, "ids from 0 to 29"),
         ({"attention_mask": torch.ones(2, 1)}, "`attention_mask` only applies to ids"),
-        ({"prompt": None, "input_ids": [[3, 4]], "attention_mask": [[5, 1]]}, "must hold 1 for tokens and 0"),
+        ({"prompt": None, "input_ids": [[3, 4]], "attention_mask": [[5, 1]]}, "must hold only 1 for tokens and 0"),
         ({"prompt": None, "input_ids": torch.tensor(3)}, r"got \(\)"),
         ({"prompt": None, "input_ids": torch.zeros(1, 0).long()}, "at least one token"),
         ({"prompt": "w1", "messages": CHAT_OF_ONE}, "either `prompt` or `messages`"),
@@ -74,7 +74,7 @@ def test_a_wrong_argument_is_named_before_any_forward(call, says):
 def test_ids_are_not_put_into_a_chat_template(ids):
     pipe = words()
     pipe.tokenizer.chat_template = CHAT
-    with pytest.raises(TypeError, match="ids are `input_ids`"):
+    with pytest.raises(TypeError, match="Pass ids as `input_ids`"):
         pipe(ids, **CALL)
 
 

@@ -61,9 +61,10 @@ def check_cache(
             f'Pass cache="none". Families with a KV cache: {", ".join(able)}.'
         )
     if quality_head is not None and quality_head.attends:
+        architecture = quality_head.config["architecture"]
         raise ValueError(
             f"`cache` is {cache!r}, but this quality head attends to every position (architecture "
-            f"{quality_head.config.architecture!r}), and with a cache most positions are not computed. "
+            f"{architecture!r}), and with a cache most positions are not computed. "
             'Pass cache="none", or use a "linear" or "mlp" head.'
         )
 
