@@ -419,7 +419,7 @@ def test_another_rule_takes_over_only_what_means_the_same_there():
         ('--scheduler-config={"remask": 1}', "PrismScheduler has no field 'remask'"),
         ("--out=nowhere/out.jsonl", "folder of the output does not exist: 'nowhere'"),
         ("--threshold=1.5", "`threshold` must be a number in (0, 1], got 1.5"),
-        ("--cache-refresh-interval=2", "`cache_refresh_interval` has no meaning"),
+        ("--cache-refresh-interval=2", "`cache_refresh_interval` has no effect"),
         ("--gen-length=0", "`gen_length` must be an integer of at least 1"),
     ],
 )

@@ -96,7 +96,7 @@ class ObjectiveTrainer(Trainer):
         self.step_batches = batches
         return batches, num_items
 
-    def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch; returns its share of the loss of the step, detached."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):

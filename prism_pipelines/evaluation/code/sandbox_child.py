@@ -23,7 +23,7 @@ import sys
 TYPE_CHECKING = False  # as typing has it, which takes time to import
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, NoReturn
 
 CHANNEL = 3  # descriptor of the socket between the two sides
 MAX_MESSAGE = 64 << 20
@@ -535,7 +535,7 @@ def judge() -> None:
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     side, stage = Judge(channel), "syntax"
 
-    def end(outcome: str, error: str = "", detail: str = "") -> None:
+    def end(outcome: str, error: str = "", detail: str = "") -> NoReturn:
         json.dump({"secret": job["secret"], "outcome": outcome, "error": error, "detail": detail}, verdict)
         verdict.flush()
         os._exit(0)
