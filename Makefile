@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test test-slow mutations lint types format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
+.PHONY: demo test test-slow mutations check lint types release compat format train-sudoku train-sudoku-quick train-text train-text-quick train-heads notebook docs bench results clean
 
 # torch first and alone: with it in place no other package's open range pulls a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ demo: $(VENV)/.installed        ## solve a Sudoku with the bundled model
 
 test: $(VENV)/.installed        ## the tests, about 4 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.installed       ## the laws of one family of models, and its line in the docs: make check FAMILY=llada
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --family "$(FAMILY)"
+	$(BIN)/python -m pytest tests/test_examples.py::test_the_docs_list_every_family_with_its_facts
 
 test-slow: $(VENV)/.installed   ## checks of whole programs: docs, wheel, launchers, pages in a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
@@ -35,6 +39,20 @@ types: $(VENV)/.installed       ## mypy on the package; a minute the first time
 	rm -rf build/types && mkdir -p build/types/prism_pipelines
 	ln -s $(CURDIR)/prism_pipelines/* $(CURDIR)/schedulers build/types/prism_pipelines/
 	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+# Each in an environment of its own, below build/.
+release: $(VENV)/.installed     ## sdist and wheel in dist/, and both demos by the wheel alone, from another folder
+	rm -rf dist build/release && $(BIN)/python -m build
+	$(PYTHON) -m venv build/release
+	build/release/bin/pip install -q "$$(grep '^torch==' constraints.txt)"
+	build/release/bin/pip install -q -c constraints.txt dist/*.whl
+	build/release/bin/pip check
+	cd build/release && bin/prism -q sudoku --json && bin/prism -q text --gen-length 32 --num-inference-steps 8
+
+compat: ## the quick tests, or TESTS="tests/test_x.py ...", on the lowest versions that pyproject.toml declares
+	test -x build/compat/bin/uv || { $(PYTHON) -m venv build/compat && build/compat/bin/pip install -q uv; }
+	build/compat/bin/uv pip install -q --python build/compat/bin/python --resolution lowest-direct -e ".[dev]"
+	OMP_NUM_THREADS=1 build/compat/bin/python -m pytest $(TESTS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
