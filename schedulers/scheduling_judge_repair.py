@@ -267,7 +267,7 @@ class _Rows:
         failed = self.repairs - self.delivered
         doubtful = at & (q < 1 - (1 - bar) / (1 + failed)[:, None])
         doubtful = lowest(q, doubtful, self.pace * (left - 1).clamp(min=0))
-        few = lowest(q, doubtful, (WIDEN ** failed.clamp(max=15)).long())
+        few = lowest(q, doubtful, (WIDEN ** failed.clamp(max=15)).long())  # 4^15 are more than any canvas holds
         chosen = torch.where(pays(few)[:, None], few, doubtful)
         repair = full & ~accepted & pays(chosen)
 

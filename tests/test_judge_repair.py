@@ -62,21 +62,16 @@ def reference(trace, mask, b, budget, bar, pace_wanted, price):
             best = max(best, sum(q.values()))
             low = [i for i in places if q[i] < bar]
             accepted = sum(bar - q[i] for i in low) < price * (math.ceil(len(low) / pace) + 1)
-            failed = repairs - kept
-
-            def promise(some):
-                return sum(max(0, bar - q[i]) for i in some)
-
-            def pays(some):
-                passes = math.ceil(len(some) / pace)
-                return some and (1 + kept) / (1 + repairs) * promise(some) >= price * (passes + 1)
-
+            failed, shares = repairs - kept, (1 + kept) / (1 + repairs)
             high = 1 - (1 - bar) / (1 + failed)
             doubtful = sorted((i for i in places if q[i] < high), key=lambda i: (q[i], i))[: pace * max(left - 1, 0)]
             few = doubtful[: int(WIDEN**failed)]
-            chosen = few if pays(few) else doubtful
-            gain, passes = promise(chosen), math.ceil(len(chosen) / pace)
-            if accepted or not pays(chosen):
+            for chosen in (few, doubtful):  # all where the few do not pay
+                gain, passes = sum(max(0, bar - q[i]) for i in chosen), math.ceil(len(chosen) / pace)
+                pays = chosen and shares * gain >= price * (passes + 1)
+                if pays:
+                    break
+            if accepted or not pays:
                 finished = True
                 yield ("accepted" if accepted else "given up"), 0
             else:
