@@ -1,7 +1,8 @@
 """Does it pay to judge whole canvases and repair them, at equal forward passes?
 
 Held fixed: the Sudoku model, puzzles, one generator a puzzle. Varied: the decoding rule. Fixed rules run once for each
-budget; rules that stop by themselves run once, and are read at each budget. Every forward pass counts, also those that
+budget; rules that stop by themselves run once, and are read at each budget. Judge and repair is also run with each
+budget as its cap, since it spends a small cap otherwise. Every forward pass counts, also those that
 judge. "PRISM one-step" alone has the head that is given as --one-step-head. The four arms of judge and repair that are
 told something else in place of the head's verdict show what the verdict is worth: random cells (as many and as sure,
 elsewhere), an exact checker (right grids are accepted, wrong ones never), an oracle (it knows every wrong cell).
@@ -184,10 +185,14 @@ def row_of(arm: str, clues: str, budget: int, found: dict) -> dict:
 
 
 def pairs(rows: list[dict]) -> list[dict]:
-    """Puzzles that only judge and repair solved, in all its forwards, and those that only the other arm did."""
+    """Puzzles that only judge and repair solved, and those that only the other arm did.
+
+    Judge and repair has the other arm's budget as its cap where it was run so, else its largest.
+    """
     found = []
     for row in rows:
         ours = [one for one in rows if one["arm"] == OURS and one["clues"] == row["clues"]]
+        ours.sort(key=lambda one: (one["budget"] != row["budget"], -one["budget"]))
         if row["arm"] == OURS or not ours:
             continue
         a, b = ([s == "1" for s in one["solved"]] for one in (ours[0], row))
@@ -206,7 +211,7 @@ def section(table: dict) -> str:
     budgets = sorted({row["budget"] for row in table["rows"] if row["arm"] in FIXED})
     lines = [
         f"`python -m benchmarks.judging --num-puzzles {settings['num_puzzles']} --dtype {settings['dtype']} --budgets "
-        f"{' '.join(map(str, budgets))}` (not all arms yet), commit "
+        f"{' '.join(map(str, budgets))}` (an arm without a number was not run), commit "
         f"`{table['commit']}`, {table['device']}. One seed of sampling and one of training; the same puzzles and "
         "generators in all arms. Solved in percent with 95 % Wilson intervals; fixed rules have a run for each budget.",
     ]
@@ -223,7 +228,7 @@ def section(table: dict) -> str:
 
 
 def _cells(row: dict, columns: list[int], compared: list[dict]) -> list[str]:
-    cells = [row["arm"]]
+    cells = [row["arm"] + (f", at most {row['budget']}" if row["arm"] == OURS else "")]
     for most in columns:
         found = row.get(f"within_{most}")
         shares = [] if found is None else [found[0] / row["n"], *found[1:]]
@@ -298,7 +303,7 @@ def main(argv=None) -> int:
     for clues in args.clues:
         puzzles, solutions = puzzles_of(CLUES[clues], total)
         jobs = [(arm, args.most) for arm in STOPPING if arm != "best-of-3"] + [("best-of-3", 3 * (TRY + 1))]
-        jobs += [(arm, budget) for budget in budgets for arm in FIXED]
+        jobs += [(arm, budget) for budget in budgets for arm in (OURS, *FIXED)]
         for arm, budget in [job for job in jobs if job[0] in args.arms]:
             if any((row["arm"], row["clues"], row["budget"]) == (arm, clues, budget) for row in rows):
                 continue

@@ -19,8 +19,8 @@ from .validation import Order, Temperature, TokenId, TopK, TopP, check_fields, c
 SURE = 0.999
 # Qualities are read no further than this from 0 and 1: a judge is never surer.
 EDGE = 1e-4
-# Repairs of a row after which what they have brought counts as much as the belief that they keep their promises.
-PATIENCE = 4
+# A repair that fails makes the next one so many times as large.
+WIDEN = 4
 
 
 class JudgeAndRepairScheduler(MDMSchedulerMixin):
@@ -28,26 +28,28 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
 
     Of each row, with M tokens to generate in at most T forward passes, and P(y_i is right) the head's quality q_i:
 
-        1. FILL    all masks in at most F = min(ceil(M / tokens_per_step), max(1, floor(T / 2))) passes. With order
-                   "confidence" every token of a probability above doubt_threshold = b is written at once, so an easy
-                   canvas takes fewer; each pass fills at least what the schedule of F passes asks for.
+        1. FILL    all masks in at most F = min(ceil(M / tokens_per_step), T - 1) passes, each of which fills at least
+                   what the schedule of F passes asks for. With order "confidence" a pass also writes the surest tokens
+                   that are worth no pass of their own: as many as have sum (1 - confidence) <= price. An easy canvas
+                   takes few passes.
         2. JUDGE   the full canvas in one pass. If it has the largest sum of q_i so far, keep it as the best.
         3. ACCEPT  if the gain that redrawing the tokens with q_i < b promises, sum (b - q_i), is below the price of the
                    R + 1 passes that it takes: price * (R + 1). The row is finished.
         4. DOUBT   Each repair so far has kept a share of its promise, in [0, 1]: by how much it raised the best sum of
-                   q_i, divided by the gain that it promised. With n repairs that kept k in all, n - k have failed, and
-                   the wrong tokens must be among those that were not doubted: doubtful are the tokens with
-                   q_i < 1 - (1 - b) / (1 + n - k), the lowest first if there are passes for only so many.
-        5. GIVE UP if too few passes are left, or if (4 + k) / (4 + n) of the gain that the doubtful promise is below
-                   the price. The row is finished, with its best canvas.
-        6. REPAIR  mask the doubtful tokens; fill them as in 1, in at most R = ceil(their number / (M / F)) passes at
+                   q_i, divided by the gain that it promised. With n repairs that kept k in all, f = n - k have failed,
+                   and the wrong tokens must be among those that were not doubted: doubtful are the tokens with
+                   q_i < 1 - (1 - b) / (1 + f), the lowest first if there are passes for only so many. The first 4^f
+                   of them are to be drawn again, or all, where the promise of these few does not pay (see 5).
+        5. GIVE UP if too few passes are left, or if the gain that the tokens to be drawn promise, times the share
+                   (1 + k) / (1 + n) that such promises keep, is below the price. The row ends as its best canvas.
+        6. REPAIR  mask these tokens; fill them as in 1, in at most R = ceil(their number / (M / F)) passes at
                    `repair_temperature`, with logit(0.999) - logit(q_i) taken off the logit of the token that was
                    rejected at each position. Go to 2.
 
-    The bar is high, for recall: a wrong token is surrounded by others that were bent to it, and those must go too;
-    right ones come back. A row that is finished costs no more passes in `PrismPipeline`, so `num_inference_steps` is
-    the most that are made and `nfe_per_row` says how many were. A repair that could not be finished and judged is not
-    begun.
+    One wrong token makes right ones around it look wrong, so a repair begins with the worst token alone; but a wrong
+    token may also be surrounded by others that were bent to it, so a repair that fails is followed by a larger one. A
+    row that is finished costs no more passes in `PrismPipeline`, so `num_inference_steps` is the most that are made
+    and `nfe_per_row` says how many were. A repair that could not be finished and judged is not begun.
 
     Example:
         >>> scheduler = JudgeAndRepairScheduler(mask_token_id=9)
@@ -150,14 +152,14 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
     def _fill(self, now: Step, rows: _Rows, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Steps 1 and 6: the sample with n (B,) masks or more filled, probabilities there, and which, (B, L) each."""
         u_order, u_token = now.uniform(2)
-        threshold = self.config.doubt_threshold if now.order == "confidence" else None
+        most_wrong = self.config.price if now.order == "confidence" else None
         filled, probs, unmasked = now.sample, torch.zeros(now.sample.shape, device=now.sample.device), now.nothing
         for repairing in (False, True):
             some, penalty = replace(now, masked=now.masked & (rows.repairing == repairing)[:, None]), None
             if repairing:
                 some = replace(some, sampling=some.sampling._replace(temperature=self.config.repair_temperature))
                 penalty = (rows.rejected, rows.penalty)
-            new, tokens, their_probs = some.reveal(n, u_order, u_token, threshold, penalty)
+            new, tokens, their_probs = some.reveal(n, u_order, u_token, None, penalty, most_wrong)
             filled = filled.masked_scatter(new, tokens.to(filled.dtype))
             probs, unmasked = probs.masked_scatter(new, their_probs), unmasked | new
         return filled, probs, unmasked
@@ -208,7 +210,7 @@ class _Rows:
         """Rows whose masks are to be filled, and then repaired, in the passes left, on average if the rows pool."""
         budget = now.num_steps - now.index
         masks, blank = now.masked.sum(-1), torch.zeros(now.sample.shape, device=now.sample.device)
-        steps = _quotient(masks, tokens_per_step).clamp(1, max(1, budget // 2))
+        steps = _quotient(masks, tokens_per_step).clamp(1, max(1, budget - 1))
         no = torch.zeros_like(masks, dtype=torch.bool)
         return cls(
             purse=budget * now.generation_mask.any(-1).sum(),
@@ -255,14 +257,19 @@ class _Rows:
         def price(tokens: Tensor) -> Tensor:
             return config.price * (_quotient(tokens.sum(-1), self.pace) + 1)
 
+        def pays(tokens: Tensor) -> Tensor:
+            kept = (1 + self.delivered) / (1 + self.repairs)
+            return tokens.any(-1) & (kept * gain(tokens) >= price(tokens))
+
         self._note_best(now.sample, q, at, full)
         below = at & (q < bar)
         accepted = full & (gain(below) < price(below))
         failed = self.repairs - self.delivered
         doubtful = at & (q < 1 - (1 - bar) / (1 + failed)[:, None])
-        chosen = lowest(q, doubtful, self.pace * (left - 1).clamp(min=0))
-        kept = (PATIENCE + self.delivered) / (PATIENCE + self.repairs)
-        repair = full & ~accepted & chosen.any(-1) & (kept * gain(chosen) >= price(chosen))
+        doubtful = lowest(q, doubtful, self.pace * (left - 1).clamp(min=0))
+        few = lowest(q, doubtful, (WIDEN ** failed.clamp(max=15)).long())  # 4^15 are more than any canvas holds
+        chosen = torch.where(pays(few)[:, None], few, doubtful)
+        repair = full & ~accepted & pays(chosen)
 
         ended, remasked = full & ~repair, chosen & repair[:, None]
         judged = torch.where(accepted[:, None], q, self.best_quality).masked_fill(~(at & ended[:, None]), torch.nan)

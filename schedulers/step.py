@@ -156,6 +156,7 @@ class Step:
         u_token: Tensor,
         threshold: float | None = None,
         penalty: tuple[Tensor, Tensor] | None = None,
+        most_wrong: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fill n masks of each row: which, bool (B, L), their tokens and probabilities, (N,).
 
@@ -164,7 +165,7 @@ class Step:
         if threshold is not None:
             n = n.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
         where = (self.model_output, self.masked, n, self.order, self.sampling, self.mask_token_id)
-        return reveal(*where, u_order, u_token, threshold, penalty)
+        return reveal(*where, u_order, u_token, threshold, penalty, most_wrong)
 
     def recall(self, memory: Memory | None) -> Memory | None:
         """What a rule noted in the step before; None where a run begins, or if its first tensor is not (B, L)."""

@@ -387,6 +387,7 @@ def reveal(
     u_token: Tensor,
     threshold: float | None = None,
     penalty: tuple[Tensor, Tensor] | None = None,
+    most_wrong: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill n masks of each row.
 
@@ -402,6 +403,8 @@ def reveal(
         u_order, u_token: independent uniform numbers, float32 of shape (B, L).
         threshold: with order "confidence", every token of a confidence above it is written too; None for n alone.
         penalty: as `draw_at`.
+        most_wrong: with order "confidence", the surest tokens are written too, as many as hold at most this many wrong
+            ones together by their confidences: sum of 1 - confidence; None for n alone.
     Returns:
         which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these tokens,
         float32 (N,).
@@ -424,6 +427,10 @@ def reveal(
     score = torch.zeros_like(u_order).masked_scatter(masked, score)
     if threshold is not None:
         n = torch.maximum(n, (masked & (score > threshold)).sum(-1))
+    if most_wrong is not None:
+        wrong = (1 - score).masked_fill(~masked, torch.inf).sort(-1).values.cumsum(-1)
+        n = torch.maximum(n, (wrong <= most_wrong).sum(-1))
+    if threshold is not None or most_wrong is not None:
         kept_number = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
     unmasked = highest(score, masked, n)
     (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
