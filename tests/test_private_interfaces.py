@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "private_interfaces.md").read_text()
 INTERFACES = re.findall(r"^\| `([a-z_]+\.[\w.]+)` \|", PAGE, re.MULTILINE)
 # Of Python itself, and of objects that one of our own files defines in a string.
-OF_PYTHON = {"_exit", "_replace", "_base_executable", "_asdict", "_ask", "_number", "_map"}
+OF_PYTHON = {"_exit", "_replace", "_ActionsContainer", "_base_executable", "_asdict", "_ask", "_number", "_map"}
 
 
 def resolve(name):
