@@ -117,7 +117,7 @@ def test_the_pipeline_gives_rules_that_read_a_context_theirs_at_no_forward(kind,
 
 @pytest.mark.parametrize("block_length", [None, 27])
 def test_a_row_is_accepted_where_the_scheduler_accepted_each_of_its_blocks(block_length, monkeypatch):
-    pipe = pipeline(scheduler=JudgeAndRepairScheduler(quality_threshold=0.15, tokens_per_step=8))
+    pipe = pipeline(scheduler=JudgeAndRepairScheduler(doubt_threshold=0.15, tokens_per_step=8))
     said, step = [], JudgeAndRepairScheduler.step
 
     def watched(self, *args, **kwargs):
