@@ -86,7 +86,7 @@ def test_forwards_are_those_that_were_made(monkeypatch, capsys):
     [
         (["text", "--texts", "F", "--reference", "F", "--model", "M"], "--model has no effect on --texts"),
         (["text", "--texts", "F", "--reference", "F", "--gen-length", "8"], "--gen-length has no effect on --texts"),
-        (["compare", "--quick", "--num-puzzles", "500"], "--num-puzzles has no effect beside --quick"),
+        (["compare", "--quick", "--num-puzzles", "500"], "--num-puzzles has no effect with --quick"),
         (["compare", "--task", "text", "--clues", "40"], "--clues has no effect on text"),
         (["compare", "--task", "sudoku", "--gen-length", "40"], "--gen-length has no effect on Sudoku"),
     ],

@@ -242,7 +242,7 @@ def test_the_default_of_max_length_is_what_the_model_takes_and_is_said(tmp_path,
 @pytest.mark.parametrize("flag", ["packing", "no_chat_template", "train_on", "chat_template_kwargs"])
 def test_flags_of_text_are_refused_on_sudoku(flag):
     value = {"packing": True, "no_chat_template": True, "train_on": "all_turns", "chat_template_kwargs": "{}"}[flag]
-    with pytest.raises(ValueError, match=f"`--{flag}` goes with a data set of text"):
+    with pytest.raises(ValueError, match=f"`--{flag.replace('_', '-')}` goes with a data set of text"):
         check_run(RunArguments(objective="mdm", dataset="sudoku", **{flag: value}))
 
 
@@ -259,14 +259,14 @@ def test_calibration_reads_the_texts_of_an_encoder_one_by_one(tmp_path, capsys):
     texts = ["w1 w2 w3 w4", "w5 w6", "w7 " * 60]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     flags = ["eval", "calibration", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "t.jsonl"), "--json"]
-    assert main([*flags, "--length", "16"]) == 0
+    assert main([*flags, "--max-length", "16"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["sequences"] == 2  # the third is too long, and is not cut
     assert "one sequence a row between [CLS] and [SEP]" in said.err
-    assert main([*flags, "--length", "16", "--packing", "true"]) == 0
+    assert main([*flags, "--max-length", "16", "--packing", "true"]) == 0
     assert json.loads(capsys.readouterr().out)["sequences"] == 4
-    assert main([*flags, "--length", "3"]) == 2
-    assert "no text of at most --length 3 tokens" in capsys.readouterr().err
+    assert main([*flags, "--max-length", "3"]) == 2
+    assert "no text of at most --max-length 3 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("progress", [True, False])

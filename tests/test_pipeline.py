@@ -347,7 +347,7 @@ def test_bfloat16_leaves_the_head_in_float32():
         ({"infill": "123"}, "`infill` row 0 holds no mask token"),
         ({"infill": [".", "123"]}, "`infill` row 1 holds no mask token"),
         ({"infill": []}, "`infill` is empty"),
-        ({"infill": ".", "gen_length": 3}, "`gen_length` has no meaning"),
+        ({"infill": ".", "gen_length": 3}, "`gen_length` has no effect"),
         ({"infill": "." * 97}, "The canvas has 97 tokens, and the model takes 96"),
         ({"infill": torch.tensor([[MASK_ID, 16]])}, "id 16; the model knows ids from 0 to 15"),
         ({"infill": torch.tensor([[MASK_ID, -1]])}, "id -1"),

@@ -85,9 +85,10 @@ def test_a_table_of_more_forwards_may_lack_arms_and_must_not_have_others():
     part |= {name: [row for row in second[name] if row["arm"] in kept] for name in ("rows", "pairs")}
     whole = text_results.merged({"text": first, "text_64": part})
     assert whole["commands"][1].startswith("`python -m benchmarks.text --arms MDLM PRISM ")
-    lines = {line.split(" | ")[0][2:]: line for line in text_results.grid(whole["rows"], "ngram_js")}
+    lines = {line.split(" | ")[0][2:]: line for line in text_results.grid(whole["rows"], "ngram_js").splitlines()}
     assert lines["P2"].endswith("| - |") and not lines["PRISM"].endswith("| - |")
-    assert any(line.startswith("| P2 |") and line.endswith("| - |") for line in text_results.verdict(whole))
+    verdict = text_results.verdict(whole).splitlines()
+    assert any(line.startswith("| P2 |") and line.endswith("| - |") for line in verdict)
     with pytest.raises(ValueError, match="differ in arms"):
         text_results.merged({"text": first, "other": part | {"arms": [{**part["arms"][0], "order": "confidence"}]}})
 

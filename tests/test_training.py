@@ -352,7 +352,7 @@ def test_going_back_deletes_the_checkpoints_of_the_way_that_is_left(tmp_path, mo
     back = f"--resume-from-checkpoint={tmp_path / 'checkpoint-1'}"
     run_and_die(tmp_path, monkeypatch, 2, *flags, back, "--save-total-limit=1")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert capsys.readouterr().out.count("the run goes on from step 1") == 3
+    assert capsys.readouterr().out.count("the run is resumed from step 1") == 3
 
 
 def test_damaged_checkpoints_do_not_outlive_the_new_ones(tmp_path):
@@ -617,7 +617,7 @@ def test_the_clues_of_puzzle_examples_are_a_unique_prompt_and_never_masked():
         (["--objective=prism"], "pass --base-model"),
         (["--objective=mdm", "--optimizer=sgd"], "`--optimizer` must be one of adamw, muon"),
         (["--objective=mdm", "--mask-rate-min=0.9", "--mask-rate-max=0.1"], "mask_rate_min=0.9"),
-        (["--objective=mdm", "--no-such-flag=1"], "no_such_flag"),
+        (["--objective=mdm", "--no-such-flag=1"], "no-such-flag"),
         (["--objective=mdm", "--puzzle-clues-min=30", "--puzzle-clues-max=25"], "min <= max <= 80, got 30 and 25"),
         (["--objective=mdm", "--freeze-backbone"], "--freeze-backbone goes with --objective prism"),
         (["--objective=prism", "--base-model=x/y", "--full", "--rank=4"], "Pass one of --freeze-backbone, --full"),

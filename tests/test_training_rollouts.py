@@ -279,7 +279,7 @@ def test_prompts_alone_are_answered_by_the_model(tmp_path, pretrained):
     flags = ("--objective=distill", f"--dataset={tmp_path / 'data.jsonl'}", f"--base-model={pretrained}", *SHORT)
     run(tmp_path / "out", *flags, "--max-steps=2", "--max-length=20")
     assert (tmp_path / "out" / "quality_head").is_dir()
-    with pytest.raises(ValueError, match="has a prompt of 3 tokens, and --max-length is 3: no token is left"):
+    with pytest.raises(ValueError, match="has a prompt of 3 tokens, and --max-length is 3, which leaves no token"):
         run(tmp_path / "short", *flags, "--max-steps=2", "--max-length=3", "--label-stride=2")
 
 

@@ -41,9 +41,9 @@ fi
 
 # 5. What people do with it: fill every loop, and colour the doubtful residues of known antibodies.
 prism infill "$folder/model" examples/antibody/therapeutic.fasta --out "$folder/filled.fasta" --positions 50-55 \
-  --torch-dtype bfloat16
+  --dtype bfloat16
 prism score "$folder/model" examples/antibody/therapeutic.fasta --out "$folder/scores.jsonl" --html "$folder/scores.html" \
-  --torch-dtype bfloat16
+  --dtype bfloat16
 
 # 6. The table.
 "$python" -m benchmarks.proteins "$folder/model" examples/antibody/therapeutic.fasta "$folder/data/test.fasta" --quick \

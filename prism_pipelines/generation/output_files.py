@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from ..atomic_files import atomic_file
-from ..hub.fingerprints import module_digest
 
 if TYPE_CHECKING:
     from ..pipeline_prism import PrismPipeline
@@ -74,7 +73,9 @@ def check_run(out: Path, settings: dict) -> bool:
 
 def run_settings(pipe: PrismPipeline, rows: list[dict], generation: dict) -> dict:
     """What decides the output: the rows, the settings, and digests of tokenizer, model, head and scheduler."""
-    from ..schedulers.validation import own_fields  # with torch, which the rest of this file does without
+    # With torch, which `prism --help` does without.
+    from ..hub.fingerprints import module_digest
+    from ..schedulers.validation import own_fields
 
     settings = {"prompts": len(rows), "prompts_sha256": _sha256(json.dumps(rows).encode())} | generation
     scheduler = own_fields(pipe.scheduler)
