@@ -191,7 +191,7 @@ def test_a_generation_and_a_likelihood_task_run_from_the_command_line(folder, tm
     words = [sys.executable, "-m", "prism_pipelines.integrations.lm_eval", "run", "--model", "prism"]
     words += ["--tasks", "tiny,choice", "--include_path", str(tmp_path)]
     words += ["--model_args", f"pretrained={folder},gen_length=6,num_samples=8"]
-    words += ["--batch-size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    words += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(words, env=os.environ | offline, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr

@@ -133,7 +133,7 @@ class PrismLM(LM):
             if limit is not None and length + call["gen_length"] + closing > limit:
                 raise ValueError(
                     f"A prompt has {length} tokens and {call['gen_length']} are to be generated; the model takes "
-                    f"{limit}. Use fewer shots (--num-fewshot) or a smaller gen_length; prompts are not cut."
+                    f"{limit}. Use fewer shots (--num_fewshot) or a smaller gen_length; prompts are not cut."
                 )
             steps = call["num_inference_steps"]
             check_steps(self.pipe, ["a prompt"], [length], call["gen_length"], call["block_length"], steps)
