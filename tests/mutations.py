@@ -313,6 +313,9 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutations-") as name:
         folder, unnoticed = Path(name), 0
         copy_code(folder)
+        failed = first_failure(folder, " ".join(sorted({name for one in chosen for name in one.tests.split()})))
+        if failed is not None:
+            raise SystemExit(f"Without any mistake {failed} fails too: mend that first.")
         print("| mistake | in | first test that fails |\n| --- | --- | --- |", flush=True)
         for one in chosen:
             file = place_of(folder, one.file)
@@ -322,9 +325,6 @@ def main(words: list[str]) -> int:
             file.write_text(before)
             unnoticed += failed is None
             print(f"| {one.name} | `{one.file}` | {'**none**' if failed is None else f'`{failed}`'} |", flush=True)
-        passed = first_failure(folder, " ".join(sorted({name for one in chosen for name in one.tests.split()})))
-    if passed is not None:
-        raise SystemExit(f"Without any mistake {passed} fails too: the table says nothing.")
     print(f"\n{len(chosen) - unnoticed} of {len(chosen)} mistakes were noticed; without any, the same tests pass.")
     return int(unnoticed > 0)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sharded_step import build, sharded_step
 from test_training import arguments, run
 
+from prism_pipelines.training.loss_terms import share_of_all
 from prism_pipelines.training.run import main
 from prism_pipelines.training.trainer import trainable
 
@@ -94,6 +95,19 @@ def test_two_processes_give_the_step_of_one(tmp_path, base, way):
     words = [*arguments(tmp_path / "two", *flags(base, way, 2, 2)), "--ddp-backend=gloo"]
     assert_all_end_well(launched(train_on_content, words))
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+
+
+def divide_by_the_mean_count():
+    torch.distributed.init_process_group("gloo")
+    count = torch.tensor((3, 5)[torch.distributed.get_rank()])
+    assert share_of_all(count) == 4 and share_of_all(count, torch.tensor(2.0)) == 2
+    with torch.no_grad():
+        assert share_of_all(count) == count  # an evaluation averages nothing
+
+
+def test_processes_divide_by_the_mean_of_their_counts():
+    """Then the mean of their gradients is that of all tokens, also for a loop without our trainer."""
+    assert_all_end_well(launched(divide_by_the_mean_count))
 
 
 @pytest.mark.slow
