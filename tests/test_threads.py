@@ -19,7 +19,7 @@ from prism_pipelines import (
     TokenToMaskScheduler,
 )
 
-REQUESTS, THREADS = 60, 4
+THREADS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +61,11 @@ def same(one, other):
     )
 
 
+@pytest.mark.parametrize("requests", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["bert", "llada"])
-def test_requests_of_four_threads_give_what_they_give_alone(family):
+def test_requests_of_four_threads_give_what_they_give_alone(family, requests):
     pipe = twin(family)
-    alone = [request(pipe, number) for number in range(REQUESTS)]
+    alone = [request(pipe, number) for number in range(requests)]
     config = pipe.model.config.to_dict()
     local = threading.local()
 
@@ -74,11 +75,11 @@ def test_requests_of_four_threads_give_what_they_give_alone(family):
         return request(local.pipe, number)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        shared = list(pool.map(lambda number: request(pipe, number), range(REQUESTS)))
+        shared = list(pool.map(lambda number: request(pipe, number), range(requests)))
     with ThreadPoolExecutor(THREADS) as pool:
-        from_pipe = list(pool.map(with_its_own, range(REQUESTS)))
-    assert [i for i in range(REQUESTS) if not same(shared[i], alone[i])] == []
-    assert [i for i in range(REQUESTS) if not same(from_pipe[i], alone[i])] == []
+        from_pipe = list(pool.map(with_its_own, range(requests)))
+    assert [i for i in range(requests) if not same(shared[i], alone[i])] == []
+    assert [i for i in range(requests) if not same(from_pipe[i], alone[i])] == []
     assert pipe.model.config.to_dict() == config and "is_causal" not in vars(pipe.model.config)
 
 
