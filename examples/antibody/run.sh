@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From the wheel of AntiBERTy on PyPI to a table of decoding rules: convert, verify, sample, train a head, compare.
-#   bash examples/antibody/run.sh [FOLDER]      (default: runs/antibody; under half an hour on two idle cores)
+#   bash examples/antibody/run.sh [FOLDER]      (default: runs/antibody; a quarter of an hour on two idle cores)
 # Needs: pip install -e ".[train]". Weights stay in FOLDER; they are MIT-licensed, and not part of this repository.
 # After the first step nothing is downloaded. Give the same command again to go on after an interruption.
 set -euo pipefail
