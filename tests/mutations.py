@@ -264,10 +264,11 @@ class FirstFailure:
 
 def copy_code(folder: Path) -> None:
     """What the tests need. The schedulers lie where an installed package has them."""
-    for name in ("prism_pipelines", "tests", "benchmarks", "examples"):
+    for name in ("prism_pipelines", "tests", "benchmarks", "examples", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "schedulers", folder / "prism_pipelines" / "schedulers")
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
 
 
 def place_of(folder: Path, file: str) -> Path:
