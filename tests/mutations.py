@@ -134,7 +134,7 @@ MUTATIONS = [
         DENOISER,
         "free + (self.cfg_scale + 1) * (given - free)",
         "free + self.cfg_scale * (given - free)",
-        "test_pipeline.py test_diffusers_dropin.py",
+        "test_what_is_written.py test_pipeline.py",
     ),
     Mutation(
         "two matrices of LLaDA swap places",
@@ -184,7 +184,7 @@ MUTATIONS = [
         "prism_pipelines/sampling/stopping.py",
         "first = (closed | ended).nonzero()",
         "first = ended.nonzero()",
-        "test_generate_many.py test_pipeline.py test_family_laws.py",
+        "test_what_is_written.py test_pipeline.py",
     ),
     # training
     Mutation(

@@ -1,7 +1,9 @@
 """What a text of the pipeline may hold: content, what was given as it was given, and nothing after a stop string."""
 
+import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +22,11 @@ from transformers import (
 )
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, resolve_spec
+from prism_pipelines.models.denoiser import GuidedLogits
 from prism_pipelines.sampling.encoding import whole_ids
 from prism_pipelines.sampling.stopping import (
     end_tokens,
+    generated_prefix,
     infilled_text,
     no_content,
     special_ids,
@@ -285,3 +289,19 @@ def test_prompts_of_different_length_need_no_pad_token():
         return pipe(texts, use_chat_template=False, gen_length=6, num_inference_steps=3, generator=generators).texts
 
     assert call(texts) == call(texts[:1]) + call(texts[1:])
+
+
+def test_guidance_is_its_formula():
+    """u + (s + 1) (c - u), of LLaDA's appendix; a token that is -inf stays so."""
+    c, u = torch.tensor([[1.0, 4.0, -torch.inf]]), torch.tensor([[0.5, 1.0, -torch.inf]])
+    conditional = SimpleNamespace(shape=c.shape, device=c.device, mask_token_id=9, at=lambda *_: c)
+    unconditional = SimpleNamespace(at=lambda *_: u)
+    guided = GuidedLogits(conditional, unconditional, 2.0).at(torch.tensor([0]), torch.tensor([0]))
+    assert guided.tolist() == [[0.5 + 3 * 0.5, 1.0 + 3 * 3.0, -math.inf]]
+
+
+def test_what_is_decided_of_a_row_ends_at_its_first_mask_or_end_token():
+    every, mask, end = torch.ones(5, dtype=torch.bool), 9, 7
+    assert generated_prefix(torch.tensor([1, 2, 7, 3, 9]), every, mask, (end,))[1] is True
+    tokens, ended = generated_prefix(torch.tensor([1, 9, 7, 3, 9]), every, mask, (end,))
+    assert tokens.tolist() == [1] and not ended  # the end token behind a mask may still be in another place
