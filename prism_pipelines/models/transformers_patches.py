@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +103,8 @@ def _adapter_state_dict(
 
 def tuned_layers(model: nn.Module) -> list[Any]:
     """Layers of a model that PEFT has wrapped (`BaseTunerLayer`)."""
+    if sys.modules.get("peft") is None:  # it is an extra; where nothing has imported it, nothing is wrapped
+        return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
