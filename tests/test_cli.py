@@ -15,6 +15,7 @@ from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, Qualit
 from prism_pipelines.cli import live_view
 from prism_pipelines.cli import sudoku as cli_sudoku
 from prism_pipelines.cli.main import main
+from prism_pipelines.sampling import token_states
 
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -337,14 +338,14 @@ def test_kinds_of_cells_follow_from_the_two_states():
     after = [5, 6, 7, 1, 2, sudoku.MASK_ID, sudoku.MASK_ID] + [4] * 74
     quality = [0.0, 0.0, 0.0, 0.9, 0.1, 0.05, 0.0] + [1.0] * 74  # low values at clues and masks mean nothing
     remasked = [i == 5 for i in range(81)]
-    kinds = live_view.token_kinds(before, after, generated, sudoku.MASK_ID, quality, remasked)
+    kinds = token_states.token_states(before, after, generated, sudoku.MASK_ID, quality, remasked)
     assert kinds[:8] == ["given", "given", "written", "kept", "doubtful", "remasked", "mask", "kept"]
 
 
 def test_every_kind_has_its_own_mark_and_colour_and_stands_in_the_legend():
-    marks, styles, words = zip(*live_view.KINDS.values(), strict=True)
-    assert len(set(marks)) == len(set(styles)) == len(live_view.KINDS)
-    assert all(word in live_view.legend(live_view.KINDS).plain for word in words)
+    marks, styles, words = zip(*token_states.STATES.values(), strict=True)
+    assert len(set(marks)) == len(set(styles)) == len(token_states.STATES)
+    assert all(word in live_view.legend(token_states.STATES).plain for word in words)
 
 
 def test_board_shows_each_digit_once_at_its_place():

@@ -282,12 +282,12 @@ def _run_one(pipe: PrismPipeline, puzzles: np.ndarray, args: argparse.Namespace,
         print("\n".join(f"{name}\t{value}" for name, value in record.items()))
     else:
         clashing = {i for pair in sudoku.conflicts(outcome.grid) for i in pair}
-        kinds = [
+        states = [
             "given" if clue else "conflict" if i in clashing else "kept" if digit else "mask"
             for i, (clue, digit) in enumerate(zip(outcome.puzzle, outcome.grid, strict=True))
         ]
-        console.print(printable(console, board(outcome.grid.tolist(), kinds)), end="")
-        console.print(printable(console, legend(kinds)))
+        console.print(printable(console, board(outcome.grid.tolist(), states)), end="")
+        console.print(printable(console, legend(states)))
         console.print(outcome.sentence(), style="bold green" if outcome.solved else "bold red")
         counts = f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}."
         console.print(f"{counts} {outcome.verdict()}".rstrip())

@@ -101,8 +101,8 @@ def run_text(args: argparse.Namespace) -> int:
     remasked = torch.zeros(rows, dtype=torch.long)
     live = console.is_terminal and not (args.json or args.no_live)
 
-    def draw(ids: list[int], kinds: list[str]) -> Text:
-        return page([pipe.tokenizer.decode([token]) for token in ids], kinds)
+    def draw(ids: list[int], states: list[str]) -> Text:
+        return page([pipe.tokenizer.decode([token]) for token in ids], states)
 
     view = LiveView(console, draw, delay=args.delay) if live else None
 
