@@ -22,7 +22,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_head_flag(group)
     add_scheduler_flags(group)
     add_source_flags(group)
-    add_device_flag(group, None)
+    add_device_flag(group)
 
 
 def add_head_flag(group: argparse._ActionsContainer) -> None:
@@ -61,16 +61,30 @@ def add_eval_flags(parser: argparse.ArgumentParser, otherwise: str, sampling: bo
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
+def load_model(source: str, device: str | None, quality_head: str | None = None) -> PrismPipeline:
+    """A pipeline without its own progress bar, on the device of `--device`, which is checked first.
+
+    Raises:
+        ValueError: the device is not there, or what `source` names cannot be loaded.
+    """
+    from ..pipeline_prism import PrismPipeline
+
+    place = check_device(device)
+    try:
+        pipe = PrismPipeline.from_pretrained(source, quality_head=quality_head)
+    except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
+        raise ValueError(f"{source} cannot be loaded: {error!r}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
 def load_bundled_or(args: argparse.Namespace, default: str) -> PrismPipeline:
     """The pipeline of `--model`, or the bundled one called `default`, with the scheduler that the flags ask for."""
     from .. import bundled
-    from ..pipeline_prism import PrismPipeline
 
-    device = check_device(args.device)
-    pipe = PrismPipeline.from_pretrained(args.model or bundled(default), quality_head=args.quality_head)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_model(args.model or bundled(default), args.device, args.quality_head)
     change_scheduler(pipe, args)
-    return pipe.to(device)
+    return pipe
 
 
 def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
@@ -79,9 +93,8 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
 
     from ..pipeline_prism import PrismPipeline
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = _join(device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = _join(args.device) if several else check_device(args.device)
     pipe = PrismPipeline.from_pretrained(
         args.model,
         quality_head=args.quality_head,
@@ -127,10 +140,12 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _join(device: str) -> torch.device:
+def _join(device: str | None) -> torch.device:
     """Join the process group that the launcher describes; this process's device."""
+    import torch
+
     try:
         from accelerate import PartialState
     except ImportError:
         raise ImportError('Several processes need accelerate: pip install "prism-pipelines[train]".') from None
-    return PartialState(cpu=str(device) == "cpu").device
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device

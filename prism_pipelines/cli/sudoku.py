@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from .. import sudoku
-from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
+from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags
+from .loading import load_model
 from .quiet import is_quiet
 
 if TYPE_CHECKING:
@@ -155,22 +156,17 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     Raises:
         ValueError: the device is not there, the model is no Sudoku model, or a flag does not fit the scheduler.
     """
-    from .. import PrismPipeline, bundled
+    from .. import bundled
 
-    device = check_device(args.device)
     # The head that judges whole grids, unless a flag asks for another rule, which goes with the model's own head.
     judged = args.model is None and args.scheduler is None and args.num_remask is None
     head = bundled("sudoku-head") if judged else None
-    try:
-        pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"), quality_head=head)
-    except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
-        raise ValueError(f"--model {args.model} is not a saved pipeline: {error!r}") from None
+    pipe = load_model(args.model or bundled("sudoku"), args.device, head)
     if pipe.mask_token_id != sudoku.MASK_ID or pipe.model.config.vocab_size != sudoku.VOCAB_SIZE:
         raise ValueError(
             f"{args.model} is not a Sudoku model: its mask id or vocabulary is not that of sudoku_tokenizer()"
         )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def set_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
+from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags
+from .loading import load_model
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -48,14 +49,12 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     Raises:
         ValueError: the device is not there, or the model has no tokenizer.
     """
-    from .. import PrismPipeline, bundled
+    from .. import bundled
 
-    device = check_device(args.device)
-    pipe = PrismPipeline.from_pretrained(args.model or bundled("text"))
+    pipe = load_model(args.model or bundled("text"), args.device)
     if pipe.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, so it writes no text.")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def set_scheduler(pipe: PrismPipeline, name: str | None, temperature: float | None) -> None:
