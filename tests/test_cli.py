@@ -343,8 +343,10 @@ def test_kinds_of_cells_follow_from_the_two_states():
 
 
 def test_every_kind_has_its_own_mark_and_colour_and_stands_in_the_legend():
-    marks, styles, words = zip(*token_states.STATES.values(), strict=True)
-    assert len(set(marks)) == len(set(styles)) == len(token_states.STATES)
+    marks, words, styles = (
+        {getattr(s, name) for s in token_states.STATES.values()} for name in ("mark", "words", "style")
+    )
+    assert len(marks) == len(words) == len(styles) == len(token_states.STATES)
     assert all(word in live_view.legend(token_states.STATES).plain for word in words)
 
 
