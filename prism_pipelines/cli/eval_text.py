@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
     if args.ngram_judge is not None:
         judge = _byte_judge(args.ngram_judge)
     elif args.judge is not None:
-        judge = evaluation.load_judge(args.judge, device=device)
+        judge = evaluation.load_judge(args.judge, device=str(device))
     count = args.num_samples or 64
     texts = None if args.texts is None else evaluation.read_texts(args.texts)
     if args.featurizer is not None:
         check_mauve(count if texts is None else len(texts), len(reference))
-        featurizer = evaluation.load_featurizer(args.featurizer, device=device)
+        featurizer = evaluation.load_featurizer(args.featurizer, device=str(device))
     rule: dict = {}
     if texts is None:
         pipe = load_bundled_or(args, "sudoku")
