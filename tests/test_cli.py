@@ -14,6 +14,7 @@ from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMasked
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, sudoku
 from prism_pipelines.cli import live_view
 from prism_pipelines.cli import sudoku as cli_sudoku
+from prism_pipelines.cli.loading import change_scheduler
 from prism_pipelines.cli.main import main
 from prism_pipelines.sampling import token_states
 
@@ -235,11 +236,12 @@ def test_flags_change_the_shipped_settings_and_leave_the_rest():
     pipe.scheduler = PrismScheduler(eta=0.3, order="confidence", remask_end=0.8)
     parser = argparse.ArgumentParser()
     cli_sudoku.add_parser(parser.add_subparsers())
-    cli_sudoku.set_scheduler(pipe, parser.parse_args(["sudoku", "--num-remask", "2", "--temperature", "0.5"]))
+    args = parser.parse_args(["sudoku", "--num-remask", "2", "--temperature", "0.5"])
+    change_scheduler(pipe, args, "temperature", "num_remask")
     config = pipe.scheduler.config
     assert (config.num_remask, config.eta, config.temperature) == (2, None, 0.5)
     assert (config.order, config.remask_end) == ("confidence", 0.8)
-    cli_sudoku.set_scheduler(pipe, parser.parse_args(["sudoku", "--scheduler", "mdlm"]))
+    change_scheduler(pipe, parser.parse_args(["sudoku", "--scheduler", "mdlm"]), "temperature", "num_remask")
     assert isinstance(pipe.scheduler, MDLMScheduler) and pipe.scheduler.config.order == "confidence"
 
 

@@ -107,12 +107,25 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     return pipe
 
 
-def change_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:
-    """Give the pipeline the scheduler of `--scheduler` and `--scheduler-config`, if there is one."""
-    if args.scheduler is not None or args.scheduler_config is not None:
-        from ..schedulers import by_name
+def change_scheduler(pipe: PrismPipeline, args: argparse.Namespace, *flags: str) -> None:
+    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
 
-        pipe.scheduler = by_name.change_scheduler(pipe.scheduler, args.scheduler, args.scheduler_config)
+    Args:
+        flags: names of fields that have a flag of their own, such as "temperature"; none for `--scheduler-config`.
+    Raises:
+        ValueError: a field that the scheduler does not have.
+    """
+    from ..schedulers import by_name
+
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    fields = (given or None) if flags else args.scheduler_config
+    if args.scheduler is None and fields is None:
+        return
+    try:
+        pipe.scheduler = by_name.change_scheduler(pipe.scheduler, args.scheduler, fields)
+    except ValueError as error:
+        said = [f"--{name.replace('_', '-')}" for name in given] or ["--scheduler-config"]
+        raise ValueError(f"{', '.join(said)}: {error}") from None
 
 
 def scheduler_facts(pipe: PrismPipeline) -> dict[str, Any]:

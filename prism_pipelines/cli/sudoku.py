@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import sudoku
 from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags
-from .loading import load_model
+from .loading import change_scheduler, load_model
 from .quiet import is_quiet
 
 if TYPE_CHECKING:
@@ -169,22 +169,6 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     return pipe
 
 
-def set_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:
-    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
-
-    Raises:
-        ValueError: an unknown scheduler, or --num-remask with one that has no such field.
-    """
-    from ..schedulers.by_name import change_scheduler
-
-    wanted = {name: getattr(args, name) for name in ("temperature", "num_remask") if getattr(args, name) is not None}
-    try:
-        pipe.scheduler = change_scheduler(pipe.scheduler, args.scheduler, wanted)
-    except ValueError as error:
-        flags = ", ".join("--" + name.replace("_", "-") for name in wanted)
-        raise ValueError(f"{flags}: {error}") from None
-
-
 def solve(
     pipe: PrismPipeline,
     puzzles: np.ndarray,
@@ -251,7 +235,7 @@ def run_sudoku(args: argparse.Namespace) -> int:
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
-    set_scheduler(pipe, args)
+    change_scheduler(pipe, args, "temperature", "num_remask")
     if from_file and len(puzzles) > 1:
         return _run_file(pipe, puzzles, args)
     return _run_one(pipe, puzzles, args, console)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags
-from .loading import load_model
+from .loading import change_scheduler, load_model
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -57,14 +57,6 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     return pipe
 
 
-def set_scheduler(pipe: PrismPipeline, name: str | None, temperature: float | None) -> None:
-    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it."""
-    from ..schedulers.by_name import change_scheduler
-
-    wanted = {} if temperature is None else {"temperature": temperature}
-    pipe.scheduler = change_scheduler(pipe.scheduler, name, wanted)
-
-
 def room(pipe: PrismPipeline, prompt: str | None, gen_length: int | None) -> int:
     """Tokens to generate: what the flag says, or what fits beside the prompt, at most 256.
 
@@ -95,7 +87,7 @@ def run_text(args: argparse.Namespace) -> int:
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
-    set_scheduler(pipe, args.scheduler, args.temperature)
+    change_scheduler(pipe, args, "temperature")
     rows = args.num_samples
     remasked = torch.zeros(rows, dtype=torch.long)
     live = console.is_terminal and not (args.json or args.no_live)
