@@ -1,4 +1,4 @@
-"""What a rule begins and ends with: the arguments of `step`, checked and counted, and the output that it returns."""
+"""The beginning and the end of every scheduler's `step`: its arguments, checked and counted, and its output."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class PrismSchedulerOutput(BaseOutput):
         sampled_tokens: the tokens written, int64 (N,), in row-major order of `unmasked`.
         sampled_probs: the model's own probabilities of these tokens at temperature 1, float32 (N,).
         finished: rows that need no further forward pass, bool (B,). None from schedulers that use all their steps.
-        accepted: finished rows in which no token was doubtful, bool (B,). None as above.
+        accepted: finished rows whose canvas was judged good enough, bool (B,). None as above.
         restored: visible tokens of finished rows that were replaced by those of an earlier, better canvas, bool (B, L).
             None as above.
-        judged: quality of each generated token of a finished row, float32 (B, L), NaN elsewhere. None as above.
+        judged: quality of each generated token of a judged and finished row, float32 (B, L), NaN elsewhere. None as
+            above.
     """
 
     prev_sample: Tensor
@@ -137,15 +138,15 @@ class Step:
         return uniform_at(self.generation_mask, draws, self.generator)
 
     def own_probability(self, positions: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The model's own probability of what stands at `positions`, bool (B, L), or of `tokens`, int64 (B, L).
+        """The model's own probability, at temperature 1, of some tokens at `positions`, bool (B, L).
 
-        At temperature 1; float32 (B, L), 0 elsewhere.
+        The tokens are those of `sample`, or `tokens`, int64 (B, L). Returns float32 (B, L), 0 outside `positions`.
         """
         tokens = self.sample if tokens is None else tokens
         return probability_at(self.model_output, positions, tokens, self.mask_token_id)
 
     def draw(self, positions: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each of `positions`, bool (B, L), and its probability, (N,) each; u uniform numbers (B, L)."""
+        """A token for each of `positions`, bool (B, L), and its probability, (N,) each. `u`: uniform numbers (B, L)."""
         index = true_positions(positions, int(positions.sum()))
         return draw_at(self.model_output, positions, index, self.sampling, self.mask_token_id, u)[:2]
 
@@ -158,9 +159,9 @@ class Step:
         penalty: tuple[Tensor, Tensor] | None = None,
         most_wrong: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill n masks of each row: which, bool (B, L), their tokens and probabilities, (N,).
+        """Fill n masks of each row, as `token_sampling.reveal`, which explains arguments and result.
 
-        With a threshold also all masks whose token is surer than it, and at least one. See `token_sampling.reveal`.
+        With a `threshold`, n is at least 1.
         """
         if threshold is not None:
             n = n.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
@@ -168,7 +169,7 @@ class Step:
         return reveal(*where, u_order, u_token, threshold, penalty, most_wrong)
 
     def recall(self, memory: Memory | None) -> Memory | None:
-        """What a rule noted in the step before; None where a run begins, or if its first tensor is not (B, L)."""
+        """`memory`, what a rule noted in the last step. None in the first step, or if memory[0] is not (B, L)."""
         fits = self.index > 0 and memory is not None and memory[0].shape == self.sample.shape
         return memory if fits else None
 
