@@ -11,7 +11,7 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write to in a `with` block. When the block ends, it replaces `path`; if the block fails, nothing changes.
+    """A file to write to in a `with` block. It replaces `path` at the end of the block; if that fails, nothing changes.
 
     Args:
         path: path of the file; its folder must exist.
