@@ -106,7 +106,7 @@ def num_to_remask(config: Any, now: Step, target: Tensor, quality: Tensor, u: Te
 
 def remask_and_reveal(
     now: Step, config: Any, score: Callable[[Tensor], Tensor] | None, threshold: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> PrismSchedulerOutput:
     """The sampling step of PRISM with any score in the place of its quality.
 
     Args:
@@ -115,10 +115,9 @@ def remask_and_reveal(
         score: callable from the visible generated tokens, bool (B, L), to their score (B, L); the lowest are remasked.
             It is called only in steps that remask by score. None: no score is known, so nothing is remasked if the
             configuration needs one.
-        threshold: see `resolve_threshold`; not read in the loop, where the visible count is fixed.
-    Returns:
-        unmasked, bool (B, L), the tokens and their probabilities, (N,), and remasked, bool (B, L): see `Step.output`.
+        threshold: of this step, see `resolve_threshold`; not read in the loop, where the visible count is fixed.
     """
+    threshold = resolve_threshold(config, threshold)
     phase = phase_of(config, now.num_steps, now.index)
     if score is None and remasks_by_quality(config):
         phase = phase._replace(by_quality=False, at_random=False)
@@ -132,7 +131,7 @@ def remask_and_reveal(
     if phase.at_random:
         # These are refilled in the next step, so inside the loop the visible count is this much below its level.
         remasked = remasked | lowest(u_loop, now.visible & ~remasked, config.loop_num_remask)
-    return *now.reveal(due, u_order, u_token, None if phase.holds_level else threshold), remasked
+    return now.output(*now.reveal(due, u_order, u_token, None if phase.holds_level else threshold), remasked)
 
 
 def check_remasking(kind: type, config: Any) -> None:
@@ -290,6 +289,5 @@ class PrismScheduler(MDMSchedulerMixin):
                 stacklevel=3,
             )
         score = None if quality is None else lambda visible: quality
-        threshold = resolve_threshold(self.config, threshold)
-        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
+        output = remask_and_reveal(now, self.config, score, threshold)
         return output if return_dict else output.to_tuple()

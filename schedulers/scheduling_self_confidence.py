@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .functional import Generators
-from .llada2 import resolve_threshold, runs_in_llada2_pipeline
+from .llada2 import runs_in_llada2_pipeline
 from .mixin import MDMSchedulerMixin
 from .scheduling_prism import check_remasking, remask_and_reveal, remasks
 from .step import PrismSchedulerOutput, Step
@@ -106,8 +106,7 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         def score(visible: Tensor) -> Tensor:
             return now.own_probability(visible) if mean is None else mean
 
-        threshold = resolve_threshold(self.config, threshold)
-        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
+        output = remask_and_reveal(now, self.config, score, threshold)
         return output if return_dict else output.to_tuple()
 
     def _mean_with_past(self, now: Step) -> Tensor:

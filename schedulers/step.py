@@ -9,8 +9,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .functional import Generators, uniform_at, visible_target
-from .token_sampling import Logits, Sampling, draw_at, probability_at, reveal, true_positions
+from .functional import Generators, highest, lowest, uniform_at, visible_target
+from .token_sampling import Logits, Sampling, draw_at, probability_at, true_positions
 from .validation import check_mask_token, check_sample, check_timestep, resolve_sampling
 
 Memory = TypeVar("Memory", bound=tuple)
@@ -159,14 +159,51 @@ class Step:
         penalty: tuple[Tensor, Tensor] | None = None,
         most_wrong: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill n masks of each row, as `token_sampling.reveal`, which explains arguments and result.
+        """Fill n masks of each row.
 
-        With a `threshold`, n is at least 1.
+        "random" and "left_to_right" pick the positions first, and then need logits nowhere else. The other orders draw
+        a token at every mask and write those of the highest `order_score`, so they need logits at all masks.
+
+        Args:
+            n: int64 of shape (B,); below 1 fills nothing.
+            u_order, u_token: independent uniform numbers, float32 of shape (B, L).
+            threshold: with order "confidence", also write every token of a confidence above it, and at least one token;
+                None for n alone.
+            penalty: as `draw_at`.
+            most_wrong: with order "confidence", also write further tokens, the surest first, while the sum of
+                1 - confidence over all written tokens, their expected number of errors, is at most this. None for n
+                alone.
+        Returns:
+            which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these
+            tokens, float32 (N,).
         """
+        masked, scored = self.masked, self.order not in ("random", "left_to_right")
         if threshold is not None:
             n = n.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
-        where = (self.model_output, self.masked, n, self.order, self.sampling, self.mask_token_id)
-        return reveal(*where, u_order, u_token, threshold, penalty, most_wrong)
+        if self.order == "random":
+            candidates = lowest(u_order, masked, n)
+        elif self.order == "left_to_right":
+            candidates = masked & (masked.cumsum(-1) <= n[:, None])
+        else:
+            candidates = masked
+        written = torch.minimum(n, masked.sum(-1)).clamp(min=0).sum()
+        number, kept_number = torch.stack([candidates.sum(), written]).tolist()  # the one time that a step waits
+        index, order = true_positions(candidates, number), self.order if scored else None
+        where = (self.model_output, candidates, index, self.sampling, self.mask_token_id)
+        tokens, probs, score = draw_at(*where, u_token, order, penalty)
+        if not scored:
+            return candidates, tokens, probs
+        score = torch.zeros_like(u_order).masked_scatter(masked, score)
+        if threshold is not None:
+            n = torch.maximum(n, (masked & (score > threshold)).sum(-1))
+        if most_wrong is not None:
+            wrong = (1 - score).masked_fill(~masked, torch.inf).sort(-1).values.cumsum(-1)
+            n = torch.maximum(n, (wrong <= most_wrong).sum(-1))
+        if threshold is not None or most_wrong is not None:
+            kept_number = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
+        unmasked = highest(score, masked, n)
+        (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
+        return unmasked, tokens[kept], probs[kept]
 
     def recall(self, memory: Memory | None) -> Memory | None:
         """`memory`, what a rule noted in the last step. None in the first step, or if memory[0] is not (B, L)."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .functional import Generators, highest, lowest, uniform
+from .functional import Generators, uniform
 
 # The most logits that are processed at once: 64 MB of float32. Further rows wait, so memory does not grow with them.
 CHUNK = 2**24
@@ -376,67 +376,6 @@ def probability_at(model_output: Logits, positions: Tensor, tokens: Tensor, mask
         done += len(logits)
     # The softmax of a row in which nothing is possible is NaN.
     return torch.zeros(positions.shape, device=positions.device).index_put(index, torch.cat(probs).nan_to_num(0))
-
-
-def reveal(
-    model_output: Logits,
-    masked: Tensor,
-    n: Tensor,
-    order: str,
-    sampling: Sampling,
-    mask_token_id: int,
-    u_order: Tensor,
-    u_token: Tensor,
-    threshold: float | None = None,
-    penalty: tuple[Tensor, Tensor] | None = None,
-    most_wrong: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill n masks of each row.
-
-    "random" and "left_to_right" pick the positions first, and then need logits nowhere else. The other orders draw a
-    token at every mask and write those of the highest `order_score`, so they need logits at all masks.
-
-    Args:
-        model_output: see `Logits`.
-        masked: bool of shape (B, L).
-        n: int64 of shape (B,); below 1 fills nothing.
-        order: one of `ORDERS`.
-        sampling, mask_token_id: as `sample_tokens`.
-        u_order, u_token: independent uniform numbers, float32 of shape (B, L).
-        threshold: with order "confidence", also write every token of a confidence above it; None for n alone.
-        penalty: as `draw_at`.
-        most_wrong: with order "confidence", also write further tokens, the surest first, while the sum of
-            1 - confidence over all written tokens, their expected number of errors, is at most this. None for n alone.
-    Returns:
-        which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these tokens,
-        float32 (N,).
-    """
-    scored = order not in ("random", "left_to_right")
-    if order == "random":
-        candidates = lowest(u_order, masked, n)
-    elif order == "left_to_right":
-        candidates = masked & (masked.cumsum(-1) <= n[:, None])
-    else:
-        candidates = masked
-    written = torch.minimum(n, masked.sum(-1)).clamp(min=0).sum()
-    number, kept_number = torch.stack([candidates.sum(), written]).tolist()  # the one time that a step waits
-    index = true_positions(candidates, number)
-    tokens, probs, score = draw_at(
-        model_output, candidates, index, sampling, mask_token_id, u_token, order if scored else None, penalty
-    )
-    if not scored:
-        return candidates, tokens, probs
-    score = torch.zeros_like(u_order).masked_scatter(masked, score)
-    if threshold is not None:
-        n = torch.maximum(n, (masked & (score > threshold)).sum(-1))
-    if most_wrong is not None:
-        wrong = (1 - score).masked_fill(~masked, torch.inf).sort(-1).values.cumsum(-1)
-        n = torch.maximum(n, (wrong <= most_wrong).sum(-1))
-    if threshold is not None or most_wrong is not None:
-        kept_number = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
-    unmasked = highest(score, masked, n)
-    (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
-    return unmasked, tokens[kept], probs[kept]
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_the_picture_plays_every_canvas():
     for n, words in enumerate(canvases):
         seen = shown_at(picture, n, len(canvases))
         assert [text for (_, y), text in seen.items() if y != "20"] == [word for word in words if word]
-    assert "pass 2: 1 of 3, 1 taken back" in shown_at(picture, 2, 5).values()
+    assert "pass 2: 1 of 3, 1 remasked" in shown_at(picture, 2, 5).values()
 
 
 def test_markup_in_tokens_stays_text_in_the_picture():

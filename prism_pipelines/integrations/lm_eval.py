@@ -25,6 +25,7 @@ except ImportError as error:
 from ..generation.batch import check_steps
 from ..generation.running import plan_batches
 from ..models.checks import max_length
+from ..pipeline_checks import check_optional_counts
 from ..pipeline_prism import PrismPipeline
 from ..sampling.encoding import prompt_ids
 from ..sampling.likelihood import METHODS, is_greedy, scored_canvas
@@ -46,7 +47,7 @@ class PrismLM(LM):
         gen_length: tokens to generate for every request; None for what the task asks for, else 256.
         block_length: as in the pipeline's call. The default is 32, or `gen_length` if that is less; for block-causal
             models it is None.
-        steps: forward passes of a request; None for one per generated token.
+        num_inference_steps: forward passes of a request; None for one per generated token.
         temperature: None for the temperature of the task, which is 0 unless the task samples.
         eos_token_id: id of the end token, for a tokenizer that has none; most tasks need one.
         scheduler, scheduler_config: class name and fields as a dict or JSON, see
@@ -54,7 +55,7 @@ class PrismLM(LM):
         batch_size: requests in a forward pass.
         device: None for the GPU if there is one, else the CPU. lm-eval's default, "cuda:0", means the same.
         max_batch_size: lm-eval passes it along with `batch_size`; not used.
-        torch_dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16.
         seed: each request has its own generator, seeded by this, its prompt, and the number of earlier requests with
             that prompt.
         likelihood: "bound" or "pseudo", as `method` of `PrismPipeline.log_likelihood`.
@@ -70,7 +71,7 @@ class PrismLM(LM):
         quality_head: str | None = None,
         gen_length: int | None = None,
         block_length: int | None = None,
-        steps: int | None = None,
+        num_inference_steps: int | None = None,
         temperature: float | None = None,
         eos_token_id: int | None = None,
         scheduler: str | None = None,
@@ -78,7 +79,7 @@ class PrismLM(LM):
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
-        torch_dtype: str = "float32",
+        dtype: str = "float32",
         seed: int = 0,
         likelihood: str = "bound",
         num_samples: int = 128,
@@ -87,12 +88,10 @@ class PrismLM(LM):
         trust_remote_code: bool = False,
     ):
         super().__init__()
-        dtypes = ("float32", "bfloat16", "float16")
-        require(torch_dtype in dtypes, "torch_dtype", torch_dtype, "float32, bfloat16 or float16")
+        require(dtype in ("float32", "bfloat16", "float16"), "dtype", dtype, "float32, bfloat16 or float16")
         count = "an integer of at least 1"
         require(str(batch_size).isdecimal() and int(batch_size) >= 1, "batch_size", batch_size, count)
-        require(gen_length is None or is_int(gen_length, 1), "gen_length", gen_length, count)
-        require(steps is None or is_int(steps, 1), "steps", steps, count)
+        check_optional_counts(gen_length=gen_length, num_inference_steps=num_inference_steps)
         require(likelihood in METHODS, "likelihood", likelihood, f"one of {METHODS}")
         require(is_int(num_samples, 1), "num_samples", num_samples, count)
         self.likelihood, self.num_samples, self.check_greedy = likelihood, num_samples, check_greedy
@@ -100,7 +99,7 @@ class PrismLM(LM):
         self.pipe = PrismPipeline.from_pretrained(
             pretrained,
             quality_head=quality_head,
-            torch_dtype=getattr(torch, torch_dtype),
+            dtype=getattr(torch, dtype),
             revision=revision,
             trust_remote_code=trust_remote_code,
         ).to(self._device)
@@ -109,7 +108,7 @@ class PrismLM(LM):
             raise ValueError(f"{pretrained!r} has no tokenizer, so it cannot read the prompts of lm-eval.")
         if scheduler is not None or scheduler_config is not None:
             self.pipe.scheduler = change_scheduler(self.pipe.scheduler, scheduler, scheduler_config)
-        self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
+        self.gen_length, self.block_length, self.num_inference_steps = gen_length, block_length, num_inference_steps
         self.temperature, self.batch_size, self.seed = temperature, int(batch_size), seed
         self.eos_token_id = eos_token_id
 
@@ -179,7 +178,7 @@ class PrismLM(LM):
         call = {
             "gen_length": gen_length,
             "block_length": block_length,
-            "num_inference_steps": self.steps or gen_length,
+            "num_inference_steps": self.num_inference_steps or gen_length,
             "temperature": temperature,
             "eos_token_id": self.eos_token_id,
             "stop": [until] if isinstance(until, str) else [text for text in until if text],
