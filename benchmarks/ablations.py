@@ -24,12 +24,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, fingerprint, origin
+from benchmarks.shared import ROOT, files_fingerprint, origin
 from benchmarks.text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 from prism_pipelines import bundled
 from prism_pipelines.cli.arguments import Parser
-from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
-from prism_pipelines.evaluation import fingerprint as weights_of
+from prism_pipelines.evaluation import (
+    evaluate_calibration,
+    ngram_judge,
+    pipeline_fingerprint,
+    run_comparison,
+    text_plan,
+    text_task,
+)
 from prism_pipelines.models.precision import bfloat16_is_emulated
 
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
@@ -60,7 +66,7 @@ SAMPLING = {
 
 def run_folder(runs: Path, name: str, flags: list[str], base: Path, data: Path, steps: int) -> Path:
     """Folder of a fine-tune; another one for other flags, steps, data or weights to start from."""
-    made_from = fingerprint(base, {"flags": flags, "data": data_hash(data)})
+    made_from = files_fingerprint(base, {"flags": flags, "data": data_hash(data)})
     return runs / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}_{steps}_{made_from}"
 
 
@@ -148,7 +154,7 @@ def main(argv=None) -> int:
             folder = run_folder(args.runs, name, flags, args.base, args.data, args.steps)
             fine_tune(args.base, args.data, folder, flags, args.steps)
             tuned = load(folder, args.dtype, args.device)
-            mark = f"{name} {weights_of(tuned)}"
+            mark = f"{name} {pipeline_fingerprint(tuned)}"
             models[mark] = tuned
             heads[name] = head_and_backbone(tuned, folder, sequences)
             arms.append({**shipped, "name": name, "model": mark})
@@ -161,7 +167,7 @@ def main(argv=None) -> int:
     elif "training" in (known := json.loads(TABLE.read_text()) if TABLE.exists() else {}):
         result["training"] = {"commit": known["commit"], **known["training"]}
     arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
-    mark = f"sampling {fingerprint(model, settings)}"
+    mark = f"sampling {files_fingerprint(model, settings)}"
     result["sampling"] = compare(pipe, task, arms, args, args.forwards, mark)
     TABLE.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(json.dumps(result))

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, fingerprint, origin
+from benchmarks.shared import ROOT, files_fingerprint, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, schedulers, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import risk_coverage, row_generators, wilson_interval
@@ -293,7 +293,7 @@ def main(argv=None) -> int:
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_puzzles": total, "puzzle_seed": SEED, "seed": args.seed, "dtype": args.dtype}
     settings["rule"] = {k: v for k, v in schedulers.JudgeAndRepairScheduler().config.items() if k[0] != "_"}
-    settings["weights"] = fingerprint(Path(judge or model), {})
+    settings["weights"] = files_fingerprint(Path(judge or model), {})
     rows = []
     if args.table and args.table.exists():
         kept = json.loads(args.table.read_text())

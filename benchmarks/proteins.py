@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.antibodies import heavy_chains, regions
-from benchmarks.shared import fingerprint, origin
+from benchmarks.shared import files_fingerprint, origin
 from prism_pipelines import PrismPipeline, schedulers
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import bootstrap_interval, distinct_n
@@ -334,8 +334,8 @@ def main(argv=None) -> int:
     sequences = [text for file in args.test for text in heavy_chains(file)[: args.num_sequences]]
     arms = {name: arm for name, arm in arms_of(heads).items() if args.arms is None or name in args.arms}
     settings = {"test": sequences, "stride": args.stride, "dtype": args.dtype}
-    stamp = fingerprint(Path(args.model), settings)
-    stamps = {name: fingerprint(Path(heads[arm[2]]), settings) if arm[2] else stamp for name, arm in arms.items()}
+    stamp = files_fingerprint(Path(args.model), settings)
+    stamps = {name: files_fingerprint(Path(heads[arm[2]]), settings) if arm[2] else stamp for name, arm in arms.items()}
     known = (
         [json.loads(line) for line in args.work.read_text().splitlines()] if args.work and args.work.exists() else []
     )

@@ -14,8 +14,8 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fingerprint(model: Path, settings: dict) -> str:
-    """Hash of weights, scheduler config and settings; a cell counts only for the same fingerprint."""
+def files_fingerprint(model: Path, settings: dict) -> str:
+    """Hash of the weights and scheduler configs in a folder, and of settings; a cell counts for the same hash only."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted([*model.rglob("*.safetensors"), *model.rglob("scheduler_config.json")]):
         if not path.relative_to(model).parts[0].startswith("checkpoint-"):  # a run's, which may be cleared away

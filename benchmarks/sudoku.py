@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, disagreements, fingerprint, origin
+from benchmarks.shared import ROOT, disagreements, files_fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import (
@@ -219,7 +219,7 @@ def main(argv=None) -> int:
     forwards, seeds = ([16, 52], [0]) if args.quick else (list(args.forwards or FORWARDS), list(range(args.seeds)))
     total = 60 if args.quick else args.num_puzzles
     settings = {"num_puzzles": total, "puzzle_seed": PUZZLE_SEED, "dtype": args.dtype}
-    mark, committed = fingerprint(model, settings), None
+    mark, committed = files_fingerprint(model, settings), None
     if args.quick:
         committed = json.loads(args.table.read_text())
         arms = [arm for arm in committed["arms"] if "outside" not in arm]
@@ -232,7 +232,7 @@ def main(argv=None) -> int:
             seed=0,
             trials=4,
             out_dir=args.cells / "tuning",
-            task_name=fingerprint(model, {"dtype": args.dtype}),
+            task_name=files_fingerprint(model, {"dtype": args.dtype}),
             models={"noise": noise},
             report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr, flush=True),
         )

@@ -63,7 +63,7 @@ def held_out(folder: str | Path, reference: str | Path | None = None) -> list[st
 
 
 def folder_contents(folder: str | Path, reference: str | Path | None = None) -> list[bytes]:
-    """What `task_of_folder` reads from the same files, for `fingerprint`; b"" for a file that is not there."""
+    """What `task_of_folder` reads from the same files, for `pipeline_fingerprint`; b"" for a file that is not there."""
     return [path.read_bytes() if path.exists() else b"" for path in _files(folder, reference)]
 
 
