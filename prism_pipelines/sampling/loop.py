@@ -19,6 +19,7 @@ from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
 from ..models.quality_head import QualityHead
 from ..schedulers.context import RunContext
+from ..schedulers.protocol import Scheduler
 from ..schedulers.validation import loop_steps, own_fields
 from .canvas import Canvas, split_blocks
 from .kv_cache import CachedForward, ForwardOutput
@@ -50,7 +51,7 @@ class SamplingContext:
 
     denoiser: MaskedDenoiser
     quality_head: QualityHead | None
-    scheduler: Any
+    scheduler: Scheduler
     canvas: Canvas
     mask_token_id: int
     sampling: dict
@@ -107,7 +108,7 @@ class SamplingState:
         return finished
 
 
-def copy_of_scheduler(scheduler: Any) -> Any:
+def copy_of_scheduler(scheduler: Scheduler) -> Any:
     """A copy that belongs to one run: timesteps, histories and counts of a subclass too are changed in it alone.
 
     `from_config` would lose what a subclass keeps beside its config, and a deep copy would copy a model that it holds.
@@ -119,7 +120,7 @@ def copy_of_scheduler(scheduler: Any) -> Any:
     return own
 
 
-def scheduler_of(scheduler: Any, threshold: float | None) -> Any:
+def scheduler_of(scheduler: Scheduler, threshold: float | None) -> Scheduler:
     """The scheduler of one call: a copy of the pipeline's, which decodes by `threshold` if there is one.
 
     Raises:
@@ -231,10 +232,10 @@ def fill_block(
         return
     run.scheduler.set_timesteps(num_steps, device=block_mask.device)
     call.begin(state.sample, block_mask)
-    reads_context = bool(getattr(run.scheduler, "reads_context", ()))
     for t in run.scheduler.timesteps:  # one denoising per timestep, for every scheduler
         work = block_mask & active[:, None]
         logits, quality, context = call(state.sample, taking_part, work)
+        extra: dict[str, Any] = {"context": context} if getattr(run.scheduler, "reads_context", ()) else {}
         step = run.scheduler.step(
             logits,
             t,
@@ -243,7 +244,7 @@ def fill_block(
             generation_mask=work,
             mask_token_id=run.mask_token_id,
             **run.sampling,
-            **({"context": context} if reads_context else {}),
+            **extra,
         )
         if state.recorder is not None:
             state.recorder.after_step(step)
