@@ -10,7 +10,7 @@ held-out text, and the held-out loss of the backbone.
 A run that is there is resumed or not repeated, a finished cell is not measured again. `--sampling-only` leaves the
 part about fine-tunes in the table as it is.
 The last line of stdout is one JSON object.
-Usage: python -m benchmarks.ablations --base runs/text-mdm [--data runs/text-data] [--steps 100] [--sampling-only]
+Usage: python -m benchmarks.ablations --base runs/text-mdm [--data runs/text-data] [--max-steps 100] [--sampling-only]
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ def main(argv=None) -> int:
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "text-data", help="folder of prepare.py")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where the fine-tunes go")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "ablation_cells", help="finished cells")
-    parser.add_argument("--steps", type=int, default=100, help="of each fine-tune (default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, default=100, help="of each fine-tune (default: %(default)s)")
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64], help="of the sampling choices")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models, to measure")
     parser.add_argument("--device", default="cpu", help="where the models write; fine-tunes take a GPU if there is one")
-    parser.add_argument("--batch", type=int, default=16, help="texts of a step of a fine-tune (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts a step of a fine-tune (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=list(TRAINING), choices=list(TRAINING))
     parser.add_argument("--sampling-only", action="store_true", help="leave the fine-tunes out")
     args = parser.parse_args(argv)
@@ -150,9 +150,9 @@ def main(argv=None) -> int:
         sequences = torch.tensor(ids[: CALIBRATED_ON * LENGTH]).view(-1, LENGTH)
         models, heads, arms = {}, {}, []
         for name in args.variants:
-            flags = [*TRAINING[name], "--per-device-train-batch-size", str(args.batch)]
-            folder = run_folder(args.runs, name, flags, args.base, args.data, args.steps)
-            fine_tune(args.base, args.data, folder, flags, args.steps)
+            flags = [*TRAINING[name], "--per-device-train-batch-size", str(args.batch_size)]
+            folder = run_folder(args.runs, name, flags, args.base, args.data, args.max_steps)
+            fine_tune(args.base, args.data, folder, flags, args.max_steps)
             tuned = load(folder, args.dtype, args.device)
             mark = f"{name} {pipeline_fingerprint(tuned)}"
             models[mark] = tuned
@@ -162,7 +162,8 @@ def main(argv=None) -> int:
         plain = {"scheduler": "MDLMScheduler", "order": "random"}
         arms.append({**plain, "name": f"{args.variants[0]}, no remasking", "model": arms[0]["model"]})
         result["training"] = compare(pipe, task, arms, args, [32], f"training {settings}", models)
-        result["training"] |= {"heads": heads, "steps": args.steps, "batch": args.batch, "base": args.base.name}
+        made = {"heads": heads, "steps": args.max_steps, "batch": args.batch_size, "base": args.base.name}
+        result["training"] |= made
         result["training"]["commit"] = result["commit"]
     elif "training" in (known := json.loads(TABLE.read_text()) if TABLE.exists() else {}):
         result["training"] = {"commit": known["commit"], **known["training"]}

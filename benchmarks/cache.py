@@ -9,7 +9,7 @@ on all; the ratio is of tokens a second in the fastest turns, scaled to the refe
 time is that of the process's one thread, which other jobs of the machine lengthen less than they do the wall clock's.
 Throughput counts generated tokens, not the prompt's. What a threshold does to quality no random model can tell.
 
-    taskset -c 0 python -m benchmarks.cache --output docs/figures/cache.json   # CPU, 1 thread, minutes
+    taskset -c 0 python -m benchmarks.cache --out docs/figures/cache.json   # CPU, 1 thread, minutes
     python -m benchmarks.cache --shapes llada-8b --device cuda                 # a GPU of at least 24 GB
 
 The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --output writes it.
@@ -149,7 +149,7 @@ def main(argv=None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["vocabulary", "body"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--output", help="file for the JSON object")
+    parser.add_argument("--out", help="file for the JSON object")
     args = parser.parse_args(argv)
     cuda = args.device.startswith("cuda")
     if not cuda:
@@ -174,8 +174,8 @@ def main(argv=None) -> int:
         **where,
         "seed": SEED,
     }
-    if args.output:
-        Path(args.output).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        Path(args.out).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(told))
     return 0
 

@@ -15,7 +15,8 @@ forward the head scores the cells written so far; one is right if it equals the 
 Each cell (arm, forwards, clues, seed) is a file below `--cells` when done, and not run again for the same model and
 settings: stop at any time and start again. When all are there the table and the figure are written to docs/figures.
 `--quick` runs a part of them on fewer puzzles and exits 1 if an interval misses that of the committed table.
-The last line of stdout is one JSON object. Usage: python -m benchmarks.sudoku [--quick] [--device cuda] [--dtype bf16]
+The last line of stdout is one JSON object.
+Usage: python -m benchmarks.sudoku [--quick] [--device cuda] [--dtype bfloat16]
 More puzzles for fewer numbers of forwards and rules: --forwards 52 --arms MDLM PRISM ... --table FILE
 """
 
@@ -78,7 +79,7 @@ class NoiseHead(QualityHead):
 def load(model: Path, device: str, dtype: str) -> tuple[PrismPipeline, PrismPipeline]:
     """The pipeline, and the same with noise for qualities."""
     pipe = PrismPipeline.from_pretrained(model).to(device)
-    pipe.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    pipe.to(getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     head, spec = NoiseHead(pipe.model.config.hidden_size), pipe.config.mdm_spec
     noise = PrismPipeline(pipe.model, pipe.tokenizer, quality_head=head, scheduler=pipe.scheduler, mdm_spec=spec)
@@ -199,7 +200,7 @@ def parse_args(argv=None):
     parser.add_argument("--table", type=Path, default=FIGURES / "sudoku.json", help="committed table")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args(argv)
     if (args.forwards or args.arms) and args.quick:
         parser.error("--quick runs all arms in 16 and 52 forwards: leave --forwards and --arms out")
