@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, files_fingerprint, origin
+from benchmarks.shared import ROOT, files_fingerprint, give, origin
 from benchmarks.text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 from prism_pipelines import bundled
 from prism_pipelines.cli.arguments import Parser
@@ -170,9 +170,7 @@ def main(argv=None) -> int:
     arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
     mark = f"sampling {files_fingerprint(model, settings)}"
     result["sampling"] = compare(pipe, task, arms, args, args.forwards, mark)
-    TABLE.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, TABLE)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, origin
+from benchmarks.shared import ROOT, give, origin
 from prism_pipelines import PrismPipeline
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import pipeline_fingerprint, run_comparison, tune_arms, unigram_entropy
@@ -154,9 +154,7 @@ def main(argv=None) -> int:
         )
         result[kind] = {name: found[name] for name in ("rows", "pairs")}
     result["held_out_entropy"] = unigram_entropy([row[:-1] for row in tested])
-    args.table.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.table)
 
 
 if __name__ == "__main__":

@@ -9,34 +9,16 @@ The last line of stdout is one JSON object: rows, device, versions, commit, seed
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 
 import torch
 
-from benchmarks.shared import origin
+from benchmarks.shared import give, origin, seconds
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import pipeline_solver
 from prism_pipelines.schedulers.validation import loop_steps
-
-
-def seconds(runs: dict, repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of each run in `runs` (name -> callable), `repeats` times in turn after one warm-up each."""
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    for run in runs.values():
-        run()
-    took = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            sync()
-            start = time.perf_counter()
-            run()
-            sync()
-            took[name].append(time.perf_counter() - start)
-    return took
 
 
 def main(argv=None) -> int:
@@ -90,8 +72,7 @@ def main(argv=None) -> int:
         )
     told = {"puzzles": args.num_puzzles, "steps": args.forwards, "dtype": args.dtype, "repeats": args.repeats}
     told["seed"] = 10_000
-    print(json.dumps({"rows": rows, "settings": told, **origin(args.device)}))
-    return 0
+    return give({"rows": rows, "settings": told, **origin(args.device)})
 
 
 if __name__ == "__main__":

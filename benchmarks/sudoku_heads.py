@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, origin
+from benchmarks.shared import ROOT, give, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
@@ -116,9 +116,7 @@ def main(argv=None) -> int:
         cells_shown.append([row["forwards"], ARMS[row["arm"]], solved, gained, met])
     print(markdown_table(["forwards", "trained", "solved %", "share of gain", "goal"], cells_shown))
     result = {"rows": rows, "cells": cells, **origin()}
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.out)
 
 
 if __name__ == "__main__":

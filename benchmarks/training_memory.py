@@ -12,12 +12,11 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 
+from benchmarks.shared import give
 from benchmarks.training import PeakMemory, llama, prism, step
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.tables import markdown_table
@@ -151,10 +150,7 @@ def main(argv=None) -> int:
                 result.append({"model": name, "trained": kind, "length": length, "batch": batch} | parts)
                 print(f"{name}, {kind}, {batch} x {length} tokens, bfloat16, gradient checkpointing: GB")
                 print("".join(f"    {part:24}{size / 1e9:6.1f}\n" for part, size in parts.items()), end="")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.out)
 
 
 if __name__ == "__main__":
