@@ -56,6 +56,7 @@ from .sampling.stopping import (
 )
 from .sampling.trace import Trace
 from .schedulers import MDLMScheduler, PrismScheduler
+from .schedulers.protocol import Scheduler
 from .schedulers.validation import loop_steps
 
 SCORES = ("head", "own", "leave_one_out")  # what `score` judges by
@@ -80,7 +81,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        model: Any,
+        model: Any,  # not a protocol: diffusers compares what it loads with these hints by `isinstance`
         tokenizer: Any = None,
         quality_head: QualityHead | None = None,
         scheduler: Any = None,
@@ -308,7 +309,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         refuse_allowed(allowed, suppressed, self.mask_token_id)
         return self._denoiser_without((*suppressed, *no_content(self.tokenizer, self.spec, (*written, *allowed))))
 
-    def _after_step(self, scheduler: Any, callback: Callable | None, wanted: list[str], bar: Any) -> Callable:
+    def _after_step(self, scheduler: Scheduler, callback: Callable | None, wanted: list[str], bar: Any) -> Callable:
         """A function that the loop calls after each step: it calls the user's callback, and moves the progress bar."""
         shown_pipe = copy.copy(self)  # with the scheduler of this run; other runs may share the pipeline
         shown_pipe.__dict__["scheduler"] = scheduler
@@ -465,7 +466,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         pretrained_model_name_or_path: str | Path,
         *,
         quality_head: QualityHead | str | None = None,
-        scheduler: Any = None,
+        scheduler: Scheduler | None = None,
         tokenizer: Any = None,
         mdm_spec: MDMSpec | dict | None = None,
         mask_token_id: int | None = None,
@@ -552,7 +553,11 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
 
     @classmethod
     def from_pipe(
-        cls, pipeline: Any, quality_head: QualityHead | str | None = None, scheduler: Any = None, **kwargs: Any
+        cls,
+        pipeline: Any,
+        quality_head: QualityHead | str | None = None,
+        scheduler: Scheduler | None = None,
+        **kwargs: Any,
     ) -> PrismPipeline:
         """A pipeline from the parts of another, such as diffusers' `LLaDA2Pipeline`. They are shared, not copied.
 

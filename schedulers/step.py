@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .functional import Generators, highest, lowest, uniform_at, visible_target
+from .protocol import Scheduler
 from .token_sampling import Logits, Sampling, draw_at, probability_at, true_positions
 from .validation import check_mask_token, check_sample, check_timestep, resolve_sampling
 
@@ -80,7 +81,7 @@ class Step:
     @classmethod
     def of(
         cls,
-        scheduler: Any,
+        scheduler: Scheduler,
         model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,

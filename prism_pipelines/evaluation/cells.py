@@ -158,7 +158,7 @@ def _device_name(pipe: Any) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def fingerprint(pipe: Any, *contents: bytes | str) -> str:
+def pipeline_fingerprint(pipe: Any, *contents: bytes | str) -> str:
     """Hash of a pipeline (weights, head, configs, tokenizer), this package's version, and any other content.
 
     Put it into `task_name`, so that cells of another model, or of other held-out texts, are not used. The folder of a

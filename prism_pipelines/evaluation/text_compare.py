@@ -63,7 +63,7 @@ def held_out(folder: str | Path, reference: str | Path | None = None) -> list[st
 
 
 def folder_contents(folder: str | Path, reference: str | Path | None = None) -> list[bytes]:
-    """The contents of the files that `task_of_folder` reads, for `fingerprint`; b"" for a missing file."""
+    """The contents of the files that `task_of_folder` reads, for `pipeline_fingerprint`; b"" for a missing file."""
     return [path.read_bytes() if path.exists() else b"" for path in _files(folder, reference)]
 
 

@@ -14,6 +14,7 @@ from ..models.checks import non_finite
 from ..models.quality_head import QualityHead
 from ..schedulers import PrismScheduler
 from ..schedulers.by_name import SCHEDULERS
+from ..schedulers.protocol import Scheduler
 from .adapters import adapter_names
 from .files import absence, fetch_file, is_hub_id, read_json, tensor_shapes
 from .fingerprints import embedding_fingerprint, portable_fingerprint, signs_differ, signs_fingerprint
@@ -112,7 +113,7 @@ def scheduler_for(quality_head: QualityHead | str | Path, current: Any, hub_kwar
     return recommended or (current if current.needs_quality else PrismScheduler())
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Scheduler) -> None:
     """Raise a TypeError for anything but a scheduler of this package."""
     if not hasattr(scheduler, "needs_quality"):
         raise TypeError(f"`scheduler` must be one of {', '.join(SCHEDULERS)}; got {type(scheduler).__name__}.")

@@ -12,6 +12,7 @@ from ..models import checks
 from ..models.families import recipe_of
 from ..models.quality_head import QualityHead
 from ..schedulers import TokenCriticScheduler
+from ..schedulers.protocol import Scheduler
 from ..schedulers.validation import own_fields
 from .files import is_hub_id, read_json
 
@@ -195,7 +196,7 @@ def adapter_usage(pipe: Any, base_model: str, base_revision: str | None, repo_id
     return "\n".join(lines)
 
 
-def settings(scheduler: Any) -> str:
+def settings(scheduler: Scheduler) -> str:
     """The scheduler's settings that differ from the defaults of its class."""
     plain = own_fields(type(scheduler)())
     changed = {key: value for key, value in own_fields(scheduler).items() if value != plain[key]}

@@ -18,6 +18,7 @@ from ..hub.files import reachable
 from ..models.quality_head import QualityHead
 from ..schedulers import MDLMScheduler, PrismScheduler, SelfConfidenceScheduler
 from ..schedulers.llada2 import Inbox
+from ..schedulers.protocol import Scheduler
 
 ADAPTER = "prism"
 OURS = (PrismScheduler, SelfConfidenceScheduler, MDLMScheduler)
@@ -69,14 +70,14 @@ class _Source(NamedTuple):
     path: str = ""
     hub_kwargs: dict[str, Any] | None = None
     adapter: str | None = None  # subfolder of its LoRA adapter
-    scheduler: Any = None  # recommended with it
+    scheduler: Scheduler | None = None  # recommended with it
 
 
 def enable_prism(
     pipe: Any,
     quality_head: QualityHead | str | None,
     *,
-    scheduler: Any = None,
+    scheduler: Scheduler | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | bool | None = None,
@@ -128,7 +129,7 @@ def enable_prism(
     ]
 
 
-def _check_parts(pipe: Any, scheduler: Any) -> None:
+def _check_parts(pipe: Any, scheduler: Scheduler | None) -> None:
     """Raise a TypeError for a pipeline without model or scheduler, or a scheduler that does not run there."""
     model = getattr(pipe, "model", None)
     if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(pipe, "scheduler"):
@@ -169,7 +170,7 @@ def _recommended(source: _Source, pipe: Any) -> Any:
     return None
 
 
-def _runs_in_blocks(scheduler: Any) -> bool:
+def _runs_in_blocks(scheduler: Scheduler) -> bool:
     """Can `LLaDA2Pipeline` drive it? That pipeline asks its scheduler when a block is done."""
     return hasattr(scheduler, "check_block_should_continue")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..schedulers.token_sampling import chunk_rows
 from .families import supports_all_masked_input
+from .protocols import Backbone
 from .spec import MDMSpec
 from .transformers_patches import not_causal
 
@@ -83,7 +84,7 @@ class MaskedDenoiser(nn.Module):
     """A masked language model as `ids -> hidden -> logits at positions`, with suppressed ids at -inf.
 
     Args:
-        model: transformers model that has output embeddings.
+        model: transformers model that has output embeddings, or another `Backbone`.
         spec: facts about it, see `MDMSpec`.
         num_tokens: ids of at least this are not in the tokenizer and are never predicted; None for no such ids.
         suppress_tokens: further ids that are never predicted (padding). The mask id need not be listed.
@@ -91,12 +92,12 @@ class MaskedDenoiser(nn.Module):
         ValueError: the model has no output head.
     """
 
-    model: Any
+    model: Backbone
     suppressed: Tensor
     suppressed_ids: Tensor
 
     def __init__(
-        self, model: Any, spec: MDMSpec, num_tokens: int | None = None, suppress_tokens: Iterable[int] = ()
+        self, model: Backbone, spec: MDMSpec, num_tokens: int | None = None, suppress_tokens: Iterable[int] = ()
     ) -> None:
         super().__init__()
         self.model, self.spec = model, spec

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import checks
 from .denoiser import MaskedDenoiser
 from .families import FAMILIES
+from .protocols import Backbone
 from .spec import MDMSpec
 
 # The shift is known if the losses of the two readings differ by at least this, in nats per token.
@@ -156,7 +157,7 @@ def probe_shift(denoiser: MaskedDenoiser, ids: Tensor | None) -> Finding:
 
 
 @torch.no_grad()
-def masked_nll(model: nn.Module, spec: MDMSpec, ids: Tensor) -> float:
+def masked_nll(model: Backbone, spec: MDMSpec, ids: Tensor) -> float:
     """Mean negative log-likelihood, in nats, of the tokens of `ids` (1, L). Each but the first is masked once.
 
     Every sixth token is masked at a time, which takes six forward passes.

@@ -19,6 +19,7 @@ from ..models.families import MDMSpec
 from ..models.precision import warn_of_slow_bfloat16
 from ..models.quality_head import QualityHead
 from ..schedulers.context import RunContext
+from ..schedulers.protocol import Scheduler
 from ..schedulers.validation import loop_steps, own_fields
 from .canvas import Canvas, split_blocks
 from .kv_cache import CachedForward, ForwardOutput
@@ -51,7 +52,7 @@ class SamplingContext:
 
     denoiser: MaskedDenoiser
     quality_head: QualityHead | None
-    scheduler: Any
+    scheduler: Scheduler
     canvas: Canvas
     mask_token_id: int
     sampling: dict
@@ -108,7 +109,7 @@ class SamplingState:
         return finished
 
 
-def copy_of_scheduler(scheduler: Any) -> Any:
+def copy_of_scheduler(scheduler: Scheduler) -> Any:
     """A copy for one run, which may change its timesteps, history and counts, also those of a subclass.
 
     `from_config` would lose what a subclass keeps outside its config. A deep copy would copy a model in a subclass.
@@ -120,7 +121,7 @@ def copy_of_scheduler(scheduler: Any) -> Any:
     return own
 
 
-def scheduler_of(scheduler: Any, threshold: float | None) -> Any:
+def scheduler_of(scheduler: Scheduler, threshold: float | None) -> Scheduler:
     """The scheduler of one call: a copy of the pipeline's, with `use_threshold` if a `threshold` is given.
 
     Raises:
@@ -233,10 +234,10 @@ def fill_block(
         return
     run.scheduler.set_timesteps(num_steps, device=block_mask.device)
     call.begin(state.sample, block_mask)
-    reads_context = bool(getattr(run.scheduler, "reads_context", ()))
     for t in run.scheduler.timesteps:  # one denoising per timestep, for every scheduler
         work = block_mask & active[:, None]
         logits, quality, context = call(state.sample, taking_part, work)
+        extra: dict[str, Any] = {"context": context} if getattr(run.scheduler, "reads_context", ()) else {}
         step = run.scheduler.step(
             logits,
             t,
@@ -245,7 +246,7 @@ def fill_block(
             generation_mask=work,
             mask_token_id=run.mask_token_id,
             **run.sampling,
-            **({"context": context} if reads_context else {}),
+            **extra,
         )
         if state.recorder is not None:
             state.recorder.after_step(step)
