@@ -84,7 +84,7 @@ docs: $(VENV)/.installed        ## the site, in site/; a warning is an error
 bench: $(VENV)/.installed       ## quality and cost tables; --quick forms finish in minutes
 	$(BIN)/python -m benchmarks.sudoku_cost
 	$(BIN)/python -m benchmarks.sudoku --quick
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling --generated 32 --turns 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling --gen-length 32 --repeats 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cache --shapes vocabulary --repeats 1
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --quick
 	$(BIN)/python -m benchmarks.text --quick

@@ -10,7 +10,7 @@ held-out text, and the held-out loss of the backbone.
 A run that is there is resumed or not repeated, a finished cell is not measured again. `--sampling-only` leaves the
 part about fine-tunes in the table as it is.
 The last line of stdout is one JSON object.
-Usage: python -m benchmarks.ablations --base runs/text-mdm [--data runs/text-data] [--steps 100] [--sampling-only]
+Usage: python -m benchmarks.ablations --base runs/text-mdm [--data runs/text-data] [--max-steps 100] [--sampling-only]
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, fingerprint, origin
+from benchmarks.shared import ROOT, files_fingerprint, give, origin
 from benchmarks.text import JUDGE_ORDER, LENGTH, VALIDATION, batch_size, data_hash, load, works
 from prism_pipelines import bundled
 from prism_pipelines.cli.arguments import Parser
-from prism_pipelines.evaluation import evaluate_calibration, ngram_judge, run_comparison, text_plan, text_task
-from prism_pipelines.evaluation import fingerprint as weights_of
+from prism_pipelines.evaluation import (
+    evaluate_calibration,
+    ngram_judge,
+    pipeline_fingerprint,
+    run_comparison,
+    text_plan,
+    text_task,
+)
 from prism_pipelines.models.precision import bfloat16_is_emulated
 
 TABLE = ROOT / "docs" / "figures" / "ablations.json"
@@ -60,7 +66,7 @@ SAMPLING = {
 
 def run_folder(runs: Path, name: str, flags: list[str], base: Path, data: Path, steps: int) -> Path:
     """Folder of a fine-tune; another one for other flags, steps, data or weights to start from."""
-    made_from = fingerprint(base, {"flags": flags, "data": data_hash(data)})
+    made_from = files_fingerprint(base, {"flags": flags, "data": data_hash(data)})
     return runs / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}_{steps}_{made_from}"
 
 
@@ -115,13 +121,13 @@ def main(argv=None) -> int:
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "text-data", help="folder of prepare.py")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations", help="where the fine-tunes go")
     parser.add_argument("--cells", type=Path, default=ROOT / "runs" / "ablation_cells", help="finished cells")
-    parser.add_argument("--steps", type=int, default=100, help="of each fine-tune (default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, default=100, help="of each fine-tune (default: %(default)s)")
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 32, 64], help="of the sampling choices")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the models, to measure")
     parser.add_argument("--device", default="cpu", help="where the models write; fine-tunes take a GPU if there is one")
-    parser.add_argument("--batch", type=int, default=16, help="texts of a step of a fine-tune (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts a step of a fine-tune (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=list(TRAINING), choices=list(TRAINING))
     parser.add_argument("--sampling-only", action="store_true", help="leave the fine-tunes out")
     args = parser.parse_args(argv)
@@ -144,11 +150,11 @@ def main(argv=None) -> int:
         sequences = torch.tensor(ids[: CALIBRATED_ON * LENGTH]).view(-1, LENGTH)
         models, heads, arms = {}, {}, []
         for name in args.variants:
-            flags = [*TRAINING[name], "--per-device-train-batch-size", str(args.batch)]
-            folder = run_folder(args.runs, name, flags, args.base, args.data, args.steps)
-            fine_tune(args.base, args.data, folder, flags, args.steps)
+            flags = [*TRAINING[name], "--per-device-train-batch-size", str(args.batch_size)]
+            folder = run_folder(args.runs, name, flags, args.base, args.data, args.max_steps)
+            fine_tune(args.base, args.data, folder, flags, args.max_steps)
             tuned = load(folder, args.dtype, args.device)
-            mark = f"{name} {weights_of(tuned)}"
+            mark = f"{name} {pipeline_fingerprint(tuned)}"
             models[mark] = tuned
             heads[name] = head_and_backbone(tuned, folder, sequences)
             arms.append({**shipped, "name": name, "model": mark})
@@ -156,16 +162,15 @@ def main(argv=None) -> int:
         plain = {"scheduler": "MDLMScheduler", "order": "random"}
         arms.append({**plain, "name": f"{args.variants[0]}, no remasking", "model": arms[0]["model"]})
         result["training"] = compare(pipe, task, arms, args, [32], f"training {settings}", models)
-        result["training"] |= {"heads": heads, "steps": args.steps, "batch": args.batch, "base": args.base.name}
+        made = {"heads": heads, "steps": args.max_steps, "batch": args.batch_size, "base": args.base.name}
+        result["training"] |= made
         result["training"]["commit"] = result["commit"]
     elif "training" in (known := json.loads(TABLE.read_text()) if TABLE.exists() else {}):
         result["training"] = {"commit": known["commit"], **known["training"]}
     arms = [{**shipped, **fields, "name": name} for name, fields in SAMPLING.items()]
-    mark = f"sampling {fingerprint(model, settings)}"
+    mark = f"sampling {files_fingerprint(model, settings)}"
     result["sampling"] = compare(pipe, task, arms, args, args.forwards, mark)
-    TABLE.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, TABLE)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Usage:
     python -m benchmarks.antibodies verify MODEL examples/antibody/therapeutic.fasta
-    python -m benchmarks.antibodies sample MODEL FOLDER [--num-sequences 96] [--steps 32] [--seed 0] [--dtype bf16]
+    python -m benchmarks.antibodies sample MODEL FOLDER [--num-sequences 96] [--num-inference-steps 32] [--seed 0]
 
 `verify` masks 15 % of the framework residues and counts how many the model recovers, by regions of each chain. `sample`
 draws chains from the model itself, slowly, so that the study needs no data with a licence: FOLDER gets train.fasta and
@@ -155,29 +155,29 @@ def parse_args(argv=None):
     parser.add_argument("--rounds", type=int, default=24, help="verify: maskings of a chain (default: %(default)s)")
     parser.add_argument("--num-sequences", type=int, default=96)
     parser.add_argument("--num-test", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=32, help="forward passes of a chain (default: %(default)s)")
+    parser.add_argument("--num-inference-steps", type=int, default=32, help="of a chain (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     """Verify or sample. Returns the exit status."""
     args = parse_args(argv)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = getattr(torch, args.dtype)
     pipe = PrismPipeline.from_pretrained(args.model, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if args.what == "verify":
         result = verify(pipe, args.place, args.share, args.rounds, args.seed)
     else:
-        sequences = sample(pipe, args.num_sequences, args.steps, args.batch_size, args.seed)
+        sequences = sample(pipe, args.num_sequences, args.num_inference_steps, args.batch_size, args.seed)
         train, test = split(sequences, args.num_test)
         folder = Path(args.place)
         folder.mkdir(parents=True, exist_ok=True)
         write_fasta(folder / "train.fasta", train, "train")
         write_fasta(folder / "test.fasta", test, "test")
-        result = {"train": len(train), "test": len(test), "steps": args.steps, "seed": args.seed}
+        result = {"train": len(train), "test": len(test), "steps": args.num_inference_steps, "seed": args.seed}
     print(json.dumps(result | origin()))
     return 0
 

@@ -9,7 +9,7 @@ on all; the ratio is of tokens a second in the fastest turns, scaled to the refe
 time is that of the process's one thread, which other jobs of the machine lengthen less than they do the wall clock's.
 Throughput counts generated tokens, not the prompt's. What a threshold does to quality no random model can tell.
 
-    taskset -c 0 python -m benchmarks.cache --output docs/figures/cache.json   # CPU, 1 thread, minutes
+    taskset -c 0 python -m benchmarks.cache --out docs/figures/cache.json   # CPU, 1 thread, minutes
     python -m benchmarks.cache --shapes llada-8b --device cuda                 # a GPU of at least 24 GB
 
 The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --output writes it.
@@ -18,17 +18,14 @@ The last line of stdout is one JSON object: rows, settings, device, versions, co
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.shared import origin
+from benchmarks.shared import RandomLlama, give, origin
 from prism_pipelines import FAMILIES, MDLMScheduler, MDMSpec, PrismPipeline
 from prism_pipelines.cli.arguments import Parser
 
@@ -36,16 +33,9 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(RandomLlama):
     """What is sampled: the model and the run."""
 
-    hidden: int
-    layers: int
-    heads: int
-    inner: int
-    vocabulary: int
-    tied: bool
-    dtype: str
     batches: tuple[int, ...]
     prompt: int
     generated: int
@@ -67,19 +57,8 @@ ARMS = [("none", False), ("prefix", False), ("block", False), ("prefix", True), 
 
 def pipeline(shape: Shape, device: str) -> PrismPipeline:
     """A bidirectional Llama of random weights; the mask is its last token but one."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.inner,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
-        initializer_range=0.05,  # tokens that differ, so that some are surer than others
-    )
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).eval()
+    # Tokens that differ, so that some are surer than others.
+    model = shape.model(device, SEED, initializer_range=0.05)
     spec = MDMSpec.from_dict(FAMILIES["llada"].to_dict() | {"mask_token_id": shape.vocabulary - 2})
     pipe = PrismPipeline(model, scheduler=MDLMScheduler(order="confidence", temperature=0.0), mdm_spec=spec)
     pipe.set_progress_bar_config(disable=True)
@@ -149,7 +128,7 @@ def main(argv=None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["vocabulary", "body"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--output", help="file for the JSON object")
+    parser.add_argument("--out", help="file for the JSON object")
     args = parser.parse_args(argv)
     cuda = args.device.startswith("cuda")
     if not cuda:
@@ -174,10 +153,7 @@ def main(argv=None) -> int:
         **where,
         "seed": SEED,
     }
-    if args.output:
-        Path(args.output).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(told))
-    return 0
+    return give(told, args.out)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, origin
+from benchmarks.shared import ROOT, give, origin
 from prism_pipelines import PrismPipeline
 from prism_pipelines.cli.arguments import Parser
-from prism_pipelines.evaluation import fingerprint, run_comparison, tune_arms, unigram_entropy
+from prism_pipelines.evaluation import pipeline_fingerprint, run_comparison, tune_arms, unigram_entropy
 
 SPAN, LONGEST, CHOOSE_STEPS, CHOOSE_SEED = 0.3, 128, 32, 40_000
 ETA = [0.03, 0.1, 0.3, 0.5]
@@ -127,7 +127,7 @@ def main(argv=None) -> int:
     settings = {"num_functions": args.num_functions, "span": SPAN, "longest": LONGEST}
     settings["steps"] = {"prism": last_step(args.model), "pretraining": args.base and last_step(args.base)}
     settings["data"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
-    mark = fingerprint(pipe, json.dumps(settings))
+    mark = pipeline_fingerprint(pipe, json.dumps(settings))
     arms, _ = tune_arms(
         pipe,
         writing(others, "whole", args.batch_size),
@@ -154,9 +154,7 @@ def main(argv=None) -> int:
         )
         result[kind] = {name: found[name] for name in ("rows", "pairs")}
     result["held_out_entropy"] = unigram_entropy([row[:-1] for row in tested])
-    args.table.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.table)
 
 
 if __name__ == "__main__":

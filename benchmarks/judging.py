@@ -12,8 +12,8 @@ Reported by arm and kind of puzzle: solved within each number of forwards with W
 forwards, accepted grids and how many of these are right, the area under risk and coverage of `out.confidence`, P(right
 after being redrawn | remasked), right cells that were broken, and puzzles that only this arm or only judge and repair
 solved. A finished arm is kept in --table and not run again. The last line of stdout is one JSON object.
-Usage: python -m benchmarks.judging [--quick] [--quality-head FOLDER] [--one-step-head FOLDER] [--dtype bf16] [--table
-FILE]
+Usage: python -m benchmarks.judging [--quick] [--quality-head FOLDER] [--one-step-head FOLDER] [--dtype bfloat16]
+[--table FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, fingerprint, origin
+from benchmarks.shared import ROOT, files_fingerprint, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, schedulers, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import risk_coverage, row_generators, wilson_interval
@@ -265,7 +265,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--one-step-head", default=None, help="folder of PRISM's head (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--table", type=Path, help="write the JSON there, and go on from what it holds")
     parser.add_argument("--page", action="store_true", help="run nothing: put --table into docs/judging.md")
     return parser.parse_args(argv)
@@ -286,14 +286,14 @@ def main(argv=None) -> int:
     if judge and args.one_step_head is None:
         one_step = PrismPipeline.from_pretrained(model).quality_head
     heads = {"context": pipe.quality_head, "one-step": one_step}
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = getattr(torch, args.dtype)
     pipe.to(dtype)
     for head in heads.values():
         head.to(dtype).eval()
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_puzzles": total, "puzzle_seed": SEED, "seed": args.seed, "dtype": args.dtype}
     settings["rule"] = {k: v for k, v in schedulers.JudgeAndRepairScheduler().config.items() if k[0] != "_"}
-    settings["weights"] = fingerprint(Path(judge or model), {})
+    settings["weights"] = files_fingerprint(Path(judge or model), {})
     rows = []
     if args.table and args.table.exists():
         kept = json.loads(args.table.read_text())

@@ -18,7 +18,7 @@ import torch
 from benchmarks.shared import ROOT, origin
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.cli.arguments import Parser
-from prism_pipelines.evaluation import fingerprint, folder_contents, run_comparison, task_of_folder
+from prism_pipelines.evaluation import folder_contents, pipeline_fingerprint, run_comparison, task_of_folder
 
 LENGTH, FORWARDS = 256, (16, 32, 64)
 OWN_HEAD = "the model's own head"
@@ -62,7 +62,7 @@ def main(argv=None) -> int:
         pipes[name].set_progress_bar_config(disable=True)
     count, seeds = (16, 1) if args.quick else (args.num_samples, args.num_seeds)
     task = task_of_folder(bundled("text"), num_samples=count, gen_length=LENGTH)
-    mark = fingerprint(pipes[None], *folder_contents(bundled("text")))
+    mark = pipeline_fingerprint(pipes[None], *folder_contents(bundled("text")))
     found = run_comparison(
         pipes[None],
         task,

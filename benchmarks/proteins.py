@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.antibodies import heavy_chains, regions
-from benchmarks.shared import fingerprint, origin
+from benchmarks.shared import files_fingerprint, origin
 from prism_pipelines import PrismPipeline, schedulers
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import bootstrap_interval, distinct_n
@@ -305,8 +305,8 @@ def parse_args(argv=None):
     parser.add_argument("--copies", type=int, help="mutants of each sequence")
     parser.add_argument("--left-out", type=int, help="mutants that are scored by leaving one out")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
-    parser.add_argument("--work", type=Path, help="JSON lines of finished cells")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--cells", type=Path, help="JSON lines of finished cells")
     parser.add_argument("--table", type=Path, help="write the JSON there, and the tables beside it as .md")
     args = parser.parse_args(argv)
     quick = {"num_sequences": 6, "kinds": ["90", "H3"], "forwards": [16], "temperatures": [1.0], "seeds": [0, 1]}
@@ -324,9 +324,7 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Run every cell that is not done, then the planted mutations, and print the table. Returns the exit status."""
     args = parse_args(argv)
-    pipe = PrismPipeline.from_pretrained(
-        args.model, torch_dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    )
+    pipe = PrismPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     heads = dict(one.split("=", 1) for one in args.quality_head)
     for name, folder in heads.items():
@@ -334,10 +332,10 @@ def main(argv=None) -> int:
     sequences = [text for file in args.test for text in heavy_chains(file)[: args.num_sequences]]
     arms = {name: arm for name, arm in arms_of(heads).items() if args.arms is None or name in args.arms}
     settings = {"test": sequences, "stride": args.stride, "dtype": args.dtype}
-    stamp = fingerprint(Path(args.model), settings)
-    stamps = {name: fingerprint(Path(heads[arm[2]]), settings) if arm[2] else stamp for name, arm in arms.items()}
+    stamp = files_fingerprint(Path(args.model), settings)
+    stamps = {name: files_fingerprint(Path(heads[arm[2]]), settings) if arm[2] else stamp for name, arm in arms.items()}
     known = (
-        [json.loads(line) for line in args.work.read_text().splitlines()] if args.work and args.work.exists() else []
+        [json.loads(line) for line in args.cells.read_text().splitlines()] if args.cells and args.cells.exists() else []
     )
     found, started = [], time.perf_counter()
     for kind in args.kinds:
@@ -350,8 +348,8 @@ def main(argv=None) -> int:
                         done = next((one for one in known if mark.items() <= one.items()), None)
                         if done is None:
                             done = run_cell(pipe, arm, name, cell, sequences, args) | {"stamp": mark["stamp"]}
-                            if args.work:
-                                with args.work.open("a") as file:
+                            if args.cells:
+                                with args.cells.open("a") as file:
                                     file.write(json.dumps(done) + "\n")
                         found.append(done)
                         told = (

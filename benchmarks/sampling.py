@@ -16,13 +16,12 @@ block by block, as its block-causal models allow: its forwards see fewer positio
     python -m benchmarks.sampling --shape llada-8b --device cuda      # a GPU of at least 24 GB
     python -m benchmarks.sampling --profile "MDLM, sampling"          # where the time of one arm goes
 
-The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --output writes it.
+The last line of stdout is one JSON object: rows, settings, device, versions, commit, seed; --out writes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -34,9 +33,9 @@ from pathlib import Path
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.shared import origin
+from benchmarks.shared import RandomLlama, give, origin
 from prism_pipelines import FAMILIES, MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
 from prism_pipelines.cli.arguments import Parser
 
@@ -46,16 +45,9 @@ SCALE = 8  # a bare arm runs one in so many of its forwards, but at least as man
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(RandomLlama):
     """What is sampled: the model and the run."""
 
-    hidden: int
-    layers: int
-    heads: int
-    inner: int
-    vocabulary: int
-    tied: bool
-    dtype: str
     batches: tuple[int, ...]
     prompt: int
     generated: tuple[int, ...]
@@ -301,40 +293,19 @@ def print_rows(rows: list[dict]) -> None:
                 print(f"{row['arm']:30}" + "".join(f"{row[name]:15.2f}" for name in columns))
 
 
-def build(shape: Shape, device: str) -> tuple[LlamaForCausalLM, QualityHead]:
-    """A model with random weights, made where it will be used, and the quality head that PRISM has for LLaDA."""
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(SEED)
-    torch.set_default_dtype(getattr(torch, shape.dtype))
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model, QualityHead(shape.hidden, "mlp").to(device)
-
-
 def main(argv=None) -> int:
     """Time every arm and print the table, or profile one arm."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=None, help="this batch alone")
-    parser.add_argument("--generated", type=int, default=None, help="this length alone")
+    parser.add_argument("--batch-size", type=int, default=None, help="this batch alone")
+    parser.add_argument("--gen-length", type=int, default=None, help="this length alone")
     parser.add_argument("--tokens-per-step", type=int, default=None, help="written by each forward")
     parser.add_argument("--arms", default="", help="arms whose name holds this, beside the bare forwards")
-    parser.add_argument("--turns", type=int, default=3, help="of each arm but LLaDA2Pipeline")
+    parser.add_argument("--repeats", type=int, default=3, help="of each arm but LLaDA2Pipeline")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", default=None, metavar="ARM", help="print torch's profile of one arm instead")
-    parser.add_argument("--output", type=Path, default=None, help="write the JSON here as well")
+    parser.add_argument("--out", type=Path, default=None, help="write the JSON here as well")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
@@ -342,9 +313,9 @@ def main(argv=None) -> int:
     shape = SHAPES[args.shape]
     if args.tokens_per_step is not None:
         shape = replace(shape, tokens_per_step=args.tokens_per_step)
-    model, head = build(shape, args.device)
-    batches = shape.batches if args.batch is None else (args.batch,)
-    lengths = shape.generated if args.generated is None else (args.generated,)
+    model, head = shape.model(args.device, SEED), QualityHead(shape.hidden, "mlp").to(args.device)
+    batches = shape.batches if args.batch_size is None else (args.batch_size,)
+    lengths = shape.generated if args.gen_length is None else (args.gen_length,)
     runs = [Run(shape, model, head, batch, generated) for generated in lengths for batch in batches]
     if args.profile is not None:
         arm = arms_of(runs[0])[args.profile]
@@ -356,15 +327,11 @@ def main(argv=None) -> int:
     rows = []
     for run in runs:
         print(f"batch {run.batch}, {run.generated} generated ...", file=sys.stderr)
-        rows += measure(run, args.arms, args.turns)
+        rows += measure(run, args.arms, args.repeats)
     print_rows(rows)
-    settings = {"shape": args.shape, **asdict(shape), "turns": args.turns, "cores": len(os.sched_getaffinity(0))}
+    settings = {"shape": args.shape, **asdict(shape), "turns": args.repeats, "cores": len(os.sched_getaffinity(0))}
     settings["parameters"] = sum(p.numel() for p in model.parameters())
-    table = json.dumps({"rows": rows, "settings": settings, **told})
-    if args.output is not None:
-        args.output.write_text(table + "\n")
-    print(table)
-    return 0
+    return give({"rows": rows, "settings": settings, **told}, args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ forward the head scores the cells written so far; one is right if it equals the 
 Each cell (arm, forwards, clues, seed) is a file below `--cells` when done, and not run again for the same model and
 settings: stop at any time and start again. When all are there the table and the figure are written to docs/figures.
 `--quick` runs a part of them on fewer puzzles and exits 1 if an interval misses that of the committed table.
-The last line of stdout is one JSON object. Usage: python -m benchmarks.sudoku [--quick] [--device cuda] [--dtype bf16]
+The last line of stdout is one JSON object.
+Usage: python -m benchmarks.sudoku [--quick] [--device cuda] [--dtype bfloat16]
 More puzzles for fewer numbers of forwards and rules: --forwards 52 --arms MDLM PRISM ... --table FILE
 """
 
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, disagreements, fingerprint, origin
+from benchmarks.shared import ROOT, disagreements, files_fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import (
@@ -78,7 +79,7 @@ class NoiseHead(QualityHead):
 def load(model: Path, device: str, dtype: str) -> tuple[PrismPipeline, PrismPipeline]:
     """The pipeline, and the same with noise for qualities."""
     pipe = PrismPipeline.from_pretrained(model).to(device)
-    pipe.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    pipe.to(getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     head, spec = NoiseHead(pipe.model.config.hidden_size), pipe.config.mdm_spec
     noise = PrismPipeline(pipe.model, pipe.tokenizer, quality_head=head, scheduler=pipe.scheduler, mdm_spec=spec)
@@ -199,7 +200,7 @@ def parse_args(argv=None):
     parser.add_argument("--table", type=Path, default=FIGURES / "sudoku.json", help="committed table")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args(argv)
     if (args.forwards or args.arms) and args.quick:
         parser.error("--quick runs all arms in 16 and 52 forwards: leave --forwards and --arms out")
@@ -219,7 +220,7 @@ def main(argv=None) -> int:
     forwards, seeds = ([16, 52], [0]) if args.quick else (list(args.forwards or FORWARDS), list(range(args.seeds)))
     total = 60 if args.quick else args.num_puzzles
     settings = {"num_puzzles": total, "puzzle_seed": PUZZLE_SEED, "dtype": args.dtype}
-    mark, committed = fingerprint(model, settings), None
+    mark, committed = files_fingerprint(model, settings), None
     if args.quick:
         committed = json.loads(args.table.read_text())
         arms = [arm for arm in committed["arms"] if "outside" not in arm]
@@ -232,7 +233,7 @@ def main(argv=None) -> int:
             seed=0,
             trials=4,
             out_dir=args.cells / "tuning",
-            task_name=fingerprint(model, {"dtype": args.dtype}),
+            task_name=files_fingerprint(model, {"dtype": args.dtype}),
             models={"noise": noise},
             report=lambda arm, found: print(json.dumps(arm | found), file=sys.stderr, flush=True),
         )

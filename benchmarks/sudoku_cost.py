@@ -9,51 +9,33 @@ The last line of stdout is one JSON object: rows, device, versions, commit, seed
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 
 import torch
 
-from benchmarks.shared import origin
+from benchmarks.shared import give, origin, seconds
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, SelfConfidenceScheduler, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import pipeline_solver
 from prism_pipelines.schedulers.validation import loop_steps
 
 
-def seconds(runs: dict, repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of each run in `runs` (name -> callable), `repeats` times in turn after one warm-up each."""
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    for run in runs.values():
-        run()
-    took = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            sync()
-            start = time.perf_counter()
-            run()
-            sync()
-            took[name].append(time.perf_counter() - start)
-    return took
-
-
 def main(argv=None) -> int:
     """Time every scheduler beside the bare forwards and print the table."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="saved pipeline folder (default: the bundled one)")
-    parser.add_argument("--puzzles", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=52)
+    parser.add_argument("--num-puzzles", type=int, default=64)
+    parser.add_argument("--forwards", type=int, default=52)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args(argv)
 
     pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku")).to(args.device)
-    pipe.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    pipe.to(getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
-    puzzles, _ = sudoku.make_puzzles(args.puzzles, clues=30, seed=10_000)
+    puzzles, _ = sudoku.make_puzzles(args.num_puzzles, clues=30, seed=10_000)
     ids = torch.from_numpy(sudoku.to_ids(puzzles)).to(args.device)
     same = {"order": "random", "temperature": 1.0}
     schedulers = {
@@ -65,13 +47,13 @@ def main(argv=None) -> int:
 
     def bare():
         with torch.inference_mode():
-            for _ in range(args.steps):
+            for _ in range(args.forwards):
                 pipe.model(input_ids=ids)
 
     def sampling(scheduler):
         def run():
             pipe.scheduler = scheduler
-            pipeline_solver(pipe, args.steps - loop_steps(scheduler))(puzzles)
+            pipeline_solver(pipe, args.forwards - loop_steps(scheduler))(puzzles)
 
         return run
 
@@ -88,9 +70,9 @@ def main(argv=None) -> int:
             f"{name:18}{row['median_s']:10.3f}{row['min_s']:8.3f}{row['max_s']:8.3f}"
             f"{row['ratio_median']:18.3f}{row['ratio_min']:11.3f}"
         )
-    told = {"puzzles": args.puzzles, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats, "seed": 10_000}
-    print(json.dumps({"rows": rows, "settings": told, **origin(args.device)}))
-    return 0
+    told = {"puzzles": args.num_puzzles, "steps": args.forwards, "dtype": args.dtype, "repeats": args.repeats}
+    told["seed"] = 10_000
+    return give({"rows": rows, "settings": told, **origin(args.device)})
 
 
 if __name__ == "__main__":

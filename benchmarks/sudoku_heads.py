@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, origin
+from benchmarks.shared import ROOT, give, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import evaluate_sudoku, pipeline_solver, wilson_interval
@@ -54,11 +54,11 @@ def load(arm: str, base: Path, runs: Path, dtype: str) -> PrismPipeline:
 def measure(args, cells_file: Path) -> list[dict]:
     """Every cell, from the file or run now."""
     done = [json.loads(line) for line in cells_file.read_text().splitlines()] if cells_file.is_file() else []
-    puzzles, _ = sudoku.make_puzzles(args.puzzles, args.clues, PUZZLE_SEED)
+    puzzles, _ = sudoku.make_puzzles(args.num_puzzles, args.clues, PUZZLE_SEED)
     cells = []
     for arm in ARMS:
         folder = args.base if arm == "mdm" else args.runs / f"sudoku-heads-{arm}"
-        names = {"arm": arm, "weights": digest(folder), "puzzles": args.puzzles, "clues": args.clues}
+        names = {"arm": arm, "weights": digest(folder), "puzzles": args.num_puzzles, "clues": args.clues}
         names["dtype"] = args.dtype
         pipe = None
         for forwards in args.forwards:
@@ -97,7 +97,7 @@ def main(argv=None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="saved pipeline of the pretrained MDM")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of sudoku-heads-full, -lora, -frozen")
-    parser.add_argument("--puzzles", type=int, default=500)
+    parser.add_argument("--num-puzzles", type=int, default=500)
     parser.add_argument("--clues", type=int, default=30)
     parser.add_argument("--forwards", type=int, nargs="+", default=[16, 52])
     parser.add_argument("--seeds", type=int, default=2)
@@ -105,7 +105,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "sudoku_heads.json")
     args = parser.parse_args(argv)
     cells = measure(args, args.runs / "sudoku-heads.jsonl")
-    rows = table(cells, args.puzzles)
+    rows = table(cells, args.num_puzzles)
     print(f"{args.clues} clues, random order, temperature 1; solved, 95 % interval, share of the full gain\n")
     cells_shown = []
     for row in rows:
@@ -116,9 +116,7 @@ def main(argv=None) -> int:
         cells_shown.append([row["forwards"], ARMS[row["arm"]], solved, gained, met])
     print(markdown_table(["forwards", "trained", "solved %", "share of gain", "goal"], cells_shown))
     result = {"rows": rows, "cells": cells, **origin()}
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.out)
 
 
 if __name__ == "__main__":

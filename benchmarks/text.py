@@ -30,11 +30,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, disagreements, fingerprint, origin
+from benchmarks.shared import ROOT, disagreements, files_fingerprint, origin
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.cli.arguments import Parser
-from prism_pipelines.evaluation import fingerprint as weights_of
-from prism_pipelines.evaluation import ngram_judge, run_comparison, text_plan, text_task, tune_arms
+from prism_pipelines.evaluation import (
+    ngram_judge,
+    pipeline_fingerprint,
+    run_comparison,
+    text_plan,
+    text_task,
+    tune_arms,
+)
 from prism_pipelines.evaluation.plots import measures_figure
 from prism_pipelines.evaluation.statistics import tabulate
 from prism_pipelines.evaluation.text import text_measures
@@ -94,7 +100,7 @@ def extra_arms(
     for name, arm in wanted.items():
         if folders[name] is not None:
             pipe = load(folders[name], dtype, device)
-            mark = f"{name} {weights_of(pipe)}"  # a cell must not outlive the weights it was made with
+            mark = f"{name} {pipeline_fingerprint(pipe)}"  # a cell must not outlive the weights it was made with
             models[mark] = pipe
             arms.append({**arm, "name": OWN_WEIGHTS[name], "model": mark})
     if not arms:
@@ -188,7 +194,7 @@ def main(argv=None) -> int:
     arms = [arm for arm in arms if args.arms is None or arm["name"] in args.arms]
     settings = {"num_samples": count, "length": LENGTH, "dtype": args.dtype}
     settings["data"] = data_hash(args.data, model / "words.txt")
-    mark = fingerprint(model, settings)
+    mark = files_fingerprint(model, settings)
     held_out = held_out_rows(
         lambda texts: text_measures(texts, test, vocabulary, judge=judge),
         pipe.tokenizer,

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import ROOT, fingerprint, origin
+from benchmarks.shared import ROOT, files_fingerprint, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, bundled
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import bootstrap_interval
@@ -111,7 +111,7 @@ def main() -> int:
             table.append(row | {"low": low, "high": high, "n": len(values)})
             print(json.dumps(table[-1]), file=sys.stderr, flush=True)
     settings = {"num_texts": args.num_texts, "length": LENGTH, "lowest": LOWEST, "masked": MASKED, "steps": STEPS}
-    settings["fingerprint"] = fingerprint(Path(bundled("text")), settings)
+    settings["fingerprint"] = files_fingerprint(Path(bundled("text")), settings)
     result = {"settings": settings, "rows": table, **origin()}
     args.table.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(json.dumps(result))

@@ -15,12 +15,9 @@ The last line of stdout is one JSON object: rows, device, versions, commit, seed
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 import weakref
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -28,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.shared import origin
+from benchmarks.shared import give, origin, seconds
 from prism_pipelines import MDMSpec, QualityHead
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.tables import markdown_table
@@ -160,17 +157,9 @@ def measure(sizes: dict, batch: int, length: int, repeats: int, device: str) -> 
         for objective in objectives.values():
             objective.zero_grad(set_to_none=True)
         rows.append({"step": name, "peak_bytes": peak_bytes(run, owner[name], device)})
-    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    took = {name: [] for name in runs}
-    for _ in range(repeats + 1):  # the first turn warms up
-        for name, run in runs.items():
-            sync()
-            start = time.perf_counter()
-            run()
-            sync()
-            took[name].append(time.perf_counter() - start)
+    took = seconds(runs, repeats)
     for row in rows:
-        times = took[row["step"]][1:]
+        times = took[row["step"]]
         row |= {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
     return rows
 
@@ -211,10 +200,7 @@ def main(argv=None) -> int:
         **origin(args.device),
         "seed": SEED,
     }
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.out)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 
+from benchmarks.shared import give
 from benchmarks.training import PeakMemory, llama, prism, step
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.tables import markdown_table
@@ -116,8 +115,8 @@ def main(argv=None) -> int:
     """Print the tables."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="count a random model instead")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--max-length", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--out", default=None, help="JSON file to write besides")
     args = parser.parse_args(argv)
@@ -138,8 +137,8 @@ def main(argv=None) -> int:
             for rank in (args.rank, None):
                 parts = estimate(
                     m,
-                    batch=args.batch,
-                    length=args.length,
+                    batch=args.batch_size,
+                    length=args.max_length,
                     drawn=512,  # --reveal-order confidence --reveal-window 512
                     width=2,
                     rank=rank,
@@ -147,13 +146,11 @@ def main(argv=None) -> int:
                     chunk=chunk,
                 )
                 kind = f"LoRA, rank {rank}" if rank else "frozen"
-                result.append({"model": name, "trained": kind, "length": args.length, "batch": args.batch} | parts)
-                print(f"{name}, {kind}, {args.batch} x {args.length} tokens, bfloat16, gradient checkpointing: GB")
+                batch, length = args.batch_size, args.max_length
+                result.append({"model": name, "trained": kind, "length": length, "batch": batch} | parts)
+                print(f"{name}, {kind}, {batch} x {length} tokens, bfloat16, gradient checkpointing: GB")
                 print("".join(f"    {part:24}{size / 1e9:6.1f}\n" for part, size in parts.items()), end="")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return give(result, args.out)
 
 
 if __name__ == "__main__":

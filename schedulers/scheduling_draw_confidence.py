@@ -24,8 +24,8 @@ class DrawConfidenceScheduler(MDMSchedulerMixin):
         q_i = p(y_i | the canvas in which y_i was drawn)
 
     p is the model's own probability, at temperature 1 and before truncation, in the forward pass in which the token was
-    written. ReMDM "conf" remasks at random by it; here the lowest go, in PRISM's numbers. It needs no trained head and
-    no further forward pass.
+    written. ReMDM "conf" remasks at random with probabilities made from p. Here the tokens of lowest p are remasked, as
+    many as `PrismScheduler` would remask. The rule needs no trained head and no further forward pass.
 
     Example:
         >>> scheduler = DrawConfidenceScheduler(num_remask=1, mask_token_id=9)

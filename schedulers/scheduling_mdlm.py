@@ -19,7 +19,7 @@ from .validation import Flag, Order, Temperature, TokenId, TopK, TopP, check_fie
 class MDLMScheduler(MDMSchedulerMixin):
     """Static schedule of T steps; a token once written stays.
 
-    Of M generated tokens so many are visible after step i, in every row:
+    After step i, M_i of the M generated tokens of a row are visible:
 
         M_i = ceil(M (i + 1) / T)
 

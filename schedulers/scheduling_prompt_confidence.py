@@ -10,11 +10,11 @@ class PromptConfidenceScheduler(DrawConfidenceScheduler):
 
         q_i = p(y_i | the canvas in which everything that is generated is masked)
 
-    That is the model's probability of the token in the first forward pass of the run, or of the block where there are
-    blocks. What was written since bends around a wrong token and supports it; the prompt does not. So where the prompt
-    determines the answer, this score finds wrong tokens better than the model's present opinion. Where nothing is given
-    it says how common a token is, and no more. It needs no trained head and no further forward pass: the pipeline keeps
-    the hidden states of the first one.
+    q_i is the model's probability of the token in the first forward pass of the run, or of each block. Tokens that were
+    written after a wrong token were drawn to fit it, and make it look right; the prompt does not. So where the prompt
+    determines the answer, this score finds wrong tokens better than the model's present probability. Without a prompt,
+    the score only says how common a token is. The rule needs no trained head and no further forward pass, because the
+    pipeline keeps the hidden states of the first one.
 
     Example:
         >>> scheduler = PromptConfidenceScheduler(num_remask=1, mask_token_id=9)

@@ -1,15 +1,16 @@
-"""What a rule begins and ends with: the arguments of `step`, checked and counted, and the output that it returns."""
+"""The beginning and the end of every scheduler's `step`: its arguments, checked and counted, and its output."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .functional import Generators, highest, lowest, uniform_at, visible_target
+from .protocol import Scheduler
 from .token_sampling import Logits, Sampling, draw_at, probability_at, true_positions
 from .validation import check_mask_token, check_sample, check_timestep, resolve_sampling
 
@@ -27,10 +28,11 @@ class PrismSchedulerOutput(BaseOutput):
         sampled_tokens: the tokens written, int64 (N,), in row-major order of `unmasked`.
         sampled_probs: the model's own probabilities of these tokens at temperature 1, float32 (N,).
         finished: rows that need no further forward pass, bool (B,). None from schedulers that use all their steps.
-        accepted: finished rows in which no token was doubtful, bool (B,). None as above.
+        accepted: finished rows whose canvas was judged good enough, bool (B,). None as above.
         restored: visible tokens of finished rows that were replaced by those of an earlier, better canvas, bool (B, L).
             None as above.
-        judged: quality of each generated token of a finished row, float32 (B, L), NaN elsewhere. None as above.
+        judged: quality of each generated token of a judged and finished row, float32 (B, L), NaN elsewhere. None as
+            above.
     """
 
     prev_sample: Tensor
@@ -79,7 +81,7 @@ class Step:
     @classmethod
     def of(
         cls,
-        scheduler: Any,
+        scheduler: Scheduler,
         model_output: Logits,
         timestep: int | Tensor,
         sample: Tensor,
@@ -137,15 +139,15 @@ class Step:
         return uniform_at(self.generation_mask, draws, self.generator)
 
     def own_probability(self, positions: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The model's own probability of what stands at `positions`, bool (B, L), or of `tokens`, int64 (B, L).
+        """The model's own probability, at temperature 1, of some tokens at `positions`, bool (B, L).
 
-        At temperature 1; float32 (B, L), 0 elsewhere.
+        The tokens are those of `sample`, or `tokens`, int64 (B, L). Returns float32 (B, L), 0 outside `positions`.
         """
         tokens = self.sample if tokens is None else tokens
         return probability_at(self.model_output, positions, tokens, self.mask_token_id)
 
     def draw(self, positions: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each of `positions`, bool (B, L), and its probability, (N,) each; u uniform numbers (B, L)."""
+        """A token for each of `positions`, bool (B, L), and its probability, (N,) each. `u`: uniform numbers (B, L)."""
         index = true_positions(positions, int(positions.sum()))
         return draw_at(self.model_output, positions, index, self.sampling, self.mask_token_id, u)[:2]
 
@@ -166,11 +168,12 @@ class Step:
         Args:
             n: int64 of shape (B,); below 1 fills nothing.
             u_order, u_token: independent uniform numbers, float32 of shape (B, L).
-            threshold: with order "confidence", every token of a confidence above it is written too, and at least one;
+            threshold: with order "confidence", also write every token of a confidence above it, and at least one token;
                 None for n alone.
             penalty: as `draw_at`.
-            most_wrong: with order "confidence", the surest tokens are written too, as many as hold at most this many
-                wrong ones together by their confidences: sum of 1 - confidence; None for n alone.
+            most_wrong: with order "confidence", also write further tokens, the surest first, while the sum of
+                1 - confidence over all written tokens, their expected number of errors, is at most this. None for n
+                alone.
         Returns:
             which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these
             tokens, float32 (N,).
@@ -204,7 +207,7 @@ class Step:
         return unmasked, tokens[kept], probs[kept]
 
     def recall(self, memory: Memory | None) -> Memory | None:
-        """What a rule noted in the step before; None where a run begins, or if its first tensor is not (B, L)."""
+        """`memory`, what a rule noted in the last step. None in the first step, or if memory[0] is not (B, L)."""
         fits = self.index > 0 and memory is not None and memory[0].shape == self.sample.shape
         return memory if fits else None
 

@@ -145,6 +145,13 @@ def test_flags_have_dashes_and_one_name_means_one_thing_in_every_command():
     assert not {"--steps", "--torch-dtype", "--length", "--output"} & set(kinds)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_have_the_words_of_the_commands(path):
+    flags = set(re.findall(r'add_argument\(\s*"(--[^"]+)"', path.read_text()))
+    assert not {flag for flag in flags if "_" in flag}
+    assert not {"--steps", "--output", "--batch", "--puzzles", "--generated", "--torch-dtype"} & flags
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_underscores_are_read_as_dashes(name):
     parser, every = (

@@ -12,9 +12,9 @@ import transformers
 
 from prism_pipelines.evaluation import (
     compare,
-    fingerprint,
     make_scheduler,
     pareto_front,
+    pipeline_fingerprint,
     read_comparison,
     run_comparison,
     statistics,
@@ -297,12 +297,12 @@ def test_the_fingerprint_follows_weights_head_scheduler_and_contents():
         return types.SimpleNamespace(model=model, **parts)
 
     places = itertools.count()
-    assert fingerprint(made(), b"a") == fingerprint(made(), "a")
+    assert pipeline_fingerprint(made(), b"a") == pipeline_fingerprint(made(), "a")
     others = [made(2.0), made(head=torch.nn.Linear(2, 1)), made(eta=0.2), made(dtype=torch.bfloat16)]
     others += [made(shift=1), made(theta=2.0), made(template="x"), made(vocab={"a": 1, "b": 0})]
-    assert fingerprint(made(), "a") == fingerprint(made(vocab={"b": 1, "a": 0}), "a")
-    marks = {fingerprint(pipe, "a") for pipe in [made(), *others]}
-    marks |= {fingerprint(made(), *contents) for contents in ((), ("b",), ("a", ""), ("", "a"))}
+    assert pipeline_fingerprint(made(), "a") == pipeline_fingerprint(made(vocab={"b": 1, "a": 0}), "a")
+    marks = {pipeline_fingerprint(pipe, "a") for pipe in [made(), *others]}
+    marks |= {pipeline_fingerprint(made(), *contents) for contents in ((), ("b",), ("a", ""), ("", "a"))}
     assert len(marks) == 13
 
 

@@ -107,7 +107,7 @@ def test_detection_ranks_the_planted_residue_among_the_others():
 def test_the_table_has_every_arm_and_a_run_that_goes_on_repeats_nothing(model, tmp_path, capsys, monkeypatch):
     words = [str(model / "model"), str(PUBLISHED), "--quick", "--num-sequences", "3", "--forwards", "4", "--seeds", "0"]
     words += ["--quality-head", f"mine={model / 'head'}", "--left-out", "1", "--copies", "1"]
-    words += ["--work", str(tmp_path / "cells.jsonl"), "--table", str(tmp_path / "t.json")]
+    words += ["--cells", str(tmp_path / "cells.jsonl"), "--table", str(tmp_path / "t.json")]
     assert proteins.main(words) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = [*proteins.arms_of({"mine": ""})]

@@ -355,9 +355,7 @@ def test_the_counter_counts():
 def test_the_benchmark_compares_with_bare_forwards(capsys, tmp_path):
     threads = torch.get_num_threads()
     try:
-        sampling.main(
-            ["--shape", "smoke", "--batch", "2", "--arms", "greedy", "--turns", "1", "--output", str(tmp_path / "x")]
-        )
+        sampling.main(["--shape=smoke", "--batch-size=2", "--arms=greedy", "--repeats=1", f"--out={tmp_path / 'x'}"])
     finally:
         torch.set_num_threads(threads)
     table = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -69,7 +69,7 @@ def test_every_fine_tune_of_the_ablations_is_a_run_that_differs_in_what_it_says(
 
 def test_the_frozen_head_runs_at_the_settings_of_prism(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "load", lambda folder, dtype, device: None)
-    monkeypatch.setattr(text, "weights_of", lambda pipe: "0")
+    monkeypatch.setattr(text, "pipeline_fingerprint", lambda pipe: "0")
     shipped = text_plan(bundled("text"))["arms"]
     folders = {"base": None, "critic": None, "frozen": tmp_path}
     (arm,), models = text.extra_arms(folders, "float32", "cpu", "To be", 1, shipped, tmp_path)

@@ -21,7 +21,7 @@ fi
 
 # 2. Does the converted model know antibodies? Framework residues, 15 % masked, of published heavy chains.
 [ -f "$folder/verified.json" ] || {
-  "$python" -m benchmarks.antibodies verify "$folder/model" examples/antibody/therapeutic.fasta --dtype bf16 \
+  "$python" -m benchmarks.antibodies verify "$folder/model" examples/antibody/therapeutic.fasta --dtype bfloat16 \
     | tail -n 1 > "$folder/verified.json.part"
   mv "$folder/verified.json.part" "$folder/verified.json"
 }
@@ -29,7 +29,7 @@ fi
 # 3. Heavy chains sampled from the model itself, split so that train and test share no CDR-H3. To use your own data, write
 #    $folder/data/train.fasta and test.fasta before this step.
 [ -f "$folder/data/test.fasta" ] ||
-  "$python" -m benchmarks.antibodies sample "$folder/model" "$folder/data" --dtype bf16 --batch-size 16 > /dev/null
+  "$python" -m benchmarks.antibodies sample "$folder/model" "$folder/data" --dtype bfloat16 --batch-size 16 > /dev/null
 
 # 4. A small quality head with context, in minutes: is a residue that a run has written that of the chain it began from?
 #    More chains and more HEAD_STEPS make a better one.
@@ -47,5 +47,5 @@ prism score "$folder/model" examples/antibody/therapeutic.fasta --out "$folder/s
 
 # 6. The table.
 "$python" -m benchmarks.proteins "$folder/model" examples/antibody/therapeutic.fasta "$folder/data/test.fasta" --quick \
-  --dtype bf16 --quality-head rollouts="$folder/head" --work "$folder/cells.jsonl" --table "$folder/proteins.json" > /dev/null
+  --dtype bfloat16 --quality-head rollouts="$folder/head" --cells "$folder/cells.jsonl" --table "$folder/proteins.json" > /dev/null
 cat "$folder/proteins.md"

@@ -138,7 +138,7 @@ def _tuned(
     )
     if kind == "sudoku":
         task, mark = _sudoku_task(args, TUNE_SEED + args.seed)
-        mark += f" [{evaluation.fingerprint(pipe)}]"
+        mark += f" [{evaluation.pipeline_fingerprint(pipe)}]"
     elif args.tune_reference is None:
         raise ValueError("Lists in --config are settings to choose from, on other texts: pass --tune-reference FILE.")
     elif _share_a_text(_texts_read(args, args.tune_reference), _texts_read(args, args.reference)):
@@ -177,7 +177,7 @@ def _compare_sudoku(args: argparse.Namespace) -> tuple[PrismPipeline, Any, dict[
         task, mark = evaluation.sudoku_task(puzzles), f"{len(puzzles)} puzzles of {Path(args.puzzles).name} [{digest}]"
     pipe = load_bundled_or(args, "sudoku")
     plan = {"arms": SUDOKU_ARMS, "forwards": [16, 52], "seeds": [args.seed + i for i in range(3)]}
-    return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.fingerprint(pipe)}]"
+    return pipe, task, plan, f"{_named(args, 'sudoku')}: {mark} [{evaluation.pipeline_fingerprint(pipe)}]"
 
 
 def _sudoku_task(args: argparse.Namespace, seed: int) -> tuple[Any, str]:
@@ -222,11 +222,11 @@ def _text_task(args: argparse.Namespace, pipe: PrismPipeline, reference: str | N
     folder, count = args.model or bundled("text"), 16 if args.quick else args.num_samples or 64
     length = room(pipe, None, args.gen_length)
     task = evaluation.task_of_folder(folder, reference, num_samples=count, gen_length=length)
-    mark = evaluation.fingerprint(pipe, *evaluation.folder_contents(folder, reference))
+    mark = evaluation.pipeline_fingerprint(pipe, *evaluation.folder_contents(folder, reference))
     return task, f"{count} texts of {length} tokens [{mark}]"
 
 
 def _named(args: argparse.Namespace, default: str) -> str:
-    """The model and head, for people; a finished cell is found again by this and `evaluation.fingerprint`."""
+    """The model and head, for people; a finished cell is found again by this and `evaluation.pipeline_fingerprint`."""
     head = f" with {args.quality_head}" if args.quality_head else ""
     return f"{args.model or f'bundled {default}'}{head}"

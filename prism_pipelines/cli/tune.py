@@ -92,7 +92,7 @@ def run_tune(args: argparse.Namespace) -> int:
     arm, present = arms_of(pipe.scheduler, args.fields)
     temperature = pipe.scheduler.config.temperature if args.temperature is None else args.temperature
     steps = args.forwards or {"sudoku": 52, "text": 32}[args.task]
-    mark = f"{args.task} [{evaluation.fingerprint(pipe)}] {present}"
+    mark = f"{args.task} [{evaluation.pipeline_fingerprint(pipe)}] {present}"
     quality, lower = ("ngram_js", True) if args.task == "text" else ("solved", False)
     named = {"temperature": temperature, "quality": quality, "higher_is_better": not lower}
     (chosen,), tried = evaluation.tune_arms(

@@ -8,7 +8,7 @@ from .calibration import (
     risk_coverage,
     write_calibration,
 )
-from .cells import fingerprint
+from .cells import pipeline_fingerprint
 from .compare import comparison_table, run_comparison, sudoku_task, write_comparison
 from .detection import JudgedRow, detection_measures, detection_table
 from .ngram_judge import ngram_judge
@@ -59,7 +59,6 @@ __all__ = [
     "evaluate_calibration",
     "evaluate_sudoku",
     "evaluate_text",
-    "fingerprint",
     "fit_temperature",
     "folder_contents",
     "generative_perplexity",
@@ -73,6 +72,7 @@ __all__ = [
     "ngram_judge",
     "paired_failure_ratio",
     "pareto_front",
+    "pipeline_fingerprint",
     "pipeline_solver",
     "pipeline_texts",
     "read_comparison",

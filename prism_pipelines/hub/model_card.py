@@ -12,6 +12,7 @@ from ..models import checks
 from ..models.families import recipe_of
 from ..models.quality_head import QualityHead
 from ..schedulers import TokenCriticScheduler
+from ..schedulers.protocol import Scheduler
 from ..schedulers.validation import own_fields
 from .files import is_hub_id, read_json
 
@@ -26,7 +27,7 @@ MEANINGS = {
 
 
 def method(pipe: Any) -> str:
-    """The method that a head was trained for, a key of `MEANINGS`. The recommended scheduler tells which."""
+    """The method that a head was trained for, a key of `MEANINGS`, found by the recommended scheduler."""
     return "Token-Critic" if isinstance(pipe.scheduler, TokenCriticScheduler) else "PRISM"
 
 
@@ -111,7 +112,7 @@ def card(metadata: ModelCardData, *parts: str) -> ModelCard:
 
 
 def shown_name(base_model: str) -> str:
-    """The Hub id of a base model, or the last part of its folder: a card shows no folders of this machine."""
+    """The Hub id of a base model, or the last part of its path, so that a card shows no paths of this machine."""
     return base_model if is_hub_id(base_model) else Path(base_model).name
 
 
@@ -152,7 +153,7 @@ def training(facts: dict[str, Any]) -> list[str]:
 
 
 def usage(pipe: Any, repo_id: str | None, facts: dict[str, Any]) -> str:
-    """How a reader loads the repository and generates with it. The code runs as it is, without an id in the folder."""
+    """The code by which a reader loads the repository and generates. `repo_id` of None is for a folder."""
     frame = sum(map(len, pipe.text_frame))
     length = min(32, (checks.max_length(pipe.model.config) or 32 + frame) - frame)
     what, shown = "num_samples=1, ", "out.texts[0]"
@@ -195,7 +196,7 @@ def adapter_usage(pipe: Any, base_model: str, base_revision: str | None, repo_id
     return "\n".join(lines)
 
 
-def settings(scheduler: Any) -> str:
+def settings(scheduler: Scheduler) -> str:
     """The scheduler's settings that differ from the defaults of its class."""
     plain = own_fields(type(scheduler)())
     changed = {key: value for key, value in own_fields(scheduler).items() if value != plain[key]}

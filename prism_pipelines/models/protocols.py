@@ -1,9 +1,12 @@
-"""What this package needs of a tokenizer: the methods and attributes of transformers' tokenizers that it calls."""
+"""What this package needs of a tokenizer and of a backbone: what it calls of transformers' own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 
 class Tokenizer(Protocol):
@@ -47,3 +50,41 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **kwargs: Any) -> Any:
         """A chat as the template writes it: a string with `tokenize=False`."""
+
+
+class Backbone(Protocol):
+    """A model with an output head, as `MaskedDenoiser` wraps it; transformers' `PreTrainedModel` is one."""
+
+    forward: Callable[..., Any]
+
+    @property
+    def config(self) -> Any:
+        """Of transformers."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    def __call__(self, *, input_ids: Tensor, return_dict: bool, **inputs: Any) -> Any:
+        """One forward pass, in which the output head is called. What it returns is not read."""
+
+    def get_output_embeddings(self) -> Any:
+        """The output head; None if the model has none under this name."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by its name."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter by its name."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """All modules with their names."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters with their names."""
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """All buffers with their names."""
