@@ -9,6 +9,7 @@ A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,23 +245,25 @@ class MDMObjective(nn.Module):
         return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers 5.23 calls it by a new name.
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    @property
+    def gradient_checkpointing_enable(self) -> Callable[..., None]:
+        """The backbone's."""
+        return self.denoiser.model.gradient_checkpointing_enable
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.gradient_checkpointing_disable()
+    @property
+    def gradient_checkpointing_disable(self) -> Callable[..., None]:
+        """The backbone's."""
+        return self.denoiser.model.gradient_checkpointing_disable
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+    @property
+    def activation_checkpointing_enable(self) -> Callable[..., None]:
+        """The backbone's."""
+        return self.denoiser.model.activation_checkpointing_enable
 
-    def activation_checkpointing_disable(self) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.activation_checkpointing_disable()
+    @property
+    def activation_checkpointing_disable(self) -> Callable[..., None]:
+        """The backbone's."""
+        return self.denoiser.model.activation_checkpointing_disable
 
 
 class PRISMObjective(MDMObjective):
