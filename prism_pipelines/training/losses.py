@@ -9,7 +9,6 @@ A denoiser here is anything with `spec.mask_token_id`, `hidden(ids, attention_ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +86,10 @@ class Measured(ModelOutput):
     right: Tensor | None = None
     loss_mdm: Tensor | None = None
     log_probs: Tensor | None = None
+
+
+def _of_backbone(name: str) -> Any:
+    return property(lambda objective: getattr(objective.denoiser.model, name), doc=f"`{name}` of the backbone.")
 
 
 class MDMObjective(nn.Module):
@@ -245,25 +248,10 @@ class MDMObjective(nn.Module):
         return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers 5.23 calls it by a new name.
-    @property
-    def gradient_checkpointing_enable(self) -> Callable[..., None]:
-        """The backbone's."""
-        return self.denoiser.model.gradient_checkpointing_enable
-
-    @property
-    def gradient_checkpointing_disable(self) -> Callable[..., None]:
-        """The backbone's."""
-        return self.denoiser.model.gradient_checkpointing_disable
-
-    @property
-    def activation_checkpointing_enable(self) -> Callable[..., None]:
-        """The backbone's."""
-        return self.denoiser.model.activation_checkpointing_enable
-
-    @property
-    def activation_checkpointing_disable(self) -> Callable[..., None]:
-        """The backbone's."""
-        return self.denoiser.model.activation_checkpointing_disable
+    gradient_checkpointing_enable = _of_backbone("gradient_checkpointing_enable")
+    gradient_checkpointing_disable = _of_backbone("gradient_checkpointing_disable")
+    activation_checkpointing_enable = _of_backbone("activation_checkpointing_enable")
+    activation_checkpointing_disable = _of_backbone("activation_checkpointing_disable")
 
 
 class PRISMObjective(MDMObjective):
