@@ -133,7 +133,7 @@ def load_native(
     wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
     if wrong:
         raise ValueError(f"The weights of {path!r} do not fit {recipe.native_class}: {wrong}.")
-    # Buffers of old releases are not missed, and an encoder usually loses its pooler.
+    # Buffers of old releases and the pooler of an encoder are unused without harm, so no warning names them.
     left = sorted(name for name in info["unexpected_keys"] if not name.endswith(("inv_freq", "attn.bias")))
     if left and spec.mask_format == "additive":
         warnings.warn(
