@@ -129,7 +129,7 @@ class ReMDMScheduler(MDMSchedulerMixin):
     def _sigma(self, index: int, alpha_t: float, alpha_s: float) -> float:
         if self.config.strategy == "rescale":
             return remdm_rescale(alpha_t, alpha_s, self._eta)
-        rounding = 1e-9  # 0.15 * 20 is 3.0000000000000004 or less than 3, as the float likes
+        rounding = 1e-9  # as floats, 0.15 * 20 may be 3.0000000000000004 or less than 3
         begin, end = self.config.loop_start - rounding, self.config.loop_end + rounding
         level = begin <= index / self.num_inference_steps and (index + 1) / self.num_inference_steps <= end
         if self.config.strategy == "loop" and not level:

@@ -101,7 +101,7 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         now = Step.of(
             self, model_output, timestep, sample, generation_mask, mask_token_id, temperature, top_p, top_k, generator
         )
-        mean = None if self.config.history == 1 else self._mean_with_past(now)  # which records every step
+        mean = None if self.config.history == 1 else self._mean_with_past(now)  # records every step
 
         def score(visible: Tensor) -> Tensor:
             return now.own_probability(visible) if mean is None else mean
@@ -115,7 +115,7 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         nothing = torch.zeros_like(p)
         past = now.recall(self._memory) or _Past(now.sample, [], nothing, nothing)
         same = now.sample == past.sample
-        if self.config.history is None:  # no list of all passes: T of them would cost T squared
+        if self.config.history is None:  # sums instead of a list of all passes, whose cost would grow with T squared
             total, times = past.total * same + p.nan_to_num(0.0), past.times * same + ~p.isnan()
             self._memory = _Past(now.sample, [], total, times)
             return total / times

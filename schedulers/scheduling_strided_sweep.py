@@ -119,6 +119,6 @@ class StridedSweepScheduler(MDMSchedulerMixin):
         drawn, drawn_probs = now.draw(now.masked, u_token)
         held_probs = now.own_probability(now.masked, held.clamp(min=0))[now.masked]
         held = held[now.masked]
-        # A mask that another put there holds no token: one is drawn.
+        # A mask that this rule did not make has no token to give back, so one is drawn.
         stays = (held >= 0) & (held_probs >= self.config.redraw_threshold)
         return torch.where(stays, held, drawn), torch.where(stays, held_probs, drawn_probs)

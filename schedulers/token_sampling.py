@@ -178,7 +178,7 @@ def _draw_from_nucleus(logits: Tensor, mass: Tensor, u: Tensor, top_p: float) ->
     ids = logits.topk(NUCLEUS).indices.sort().values
     best, rank = logits.gather(-1, ids).sort(descending=True, stable=True)
     tokens, surplus = _draw_ranked(mass, ids.gather(-1, rank), total, u, top_p)
-    # Which of the tokens equal to the last one are among these is the choice of `topk`: none of them may count.
+    # `topk` chooses freely among tokens that equal the last one, so none of those may count.
     reaches_further = ~(surplus | (best > best[:, -1:])).all(-1)
     rest = reaches_further.nonzero()[:, 0]
     if len(rest):

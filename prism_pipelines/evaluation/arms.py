@@ -11,15 +11,15 @@ from ..schedulers.by_name import scheduler_class
 from ..schedulers.validation import is_int
 from .figure_style import need_matplotlib
 
-# What is compared on puzzles when no file says otherwise. All reveal in random order. PRISM and self-confidence remask
-# 4 cells a step; ReMDM remasks each cell with a chance by eta, so how many follows from that; MDLM remasks none.
+# The default arms on puzzles. All reveal in random order. PRISM and self-confidence remask 4 cells per step. ReMDM
+# remasks each cell with a probability that follows from eta. MDLM remasks none.
 SUDOKU_ARMS: list[dict] = [
     {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
     {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "num_remask": 4},
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "num_remask": 4},
     {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.04},
 ]
-# The same on text, for a model without arms.json. Nobody tuned these settings.
+# The default arms on text, for a model without arms.json. These settings are not tuned.
 TEXT_ARMS: list[dict] = [
     {"name": "MDLM", "scheduler": "MDLMScheduler", "order": "random"},
     {"name": "ReMDM-cap", "scheduler": "ReMDMScheduler", "strategy": "cap", "eta": 0.03},

@@ -104,7 +104,7 @@ def paired_failure_ratio(failed: ArrayLike, failed_other: ArrayLike, *, resample
         return {**result, "low": 0.0, "high": float(3 / theirs.sum())}
     times = resampled(len(ours), resamples, seed)  # how often each puzzle was drawn
     below = times @ theirs
-    # A resample without a failure of the other method has no finite ratio; it belongs at the upper end.
+    # In a resample in which the other method never fails, the ratio is infinite.
     ratios = np.where(below > 0, times @ ours / np.maximum(below, 1), np.inf)
     low, high = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
     return {**result, "low": float(low), "high": float(high) if np.isfinite(high) else None}

@@ -109,7 +109,7 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
     seen: list[dict] = []
     for asked in itertools.count():
         trial = study.ask()
-        # By index: values stand in order as a rule, which a sampler can use, and may be of any kind.
+        # By index: values are usually in order, which helps the sampler, and may have any type.
         chosen = {name: values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in knobs(arm).items()}
         option = arm | chosen
         if option not in seen:  # a setting that is proposed again gets its known score and counts as no trial
@@ -118,7 +118,7 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
         study.tell(trial, scores[seen.index(option)])
         if len(seen) == trials:
             return
-        if asked == MOST_ASKED * trials:  # the sampler has settled
+        if asked == MOST_ASKED * trials:  # the sampler proposes nothing new
             yield from [option for option in options if option not in seen][: trials - len(seen)]
             return
 

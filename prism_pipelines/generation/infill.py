@@ -162,7 +162,7 @@ def prepared(pipe: PrismPipeline, row: dict, positions: Any, marks: str, drop: s
     if row.get("error"):
         return done | {"error": row["error"]}
     longest = max(map(len, tokenizer.get_vocab()))
-    if limit is not None and len(row["text"]) > limit * longest:  # known without reading megabytes
+    if limit is not None and len(row["text"]) > limit * longest:  # so megabytes need not be tokenized
         return done | {"error": f"{len(row['text']):,} characters are too long, the model takes {limit} tokens"}
     try:
         text = masked_text(row["text"], tokenizer, positions, marks, drop)
@@ -220,7 +220,7 @@ def filled(pipe: PrismPipeline, rows: list[dict], generators: list[Generator], c
     import torch
 
     head = pipe.quality_head is not None
-    with warnings.catch_warnings():  # rows have as many masks as they have; the steps are those of the file
+    with warnings.catch_warnings():  # rows have different numbers of masks and the same number of steps
         warnings.filterwarnings("ignore", message=".*steps will write nothing")
         out: Any = pipe(infill=[row["reads"] for row in rows], generator=generators, return_quality=head, **call)
     kept = len(out.texts) // len(rows)

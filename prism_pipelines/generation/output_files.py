@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..pipeline_prism import PrismPipeline
 
 Lines = Callable[[dict[int, dict]], Iterable[str]]  # results by row number -> the parts of the output, in order
-PATIENCE = 1.0  # seconds that a lock may be held by a process that only looks whether it is free
+PATIENCE = 1.0  # seconds to wait for a lock, since another process may hold it only to test it
 
 
 def run_file(out: Path) -> Path:
@@ -73,7 +73,7 @@ def check_run(out: Path, settings: dict) -> bool:
 
 def run_settings(pipe: PrismPipeline, rows: list[dict], generation: dict) -> dict:
     """All that the output depends on: digests of rows, tokenizer, model and head, the scheduler, and the settings."""
-    # With torch, which `prism --help` does without.
+    # Imported here because it loads torch, and `prism --help` must not.
     from ..hub.fingerprints import module_digest
     from ..schedulers.validation import own_fields
 
@@ -162,7 +162,7 @@ def merge(out: Path, total: int, lines: Lines) -> bool:
     """
     if out.exists() and not part_files(out):
         return True
-    with part_lock(run_file(out)):  # two processes may find at once that all is done
+    with part_lock(run_file(out)):  # two processes may find at the same time that everything is done
         if not out.exists():
             done = read_parts(out)
             if len(done) < total:

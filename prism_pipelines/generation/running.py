@@ -154,7 +154,7 @@ def _bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int, int], N
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    lines = shown and not console.is_terminal  # a log gets a line now and then in place of a bar
+    lines = shown and not console.is_terminal  # a log gets a line every 30 seconds instead of a bar
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not shown or not console.is_terminal

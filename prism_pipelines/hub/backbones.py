@@ -122,7 +122,7 @@ def load_whole(
     elif subfolder == "model" and read_json(path, "model_index.json", hub_kwargs) is not None:
         note_origin(model, path, revision_of(model, checkpoint))
     elif not subfolder and recipe == recipe_for(named and dataclasses.replace(named, recipe=None), row, config_dict):
-        # Only so can the path alone, without the caller's recipe, be loaded again.
+        # The base is named only if it can be loaded again by its path, without the caller's recipe.
         note_origin(model, path, revision_of(model, checkpoint))
     return {"model": model, "tokenizer": tokenizer, "mdm_spec": spec.to_dict()}
 
@@ -246,7 +246,7 @@ def load_tokenizer(
         return getattr(transformers, recipe.tokenizer_class).from_pretrained(path, subfolder=subfolder, **hub_kwargs)
     options = {"subfolder": subfolder, "trust_remote_code": trust_remote_code, **hub_kwargs}
     if config_dict.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        # transformers would read the same config, and warn that the model has another type, which no tokenizer needs.
+        # Without this, transformers warns of the unknown model type, which a tokenizer does not need.
         options["config"] = transformers.PreTrainedConfig.from_dict(config_dict | {"_name_or_path": path})
     return AutoTokenizer.from_pretrained(path, **options)
 

@@ -135,7 +135,7 @@ def load_native(
         if info["unexpected_keys"]:  # a name that `key_mapping` misses stands here, after its renaming
             wrong["unused_keys"] = sorted(info["unexpected_keys"])[:3]
         raise ValueError(f"The weights of {path!r} do not fit {recipe.native_class}: {wrong}.")
-    # Buffers of old releases are not missed, and an encoder usually loses its pooler.
+    # Buffers of old releases and the pooler of an encoder are unused without harm, so no warning names them.
     left = sorted(name for name in info["unexpected_keys"] if not name.endswith(("inv_freq", "attn.bias")))
     if left and spec.mask_format == "additive":
         warnings.warn(

@@ -253,7 +253,7 @@ def push_pipeline(
                     "Pass `base_model`, or merge the adapter into the weights first: pipe.fuse_lora()."
                 )
         if pipe.quality_head is not None:
-            # The backbone may be tuned, and gets a new name now. Its fingerprints tell that the head is its own.
+            # A tuned backbone gets a new name now. Its fingerprints show that the head belongs to it.
             rewrite(Path(temporary) / "quality_head" / "config.json", heads.fingerprints(pipe.model))
         for file in Path(temporary).rglob("*.json"):
             scrub(file, base_model)

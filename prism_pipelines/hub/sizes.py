@@ -74,7 +74,7 @@ def model_config(
         ValueError: transformers cannot build the config, or it has another number of layers than the files.
     """
     names = {**native.config_class.attribute_map, **(names or {})}
-    # First of all: some configs make a list of their layers, which takes gigabytes if the number is wrong.
+    # This check comes first: some configs make a list of their layers, which takes gigabytes if their number is wrong.
     check_layers(
         native,
         config_dict.get(names.get("num_hidden_layers", ""), config_dict.get("num_hidden_layers")),

@@ -113,7 +113,7 @@ def enable_prism(
     source = _find_head(pipe, quality_head, hub_kwargs)
     kept = OURS if source.head is None else (PrismScheduler,)
     chosen = scheduler or (pipe.scheduler if isinstance(pipe.scheduler, kept) else None) or _recommended(source, pipe)
-    disable_prism(pipe)  # only now, so that a head that cannot be loaded leaves everything as it was
+    disable_prism(pipe)  # after loading, so that an error of loading changes nothing
     enabled = _Enabled(pipe.scheduler, adapters.active_adapters(model), with_head=source.head is not None)
     pipe._prism = enabled
     if source.adapter is not None:

@@ -83,7 +83,7 @@ MDLM_CONFIG = {
 }
 
 
-# DiffuGPT and DiffuLLaMA were saved from a wrapper of the model that took its embeddings out.
+# DiffuGPT and DiffuLLaMA were saved from a wrapper that held the embeddings outside the model.
 DIFFUGPT_KEYS = {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."}
 DIFFULLAMA_KEYS = {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."}
 DSM_CONFIG = {
@@ -124,7 +124,7 @@ LLADA_MOE_HARDCODED = {
     "moe_router_enable_expert_bias": (False, None),
 }
 ILLADA_HARDCODED = {
-    "layer_norm_eps": (None,),  # it would have other norms
+    "layer_norm_eps": (None,),  # with a value, it would have other norms
     "hidden_act": ("silu",),
     "rope_scaling": (None,),
 }

@@ -109,7 +109,7 @@ def _diffugpt(mask_token_id: int, source: str) -> MDMSpec:
         "GPT2LMHeadModel",
         key_mapping=DIFFUGPT_KEYS,
         vocab_key="embed_tokens.weight",  # its config keeps GPT-2's 50257 where a mask token was added
-        tokenizer_class="GPT2Tokenizer",  # its tokenizer_config names a class of the authors' training code
+        tokenizer_class="GPT2Tokenizer",  # its tokenizer_config names a class in the authors' training code
     )
     return _from_causal(mask_token_id, recipe, source, logit_shift=1, lora_targets=("c_attn", "c_proj"))
 
@@ -477,7 +477,7 @@ def block_facts(row: MDMSpec, config: Any, name: str) -> dict[str, Any]:
     """Attention and block length of a block-causal checkpoint: its config and name override its row."""
     if row.attention != "block_causal":
         return {}
-    if getattr(config, "cross_attn", True) is False:  # BD3-LM's config says so that it does not attend in blocks
+    if getattr(config, "cross_attn", True) is False:  # by this, BD3-LM's config says that attention is not in blocks
         return {"attention": "bidirectional", "block_length": None}
     lengths = [getattr(config, field, None) for field in BLOCK_LENGTH_FIELDS]
     named = re.search(r"-b(\d+)$", name.rstrip("/"))  # SDAR-8B-Chat-b32

@@ -47,7 +47,7 @@ class TransformerBlock(nn.Module):
         allowed = None
         if attention_mask is not None:
             allowed = attention_mask.bool()
-            # A row of padding alone attends to all of it. Some attention kernels give NaN for a softmax over nothing.
+            # A row of padding alone attends to all of itself: some kernels give NaN for a softmax over nothing.
             allowed = (allowed | ~allowed.any(-1, keepdim=True))[:, None, None, :]
         attended = scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         hidden = hidden + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))

@@ -274,7 +274,7 @@ def given_positions(given: Any, texts: Any, canvas: Canvas, tokenizer: Tokenizer
                 raise ValueError(f"`given` must be the beginning of its text, got {beginning!r:.60} for {text!r:.60}.")
         positions = torch.zeros_like(canvas.sample, dtype=torch.bool)
         rows = zip(prompt_ids(beginnings, tokenizer), canvas.sample.tolist(), strict=True)
-        for row, (some, ids) in enumerate(rows):  # the last token of a beginning may span the text after it
+        for row, (some, ids) in enumerate(rows):  # the last token of a beginning may reach into the text after it
             same = next((i for i, (one, other) in enumerate(zip(some, ids, strict=False)) if one != other), len(some))
             positions[row, :same] = True
         return positions

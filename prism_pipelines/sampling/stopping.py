@@ -102,7 +102,7 @@ def end_tokens(eos_token_id: int | list[int] | None, tokenizer: Any, model: Any,
     return ids
 
 
-# Places of a vocabulary that were kept free: [unused7] of BERT, <|reserved_token_7|> of LLaDA, <null_1> of ESM.
+# Reserved tokens of vocabularies: [unused7] of BERT, <|reserved_token_7|> of LLaDA, <null_1> of ESM.
 RESERVED = re.compile(r"[\[<]\|?(unused|reserved|extra_id|null)[\w ]*\|?[\]>]", re.IGNORECASE)
 ANSWER = "\N{SNOWMAN}"
 

@@ -151,16 +151,16 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
         prediction_loss_only=True,
         report_to="none",
         label_names=["input_ids"],
-        use_cpu=not torch.accelerator.is_available(),  # else --bf16 is refused where there is a CPU alone
+        use_cpu=not torch.accelerator.is_available(),  # otherwise --bf16 is refused on a machine with only a CPU
     )
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
-        parser.parse_args(["--help"])  # transformers' reading of --args-file would show that flag alone
+        parser.parse_args(["--help"])  # transformers' own reading of --args-file would show only that flag
     words = expanded(words)
     run, args = parser.parse_args_into_dataclasses(args=[*preset_flags(words), *words], look_for_args_file=False)
-    # A NaN loss would be replaced by the mean of the others, and the run would continue.
+    # Otherwise the Trainer replaces a NaN loss by the mean of the others and continues.
     args.logging_nan_inf_filter = False
-    # Processes that shuffle by seeds of their own would read some examples twice and others never.
+    # If each process shuffled by its own seed, some examples would be read twice and others never.
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
     if args.n_gpu > 1:
         raise ValueError(

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .. import PrismPipeline, sudoku  # the pipeline by its public name: that enters our classes in diffusers' tables
+from .. import PrismPipeline, sudoku  # by its public name, which registers our classes with diffusers
 from ..hub import backbones
 from ..hub.files import fetch_file, inside, is_hub_id, read_json
 from ..hub.fingerprints import module_digest
@@ -41,11 +41,11 @@ from .rollouts import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 512  # tokens of an example, where --max-length does not say and the model takes more
+MAX_LENGTH = 512  # default of --max-length, if the model takes that many tokens
 CHUNK_NUMBERS = 2**27  # logits kept at once: 0.5 GB in float32, and about three times that in the backward pass
 RUN_CONFIG = "training_run.json"  # in the folder of a run: what it began from
-# What a head reads of the run by default. Where the answer is determined, the probability given the prompt says
-# most; in free text, how the model saw it since it was drawn.
+# Default of --context. If the answer is determined, the probability given the prompt is the best input; in free text,
+# the model's probability of the token since it was drawn.
 CONTEXTS = {
     "truth": ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill"),
     "posterior": ("given", "draw", "age", "remasks", "fill", "own"),
@@ -143,7 +143,7 @@ def new_model(run: RunArguments) -> tuple[PreTrainedModel, Tokenizer, MDMSpec]:
         type_vocab_size=1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,  # some families have one of their own, outside this vocabulary
+        mask_token_id=tokenizer.mask_token_id,  # some families have a default that is outside this vocabulary
     )
     if run.config_overrides:
         config.update_from_string(run.config_overrides)
@@ -218,7 +218,7 @@ def begin_at_free_scores(head: QualityHead) -> None:
     first = {
         name: sum(INPUTS[before] for before in head.reads_context[:i]) for i, name in enumerate(head.reads_context)
     }
-    # (channel of the input, weight); the features are a tenth of a log-probability.
+    # (channel of the input, weight). A feature is a log-probability divided by 10.
     weights = {"own": ((1, 4.0), (2, 3.0)), "draw": ((1, 2.0),)} if "own" in first else {"prompt": ((0, 1.0), (3, 5.0))}
     with torch.no_grad():
         for name in weights.keys() & first.keys():
@@ -337,7 +337,7 @@ def build_pipeline(objective: MDMObjective, tokenizer: Tokenizer, run: RunArgume
     elif isinstance(objective, CriticObjective):
         scheduler = TokenCriticScheduler(**drawn)
     elif run.objective == "distill":
-        # Its quality resolves the low end: all below a bar go, at most a quarter of the tokens in a step.
+        # Its low qualities are reliable: tokens below a threshold are remasked, at most a quarter of all in a step.
         scheduler = PrismScheduler(quality_threshold=DISTILLED_BAR, temperature=run.rollout_temperature)
     else:
         # The settings of method.md: a few cells of a Sudoku, the paper's share of a text.
@@ -400,7 +400,7 @@ def load_examples(
         rows = rows.shuffle(seed=args.seed, buffer_size=run.shuffle_buffer)
     eval_rows = None
     if run.eval_dataset is not None:
-        # Another configuration or commit of the same data set would be another one.
+        # Another configuration or commit would be another data set.
         same = run.eval_dataset == run.dataset
         eval_rows = read_rows(
             run.eval_dataset,
@@ -479,12 +479,12 @@ def check_output_dir(folder: str | Path, resume: str | None) -> None:
     if path.is_file():
         raise ValueError(f"`--output-dir` {folder!r} is a file.")
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    # What a run leaves that was killed as it began, and the folder of trackers.
+    # Files of a run that was killed at its start, and the folder of trackers.
     entries = {name for name in entries if not name.endswith(".partial")} - {"runs"}
     entries -= {RUN_CONFIG} if read_origin_fingerprint(path) else set()
     if not entries:
         return
-    ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # those of another trainer would be rotated away
+    ours = any(path.glob(f"checkpoint-*/{MANIFEST}"))  # checkpoints of another trainer would be deleted as old ones
     if "training_log.jsonl" not in entries and not ours:
         raise ValueError(
             f"`--output-dir` {folder!r} holds {sorted(entries)[:3]} and is not the folder of a training run. Name "

@@ -102,7 +102,7 @@ class ObjectiveTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         if "corrupted" not in inputs:
-            self.corrupt_step()  # here, and not where the batches are read: a resumed run restores its noise in between
+            self.corrupt_step()  # not where batches are read: a resumed run restores its random state after that
         total, calls = torch.zeros((), device=self.args.device), [{"part": "predict"} if self.is_prism else {}]
         while calls:
             call = calls.pop(0)
@@ -119,7 +119,7 @@ class ObjectiveTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict:
         """As the Trainer's, with the same noise in every evaluation. The random state of training does not change."""
-        if isinstance(self.model, RolloutObjective):  # its runs are under way; `RolloutProgress` measures on others
+        if isinstance(self.model, RolloutObjective):  # keeps its runs as they are; `RolloutProgress` measures others
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
             return {}
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
@@ -171,12 +171,12 @@ class ObjectiveTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        # Everything the Trainer writes goes below args.output_dir, so that is what moves for the time of writing.
+        # The Trainer writes everything below args.output_dir, so that is changed while it writes.
         self.args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
             if isinstance(self.model, RolloutObjective):
-                (partial / name).mkdir(parents=True, exist_ok=True)  # a process that saves nothing else may be first
+                (partial / name).mkdir(parents=True, exist_ok=True)  # a process that saves nothing may come here first
                 save_file(self.model.state(), partial / name / f"rollouts-{self.args.process_index}.safetensors")
             self.args.output_dir = str(run_dir)
             self.accelerator.wait_for_everyone()
