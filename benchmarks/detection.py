@@ -87,6 +87,20 @@ def judged_rows(pipe, heads: dict[str, QualityHead], task: str, kind: str, batch
         number += 1
 
 
+def rows_of_task(
+    pipe, heads: dict[str, QualityHead], task: str, count: int, length: int, batch_size: int
+) -> list[JudgedRow]:
+    """The judged tokens of all states of a task: `count` puzzles of each kind, or a fifth of it texts."""
+    rows = []
+    for kind, batch in canvases(task, pipe, count if task == "sudoku" else max(8, count // 5), length):
+        for settings, steps in RUNS[task]:
+            torch.manual_seed(SEED)
+            for start in range(0, len(batch["input_ids"]), batch_size):
+                part = {name: value[start : start + batch_size] for name, value in batch.items()}
+                rows += judged_rows(pipe, heads, task, kind, part, settings, steps)
+    return rows
+
+
 def rows_of(denoiser, heads, task: str, kind: str, run, hidden, context):
     """A `JudgedRow` for each row of one state."""
     mask = denoiser.spec.mask_token_id
@@ -182,13 +196,7 @@ def main(argv=None) -> int:
         began = time.perf_counter()
         source = args.model if args.model and task == "text" else bundled(task)
         pipe = PrismPipeline.from_pretrained(source).to(getattr(torch, args.dtype))
-        heads, rows = heads_of(pipe, task, args.heads), []
-        for kind, batch in canvases(task, pipe, count if task == "sudoku" else max(8, count // 5), args.length):
-            for settings, steps in RUNS[task]:
-                torch.manual_seed(SEED)
-                for start in range(0, len(batch["input_ids"]), args.batch_size):
-                    part = {name: value[start : start + args.batch_size] for name, value in batch.items()}
-                    rows += judged_rows(pipe, heads, task, kind, part, settings, steps)
+        rows = rows_of_task(pipe, heads_of(pipe, task, args.heads), task, count, args.length, args.batch_size)
         for kind in dict.fromkeys(row.kind for row in rows):
             found = measures([row for row in rows if row.kind == kind])
             result["tasks"][f"{task}, {kind}" + (" clues" if task == "sudoku" else "")] = found
