@@ -58,12 +58,12 @@ def __dir__() -> list[str]:
 
 
 def bundled(name: str) -> str:
-    """The folder of a pipeline, or of a head for one ("sudoku-head"), that ships with the package.
+    """The path of a pipeline ("sudoku"), or of a head for one ("sudoku-head"), that comes with the package.
 
-    Give it to `PrismPipeline.from_pretrained`; a head as its `quality_head`, with the pipeline that it is for.
+    Pass the path of a pipeline to `PrismPipeline.from_pretrained`, and the path of a head as its `quality_head`.
 
     Raises:
-        ValueError: nothing of that name ships.
+        ValueError: the package has nothing of that name.
     """
     folder = Path(__file__).parent / "bundled"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("quality_head/*.json")))

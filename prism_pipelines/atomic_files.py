@@ -11,10 +11,10 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write to, which takes the place of `path` when the block ends; if the block fails, nothing changes.
+    """A file to write to in a `with` block. It replaces `path` at the end of the block; if that fails, nothing changes.
 
     Args:
-        path: of the file; its folder must exist.
+        path: path of the file; its folder must exist.
         mode: "w" for text (UTF-8, line ends are not translated) or "wb" for bytes.
     """
     path = Path(path)
@@ -31,6 +31,6 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write text or bytes to a file that is there whole or not at all."""
+    """Write text or bytes to a file, which is on the disk whole or not at all."""
     with atomic_file(path, "w" if isinstance(content, str) else "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Arguments of a call of `PrismPipeline` that no run can use, by name."""
+"""Checks of the arguments of `PrismPipeline.__call__`; the errors name the argument."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_optional_counts(**counts: int | None) -> None:
-    """Raise a ValueError unless each argument is None or an integer of at least 1, and the steps have an end."""
+    """Raise a ValueError unless each argument is None or an integer of at least 1, and the steps are not too many."""
     for name, value in counts.items():
         if value is not None:
             check_count(name, value)
@@ -30,7 +30,7 @@ def check_optional_counts(**counts: int | None) -> None:
 
 
 def check_scheduler_and_head(pipe: Any, return_quality: bool, select: str | None, num_samples: int) -> None:
-    """Raise a ValueError if the scheduler or the output needs a head that is not there, or is not calibrated."""
+    """Raise a ValueError if the scheduler or an output needs a head and there is none, or it is not calibrated."""
     heads.check_scheduler(pipe.scheduler)
     if pipe.quality_head is None and pipe.scheduler.needs_quality:
         raise ValueError(
@@ -45,23 +45,29 @@ def check_scheduler_and_head(pipe: Any, return_quality: bool, select: str | None
         raise ValueError(f'`select` must be None or "confidence", got {select!r}.')
     if select is not None and num_samples < 2:
         raise ValueError(f"`select` chooses among `num_samples` of at least 2, got {num_samples}.")
-    if select is not None and not is_calibrated(pipe.quality_head):
-        head = "no quality head" if pipe.quality_head is None else "a quality head without a fitted temperature"
+    if select is not None:
+        check_calibrated(pipe.quality_head, '`select="confidence"`')
+
+
+def check_calibrated(quality_head: QualityHead | None, name: str) -> None:
+    """Raise a ValueError unless the quality of a head is a probability, which `name` needs."""
+    if not is_calibrated(quality_head):
+        head = "no quality head" if quality_head is None else "a quality head without a fitted temperature"
         raise ValueError(
-            f'`select="confidence"` needs a calibrated quality head, and this pipeline has {head}. Calibrate one '
-            "with prism_pipelines.evaluation.fit_temperature."
+            f"{name} needs a calibrated quality head, and this pipeline has {head}. Calibrate one with "
+            "prism_pipelines.evaluation.fit_temperature."
         )
 
 
 def is_calibrated(quality_head: QualityHead | None) -> bool:
-    """Is the quality of a head a probability? Heads say so by the temperature that was fitted for them."""
+    """Is the quality of a head a calibrated probability? Yes if its config has a fitted temperature."""
     return quality_head is not None and quality_head.config.get("temperature") is not None
 
 
 def check_settings(
     config: Any, gen_length: int | None, output_type: str, cfg_scale: float | None, logits_processor: object
 ) -> None:
-    """Raise a ValueError or TypeError for settings that a model with this config, or no model, can follow."""
+    """Raise a ValueError or TypeError for settings that are wrong, or that a model with this config cannot use."""
     limit = checks.max_length(config)
     if gen_length is not None and limit is not None and gen_length > limit:
         raise ValueError(f"`gen_length` is {gen_length}, and the model takes {limit} tokens at most.")
@@ -79,10 +85,10 @@ def check_settings(
 
 
 def callback_inputs(names: list[str] | None, known: list[str]) -> list[str]:
-    """`callback_on_step_end_tensor_inputs`, None for all that are known.
+    """The names in `callback_on_step_end_tensor_inputs`, or all `known` ones for None.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: a name is not in `known`.
     """
     names = known if names is None else names
     if unknown := sorted(set(names) - set(known)):

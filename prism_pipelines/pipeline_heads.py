@@ -24,8 +24,8 @@ else:
 class QualityHeadMixin(_Base):
     """The part of `PrismPipeline` that loads heads and adapters, as diffusers' loader mixins do for its pipelines.
 
-    Heads have names; a head that came with a LoRA adapter has it under the same name in the model. Adapters of the
-    user stay in use beside that of the head.
+    Each head has a name. If a head came with a LoRA adapter, the adapter has the same name in the model. The user's own
+    adapters stay active together with the head's.
     """
 
     model: Any
@@ -54,20 +54,20 @@ class QualityHeadMixin(_Base):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load a quality head, and the LoRA adapter it was trained with if there is one, and use it.
+        """Load a quality head, and the LoRA adapter that it was trained with if there is one, and use them.
 
-        With the first head a scheduler that never remasks gives way to that recommended with the head, or to
-        `PrismScheduler`; any other stays.
+        If this is the first head and the scheduler never remasks, the scheduler is replaced: by the one recommended
+        with the head, or by `PrismScheduler`. Any other scheduler stays.
 
         Args:
             quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`.
-            name: what the head and its adapter are called here; a head of that name is replaced.
+            name: name of the head and its adapter in this pipeline; an earlier head of that name is replaced.
             revision, cache_dir, token, local_files_only: as in huggingface_hub.
         Raises:
-            ValueError: the head was made for another hidden size or another model, or an adapter of that name in the
-                model belongs to something else.
-            TypeError: `quality_head` is neither a head nor a place.
-            OSError: no head there.
+            ValueError: the head was made for another hidden size or another model, or the model has an adapter `name`
+                that belongs to no head.
+            TypeError: `quality_head` is neither a head nor a path or id.
+            OSError: there is no head in that folder or repository.
         """
         hub_kwargs = {
             "revision": revision,
@@ -84,7 +84,7 @@ class QualityHeadMixin(_Base):
             self.scheduler = heads.scheduler_for(quality_head, self.scheduler, hub_kwargs)
 
     def _take_head(self, quality_head: QualityHead | str, name: str, hub_kwargs: dict) -> None:
-        """`load_quality_head`, but for the scheduler."""
+        """`load_quality_head` without the change of scheduler."""
         source = heads.head_place(quality_head)
         head: Any = quality_head if source is None else heads.load_head(source, hub_kwargs)
         heads.check_head(head, self.model, getattr(self, "_revision", None))
@@ -113,16 +113,19 @@ class QualityHeadMixin(_Base):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load a LoRA adapter, and use it beside those in use; the repository of a head as `load_quality_head`.
+        """Load a LoRA adapter, and activate it together with those that are active.
+
+        For the repository of a head this is the same as `load_quality_head`.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id of a PEFT adapter, or of a head.
-            adapter_name: what it is called here; None for "default", and for "prism" with a head.
-            subfolder: of the adapter.
+            adapter_name: name of the adapter in this pipeline. None for "default", or for "prism" with a head.
+            subfolder: folder of the adapter in the repository.
             revision, cache_dir, token, local_files_only: as in huggingface_hub.
         Raises:
-            ValueError: an adapter of that name is there, it does not fit the model, or is more than LoRA.
-            OSError: no adapter there, or its weights are no safetensors.
+            ValueError: the model has an adapter of that name; or the new one does not fit the model, or is more than
+                LoRA.
+            OSError: there is no adapter, or its weights are not safetensors.
         """
         path = str(pretrained_model_name_or_path)
         hub_kwargs: dict[str, Any] = {
@@ -143,10 +146,15 @@ class QualityHeadMixin(_Base):
         adapters.use_adapters(self.model, [*before, name])
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
-        """Take an adapter out of the model, None for all but those of heads; fused weights stay fused, for good.
+        """Remove one of the user's adapters from the model. If adapters are fused, all fused ones go together.
 
+        The weights stay fused, and can no longer be unfused.
+
+        Args:
+            adapter_name: name of the adapter. None for all adapters except those of heads, or for all fused ones.
         Raises:
-            ValueError: no adapter of that name, or that of a head, which goes with `unload_quality_head`.
+            ValueError: no adapter has that name, it belongs to a head (see `unload_quality_head`), or it is fused
+                together with others.
         """
         held, fused = adapters.adapter_names(self.model), adapters.fused_adapters(self.model)
         own = [] if fused else [name for name in held if name not in self._heads]
@@ -162,14 +170,15 @@ class QualityHeadMixin(_Base):
     def fuse_lora(
         self, adapter_names: list[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = False
     ) -> None:
-        """Add the active adapters to the weights of the model, as in diffusers: a forward costs no more than without.
+        """Add the active adapters to the weights of the model, as in diffusers. Then adapters cost no time.
 
         Args:
-            adapter_names: None for all that are active; a list must name all of them.
-            lora_scale: factor of what the adapters add.
-            safe_fusing: check for NaN and inf first.
+            adapter_names: the names of all active adapters; None for these.
+            lora_scale: factor for the adapters' part of the weights.
+            safe_fusing: raise an error if a weight would become NaN or inf.
         Raises:
-            ValueError: no adapter is active, or others than the active ones are named; or as `safe_fusing` says.
+            ValueError: no adapter is active; `adapter_names` are not the active ones; some are fused already; or, with
+                `safe_fusing`, a weight would be NaN or inf.
         """
         adapters.fuse(self.model, adapter_names, lora_scale, safe_fusing)
 
@@ -197,12 +206,12 @@ class QualityHeadMixin(_Base):
         Args:
             repo_id: "owner/name" on the Hub; made if missing.
             what: "head" or "pipeline".
-            base_model: Hub id of the backbone that the head belongs to; None for what its config says.
+            base_model: Hub id of the backbone that the head belongs to; None for the one in the head's config.
             private, token, revision, commit_message: as `hub.publish.Commit`.
         Returns:
             URL of the commit.
         Raises:
-            ValueError: another `what`, no head, or a base model that is not on the Hub.
+            ValueError: another `what`, no head to upload, or a base model that is not on the Hub.
         """
         from .hub.publish import Commit, push_head_repo, push_pipeline
 
@@ -213,7 +222,7 @@ class QualityHeadMixin(_Base):
 
     @property
     def _heads(self) -> dict[str, QualityHead]:
-        """Loaded heads by name; that of the constructor is called "prism"."""
+        """Loaded heads by name. A head that was passed to the constructor is called "prism"."""
         if "_named_heads" not in self.__dict__:
             self.__dict__["_named_heads"] = {} if self.quality_head is None else {"prism": self.quality_head}
         return self.__dict__["_named_heads"]
@@ -231,7 +240,7 @@ class QualityHeadMixin(_Base):
         heads.check_adapter(name, self._with_adapter, self.model)
 
     def _use_adapter(self, name: str | None) -> None:
-        """Make the adapter of a head the one in use of those of heads, or none; those of the user stay in use."""
+        """Activate the adapter of the head `name`, or of no head for None. The user's adapters stay active."""
         users = [other for other in adapters.active_adapters(self.model) if other not in self._heads]
         adapters.use_adapters(self.model, users if name is None else [*users, name])
 
@@ -241,21 +250,21 @@ class QualityHeadMixin(_Base):
         return name if name in adapters.adapter_names(self.model) else None
 
     def _place(self, head: QualityHead) -> QualityHead:
-        """The head, on the device of the canvas, where the hidden states come back to."""
+        """The head, moved to the device of the canvas, where the hidden states arrive."""
         return head.to(self._execution_device)
 
     def save_pretrained(  # type: ignore[override]  # all that diffusers' takes is handed on
         self, save_directory: str | Path, *args: Any, **kwargs: Any
     ) -> None:
-        """As in diffusers. Adapters of the user and of the head in use are saved with it, see `saved_model.py`.
+        """As in diffusers. The user's adapters and that of the head in use are saved too, see `hub/saved_model.py`.
 
         Raises:
-            ValueError: the folder holds a pipeline saved before, parts of which would be loaded with this one.
+            ValueError: the folder holds parts of an earlier pipeline that would be loaded together with this one.
         """
         folder, mine = Path(save_directory), self._head_adapter()
         if not adapters.adapter_names(self.model):
             refuse_stale(folder / "model", "adapter*", "an adapter", "whole model")
-            with self.denoiser.lock:  # while another thread is in a forward, the config says what must not be saved
+            with self.denoiser.lock:  # a forward pass of another thread changes the config for a moment
                 return super().save_pretrained(save_directory, *args, **kwargs)
         names = {name: name for name in adapters.adapter_names(self.model) if name not in self._heads}
         if mine is not None and "prism" in names:
@@ -269,7 +278,7 @@ class QualityHeadMixin(_Base):
             nonlocal whole
             whole = save_model(self.model, Path(model_folder), names)
 
-        self.model.save_pretrained = save  # for diffusers; that of transformers writes one adapter, and no more
+        self.model.save_pretrained = save  # diffusers calls it; transformers' own would write one adapter and no more
         try:
             with self.denoiser.lock:
                 super().save_pretrained(save_directory, *args, **kwargs)
@@ -293,12 +302,15 @@ class QualityHeadMixin(_Base):
         self.register_modules(quality_head=self._place(self._heads[name]))
 
     def unload_quality_head(self, name: str | None = None) -> None:
-        """Drop a head and its adapter; None for all. A scheduler left without any becomes `MDLMScheduler`, and warns.
+        """Remove a head and its adapter.
 
-        If other heads are left, none of them is taken into use by itself: `set_quality_head`.
+        Other heads are not used until `set_quality_head` is called. If no head is left and the scheduler needs one, the
+        scheduler is replaced by `MDLMScheduler`, with a warning.
 
+        Args:
+            name: name of the head; None for all heads.
         Raises:
-            ValueError: no head of that name.
+            ValueError: no head has that name.
         """
         heads.check_scheduler(self.scheduler)
         if name is not None and name not in self._heads:
@@ -309,7 +321,7 @@ class QualityHeadMixin(_Base):
             self._with_adapter.discard(gone)
             if in_use:
                 self.register_modules(quality_head=None)
-        if name is None and self.quality_head is not None:  # one that was set as an attribute
+        if name is None and self.quality_head is not None:  # a head that was set as an attribute
             self.register_modules(quality_head=None)
         if not self._heads and self.quality_head is None and self.scheduler.needs_quality:
             warnings.warn("The scheduler needed the head; the pipeline goes on with MDLMScheduler.", stacklevel=2)

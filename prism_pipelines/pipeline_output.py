@@ -24,16 +24,17 @@ class PrismPipelineOutput(BaseOutput):
         quality: P(token is right) of every token, float32 (B, L) in [0, 1], 1 where nothing was generated; None unless
             `return_quality`.
         nfe: forward passes made.
-        nfe_per_row: the same for each row, list of B ints.
-        trace: `Trace`, a list of `TraceStep` of all samples with `to_html`; None unless `return_trace`.
-        confidence: P(all generated tokens of the row are right), the product of their qualities, float32 (B,). Known if
-            the quality of the result is (`return_quality`, `select`, or `JudgeAndRepairScheduler`) and the head is
-            calibrated; else None. For open text, where many tokens would do, it only ranks.
-        accepted: rows in which `JudgeAndRepairScheduler` found nothing that is worth another repair, bool (B,); None
-            for schedulers that do not judge.
-        probs: the model's own probability of each token when it was drawn, float32 (B, L): at temperature 1, before
-            top_p and top_k, after a `logits_processor`. 1 where nothing was generated; NaN for tokens that were not
-            drawn (of a callback, or the end tokens that fill a finished row). None unless `return_probs`.
+        nfe_per_row: forward passes in which each row took part, list of B ints.
+        trace: `Trace` of all samples, a list of `TraceStep` with a method `to_html`; None unless `return_trace`.
+        confidence: P(all generated tokens of the row are right), the product of their qualities, float32 (B,). None
+            unless the head is calibrated and the result was judged (by `return_quality`, `select`, or
+            `JudgeAndRepairScheduler`). In open text many tokens are right at each place, so there the confidence can
+            rank rows, but is no probability.
+        accepted: rows in which `JudgeAndRepairScheduler` found that no further repair pays, bool (B,); None for
+            schedulers that do not judge.
+        probs: the model's own probability of each token when it was drawn, float32 (B, L), at temperature 1, before
+            top_p and top_k, and after a `logits_processor`. 1 where nothing was generated. NaN for tokens that were not
+            drawn (from a callback, or end tokens that fill a finished row). None unless `return_probs`.
     """
 
     sequences: Tensor
@@ -52,13 +53,13 @@ class LikelihoodOutput(BaseOutput):
     """What `PrismPipeline.log_likelihood` returns.
 
     Args:
-        log_likelihood: of the tokens in question of each row, in nats, float64 (B,). -inf where one of them is a token
-            that the model never writes.
-        standard_error: of it, float64 (B,); 0 where nothing is random.
-        num_tokens: how many tokens are in question, int64 (B,).
+        log_likelihood: log-likelihood of the scored tokens of each row, in nats, float64 (B,). -inf if one of them is a
+            token that the model never predicts.
+        standard_error: standard error of `log_likelihood`, float64 (B,); 0 where nothing is random.
+        num_tokens: number of scored tokens, int64 (B,).
         perplexity: exp(-log_likelihood / num_tokens), float64 (B,): an upper bound for method "bound".
         nfe: forward passes made.
-        nfe_per_row: those in which each row took part, list of B ints.
+        nfe_per_row: forward passes in which each row took part, list of B ints.
         token_log_probs: log p(token | all others), float32 (B, L), NaN elsewhere; None for method "bound".
     """
 
@@ -72,14 +73,13 @@ class LikelihoodOutput(BaseOutput):
 
 
 def row_confidence(quality: Tensor, generated: Tensor) -> Tensor:
-    """Log of the product of the qualities of the generated tokens of each row: log P(all are right), were each of these
-    events independent of the others.
+    """Log of the product of the qualities of each row's generated tokens: log P(all are right) if they are independent.
 
     Args:
         quality: P(token is right), float (B, L).
         generated: positions that count, bool (B, L).
     Returns:
-        float32 (B,), 0 for a row without any.
+        float32 (B,); 0 for a row without generated tokens.
     """
     return quality.float().clamp(min=1e-6).log().masked_fill(~generated, 0).sum(-1)
 
@@ -93,7 +93,7 @@ def output_of(
     best_of: int | None,
     output_type: str,
 ) -> PrismPipelineOutput:
-    """What a run gives; of each `best_of` rows next to each other the most confident one, None for all."""
+    """The output of a run. Of each `best_of` adjacent rows only the most confident one is kept; None keeps all."""
     generated, sample, accepted, texts = run.canvas.generated, state.sample, state.accepted, None
     if output_type == "text" and run.tokenizer is not None:
         texts = decode(sample, run.canvas, run.tokenizer, run.mask_token_id, run.endings)

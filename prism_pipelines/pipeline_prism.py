@@ -29,7 +29,7 @@ from .pipeline_checks import (
 )
 from .pipeline_heads import QualityHeadMixin
 from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, output_of
-from .sampling.canvas import canvas_of, canvas_of_infill, changed_sample, given_positions
+from .sampling.canvas import Canvas, canvas_of, canvas_of_infill, changed_sample, given_positions
 from .sampling.encoding import Frame, chat_prompt, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.likelihood import METHODS, estimate, scored_canvas
@@ -66,14 +66,14 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
     """Sampling from a masked diffusion model that may revise its own tokens.
 
     Args:
-        model: transformers masked language model with an output head; of a `PeftModel` the model in it, with its LoRA.
-        tokenizer: its tokenizer; without one, ids go in and ids come out.
+        model: transformers masked language model with an output head. A `PeftModel` is unwrapped, and keeps its LoRA.
+        tokenizer: the model's tokenizer; without one, ids go in and ids come out.
         quality_head: `QualityHead` for remasking by PRISM, or None.
         scheduler: decoding rule; default `PrismScheduler()` with a head, `MDLMScheduler()` without.
-        mdm_spec: `MDMSpec` or its dict; default what `resolve_spec` finds.
+        mdm_spec: `MDMSpec` or its dict; the default is found by `resolve_spec`.
     Raises:
         ValueError: no mask token is known, the head does not fit the model, or the model is causal.
-        TypeError: `quality_head` is no `QualityHead`.
+        TypeError: `quality_head` is no `QualityHead`, or `scheduler` is none of this package.
     """
 
     _optional_components = ["tokenizer", "quality_head", "scheduler"]  # noqa: RUF012  diffusers reads the list
@@ -107,7 +107,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
 
     @property
     def denoiser(self) -> MaskedDenoiser:
-        """The model behind the contract of `MaskedDenoiser`; made anew at each use, so never on a stale device."""
+        """The model as a `MaskedDenoiser`. Each access makes a new one, so that it is on the model's present device."""
         ends = end_tokens(None, self.tokenizer, self.model, self.spec)
         return self._denoiser_without(default_suppress_tokens(self.tokenizer, ends))
 
@@ -127,7 +127,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         return text_frame(self.tokenizer, self.spec)
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the output head is read after the model has run, and would be back on the CPU by then."""
+        """Raises a ValueError: the output head is read after the model has run, and would be on the CPU by then."""
         raise ValueError(
             "Model CPU offload would move the output head away before it is read. Load with "
             'PrismPipeline.from_pretrained(..., device_map="auto") in its place.'
@@ -183,62 +183,62 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
             input_ids: prompt ids, int64 (B, P), in place of `prompt`; a mask token in it is kept as it is.
             attention_mask: 1 for tokens and 0 for padding, (B, P), with `input_ids`.
             infill: text, texts or ids (B, L) holding mask tokens. They are filled, everything else is kept exactly.
-            num_samples: samples of each row, next to each other; how many rows if nothing else is given.
+            num_samples: samples of each row, next to each other; without a prompt, the number of rows.
             use_chat_template: False continues `prompt` as plain text.
-            chat_template_kwargs: for the template, beside the chat, such as {"enable_thinking": False} of Qwen3.
-            continue_final_message: the last of `messages` is the assistant's and begins the answer, which goes on after
-                it (prefill); `texts` hold what follows.
-            gen_length: tokens to generate; needed for all but `infill`. Special tokens that an encoder's texts begin
-                and end with ([CLS], [SEP]) are given, and come on top; none are put around `input_ids`.
-            block_length: generate blocks of this many tokens from left to right; None for all at once, or for the
-                model's own block if it is block-causal: then blocks begin at multiples of it, and it must be a multiple
-                or a divisor of the model's.
-            num_inference_steps: steps of the whole run, spread over the blocks, the remainder first. Default: one per
-                generated token of the longest row, at most 64 and at least one a block.
+            chat_template_kwargs: further arguments of the template, such as {"enable_thinking": False} of Qwen3.
+            continue_final_message: the last of `messages` is the assistant's, and is the beginning of the answer
+                (prefill). `texts` hold what follows it.
+            gen_length: number of tokens to generate; required except for `infill`. The special tokens around an
+                encoder's texts ([CLS], [SEP]) are given and do not count. None are put around `input_ids`.
+            block_length: generate blocks of this many tokens from left to right. None for one block, or for the block
+                length of a block-causal model. With such a model blocks begin at multiples of `block_length`, which
+                must be a multiple or a divisor of the model's.
+            num_inference_steps: steps of the whole run, spread evenly over the blocks; the first blocks get the
+                remainder. Default: one per generated token of the longest row, at most 64, and at least one per block.
             temperature, top_p, top_k: of sampling; None for the scheduler's.
-            cfg_scale: classifier-free guidance, see `GuidedLogits`: a second forward in each step, counted in `nfe`,
-                with everything that is not generated masked. None or 0 for none.
+            cfg_scale: classifier-free guidance, see `GuidedLogits`. Each step makes a second forward pass, counted in
+                `nfe`, in which everything that is not generated is masked. None or 0 for no guidance.
             eos_token_id: ids that end a text; None for those of the tokenizer and the generation config.
-            eos_early_stop: when a block is done, a row with an end token and no mask before it is finished: the rest
-                of it is filled with the first of the end tokens and costs no more forwards. False: an end token is a
-                token like others, and all is generated. `texts` end before it either way, but for `infill`.
-            suppress_tokens: ids that are never written. With the end tokens here, every text has its whole length.
-            allow_tokens: ids that may be written although they are no content: special and reserved tokens, and those
-                that the family forbids (X of ESM). End tokens of language models may be written anyway, those of an
-                encoder if they are in `eos_token_id`.
-            logits_processor: called as `logits_processor(positions, logits)` with the logits (N, V) that a step reads,
-                and where they stand, `Positions(row, column, sample)`; gives the logits to use. For grammars and
-                alphabets, see docs/pipeline.md. What is never written stays so.
-            stop: strings that finish a row likewise; `texts` end before the first one. Special tokens in them are
-                looked for too, and may be written.
-            generator: one, or a list of one per row: then a row's result does not depend on the other rows, if
-                `num_inference_steps` is given; the default counts the masks of the row that has most.
+            eos_early_stop: after each block, finish rows that have an end token and no mask before it: the rest of the
+                row is filled with the first end token, and the row makes no further forward pass. False generates
+                all tokens. In both cases `texts` end before the first end token, except for `infill`.
+            suppress_tokens: ids that are never written. Name the end tokens here for texts of full length.
+            allow_tokens: ids that may be written although sampling suppresses them by default: special and reserved
+                tokens, and those that the family names (X of ESM). End tokens of language models may always be written,
+                those of an encoder if they are in `eos_token_id`.
+            logits_processor: called as `logits_processor(positions, logits)` with the logits (N, V) that a step reads
+                and their `Positions(row, column, sample)`; returns the logits to use. It cannot allow suppressed
+                tokens. For grammars and alphabets, see docs/pipeline.md.
+            stop: strings that finish a row, as end tokens do with `eos_early_stop`; `texts` end before the first one.
+                Special tokens in them may be written.
+            generator: one, or a list of one per row. With a list and `num_inference_steps`, a row's result does not
+                depend on the other rows. (The default number of steps depends on the row with most masks.)
             output_type: "text", or "seq" for ids only.
             return_dict: False for a plain tuple.
-            return_quality: also give the quality of the result; one more forward, counted in `nfe`.
-            return_probs: also give the probability with which each token was drawn; no further forward.
-            return_trace: also give a `Trace`: every step, and `out.trace.to_html(path)`, a page that plays them.
+            return_quality: also return the quality of the result; one more forward pass, counted in `nfe`.
+            return_probs: also return the probability with which each token was drawn; no further forward pass.
+            return_trace: also return a `Trace` of every step; `out.trace.to_html(path)` writes a page that plays it.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return
-                {"sample": ids} to change the canvas. A block is final after its last timestep; `sample` may be without
-                masks before. `quality` is 0, or of an earlier step, where this one did not compute it.
-            callback_on_step_end_tensor_inputs: which of sample, quality, remasked, unmasked, generation_mask (the
-                block's positions) it gets; default all.
-            threshold: in (0, 1]; in each step also write every token of a confidence above it, and at least one. A row
-                leaves the batch when its block is full, so fewer forwards than `num_inference_steps` are made. Sets
-                the scheduler's `use_threshold` for this call; None for what the scheduler says.
-            cache: "none", "prefix" or "block", see `sampling/kv_cache.py`: keep keys and values of finished blocks,
-                or of all but the block at work. Exact for block-causal models (the two are one there), an approximation
-                for others.
-            cache_refresh_interval: with a cache, steps of a block from one full forward to the next; 1 is exact.
-                None: one at the start of each block.
-            select: "confidence" returns, of the `num_samples` samples of each row, the one of the highest confidence
-                alone; needs a calibrated head. Costs the forward of `return_quality`, unless the scheduler judges.
-                `nfe` and the trace are those of all samples, `nfe_per_row` the sum over them. None returns all.
+                {"sample": ids} to change the canvas. A block is final after its last timestep, and may have no masks
+                before. Where a step computes no quality, `quality` is 0 or comes from an earlier step.
+            callback_on_step_end_tensor_inputs: which of "sample", "quality", "remasked", "unmasked", "generation_mask"
+                (the block's positions) the callback gets; None for all.
+            threshold: in (0, 1]; each step also writes every token of a higher confidence, and at least one token. A
+                row whose block is full makes no further forward pass, so `nfe` falls below `num_inference_steps`. Sets
+                the scheduler's `use_threshold` for this call. None for the scheduler's config.
+            cache: "none", "prefix" (keep keys and values of finished blocks) or "block" (of all but the current block),
+                see `sampling/kv_cache.py`. For block-causal models both are the same and exact; for others they are an
+                approximation.
+            cache_refresh_interval: with a cache, steps of a block from one full forward pass to the next; 1 is exact.
+                None for one at the start of each block.
+            select: "confidence" returns only the sample of the highest confidence among the `num_samples` of each row;
+                needs a calibrated head. Costs the pass of `return_quality`, unless the scheduler judges. `nfe` and
+                the trace are those of all samples, `nfe_per_row` is the sum over them. None returns all samples.
         Returns:
             `PrismPipelineOutput`, or all its fields as a tuple, in their order.
         Raises:
-            ValueError, TypeError: an argument that no run can use, by name.
-            torch.OutOfMemoryError: with what to lower.
+            ValueError, TypeError: an argument is wrong; the error names it.
+            torch.OutOfMemoryError: the error says which arguments to lower.
         """
         check_count("num_samples", num_samples)
         check_optional_counts(num_inference_steps=num_inference_steps, gen_length=gen_length, block_length=block_length)
@@ -302,7 +302,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         suppress_tokens: int | list[int] | None,
         allow_tokens: int | list[int] | None,
     ) -> MaskedDenoiser:
-        """The denoiser of one call: `written` and `allow_tokens` may be written although they are no content."""
+        """The denoiser of one call, which may write the special tokens in `written` and `allow_tokens`."""
         vocab_size = self.model.config.vocab_size
         suppressed = token_ids("suppress_tokens", suppress_tokens, vocab_size)
         allowed = token_ids("allow_tokens", allow_tokens, vocab_size)
@@ -310,15 +310,15 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         return self._denoiser_without((*suppressed, *no_content(self.tokenizer, self.spec, (*written, *allowed))))
 
     def _after_step(self, scheduler: Scheduler, callback: Callable | None, wanted: list[str], bar: Any) -> Callable:
-        """What the loop calls after each step: the user's callback, if there is one, and the progress bar."""
-        shown_pipe = copy.copy(self)  # the callback finds the run's scheduler in it; others may run at the same time
+        """A function that the loop calls after each step: it calls the user's callback, and moves the progress bar."""
+        shown_pipe = copy.copy(self)  # with the scheduler of this run; other runs may share the pipeline
         shown_pipe.__dict__["scheduler"] = scheduler
         numbers = count()
 
         def after_step(t: int | Tensor, tensors: dict) -> Tensor:
             sample, number = tensors["sample"], next(numbers)
             if callback is not None:
-                shown = sample.clone()  # or a change in place would go unseen, and a cache be out of date
+                shown = sample.clone()  # so that a change in place is noticed, and a cache is dropped
                 given = {name: shown if name == "sample" else tensors[name] for name in wanted}
                 changed = callback(shown_pipe, number, t, given)
                 sample = changed_sample(changed, shown, sample, self.model.config.vocab_size)
@@ -339,25 +339,25 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
     ) -> tuple[Tensor, Tensor, list[list[str]] | None]:
         """P(token is right) of every token of some text, without generation.
 
-        A head that reads what the run knows (`head.reads_context`) takes a text as one that nobody watched being
-        written: when and how surely its tokens were drawn is unknown. `given` tells it more.
+        For a head that reads a run context (`head.reads_context`), most of the context is unknown here: when each token
+        was drawn, and with which probability. `given` adds what it can.
 
         Args:
             texts: a text or a list of texts.
             input_ids: int64 (B, L) in place of `texts`.
             attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
-            given: which part of each text was there from the start and is not in question: the beginning of each text,
-                a string or a list of strings; or bool (B, L). A token that is only partly in the beginning is not
-                given. It is read by heads with context alone. One that reads "prompt" or "first_hidden" then costs a
-                second forward pass, on the given part with all else masked. None for nothing known.
-            by: "head", the quality head. "own", the model's own probability of each token in the pass that sees it: one
-                forward and no head, a good judge only for models whose training corrupts visible tokens (BERT, ESM).
-                "leave_one_out", the probability of each token given all others: one forward for each token.
+            given: the part of each text that was not generated: its beginning, as a string or a list of strings; or
+                bool (B, L). A token that is only partly in the beginning does not count. Only heads with context read
+                it. One that reads "prompt" or "first_hidden" then needs a second forward pass, in which all but the
+                given part is masked. None if nothing is known.
+            by: "head": the quality head. "own": the model's own probability of each token where it sees the token; one
+                forward pass and no head, but good only if the model's training corrupts visible tokens (BERT, ESM).
+                "leave_one_out": the probability of each token given all others; one forward pass for each token.
         Returns:
             quality, float32 (B, L) in [0, 1], 0 at masks and padding; the ids (B, L); the tokens as strings, or None
             without a tokenizer.
         Raises:
-            ValueError: no quality head, not exactly one of `texts` and `input_ids`, or `given` does not fit.
+            ValueError: no quality head, none or both of `texts` and `input_ids`, or `given` does not fit.
             TypeError: `given` is neither strings nor bool.
         """
         if by not in SCORES:
@@ -382,13 +382,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
             hidden_from = hidden_from | (mask == 0)
         with nan_errors(self.denoiser, canvas, self.quality_head):
             if by == "head":
-                hidden = self.denoiser.hidden(sample, mask)
-                known: dict[str, Tensor | None] = {}
-                if self.quality_head.reads_context:
-                    given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
-                    context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
-                    known = self.quality_head.inputs(context, sample, self.mask_token_id)
-                quality = no_nan(self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0))
+                quality = no_nan(self._by_head(canvas, given, texts).masked_fill(hidden_from, 0.0))
             elif by == "own":
                 quality = own_log_probs(self.denoiser, sample, mask, self.denoiser.hidden(sample, mask)).exp()
             else:
@@ -400,6 +394,16 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
         return quality, sample, tokens
+
+    def _by_head(self, canvas: Canvas, given: Any, texts: Any) -> Tensor:
+        """What the quality head says of a canvas of `texts`, (B, L); `given` as `score` takes it."""
+        sample, mask = canvas.sample, canvas.attention_mask
+        hidden = self.denoiser.hidden(sample, mask)
+        if not self.quality_head.reads_context:
+            return self.quality_head.quality(hidden, mask)
+        given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
+        context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
+        return self.quality_head.quality(hidden, mask, **self.quality_head.inputs(context, sample, self.mask_token_id))
 
     def log_likelihood(
         self,
@@ -414,25 +418,27 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         batch_size: int = 16,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> LikelihoodOutput:
-        """How likely the model finds some texts, see `sampling/likelihood.py` for the estimators and their cost.
+        """The log-likelihood of some texts, see `sampling/likelihood.py` for the estimators and their cost.
 
-        The likelihood is the model's own: no head, scheduler, temperature or suppressed token takes part, but tokens
-        that are never predicted (the mask, padding) have none. Special tokens around a text are given.
+        The likelihood is the model's own. Head, scheduler, temperature and `suppress_tokens` play no part, but tokens
+        that are never predicted (the mask, padding) have probability 0. Special tokens around a text are given.
 
         Args:
-            texts: a text or texts.
-            prompt: a text, or one for each of `texts`, which follow it and whose likelihood given it is asked for. It
-                is taken as it is, without a chat template.
+            texts: a text or a list of texts.
+            prompt: a text, or one for each of `texts`. Then the result is the likelihood of each text as the
+                continuation of its prompt. No chat template is applied.
             input_ids: int64 (B, L) in place of `texts`.
             attention_mask: 1 for tokens and 0 for padding, (B, L), with `input_ids`.
-            given: which tokens are not in question: the beginning of each text, or bool (B, L), as `score` takes it.
-            method: "bound", a Monte Carlo estimate of a lower bound; or "pseudo", the pseudo-log-likelihood, by which
-                encoders that never saw many masks at once are compared (BERT, ESM-2).
-            num_samples: forward passes of a row for the bound (of each block of a block-causal model).
+            given: tokens that are not scored: the beginning of each text, or bool (B, L), as in `score`.
+            method: "bound": a Monte Carlo estimate of a lower bound. "pseudo": the pseudo-log-likelihood, usual for
+                encoders that never saw many masks at once (BERT, ESM-2).
+            num_samples: for "bound", forward passes of each row (or of each block of a block-causal model).
             batch_size: rows of one forward pass.
-            generator: as in a call.
+            generator: as in a call of the pipeline.
+        Returns:
+            `LikelihoodOutput`.
         Raises:
-            ValueError, TypeError: an argument that cannot be used, by name.
+            ValueError, TypeError: an argument is wrong; the error names it.
         """
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
@@ -482,26 +488,26 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         local_files_only: bool = False,
         trust_remote_code: bool = False,
     ) -> PrismPipeline:
-        """A pipeline from a saved pipeline, a transformers model, or the repository of a head alone.
+        """A pipeline from a saved pipeline, a transformers model, or the repository of a head.
 
-        A head's repository names its base model, which is loaded with it, and may hold the scheduler settings that
-        work best with it.
+        The repository of a head names its base model, which is loaded too. It may hold recommended scheduler settings.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`, with its LoRA adapter.
             scheduler, tokenizer: objects to use in place of the saved ones.
             mdm_spec, mask_token_id: override what is detected, see `resolve_spec`.
-            torch_dtype, dtype: of the model, float32 by default; two names for one thing. The head stays float32.
+            torch_dtype, dtype: dtype of the model; two names for one argument. Default float32. The head stays float32.
             device_map, quantization_config, attn_implementation, max_memory, offload_folder: as transformers'
                 `from_pretrained`, for the model. Models with an additive mask (LLaDA, Dream) run with
                 attn_implementation "sdpa", the default, or "eager".
-            revision: of `pretrained_model_name_or_path`; a branch, tag or commit.
+            revision: branch, tag or commit of `pretrained_model_name_or_path`.
             cache_dir, token, local_files_only: as in huggingface_hub.
-            subfolder: of a plain model repository.
-            trust_remote_code: run model code from the repository where no native class serves; off by default.
+            subfolder: folder of the model inside a plain model repository.
+            trust_remote_code: run model code from the repository if transformers has no class for the model; default
+                False.
         Raises:
-            ValueError: the model is causal, has no known mask token, or the head was made for another model.
+            ValueError: the model is causal or has no known mask token, or the head was made for another model.
             OSError: not found, or no safetensors weights.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
@@ -557,17 +563,18 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         scheduler: Scheduler | None = None,
         **kwargs: Any,
     ) -> PrismPipeline:
-        """A pipeline of the parts of another, such as diffusers' `LLaDA2Pipeline`; they are shared, not copied.
+        """A pipeline from the parts of another, such as diffusers' `LLaDA2Pipeline`. They are shared, not copied.
 
         Args:
-            pipeline: a pipeline with `model` and `tokenizer`.
-            quality_head: as `from_pretrained`; None keeps the one of a `PrismPipeline`.
-            scheduler: None keeps that of a `PrismPipeline`, and else takes the default; with a new head, that which
-                is recommended with it, or one that reads it.
-            mdm_spec: `MDMSpec` or dict; None keeps or detects it.
+            pipeline: a pipeline with `model` and, if it has one, `tokenizer`.
+            quality_head: as `from_pretrained`; None keeps the heads of a `PrismPipeline`.
+            scheduler: decoding rule. With a new head, None takes the scheduler recommended with it, else keeps one that
+                reads quality, else makes a `PrismScheduler`. Without a new head, None keeps the scheduler of a
+                `PrismPipeline`, or takes the constructor's default.
+            mdm_spec: `MDMSpec` or dict. None keeps that of a `PrismPipeline`, or detects it.
         Raises:
-            ValueError: `pipeline` has no `model`, or what the constructor and `load_quality_head` raise: so if a head's
-                adapter is in the shared model already, unload that first.
+            ValueError: `pipeline` has no `model`, or as the constructor and `load_quality_head`. If a head's adapter is
+                in the shared model already, unload that head first.
         """
         if unknown := sorted(set(kwargs) - {"mdm_spec"}):
             raise TypeError(f"`from_pipe` takes quality_head, scheduler and mdm_spec, got {unknown}.")

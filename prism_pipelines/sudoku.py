@@ -121,8 +121,8 @@ def conflicts(puzzle: Iterable[int]) -> list[tuple[int, int]]:
 def count_solutions(puzzle: Iterable[int], limit: int = 2, max_visits: int | None = None) -> int | None:
     """How many solutions a puzzle has, exactly, counting no further than `limit` (2 proves or refutes uniqueness).
 
-    `max_visits` bounds the search, in partial grids looked at; None is returned where it was not enough to know. Most
-    puzzles take thousands, but there are some, without a solution or with few clues, that take millions.
+    `max_visits` is the largest number of partial grids that the search looks at; the result is None if that was not
+    enough. Most puzzles take thousands, but some, without a solution or with few clues, take millions.
     """
     cells = [int(digit) for digit in puzzle]
     try:
@@ -132,7 +132,7 @@ def count_solutions(puzzle: Iterable[int], limit: int = 2, max_visits: int | Non
 
 
 def solve(puzzle: Iterable[int]) -> np.ndarray | None:
-    """The first solution of a puzzle, int64 of shape (81,), or None where there is none."""
+    """The first solution of a puzzle, int64 of shape (81,); None if there is none."""
     cells = [int(digit) for digit in puzzle]
     found = [] if conflicts(cells) else _solutions(cells, 1)
     return np.array(found[0], dtype=np.int64) if found else None
@@ -178,14 +178,14 @@ def shuffle_symmetries(grids: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def symmetry_images(grids: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """The image of every grid under the symmetry that its uniform numbers choose; validity and uniqueness are kept.
+    """The image of every grid under the symmetry that its numbers `u` choose. A unique solution stays unique.
 
     Relabels digits (blanks stay blank), permutes bands, stacks, the rows of a band and the columns of a stack, and
     transposes half of the grids: 9! * 6^8 * 2 images.
 
     Args:
         grids: integers of shape (N, 81).
-        u: uniform numbers in [0, 1), (N, `SYMMETRY_NUMBERS`); the order of some is a random permutation.
+        u: uniform numbers in [0, 1), (N, `SYMMETRY_NUMBERS`); sorting some of them gives a random permutation.
     Returns:
         A new array of the shape and dtype of `grids`.
     """
@@ -206,10 +206,10 @@ def symmetry_images(grids: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 
 def uniform_of(seed: int, indices: npt.ArrayLike, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) for each index, of which it and the seed alone decide: float64 (N, count).
+    """`count` uniform numbers in [0, 1) for each index, which depend on the seed and the index: float64 (N, count).
 
-    Number k of index i is the output i * count + k of the generator SplitMix64 that starts at `seed` (Steele, Lea and
-    Flood, OOPSLA 2014). It can be computed without those before it, and for many indices at once.
+    Number k of index i is output i * count + k of the generator SplitMix64 that starts at `seed` (Steele, Lea and
+    Flood, OOPSLA 2014). It can be computed without the outputs before it, and for many indices at once.
     """
     place = np.asarray(indices, dtype=np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
     with np.errstate(over="ignore"):  # all arithmetic is modulo 2^64
@@ -234,12 +234,12 @@ def _dig(solution: list[int], clues: int, rng: random.Random) -> tuple[list[int]
 
 
 def dig_puzzles(grids: np.ndarray, clues: tuple[int, int], seed: int) -> np.ndarray:
-    """A puzzle with a unique solution out of each complete grid.
+    """A puzzle with a unique solution from each complete grid.
 
     Args:
         grids: integers of shape (N, 81).
-        clues: lowest and highest number of clues; each puzzle aims at one between them, and keeps more where blanking
-            further cells would leave several solutions.
+        clues: lowest and highest number of clues. The wanted number of each puzzle is random between them; a puzzle has
+            more if blanking further cells would allow several solutions.
         seed: the same seed gives the same puzzles.
     Returns:
         uint8 of shape (N, 81); blanks are 0.
@@ -252,8 +252,8 @@ def dig_puzzles(grids: np.ndarray, clues: tuple[int, int], seed: int) -> np.ndar
 def make_puzzles(n: int, clues: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`n` puzzles of exactly `clues` clues, each with a unique solution (proved by the solver).
 
-    Cells are blanked in random order, so the clues form no pattern. Grids that do not reach `clues` are dropped: 30 is
-    quick, 24 takes about 0.03 s a puzzle, below 22 the search may take very long.
+    Cells are blanked in random order, so the clues form no pattern. Grids that do not reach `clues` are dropped. 30
+    clues are quick, 24 take about 0.03 s per puzzle, and below 22 the search may take very long.
 
     Args:
         n: number of puzzles.

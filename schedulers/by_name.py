@@ -22,7 +22,7 @@ def _plain(name: str) -> str:
 
 
 def scheduler_class(name: str) -> type[MDMSchedulerMixin]:
-    """The scheduler class of that name: "JudgeAndRepairScheduler", or "judge-and-repair" for short.
+    """The scheduler class of a name, such as "JudgeAndRepairScheduler", or "judge-and-repair" for short.
 
     Raises:
         ValueError: no scheduler has that name.
@@ -36,14 +36,14 @@ def scheduler_class(name: str) -> type[MDMSchedulerMixin]:
 def change_scheduler(
     scheduler: ConfigMixin, name: str | None = None, fields: dict[str, Any] | str | None = None
 ) -> MDMSchedulerMixin:
-    """A new scheduler: of the class `name`, with the config of `scheduler` except for `fields`.
+    """A new scheduler of the class `name`, with the config of `scheduler` and with changed `fields`.
 
     Args:
-        scheduler: the one there is. Its config carries over as `from_config` of the new class takes it.
+        scheduler: the scheduler in use. The new class reads its config by `from_config`.
         name: as `scheduler_class`; None for the class of `scheduler`.
-        fields: {field: value}, or such an object as JSON; None for no change.
+        fields: {field: value} as a dict or as JSON text; None for no change.
     Raises:
-        ValueError: an unknown name or field, or no JSON object.
+        ValueError: an unknown name or field, or `fields` is neither a dict nor a JSON object.
     """
     kind: Any = type(scheduler) if name is None else scheduler_class(name)
     changed = {} if fields is None else fields

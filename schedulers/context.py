@@ -1,4 +1,4 @@
-"""What a run knows about its canvas besides the token ids, and the numbers that a quality head reads of it."""
+"""The run context: facts about each token of a canvas besides its id, and the numbers that a quality head reads."""
 
 from __future__ import annotations
 
@@ -22,29 +22,28 @@ _LOGS = {
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the run that writes a canvas knows about each of its tokens.
+    """What is known about each token of a canvas while a run writes it.
 
-    All tensors have shape (B, L) unless said otherwise. NaN means unknown. That is the state of a given token, of a
-    mask where the value belongs to a token, of a token that a callback wrote where the value belongs to the drawing,
-    and of all tokens of a finished text that nobody watched being written.
+    All tensors have shape (B, L) unless said otherwise. NaN means unknown. Masks and given tokens have NaN. A token
+    that a callback wrote has NaN in `draw_logprob`. A finished text whose sampling was not recorded has NaN everywhere.
 
     Args:
         generated: positions that the run may write, bool.
-        now: number of the present forward pass, counted from 0 over the whole run, int64 (B,). Rows that are finished
-            take part in no forward pass, so rows may differ.
-        written_at: the forward pass that drew the visible token, int64; -1 where none did.
-        num_remasked: how often the position was masked again, int64.
-        draw_logprob: log-probability of the visible token when it was drawn, float32: at temperature 1 and before
-            truncation, with guidance if there is any.
-        prompt_logprob: log p(y_i | the canvas before anything was written), float32, from the first forward pass of
-            the run, or of the block where the run has blocks.
+        now: number of the present forward pass, counted from 0 over the whole run, int64 (B,). Finished rows take part
+            in no further forward pass, so rows may differ.
+        written_at: number of the forward pass that drew the visible token, int64; -1 where none did.
+        num_remasked: how often the position was remasked, int64.
+        draw_logprob: log-probability of the visible token when it was drawn, float32, at temperature 1 and before
+            truncation. With guidance, of the guided model.
+        prompt_logprob: log p(y_i | the canvas before anything was written), float32. It comes from the first forward
+            pass of the run, or of each block.
         first_max: largest log-probability at the position in that first forward pass, float32.
-        first_entropy: entropy there, in nats, float32.
-        first_hidden: hidden state that predicted the position there, (B, L, H) in the model's dtype, 0 where there is
-            none; None if nothing reads it.
-        own_logprob: log p(y_i | y) of the visible token in the present forward pass, float32; None if nothing reads it.
-            With blocks it is that of the last forward pass in which the token's block was at work.
-        own_mean, own_min: mean and minimum of it over the forward passes since the token was written, float32 or None.
+        first_entropy: entropy of the prediction at the position in that first forward pass, nats, float32.
+        first_hidden: hidden state from which that first forward pass predicted the position, (B, L, H) in the model's
+            dtype; 0 where there is none. None if no head or scheduler reads it.
+        own_logprob: log p(y_i | y) of the visible token in the present forward pass, float32. In a finished block: in
+            the last forward pass on that block. None if no head or scheduler reads it.
+        own_mean, own_min: mean and minimum of `own_logprob` since the token was written, float32, or None.
     """
 
     generated: Tensor
@@ -64,7 +63,7 @@ class RunContext:
     def unwatched(
         cls, generated: Tensor, draw_logprob: Tensor | None = None, prompt_logprob: Tensor | None = None
     ) -> RunContext:
-        """What is known of texts that nobody watched being written, but for what is given here; (B, L) each."""
+        """The context of finished texts whose sampling was not recorded: all but the arguments, (B, L), is unknown."""
         count = torch.zeros(generated.shape, dtype=torch.int64, device=generated.device)
         unknown = torch.full(generated.shape, torch.nan, device=generated.device)
         return cls(
@@ -80,11 +79,11 @@ class RunContext:
 
 
 def check_inputs(names: Any) -> tuple[str, ...]:
-    """The names of inputs as a tuple.
+    """The names of context inputs, keys of `INPUTS`, as a tuple.
 
     Raises:
-        ValueError: one is not in `INPUTS`, or stands there twice.
-        TypeError: not a list or tuple of names.
+        ValueError: a name is not in `INPUTS`, or occurs twice.
+        TypeError: `names` is not a list or tuple of strings.
     """
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`context` must be a list of names such as ('given', 'draw'), got {names!r}.")
@@ -96,21 +95,21 @@ def check_inputs(names: Any) -> tuple[str, ...]:
 
 
 def num_features(names: tuple[str, ...]) -> int:
-    """Channels that `context_features` gives for these inputs; "first_hidden" has none, a head reads it by itself."""
+    """Number of channels that `context_features` gives for some inputs; "first_hidden" has none."""
     return sum(INPUTS[name] for name in names)
 
 
 def context_features(context: RunContext | None, sample: Tensor, mask_token_id: int, names: tuple[str, ...]) -> Tensor:
-    """The inputs of a quality head that a run context gives, each about in [-2, 2].
+    """A run context as channels that a quality head reads, each about in [-2, 2].
 
     Args:
-        context: None for a finished text of which nothing is known: all channels are 0.
+        context: of the run. None if nothing is known: then all channels are 0.
         sample: token ids, int64 (B, L).
         mask_token_id: id of the mask.
         names: which of `INPUTS`, in the order of the channels.
     Returns:
-        float32 of shape (B, L, `num_features(names)`), finite. Each input that can be unknown has a channel that is 1
-        where it is known; where it is not, all channels of the input are 0.
+        float32 of shape (B, L, `num_features(names)`), finite. An input that can be unknown begins with a channel that
+        is 1 where the input is known. All its channels are 0 elsewhere.
     """
     if context is None or num_features(names) == 0:
         return torch.zeros((*sample.shape, num_features(names)), device=sample.device)
@@ -130,7 +129,7 @@ def context_features(context: RunContext | None, sample: Tensor, mask_token_id: 
 
 
 def _logs(context: RunContext, fields: tuple[str, ...]) -> list[Tensor]:
-    """Is the input known, and its values; an entropy counts with a minus, so that all of them are at most 0."""
+    """Is the input known, and its values. Entropy gets a minus sign, so that all values are at most 0."""
     read = [getattr(context, field) for field in fields]
     if read[0] is None:
         return [torch.zeros_like(context.draw_logprob)] * (1 + len(fields))
@@ -139,7 +138,7 @@ def _logs(context: RunContext, fields: tuple[str, ...]) -> list[Tensor]:
 
 
 def _age(context: RunContext) -> list[Tensor]:
-    """Is the age known, is the token of the last forward pass, and how old is it, on a logarithmic scale."""
+    """Is the age of the token known, was it drawn in the last forward pass, and its age on a logarithmic scale."""
     known = context.written_at >= 0
     age = (context.now[:, None] - context.written_at) * known
     return [known, age == 1, age.float().log1p() / 3]
@@ -152,14 +151,14 @@ def _share_masked(context: RunContext, masked: Tensor) -> Tensor:
 
 
 def forget(context: RunContext, rows: Tensor) -> RunContext:
-    """The context of some rows as if they were finished texts that nobody watched being written.
+    """A context in which some rows are finished texts whose sampling was not recorded.
 
-    A head must judge such texts too, so it is trained on some of them. log p(y_i | y) stays, since one forward pass on
-    the text gives it; its mean and minimum are then itself.
+    A head must judge such texts too, so it is trained on some of them. `own_logprob` stays, because one forward pass on
+    the text gives it; `own_mean` and `own_min` become equal to it. In these rows `generated` is true everywhere.
 
     Args:
         context: of all rows.
-        rows: which rows are to be forgotten, bool (B,).
+        rows: the rows whose records are dropped, bool (B,).
     """
     some = rows[:, None]
     seen_once = {}
@@ -181,17 +180,15 @@ def forget(context: RunContext, rows: Tensor) -> RunContext:
 
 
 def token_logprob(context: RunContext | None, name: str, sample: Tensor, kind: str) -> Tensor:
-    """A log-probability that a run context holds for every visible token, NaN where it is unknown.
+    """One log-probability of a run context, checked: float32 (B, L), NaN where it is unknown.
 
     Args:
         context: of the run.
         name: "prompt_logprob" or "draw_logprob".
         sample: token ids, int64 (B, L).
-        kind: class of the scheduler that asks, for the error.
-    Returns:
-        float32 of shape (B, L).
+        kind: class name of the scheduler that reads it, for the error.
     Raises:
-        ValueError: no context, or one of another shape.
+        ValueError: `context` is None, or its tensors do not have the shape of `sample`.
     """
     if context is None:
         raise ValueError(

@@ -170,7 +170,7 @@ def remdm_cap(alpha_t: Number, alpha_s: Number, eta: float) -> Number:
         alpha_s: fraction visible after it, alpha_t <= alpha_s <= 1, of the same kind.
         eta: the cap, in [0, 1].
     Returns:
-        sigma, of the same kind and shape. Where nothing is visible yet it has no effect, and is at most eta.
+        sigma, of the same kind and shape; some value of at most eta where alpha_t is 0 and nothing is visible.
     Source: the "cap" schedule of ReMDM (arXiv 2503.00307).
     """
     if isinstance(alpha_t, Tensor):
@@ -245,7 +245,7 @@ def lowest(score: Tensor, allowed: Tensor, n: Tensor | int) -> Tensor:
 
 
 def highest(score: Tensor, allowed: Tensor, n: Tensor | int) -> Tensor:
-    """As `lowest` for the n highest scores. Ties go to the left, and NaN is taken last here too."""
+    """As `lowest`, for the n highest scores. Ties go to the left. NaN counts as lower than any number."""
     return lowest(-score, allowed, n)
 
 

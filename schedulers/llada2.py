@@ -1,10 +1,10 @@
-"""All that lets our schedulers run inside diffusers' unmodified `LLaDA2Pipeline`; it stands nowhere else.
+"""Lets our schedulers run inside diffusers' unmodified `LLaDA2Pipeline`. No other file knows of that pipeline's loop.
 
-That pipeline calls a scheduler once per forward pass on one block of the sequence, with the keyword arguments of
-diffusers' `BlockRefinementScheduler`, and asks it when a row and when a block is done. It writes a position only if
-`transfer_index` or `editing_transfer_index` is true there, so a remasking is reported as an edit whose new token is the
-mask. It cannot pass the quality of a token, nor say where `gen_length` ends inside the last block: `enable_prism` puts
-both into the scheduler's `inbox` before each step. Read in diffusers 0.42.
+The pipeline calls a scheduler once per forward pass on one block of the sequence, with the keyword arguments of
+diffusers' `BlockRefinementScheduler`. It asks the scheduler whether a row or a block is done. It writes a position only
+if `transfer_index` or `editing_transfer_index` is true there. So a remasking is reported as an edit whose new token is
+the mask. The pipeline passes neither the quality of a token nor where `gen_length` ends inside the last block.
+`enable_prism` puts both into the scheduler's `inbox` before each step. Read in diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class LLaDA2StepOutput(BaseOutput):
         prev_sample: the next tokens of the block, of the dtype of `sample`, (B, L).
         transfer_index: masks that were filled, bool (B, L).
         editing_transfer_index: visible tokens that became masks, bool (B, L).
-        sampled_tokens: what was written: `prev_sample` again, to be read where one of the two is true.
-        sampled_probs: the model's own probabilities of the filled tokens at temperature 1, float32 (B, L); else 0.
+        sampled_tokens: `prev_sample` again. The pipeline reads it where `transfer_index` or `editing_transfer_index`
+            is true.
+        sampled_probs: the model's own probabilities of the filled tokens at temperature 1, float32 (B, L); 0 elsewhere.
         pred_logits: `model_output`.
     """
 
@@ -51,25 +52,26 @@ class LLaDA2StepOutput(BaseOutput):
 class _Block:
     """Where a scheduler stands in the block that `LLaDA2Pipeline` is working on."""
 
-    timestep: int = 0  # forward passes made; the pipeline's own count stands still while a block holds no mask
+    timestep: int = 0  # forward passes made; the pipeline's own count stops while a block holds no mask
     full: Tensor | None = None  # rows of the block without a mask, bool (B,)
 
 
 @dataclass
 class Inbox:
-    """What `LLaDA2Pipeline` cannot pass to a scheduler's next `step`. That step uses it up.
+    """What `LLaDA2Pipeline` cannot pass to a scheduler's next `step`. That step empties the inbox.
 
     Args:
-        quality: of the tokens in the forward pass just made, float (B, W), of which the block is the last L positions;
-            None if nobody judged them.
-        kept: what is not cut off after `gen_length`, bool (B, W). The step writes nothing else. None if all is kept.
+        quality: of the tokens in the last forward pass, float (B, W). The block is the last L of the W positions. None
+            if no head judged them.
+        kept: positions that are not cut off after `gen_length`, bool (B, W). The step writes at these alone. None for
+            all.
     """
 
     quality: Tensor | None = None
     kept: Tensor | None = None
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """(quality, kept); the inbox is empty then."""
+        """Return (quality, kept) and empty the inbox."""
         quality, kept = self.quality, self.kept
         self.quality = self.kept = None
         return quality, kept
@@ -78,8 +80,8 @@ class Inbox:
 def runs_in_llada2_pipeline(cls: SchedulerClass) -> SchedulerClass:
     """Class decorator: a scheduler with a static schedule that `LLaDA2Pipeline` can drive as well.
 
-    `step` runs as it is written unless an argument that only `LLaDA2Pipeline` passes is among those given. The class
-    needs the config fields of `check_dropin_config` and a keyword `threshold` of `step`.
+    An argument that only `LLaDA2Pipeline` passes switches `step` to that pipeline's form. Without one, `step` runs as
+    it is written. The class needs the config fields of `check_dropin_config` and a keyword `threshold` of `step`.
     """
     kind: Any = cls
     own_set_timesteps, own_step = kind.set_timesteps, kind.step
@@ -110,9 +112,10 @@ def check_dropin_config(config: Mapping[str, Any]) -> None:
 
 
 def resolve_threshold(config: Mapping[str, Any], threshold: float | None) -> float | None:
-    """The confidence above which every token is written: the argument, or if it is None the config's.
+    """The confidence above which every token is written: the argument, or if that is None, the config's.
 
-    None without `use_threshold`: `LLaDA2Pipeline` passes its default in every call, which cannot be told from a wish.
+    The result is None without `use_threshold`. `LLaDA2Pipeline` passes its default in every call, so the argument does
+    not show what the user wants.
 
     Raises:
         ValueError: below 0. Above 1 is legal, as in that pipeline: no token passes it.
@@ -194,10 +197,10 @@ def check_eos_finished(
     mask_token_id: int,
     prompt_length: int,
 ) -> Tensor:
-    """Which rows are done, bool (B,): they hold an end token and their blocks so far have no mask left.
+    """Which rows are done, bool (B,): they hold an end token, and no mask up to the end of this block.
 
-    `LLaDA2Pipeline` writes nothing more into such a row. Waiting for the end of the block keeps masks out of it and
-    lets an end token, or what stands before it, be corrected. End tokens of the prompt do not count.
+    `LLaDA2Pipeline` writes nothing more into such a row. A row is not done before its block is full, so that no mask
+    stays, and an end token or a token before it can still be corrected. End tokens of the prompt do not count.
 
     Args:
         cur_x: the canvas up to the end of this block, int64 (B, W).
@@ -222,7 +225,7 @@ def check_block_should_continue(
 ) -> bool:
     """Is another forward pass on this block due?
 
-    A block takes all timesteps of the scheduler, its loop included; without a loop fewer, if the rows are full before.
+    A block takes all timesteps of the scheduler, its loop included. Without a loop it ends early if all rows are full.
 
     Args:
         step_idx, masks_remaining, editing_enabled, editing_transfer_index, post_steps, max_post_steps: not read; they

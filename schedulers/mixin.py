@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,8 +23,8 @@ FORMER_NAMES = {
 class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     """Schedulers of masked diffusion models.
 
-    A config field has one meaning in all of them. So `from_config` of any class takes the fields that it has from the
-    config of any other, and keeps the rest in its config: A -> B -> A gives A's config back.
+    A config field has one meaning in all of them. `from_config` of class B reads the fields that B has from the config
+    of any class A, and keeps the other fields too. So A -> B -> A gives A's config back.
     """
 
     config: Any  # diffusers': a dict whose keys are attributes too
@@ -31,6 +32,7 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     num_inference_steps: Any = None  # T, an int once a run has begun
     timesteps: Any = None  # int64 (T,), and more for a loop
     _memory: Any = None  # what a rule notes from step to step of a run
+    _warned = False
 
     @property
     def needs_quality(self) -> bool:
@@ -41,6 +43,12 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     def can_remask(self) -> bool:
         """Would this configuration ever remask a token?"""
         return True
+
+    def _warn_once(self, message: str, stacklevel: int) -> None:
+        """As `warnings.warn`, in the first such step alone."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=stacklevel + 1)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None, block_length: int | None = None) -> None:
         """Begin a run of `num_inference_steps` steps, and of `loop_steps` more if there is such a field.
@@ -64,8 +72,8 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     ) -> Any:
         """A scheduler from the config of another, ours or one of diffusers'; keyword arguments replace fields.
 
-        An amount of remasking (`num_remask`, `eta`, `quality_threshold`) given here takes the place of those in the
-        config that it excludes.
+        `num_remask`, `eta` or `quality_threshold` as a keyword argument also drops those of the three in the config
+        that exclude it.
         """
         if isinstance(config, Mapping):
             config = _without_excluded(_with_present_names(config), kwargs)
@@ -73,7 +81,7 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        """Classes whose fields diffusers keeps in silence, where a config has them and this class does not."""
+        """Classes whose fields a config may hold, unknown to this class, without a warning of diffusers."""
         return list(_subclasses(MDMSchedulerMixin))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .context import RunContext, token_logprob
 from .functional import Generators
-from .llada2 import resolve_threshold, runs_in_llada2_pipeline
+from .llada2 import runs_in_llada2_pipeline
 from .mixin import MDMSchedulerMixin
 from .scheduling_prism import check_remasking, remask_and_reveal, remasks
 from .step import PrismSchedulerOutput, Step
@@ -24,8 +24,8 @@ class DrawConfidenceScheduler(MDMSchedulerMixin):
         q_i = p(y_i | the canvas in which y_i was drawn)
 
     p is the model's own probability, at temperature 1 and before truncation, in the forward pass in which the token was
-    written. ReMDM "conf" remasks at random by it; here the lowest go, in PRISM's numbers. It needs no trained head and
-    no further forward pass.
+    written. ReMDM "conf" remasks at random with probabilities made from p. Here the tokens of lowest p are remasked, as
+    many as `PrismScheduler` would remask. The rule needs no trained head and no further forward pass.
 
     Example:
         >>> scheduler = DrawConfidenceScheduler(num_remask=1, mask_token_id=9)
@@ -42,7 +42,7 @@ class DrawConfidenceScheduler(MDMSchedulerMixin):
     Source: the confidence of ReMDM (arXiv 2503.00307), "conf", with the counts of PRISM (arXiv 2510.01384).
     """
 
-    reads_context = ("draw",)
+    reads_context: tuple[str, ...] = ("draw",)
     can_remask = property(remasks)
 
     @register_to_config
@@ -87,10 +87,11 @@ class DrawConfidenceScheduler(MDMSchedulerMixin):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
-        """Remask the visible tokens of the lowest probability at drawing, fill masks.
+        """Remask the visible tokens of the lowest noted probability, fill masks.
 
-        As `PrismScheduler.step`, but `quality` is not read: the score is `context.draw_logprob`. A token whose
-        value is unknown (NaN) is remasked after all others, and never by `quality_threshold`.
+        As `PrismScheduler.step`, but `quality` is not read: the score is `context.draw_logprob`, or
+        `context.prompt_logprob` in `PromptConfidenceScheduler`. A token whose value is unknown (NaN) is remasked after
+        all others, and never by `quality_threshold`.
 
         Raises:
             ValueError: also if tokens are to be remasked by their score and `context` is None.
@@ -100,8 +101,7 @@ class DrawConfidenceScheduler(MDMSchedulerMixin):
         )
 
         def score(visible: Tensor) -> Tensor:
-            return token_logprob(context, "draw_logprob", sample, "DrawConfidenceScheduler").exp()
+            return token_logprob(context, f"{self.reads_context[0]}_logprob", sample, type(self).__name__).exp()
 
-        threshold = resolve_threshold(self.config, threshold)
-        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
+        output = remask_and_reveal(now, self.config, score, threshold)
         return output if return_dict else output.to_tuple()

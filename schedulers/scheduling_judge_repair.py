@@ -15,41 +15,41 @@ from .step import PrismSchedulerOutput, Step
 from .token_sampling import Logits
 from .validation import Order, Temperature, TokenId, TopK, TopP, check_fields, check_quality, integer, number, require
 
-# How sure the judge must be of a token before its being drawn again is no longer held against it.
+# A rejected token of at least this quality gets no penalty on its logit when its position is drawn again.
 SURE = 0.999
-# Qualities are read no further than this from 0 and 1: a judge is never surer.
+# Qualities are clamped to [EDGE, 1 - EDGE] before their logit is taken.
 EDGE = 1e-4
-# A repair that fails makes the next one so many times as large.
+# A failed repair makes the next repair this many times as large.
 WIDEN = 4
 
 
 class JudgeAndRepairScheduler(MDMSchedulerMixin):
     """Spends forward passes where the quality head says that they pay, row by row.
 
-    Of each row, with M tokens to generate in at most T forward passes, and P(y_i is right) the head's quality q_i:
+    A row has M tokens to generate in at most T forward passes. q_i is the quality of token i, P(y_i is right). A pass
+    fills w = ceil(M / F) tokens, where F = min(ceil(M / tokens_per_step), T - 1). Redrawing a set of m tokens promises
+    the gain G = sum (b - q_i) over those with q_i < b. It costs C = price * (R + 1), for R = ceil(m / w) passes to fill
+    and one to judge.
 
-        1. FILL    all masks in at most F = min(ceil(M / tokens_per_step), T - 1) passes, each of which fills at least
-                   what the schedule of F passes asks for. With order "confidence" a pass also writes the surest tokens
-                   that are worth no pass of their own: as many as have sum (1 - confidence) <= price. An easy canvas
-                   takes few passes.
+        1. FILL    all masks in at most F passes, on the schedule of F passes. With order "confidence" a pass writes
+                   further tokens, the surest first, while sum (1 - confidence) over all that it writes is at most
+                   `price`. So an easy canvas takes few passes.
         2. JUDGE   the full canvas in one pass. If it has the largest sum of q_i so far, keep it as the best.
-        3. ACCEPT  if the gain that redrawing the tokens with q_i < b promises, sum (b - q_i), is below the price of the
-                   R + 1 passes that it takes: price * (R + 1). The row is finished.
-        4. DOUBT   Each repair so far has kept a share of its promise, in [0, 1]: by how much it raised the best sum of
-                   q_i, divided by the gain that it promised. With n repairs that kept k in all, f = n - k have failed,
-                   and the wrong tokens must be among those that were not doubted: doubtful are the tokens with
-                   q_i < 1 - (1 - b) / (1 + f), the lowest first if there are passes for only so many. The first 4^f
-                   of them are to be drawn again, or all, where the promise of these few does not pay (see 5).
-        5. GIVE UP if too few passes are left, or if the gain that the tokens to be drawn promise, times the share
-                   (1 + k) / (1 + n) that such promises keep, is below the price. The row ends as its best canvas.
-        6. REPAIR  mask these tokens; fill them as in 1, in at most R = ceil(their number / (M / F)) passes at
-                   `repair_temperature`, with logit(0.999) - logit(q_i) taken off the logit of the token that was
-                   rejected at each position. Go to 2.
+        3. ACCEPT  the row if the tokens with q_i < b have G < C. The row is finished.
+        4. DOUBT   Of n repairs so far, f = n - k have failed. k is the sum of their success in [0, 1]: how much each
+                   raised the best sum of q_i, divided by its G. After a failure the wrong tokens are looked for among
+                   tokens that seemed right: doubtful are those with q_i < 1 - (1 - b) / (1 + f). If too few passes are
+                   left for all of them, only the lowest count. The lowest 4^f of them are drawn again, or all of them
+                   if these few do not pay (see 5).
+        5. GIVE UP if no pass is left for a repair, or if G (1 + k) / (1 + n) < C for the tokens to be drawn again. The
+                   row ends as its best canvas.
+        6. REPAIR  Mask these m tokens. Fill them as in 1, in at most R passes at `repair_temperature`. The logit of the
+                   rejected token of each position is lowered by logit(0.999) - logit(q_i). Go to 2.
 
-    One wrong token makes right ones around it look wrong, so a repair begins with the worst token alone; but a wrong
-    token may also be surrounded by others that were bent to it, so a repair that fails is followed by a larger one. A
-    row that is finished costs no more passes in `PrismPipeline`, so `num_inference_steps` is the most that are made
-    and `nfe_per_row` says how many were. A repair that could not be finished and judged is not begun.
+    One wrong token makes right tokens around it look wrong, so the first repair redraws the worst token alone. But a
+    wrong token may also stand among others that were drawn to fit it, so a larger repair follows one that failed.
+    `PrismPipeline` makes no further pass for a finished row: `num_inference_steps` is an upper limit, and `nfe_per_row`
+    says how many passes were made. A repair that could not be finished and judged in time is not begun.
 
     Example:
         >>> scheduler = JudgeAndRepairScheduler(mask_token_id=9)
@@ -63,12 +63,12 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
     Args:
         order: which masks are filled first: "random", "confidence", "margin", "entropy" or "left_to_right".
         temperature: of filling.
-        repair_temperature: of repairs, which need randomness: at 0 they would repeat the same errors.
+        repair_temperature: of repairs. They need randomness: at 0 they would repeat the same errors.
         doubt_threshold: b, in (0, 1].
-        tokens_per_step: tokens that a forward pass fills, at least 1; more where T is small.
-        price: tokens that a further forward pass must be expected to set right, above 0.
-        pool_factor: at least 1. Above 1, T is what the rows of a batch may take on average: what finished rows leave
-            goes to the others, of which each takes at most pool_factor * T. A row then depends on its batch.
+        tokens_per_step: tokens that a forward pass fills, at least 1; more if T is too small for that.
+        price: tokens that one more forward pass must be expected to correct, above 0.
+        pool_factor: at least 1. Above 1, T is the average over the rows of a batch: the passes that finished rows did
+            not use go to the others, at most pool_factor * T for a row. A row then depends on its batch.
         top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:
@@ -76,10 +76,7 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
     Source: ours; see docs/judging.md.
     """
 
-    @property
-    def needs_quality(self) -> bool:
-        """Does `step` want `quality`?"""
-        return True
+    needs_quality = True
 
     @register_to_config
     def __init__(
@@ -98,10 +95,10 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
         check_fields(JudgeAndRepairScheduler, self.config)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None, block_length: int | None = None) -> None:
-        """Begin a run of at most `num_inference_steps` steps, `pool_factor` times as many for a row.
+        """Begin a run of at most `num_inference_steps` steps, or `pool_factor` times as many for a single row.
 
         Raises:
-            ValueError: fewer than 2, one to fill and one to judge; in `PrismPipeline` that is 2 for each block.
+            ValueError: fewer than 2 steps, one to fill and one to judge. In `PrismPipeline` each block needs 2.
         """
         super().set_timesteps(num_inference_steps, device, block_length)
         enough = "at least 2 for JudgeAndRepairScheduler, one to fill the canvas (or each block) and one to judge it"
@@ -123,9 +120,9 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> PrismSchedulerOutput | tuple[Tensor, ...]:
-        """Fill masks of rows that have some; judge rows that have none. As `PrismScheduler.step`.
+        """Fill masks of rows that have some; judge rows that have none. Arguments as `PrismScheduler.step`.
 
-        `quality` is read in rows without a mask only. NaN counts as right. `temperature` is that of filling.
+        `quality` is read only in rows without a mask. NaN counts as 1. `temperature` is for filling, not for repairs.
 
         Returns:
             `PrismSchedulerOutput` with all its fields.
@@ -150,7 +147,7 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
         return output if return_dict else output.to_tuple()
 
     def _fill(self, now: Step, rows: _Rows, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps 1 and 6: the sample with n (B,) masks or more filled, probabilities there, and which, (B, L) each."""
+        """Steps 1 and 6: the sample with at least n (B,) masks filled, their probabilities, and which; (B, L) each."""
         u_order, u_token = now.uniform(2)
         most_wrong = self.config.price if now.order == "confidence" else None
         filled, probs, unmasked = now.sample, torch.zeros(now.sample.shape, device=now.sample.device), now.nothing
@@ -166,7 +163,7 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
 
 
 class _Verdict(NamedTuple):
-    """What `_Rows.judge` decides, see `PrismSchedulerOutput`; `ends` are its last four fields."""
+    """What `_Rows.judge` decides, see `PrismSchedulerOutput`; `ends` holds the last four fields of that."""
 
     remasked: Tensor
     restored: Tensor
@@ -178,16 +175,16 @@ class _Rows:
     """Where each row of a run stands. B rows, L positions.
 
     Args:
-        purse: passes that the rows have left, together, int64 (). One that takes no part spends none.
-        masks, steps, done: masks at the start of the present filling, passes it takes, and those made, int64 (B,).
-        pace: tokens that a pass fills, int64 (B,).
-        repairing: is it a repair? bool (B,).
-        finished: rows that are, bool (B,).
-        best, best_quality: the canvas of the largest expected number of right tokens, (B, L), and its quality, -1 at
-            first.
-        rejected, penalty: those tokens, int64 (B, L), and what is taken off their logits, float32 (B, L).
-        repairs, promised: repairs begun, int64 (B,), and the gain that the present one promised, float32 (B,).
-        delivered: shares of their promises that the repairs kept, in sum, float32 (B,).
+        purse: passes that all rows together have left, int64 (). A finished row spends none.
+        masks, steps, done: masks at the start of the present filling, its passes, and the passes made, int64 (B,).
+        pace: w, tokens that a pass fills, int64 (B,).
+        repairing: rows whose present filling is a repair, bool (B,).
+        finished: rows that need no further pass, bool (B,).
+        best, best_quality: the canvas with the largest sum of q_i, (B, L), and its q_i; -1 before the first judgement.
+        rejected, penalty: tokens that a repair redraws, int64 (B, L), and what is taken off their logits, float32
+            (B, L).
+        repairs, promised: n, repairs begun, int64 (B,), and G of the last one, float32 (B,).
+        delivered: k, the summed success of the repairs, float32 (B,).
     """
 
     purse: Tensor
@@ -207,7 +204,7 @@ class _Rows:
 
     @classmethod
     def begin(cls, now: Step, tokens_per_step: int) -> _Rows:
-        """Rows whose masks are to be filled, and then repaired, in the passes left, on average if the rows pool."""
+        """Rows at the start of a run, with the passes that are left of T."""
         budget = now.num_steps - now.index
         masks, blank = now.masked.sum(-1), torch.zeros(now.sample.shape, device=now.sample.device)
         steps = _quotient(masks, tokens_per_step).clamp(1, max(1, budget - 1))
@@ -236,7 +233,7 @@ class _Rows:
         return (self.purse // rows).clamp(0, most)
 
     def due(self, masked: Tensor, left: Tensor) -> Tensor:
-        """How many of the masks (B, L) each row fills in this pass, int64 (B,), `left` passes before the last."""
+        """How many of the masks (B, L) each row fills in this pass, int64 (B,); all of them if no pass is `left`."""
         rest, filling = masked.sum(-1), masked.any(-1)
         after = self.masks - _quotient(self.masks * (self.done + 1), self.steps)
         self.done = self.done + filling
@@ -280,7 +277,7 @@ class _Rows:
         return _Verdict(remasked, restored, (finished, accepted, restored, judged))
 
     def _note_best(self, sample: Tensor, q: Tensor, at: Tensor, full: Tensor) -> None:
-        """Step 2: keep the canvas if it is the best so far, and note what share of its promise the repair kept."""
+        """Step 2: keep the canvas if it is the best so far, and add the success of the last repair to `delivered`."""
         brought = (q.sum(-1) - (self.best_quality * at).sum(-1)) * full
         better = (brought > 0)[:, None]
         self.best = torch.where(better, sample, self.best)

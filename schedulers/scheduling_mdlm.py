@@ -19,7 +19,7 @@ from .validation import Flag, Order, Temperature, TokenId, TopK, TopP, check_fie
 class MDLMScheduler(MDMSchedulerMixin):
     """Static schedule of T steps; a token once written stays.
 
-    Of M generated tokens so many are visible after step i, in every row:
+    After step i, M_i of the M generated tokens of a row are visible:
 
         M_i = ceil(M (i + 1) / T)
 
@@ -44,10 +44,7 @@ class MDLMScheduler(MDMSchedulerMixin):
         ancestral sampler fills each mask with a probability instead, so its counts vary: `ReMDMScheduler(eta=0)`.
     """
 
-    @property
-    def can_remask(self) -> bool:
-        """Would this configuration ever remask a token?"""
-        return False
+    can_remask = False
 
     @register_to_config
     def __init__(

@@ -23,8 +23,8 @@ class P2Scheduler(MDMSchedulerMixin):
         score_i = log p(drawn token)                     at a mask
         score_i = remask_strength * log p(its token)     at a visible position
 
-    Both probabilities are the model's own, at temperature 1. The ceil(M (i + 1) / T) highest are visible after step i,
-    and all others are masks. So an old token goes where a new one ranks above it. Ties go to the left.
+    Both probabilities are the model's own, at temperature 1. After step i the ceil(M (i + 1) / T) positions of highest
+    score are visible, and all others are masks. So a new token can displace an old one. Ties go to the left.
 
     Example:
         >>> scheduler = P2Scheduler(mask_token_id=9)
@@ -35,7 +35,7 @@ class P2Scheduler(MDMSchedulerMixin):
 
     Args:
         remask_strength: at least 0; eta in the paper. 0 never remasks, as `MDLMScheduler(order="confidence")`. 1 ranks
-            old and new tokens alike. More makes old tokens more likely to go, since log p is negative.
+            old and new tokens alike. Above 1, old tokens are remasked more easily, since log p is negative.
         temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
     Raises:

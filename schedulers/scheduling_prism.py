@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -35,15 +34,15 @@ from .validation import (
 
 
 class Phase(NamedTuple):
-    """Where a timestep stands, once the loop has been put between the T steps of the schedule.
+    """What a timestep does. The timesteps are the T steps of the schedule, with those of the loop between them.
 
     Args:
-        step: the step of the schedule whose visible count is due after it, in [0, T).
+        step: the step of the schedule that sets the visible count after this timestep, in [0, T).
         by_quality: are tokens of lowest quality remasked? Not inside the loop, nor outside [remask_start, remask_end),
             nor in the last step, which must fill all masks.
-        at_random: are random tokens remasked, for the loop? In the step that enters it and in all steps of it but the
-            last.
-        holds_level: is the number of visible tokens held? In the step that enters the loop and in all steps of it.
+        at_random: are random tokens remasked for the loop? In the step that enters the loop, and in all steps of the
+            loop but the last.
+        holds_level: does the visible count stay at the loop's level? In the step that enters the loop, and inside it.
     """
 
     step: int
@@ -53,7 +52,7 @@ class Phase(NamedTuple):
 
 
 def phase_of(config: Any, num_steps: int, timestep: int) -> Phase:
-    """The phase of a timestep of T = `num_steps` and the loop."""
+    """The phase of a timestep, for T = `num_steps` and the loop of the config."""
     # 0.55 * 100 is 55.00000000000001, which must not become 56 steps.
     entry = max(0, math.ceil(config.loop_at * num_steps - 1e-6) - 1)
     leave = entry + config.loop_steps  # the last step of the loop; the entry itself if there is none
@@ -106,19 +105,18 @@ def num_to_remask(config: Any, now: Step, target: Tensor, quality: Tensor, u: Te
 
 def remask_and_reveal(
     now: Step, config: Any, score: Callable[[Tensor], Tensor] | None, threshold: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> PrismSchedulerOutput:
     """The sampling step of PRISM with any score in the place of its quality.
 
     Args:
         now: the step.
         config: the fields of `PrismScheduler`.
-        score: takes the visible generated tokens, bool (B, L), and gives the score (B, L), of which the lowest are
-            remasked; called only in steps that remask by it. None: no score is known, so nothing is remasked if the
+        score: callable from the visible generated tokens, bool (B, L), to their score (B, L); the lowest are remasked.
+            It is called only in steps that remask by score. None: no score is known, so nothing is remasked if the
             configuration needs one.
-        threshold: see `resolve_threshold`; the loop, which holds a level, does not read it.
-    Returns:
-        unmasked, bool (B, L), the tokens and their probabilities, (N,), and remasked, bool (B, L): see `Step.output`.
+        threshold: of this step, see `resolve_threshold`; not read in the loop, where the visible count is fixed.
     """
+    threshold = resolve_threshold(config, threshold)
     phase = phase_of(config, now.num_steps, now.index)
     if score is None and remasks_by_quality(config):
         phase = phase._replace(by_quality=False, at_random=False)
@@ -130,9 +128,9 @@ def remask_and_reveal(
         remasked = lowest(quality, now.visible, num_to_remask(config, now, target, quality, u_count))
     due = target - now.shown + remasked.sum(-1)
     if phase.at_random:
-        # Not refilled before the next step: the loop stays this much below the level that it holds.
+        # These are refilled in the next step, so inside the loop the visible count is this much below its level.
         remasked = remasked | lowest(u_loop, now.visible & ~remasked, config.loop_num_remask)
-    return *now.reveal(due, u_order, u_token, None if phase.holds_level else threshold), remasked
+    return now.output(*now.reveal(due, u_order, u_token, None if phase.holds_level else threshold), remasked)
 
 
 def check_remasking(kind: type, config: Any) -> None:
@@ -164,8 +162,8 @@ def check_remasking(kind: type, config: Any) -> None:
 class PrismScheduler(MDMSchedulerMixin):
     """Static schedule of T steps with remasking of the tokens that the quality head trusts least.
 
-    Of M generated tokens M_i are visible after step i, in every row. The step remasks the n visible tokens of lowest
-    quality, and fills as many more masks, but none that it remasked itself:
+    After step i, M_i of the M generated tokens of a row are visible. The step remasks the n visible tokens of lowest
+    quality. It then fills old masks, not those of this step, until M_i tokens are visible:
 
         M_i = ceil(M (i + 1) / T)
         n   = num_remask,    or n ~ Binomial(visible, min(eta, (1 - alpha_s) / alpha_t)),    and n <= M - M_i
@@ -182,23 +180,24 @@ class PrismScheduler(MDMSchedulerMixin):
         num_remask: n, tokens of lowest quality remasked in each step. None for 1, if `eta` is None too.
         eta: in [0, 1]; n ~ Binomial(visible, min(eta, (1 - alpha_s) / alpha_t)) instead, where alpha_t and alpha_s
             are the fractions visible before and after the step. Not with `num_remask`.
-        eta_schedule: "constant", or "inverse": min(1, eta * eta_reference_steps / T), which keeps the remaskings per
-            token level as T grows.
-        eta_reference_steps: the T at which "inverse" leaves `eta` as it is.
+        eta_schedule: "constant", or "inverse", which uses min(1, eta * eta_reference_steps / T). Then a token is
+            remasked about equally often for all T.
+        eta_reference_steps: the T at which "inverse" uses `eta` unchanged.
         remask_start, remask_end: remask only in steps i with remask_start <= i / T < remask_end (staged remasking).
-        loop_steps: forward passes added to refine the sample at one level; 0 for no loop. NFE = T + loop_steps.
+        loop_steps: further forward passes that refine the sample at one visible count; 0 for no loop. The run (or each
+            block) makes T + loop_steps.
         loop_num_remask: random tokens remasked in each step of the loop and filled in the next.
         loop_at: in (0, 1]; the loop begins once this fraction of the T steps is done.
         temperature, top_p, top_k: of sampling, see `token_sampling.sample_tokens`.
         mask_token_id: None if every `step` is given it.
-        use_threshold: also fill every mask whose token has a confidence above `threshold`, beyond those due, and at
-            least one; needs order "confidence".
+        use_threshold: besides the masks that are due, fill every mask whose token has a confidence above `threshold`.
+            A step then fills at least one mask. Needs order "confidence".
         threshold: of `use_threshold`, at least 0.
-        quality_threshold: in (0, 1]; every token whose quality is below this is remasked, and no others: at most a
-            `max_share` of the visible tokens in a step, and at most `num_remask`, if that is given; the lowest go
-            first. A row that `threshold` filled early takes one more pass, so that its last tokens are judged too. Not
-            with `eta`. None for remasking by number alone.
-        max_share: of `quality_threshold`, in (0, 1]; rounded down, and at least one token.
+        quality_threshold: in (0, 1]; remask only tokens of a quality below this, the lowest first. A step remasks at
+            most the share `max_share` of the visible tokens, and at most `num_remask` if that is given. A row that
+            `threshold` filled early takes one more forward pass, so that its last tokens are judged too. Not with
+            `eta`. None for remasking by number alone.
+        max_share: the share for `quality_threshold`, in (0, 1]; rounded down, but at least one token.
         block_length: the default of diffusers' `LLaDA2Pipeline`, see `llada2.py`; `PrismPipeline` has its own.
     Raises:
         ValueError: a field out of its range, or both `num_remask` and `eta`.
@@ -206,7 +205,6 @@ class PrismScheduler(MDMSchedulerMixin):
     """
 
     can_remask = property(remasks)
-    _warned = False
 
     @register_to_config
     def __init__(
@@ -261,12 +259,12 @@ class PrismScheduler(MDMSchedulerMixin):
                 (B, L) mask. It is indexed only where logits are needed.
             timestep: one of `timesteps`.
             sample: token ids, int64 of shape (B, L).
-            quality: probability that each visible token is right, or anything that rises with it, float of shape
-                (B, L); read at visible generated tokens only. None: nothing is remasked, with a warning, once.
-            generation_mask: true where tokens are generated, bool of shape (B, L); None for everywhere. Others (the
-                prompt, padding) never change.
-            mask_token_id, temperature, top_p, top_k, threshold: None for the config's. `threshold` counts only if the
-                config says `use_threshold`.
+            quality: probability that each visible token is right, or any score that is higher for better tokens, float
+                of shape (B, L). Read only at visible generated tokens. None remasks nothing and warns once.
+            generation_mask: true where tokens are generated, bool of shape (B, L); None for everywhere. Other positions
+                (the prompt, padding) never change.
+            mask_token_id, temperature, top_p, top_k, threshold: None for the config's. `threshold` is read only if
+                the config has `use_threshold=True`.
             generator: one, a list of one per row, or None for torch's default one. With a list, a row's tokens do not
                 depend on the other rows.
             return_dict: False for a plain tuple of the output's fields.
@@ -280,15 +278,13 @@ class PrismScheduler(MDMSchedulerMixin):
         )
         if quality is not None:
             check_quality(quality, sample)
-        elif self.needs_quality and not self._warned:
-            self._warned = True
-            warnings.warn(
+        elif self.needs_quality:
+            self._warn_once(
                 "PrismScheduler got quality=None, so nothing is remasked. Pass the quality head's probabilities as "
                 "`quality` (in diffusers' LLaDA2Pipeline: enable_prism(pipe, quality_head)). Without a head, "
                 "SelfConfidenceScheduler remasks by the model's own probabilities.",
                 stacklevel=3,
             )
         score = None if quality is None else lambda visible: quality
-        threshold = resolve_threshold(self.config, threshold)
-        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
+        output = remask_and_reveal(now, self.config, score, threshold)
         return output if return_dict else output.to_tuple()

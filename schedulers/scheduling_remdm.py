@@ -41,8 +41,8 @@ class ReMDMScheduler(MDMSchedulerMixin):
             "rescale": eta * min(1, (1 - alpha_s) / alpha_t).
             "conf": min(1, (1 - alpha_s) / alpha_t) * softmax(-confidence) over the tokens written in this run. The
                 confidence of a token is the model's probability of it when it was drawn. Masks have sigma 0 and are
-                filled with probability (alpha_s - alpha_t) / (1 - alpha_t), as in the paper. So this strategy, alone
-                of the four, does not quite keep the marginals: alpha_t * sigma fewer tokens are visible.
+                filled with probability (alpha_s - alpha_t) / (1 - alpha_t), as in the paper. So this strategy alone
+                does not keep the marginals exactly: the visible fraction is lower by alpha_t * sigma.
             "loop": alpha rises to `loop_alpha`, stays there while tokens are remasked with probability `eta`, then
                 rises to 1 without remasking.
         eta: in [0, 1], of "cap", "rescale" and "loop"; "conf" does not read it. None for 0.04.

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .functional import Generators
-from .llada2 import resolve_threshold, runs_in_llada2_pipeline
+from .llada2 import runs_in_llada2_pipeline
 from .mixin import MDMSchedulerMixin
 from .scheduling_prism import check_remasking, remask_and_reveal, remasks
 from .step import PrismSchedulerOutput, Step
@@ -23,12 +23,13 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
 
         q_i = p(y_i | y)
 
-    It needs no trained head and so runs on every masked diffusion model. But a backbone is trained to predict masked
-    tokens only: its logits at a visible position, where it sees the token, were never trained, and tend to just
-    repeat the token. They are a poor proxy for the exact quality p(y_i | the others), which would take one forward pass
-    for each token. That gap is what PRISM's head closes.
+    The rule needs no trained head, so it runs on every masked diffusion model. But a backbone is trained to predict
+    masked tokens only. Its logits at a visible position, where it sees the token, were never trained, and mostly repeat
+    the token. They are a poor proxy for the exact quality p(y_i | all other tokens), which would take one forward pass
+    for each token. PRISM's head is trained to estimate that quality.
 
-    In steps that remask, the output head also runs at the visible generated tokens; with a history, in every step.
+    In steps that remask, the output head also runs at the visible generated tokens. If `history` is not 1, it runs
+    there in every step.
 
     Example:
         >>> scheduler = SelfConfidenceScheduler(num_remask=1, mask_token_id=9)
@@ -38,9 +39,9 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         [[False, True, False, False]]
 
     Args:
-        history: score a token by the mean of its probability over this many forward passes, the present one and those
-            before it in which it already stood there; None for all of them, 1 for the present one alone. A token that
-            is remasked starts anew.
+        history: a token's score is the mean of its probability over the last `history` forward passes, the present one
+            included, in which it was visible there. None for all such passes, 1 for the present one alone. A token
+            that is remasked starts again.
         other fields: as `PrismScheduler`, so `from_config` turns one into the other.
     Raises:
         ValueError: a field out of its range, or both `num_remask` and `eta`.
@@ -105,8 +106,7 @@ class SelfConfidenceScheduler(MDMSchedulerMixin):
         def score(visible: Tensor) -> Tensor:
             return now.own_probability(visible) if mean is None else mean
 
-        threshold = resolve_threshold(self.config, threshold)
-        output = now.output(*remask_and_reveal(now, self.config, score, threshold))
+        output = remask_and_reveal(now, self.config, score, threshold)
         return output if return_dict else output.to_tuple()
 
     def _mean_with_past(self, now: Step) -> Tensor:

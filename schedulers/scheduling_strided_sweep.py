@@ -19,16 +19,16 @@ class StridedSweepScheduler(MDMSchedulerMixin):
     """Fill the canvas in a share of the steps; in the others mask every s-th token and redraw the improbable ones.
 
     1. Steps before F = max(1, floor(fill_share * T)): fill on the static schedule, ceil(M (i + 1) / F) of M tokens.
-    2. The step that ends the filling, and each later one but the last: mask every s-th generated token, from an
-       offset that moves on by one from step to step.
-    3. The next step has the probability of each of these tokens given those that are not masked:
+    2. The step that ends the filling, and each later one but the last: mask every s-th generated token. The first of
+       them is one position further right in each step.
+    3. The next step reads the probability of each of these tokens, given those that are not masked:
 
         p(y_i | unmasked) < redraw_threshold    =>    y_i is drawn anew from that same forward pass, else it comes back
 
-    A masked diffusion model is trained for just these probabilities, while its logits at a visible token were never
-    trained. The price is that a forward pass judges M / s tokens only. The larger s, the nearer p is to the exact
-    conditional p(y_i | all other tokens). The first offset is random, so that the positions at the end of a row take
-    part as often as all others.
+    A masked diffusion model is trained for exactly these probabilities, while its logits at a visible token were never
+    trained. The cost is that a forward pass judges only M / s tokens. The larger s, the nearer p is to the exact
+    conditional p(y_i | all other tokens). The sweep begins at a random position, so that all positions are judged
+    equally often.
 
     Example:
         >>> scheduler = StridedSweepScheduler(stride=2, mask_token_id=9)

@@ -1,4 +1,4 @@
-"""What a rule begins and ends with: the arguments of `step`, checked and counted, and the output that it returns."""
+"""The beginning and the end of every scheduler's `step`: its arguments, checked and counted, and its output."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .functional import Generators, uniform_at, visible_target
+from .functional import Generators, highest, lowest, uniform_at, visible_target
 from .protocol import Scheduler
-from .token_sampling import Logits, Sampling, draw_at, probability_at, reveal, true_positions
+from .token_sampling import Logits, Sampling, draw_at, probability_at, true_positions
 from .validation import check_mask_token, check_sample, check_timestep, resolve_sampling
 
 Memory = TypeVar("Memory", bound=tuple)
@@ -28,10 +28,11 @@ class PrismSchedulerOutput(BaseOutput):
         sampled_tokens: the tokens written, int64 (N,), in row-major order of `unmasked`.
         sampled_probs: the model's own probabilities of these tokens at temperature 1, float32 (N,).
         finished: rows that need no further forward pass, bool (B,). None from schedulers that use all their steps.
-        accepted: finished rows in which no token was doubtful, bool (B,). None as above.
+        accepted: finished rows whose canvas was judged good enough, bool (B,). None as above.
         restored: visible tokens of finished rows that were replaced by those of an earlier, better canvas, bool (B, L).
             None as above.
-        judged: quality of each generated token of a finished row, float32 (B, L), NaN elsewhere. None as above.
+        judged: quality of each generated token of a judged and finished row, float32 (B, L), NaN elsewhere. None as
+            above.
     """
 
     prev_sample: Tensor
@@ -138,15 +139,15 @@ class Step:
         return uniform_at(self.generation_mask, draws, self.generator)
 
     def own_probability(self, positions: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The model's own probability of what stands at `positions`, bool (B, L), or of `tokens`, int64 (B, L).
+        """The model's own probability, at temperature 1, of some tokens at `positions`, bool (B, L).
 
-        At temperature 1; float32 (B, L), 0 elsewhere.
+        The tokens are those of `sample`, or `tokens`, int64 (B, L). Returns float32 (B, L), 0 outside `positions`.
         """
         tokens = self.sample if tokens is None else tokens
         return probability_at(self.model_output, positions, tokens, self.mask_token_id)
 
     def draw(self, positions: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each of `positions`, bool (B, L), and its probability, (N,) each; u uniform numbers (B, L)."""
+        """A token for each of `positions`, bool (B, L), and its probability, (N,) each. `u`: uniform numbers (B, L)."""
         index = true_positions(positions, int(positions.sum()))
         return draw_at(self.model_output, positions, index, self.sampling, self.mask_token_id, u)[:2]
 
@@ -159,17 +160,54 @@ class Step:
         penalty: tuple[Tensor, Tensor] | None = None,
         most_wrong: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill n masks of each row: which, bool (B, L), their tokens and probabilities, (N,).
+        """Fill n masks of each row.
 
-        With a threshold also all masks whose token is surer than it, and at least one. See `token_sampling.reveal`.
+        "random" and "left_to_right" pick the positions first, and then need logits nowhere else. The other orders draw
+        a token at every mask and write those of the highest `order_score`, so they need logits at all masks.
+
+        Args:
+            n: int64 of shape (B,); below 1 fills nothing.
+            u_order, u_token: independent uniform numbers, float32 of shape (B, L).
+            threshold: with order "confidence", also write every token of a confidence above it, and at least one token;
+                None for n alone.
+            penalty: as `draw_at`.
+            most_wrong: with order "confidence", also write further tokens, the surest first, while the sum of
+                1 - confidence over all written tokens, their expected number of errors, is at most this. None for n
+                alone.
+        Returns:
+            which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these
+            tokens, float32 (N,).
         """
+        masked, scored = self.masked, self.order not in ("random", "left_to_right")
         if threshold is not None:
             n = n.clamp(min=1)  # a row that is ahead of the schedule must not wait for it
-        where = (self.model_output, self.masked, n, self.order, self.sampling, self.mask_token_id)
-        return reveal(*where, u_order, u_token, threshold, penalty, most_wrong)
+        if self.order == "random":
+            candidates = lowest(u_order, masked, n)
+        elif self.order == "left_to_right":
+            candidates = masked & (masked.cumsum(-1) <= n[:, None])
+        else:
+            candidates = masked
+        written = torch.minimum(n, masked.sum(-1)).clamp(min=0).sum()
+        number, kept_number = torch.stack([candidates.sum(), written]).tolist()  # the one time that a step waits
+        index, order = true_positions(candidates, number), self.order if scored else None
+        where = (self.model_output, candidates, index, self.sampling, self.mask_token_id)
+        tokens, probs, score = draw_at(*where, u_token, order, penalty)
+        if not scored:
+            return candidates, tokens, probs
+        score = torch.zeros_like(u_order).masked_scatter(masked, score)
+        if threshold is not None:
+            n = torch.maximum(n, (masked & (score > threshold)).sum(-1))
+        if most_wrong is not None:
+            wrong = (1 - score).masked_fill(~masked, torch.inf).sort(-1).values.cumsum(-1)
+            n = torch.maximum(n, (wrong <= most_wrong).sum(-1))
+        if threshold is not None or most_wrong is not None:
+            kept_number = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
+        unmasked = highest(score, masked, n)
+        (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
+        return unmasked, tokens[kept], probs[kept]
 
     def recall(self, memory: Memory | None) -> Memory | None:
-        """What a rule noted in the step before; None where a run begins, or if its first tensor is not (B, L)."""
+        """`memory`, what a rule noted in the last step. None in the first step, or if memory[0] is not (B, L)."""
         fits = self.index > 0 and memory is not None and memory[0].shape == self.sample.shape
         return memory if fits else None
 

@@ -2,13 +2,13 @@
 
 What drawing means, for logits (N, V) with the mask token at -inf and uniform numbers u (N,):
 
-    p     = softmax(logits)                     the model's own opinion, which is what confidence means
+    p     = softmax(logits)                     the model's own probabilities, from which confidence is taken
     mass  = softmax(logits / temperature)       then 0 outside the top_k tokens, then 0 outside the nucleus of top_p
     token = the first v with mass[0] + ... + mass[v] > u * sum(mass); after truncation the most likely v come first
     prob  = p[token]
 
-`sample_tokens` is that. The rest of this file makes it fast: no sort of the vocabulary, short sums in float32, bounded
-memory, logits only where they are needed, and one wait for the device in a step.
+`sample_tokens` computes this. The rest of this file makes it fast: no sort of the vocabulary, short sums in float32,
+bounded memory, logits only where they are needed, and one wait for the device in a step.
 
 Plain functions on whole batches. B rows, L positions, V tokens; N positions taken out of (B, L) in row-major order.
 """
@@ -22,18 +22,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .functional import Generators, highest, lowest, uniform
+from .functional import Generators, uniform
 
-# Logits that are worked on at once: 64 MB of float32. More rows go in turn, so memory does not grow with their number.
+# The most logits that are processed at once: 64 MB of float32. Further rows wait, so memory does not grow with them.
 CHUNK = 2**24
 # Tokens among which a nucleus is looked for before the whole vocabulary is sorted.
 NUCLEUS = 512
 
 
 class Logits(Protocol):
-    """(B, L, V) logits, or anything that gives the rows (N, V) where it is indexed by a bool (B, L) mask.
+    """Logits (B, L, V), or any object that gives rows (N, V) when it is indexed by a bool (B, L) mask.
 
-    If it has a method `at(row, column)`, that is asked for the logits at these indices instead, some at a time.
+    If the object has a method `at(row, column)`, that is called instead, for some of the positions at a time.
     """
 
     def __getitem__(self, positions: Tensor, /) -> Tensor:
@@ -85,8 +85,8 @@ def sample_tokens(
             None draws them from `generator`.
         mask_token_id: a token that must not be drawn; it counts as probability zero throughout.
     Returns:
-        tokens, int64 of shape (N,), and their probabilities, float32 of shape (N,): the model's own, at temperature 1
-        and before truncation, since that is what confidence means whatever the sampling settings are.
+        tokens, int64 of shape (N,), and their probabilities, float32 of shape (N,). These are the model's own, at
+        temperature 1 and before truncation, so that confidence does not depend on the sampling settings.
     Raises:
         RuntimeError: a row has a NaN, +inf, or no possible token. Reported without waiting for the device, as in
             torch.multinomial.
@@ -102,7 +102,7 @@ def sample_tokens(
 
 
 def chunk_rows(vocab_size: int) -> int:
-    """Rows of that many logits that are worked on at once; at least 1."""
+    """How many rows of `vocab_size` logits are processed at once; at least 1."""
     return max(1, CHUNK // max(1, vocab_size))
 
 
@@ -140,15 +140,16 @@ def _sample(
 def probabilities(logits: Tensor) -> Tensor:
     """softmax of `logits` (N, V), in float32, that adds up to 1 within 1e-6.
 
-    torch's own reads the logits once where log-sum-exp and exp read them four times; but its sum, one number after the
-    other, is off by 2e-5 for 126,000 tokens. The sum of what it gives, made in pairs, says by how much.
+    torch's softmax reads the logits once, where log-sum-exp and exp read them four times. But it adds one number after
+    the other, so for 126,000 tokens its result adds up to 1 within 2e-5 only. Here that result is divided by its sum,
+    which is added in pairs.
     """
     p = logits.softmax(-1, dtype=torch.float32)
     return p.div_(p.sum(-1, keepdim=True))
 
 
 def suppress(logits: Tensor, token_id: int | None) -> Tensor:
-    """`logits` (N, V) with token `token_id` at -inf; as they are if it is None or has no logit."""
+    """`logits` (N, V) with token `token_id` at -inf; unchanged if `token_id` is None or has no logit."""
     if token_id is None or token_id >= logits.shape[-1]:
         return logits
     logits = logits.clone()
@@ -157,7 +158,7 @@ def suppress(logits: Tensor, token_id: int | None) -> Tensor:
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """`logits` (N, V) over a temperature > 0, in float32, less each row's maximum: neither 1e4 nor 1e-30 overflows."""
+    """`logits` (N, V), less each row's maximum, divided by a temperature > 0, in float32; 1e-30 does not overflow."""
     logits = logits.float()
     return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
 
@@ -205,15 +206,16 @@ def _surplus(mass: Tensor, total: Tensor, top_p: float) -> Tensor:
 
 
 def first_largest(values: Tensor) -> Tensor:
-    """`values.argmax(-1)` of (N, V), the first of equals: as fast as `amax`, which on a CPU is ten times as fast."""
+    """`values.argmax(-1)` of (N, V), the first of equals, by way of `amax`: on a CPU ten times as fast as `argmax`."""
     block, size = _blocks(values, torch.Tensor.amax).argmax(-1), _block_size(values)
     return block * size + _inside(values, block, size, -torch.inf).argmax(-1)
 
 
 def invert(mass: Tensor, u: Tensor) -> Tensor:
-    """Indices (N,) at which the cumulative `mass` (N, V), float32, exceeds u (N,) of its total.
+    """First indices (N,) at which the cumulative sum of `mass` (N, V), float32, exceeds u (N,) times its total.
 
-    First which block, then where in it: two short cumulative sums instead of one over V, so errors stay small.
+    A block of tokens is found first, then the token in that block. So two short sums replace one over V, and rounding
+    errors stay small.
     """
     size = _block_size(mass)
     block, rest = _invert(_blocks(mass, torch.Tensor.sum), u)
@@ -265,7 +267,7 @@ def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def order_score(p: Tensor, tokens: Tensor, order: str) -> Tensor:
-    """How much a decoding order wants each row's token to be written: the highest comes first.
+    """The score by which an order of decoding ranks each row's token; the highest is written first.
 
     "confidence": p(token), "margin": p(first) - p(second), "entropy": minus the entropy in nats; all at temperature 1.
 
@@ -292,7 +294,7 @@ def order_score(p: Tensor, tokens: Tensor, order: str) -> Tensor:
 def true_positions(mask: Tensor, count: int) -> tuple[Tensor, ...]:
     """`mask.nonzero(as_tuple=True)` for a mask of any shape that has `count` true elements.
 
-    Who knows the number need not wait for the device: `nonzero` and indexing by a mask do.
+    Because `count` is known, this does not wait for the device. `nonzero` and indexing by a mask do.
     """
     flat = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:count]
     return torch.unravel_index(flat, mask.shape)
@@ -341,8 +343,8 @@ def draw_at(
         sampling: temperature, top_p and top_k, as `sample_tokens`.
         u: uniform numbers, float32 of shape (B, L).
         order: "confidence", "margin" or "entropy", see `order_score`; None for no score.
-        penalty: a token at each position, int64 (B, L), and what is taken off its logit when tokens are drawn, float32
-            (B, L); probabilities and scores are those without it. None for nothing.
+        penalty: a token of each position, int64 (B, L), and the amount by which its logit is lowered when tokens are
+            drawn, float32 (B, L). Probabilities and scores are without the penalty. None for no penalty.
     Returns:
         tokens, int64 (N,), their probabilities as `sample_tokens`, float32 (N,), and the score, float32 (N,).
     """
@@ -365,7 +367,7 @@ def probability_at(model_output: Logits, positions: Tensor, tokens: Tensor, mask
         model_output, positions, mask_token_id: as `logit_chunks`.
         tokens: int64 of shape (B, L); others than at `positions` are not read.
     Returns:
-        float32 of shape (B, L), 0 outside `positions`, and where a token is at -inf.
+        float32 of shape (B, L); 0 outside `positions`, and for tokens whose logit is -inf.
     """
     index = positions.nonzero(as_tuple=True)
     probs, done, tokens = [], 0, tokens[index].long()
@@ -374,67 +376,6 @@ def probability_at(model_output: Logits, positions: Tensor, tokens: Tensor, mask
         done += len(logits)
     # The softmax of a row in which nothing is possible is NaN.
     return torch.zeros(positions.shape, device=positions.device).index_put(index, torch.cat(probs).nan_to_num(0))
-
-
-def reveal(
-    model_output: Logits,
-    masked: Tensor,
-    n: Tensor,
-    order: str,
-    sampling: Sampling,
-    mask_token_id: int,
-    u_order: Tensor,
-    u_token: Tensor,
-    threshold: float | None = None,
-    penalty: tuple[Tensor, Tensor] | None = None,
-    most_wrong: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill n masks of each row.
-
-    "random" and "left_to_right" pick the positions first, and then need logits nowhere else. The other orders draw a
-    token at every mask and write those of the highest `order_score`, so they need logits at all masks.
-
-    Args:
-        model_output: see `Logits`.
-        masked: bool of shape (B, L).
-        n: int64 of shape (B,); below 1 fills nothing.
-        order: one of `ORDERS`.
-        sampling, mask_token_id: as `sample_tokens`.
-        u_order, u_token: independent uniform numbers, float32 of shape (B, L).
-        threshold: with order "confidence", every token of a confidence above it is written too; None for n alone.
-        penalty: as `draw_at`.
-        most_wrong: with order "confidence", the surest tokens are written too, as many as hold at most this many wrong
-            ones together by their confidences: sum of 1 - confidence; None for n alone.
-    Returns:
-        which masks were filled, bool (B, L); their tokens, int64 (N,); and the model's probabilities of these tokens,
-        float32 (N,).
-    """
-    scored = order not in ("random", "left_to_right")
-    if order == "random":
-        candidates = lowest(u_order, masked, n)
-    elif order == "left_to_right":
-        candidates = masked & (masked.cumsum(-1) <= n[:, None])
-    else:
-        candidates = masked
-    written = torch.minimum(n, masked.sum(-1)).clamp(min=0).sum()
-    number, kept_number = torch.stack([candidates.sum(), written]).tolist()  # the one time that a step waits
-    index = true_positions(candidates, number)
-    tokens, probs, score = draw_at(
-        model_output, candidates, index, sampling, mask_token_id, u_token, order if scored else None, penalty
-    )
-    if not scored:
-        return candidates, tokens, probs
-    score = torch.zeros_like(u_order).masked_scatter(masked, score)
-    if threshold is not None:
-        n = torch.maximum(n, (masked & (score > threshold)).sum(-1))
-    if most_wrong is not None:
-        wrong = (1 - score).masked_fill(~masked, torch.inf).sort(-1).values.cumsum(-1)
-        n = torch.maximum(n, (wrong <= most_wrong).sum(-1))
-    if threshold is not None or most_wrong is not None:
-        kept_number = int(torch.minimum(n, masked.sum(-1)).clamp(min=0).sum())  # the tokens decide: a second wait
-    unmasked = highest(score, masked, n)
-    (kept,) = true_positions(unmasked[index], kept_number)  # among the masks, those that are filled
-    return unmasked, tokens[kept], probs[kept]
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------

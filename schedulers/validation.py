@@ -1,4 +1,4 @@
-"""What users pass to schedulers: checked where it enters, with errors that say what would be right."""
+"""Checks of what users pass to schedulers; the errors say what is allowed."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor
 from .functional import ORDERS
 from .token_sampling import Sampling
 
-# The most that a whole number among the settings may be.
+# The largest integer that a setting may be.
 MOST = 2**31 - 1
-# The most steps of one run. Each is a forward pass: a number beyond was meant as no limit, and the run would never end.
+# The most steps of one run. A larger number was meant as "no limit", and the run would never end.
 MOST_STEPS = 1_000_000
 
 
 def is_int(value: object, low: int, high: int = MOST) -> TypeGuard[int]:
-    """Is it an integer (no bool) in [low, high]? By default `high` is the most that a tensor of counts can hold."""
+    """Is `value` an integer (no bool) in [low, high]? By default `high` is `MOST`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_number(value: Any, low: float, high: float = math.inf) -> bool:
-    """Is it a finite number (no bool) in [low, high]?"""
+    """Is `value` a finite number (no bool) in [low, high]?"""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and low <= value <= min(high, sys.float_info.max)
 
 
 def require(valid: bool, name: str, value: object, allowed: str) -> None:
-    """Raise a ValueError that names the argument, its value and what is allowed, unless `valid`."""
+    """Unless `valid`, raise a ValueError that names the argument, its value and what is allowed."""
     if not valid:
         if isinstance(value, int) and value > MOST:
             allowed += f" and at most {MOST}"
@@ -44,7 +44,7 @@ def require(valid: bool, name: str, value: object, allowed: str) -> None:
 
 
 class Allowed(NamedTuple):
-    """What a config field may be: in words, for the error, and as a test of a value."""
+    """What a config field may be: `words` for the error, and `fits`, a test of a value."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -57,7 +57,7 @@ def integer(low: int, high: int = MOST) -> Allowed:
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Allowed:
-    """A number from `low` to `high`; with `above` not `low` itself, with `below` not `high`."""
+    """A number from `low` to `high`; `above` excludes `low` itself, `below` excludes `high`."""
 
     def fits(value: Any) -> bool:
         return is_number(value, low, high) and not (above and value == low) and not (below and value == high)
@@ -118,7 +118,7 @@ def loop_steps(scheduler: Any) -> int:
 
 
 def check_run(num_inference_steps: int, block_length: int | None) -> None:
-    """Raise a ValueError for arguments of `set_timesteps` that are no integers of at least 1, or steps without end."""
+    """Raise a ValueError unless the arguments of `set_timesteps` are integers of at least 1, and not too many steps."""
     check("num_inference_steps", num_inference_steps, Annotated[int, integer(1, MOST_STEPS)])
     check("block_length", block_length, Annotated[int | None, integer(1)])
 
@@ -172,11 +172,11 @@ def check_mask_token(mask_token_id: Any) -> int:
 
 
 def check_quality(quality: Tensor, sample: Tensor) -> None:
-    """Raise a ValueError unless the quality is floats of the shape of `sample`."""
+    """Raise a ValueError unless `quality` is a floating-point tensor with the shape of `sample`."""
     fits = quality.is_floating_point() and quality.shape == sample.shape
     require(fits, "quality", described(quality), f"floats of shape {tuple(sample.shape)}, as `sample`")
 
 
 def described(tensor: Tensor) -> str:
-    """Its dtype and shape, for an error."""
+    """Dtype and shape of a tensor, for an error."""
     return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -178,14 +178,19 @@ def authors_lora(folder, rank=2):
     return {name: value + delta.get(name, 0) for name, value in base.items()}
 
 
+def merged(family, weights, folder):
+    """The twin of a family with these weights in its checkpoint."""
+    shutil.copytree(checkpoint(family), folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return load(folder)
+
+
 def test_an_adapter_under_the_authors_names_of_llada_is_mapped(tmp_path):
     weights = authors_lora(tmp_path / "lora")
-    shutil.copytree(checkpoint("llada"), tmp_path / "merged")
-    save_file(weights, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
-    pipe = load(checkpoint("llada"))
-    pipe.load_lora_weights(str(tmp_path / "lora"))
+    expected, pipe = merged("llada", weights, tmp_path / "merged"), load(checkpoint("llada"))
     ids = torch.tensor([[3, MASK, 5, 9]])
-    torch.testing.assert_close(logits(pipe, ids), logits(load(tmp_path / "merged"), ids), atol=1e-5, rtol=1e-5)
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    torch.testing.assert_close(logits(pipe, ids), logits(expected, ids), atol=1e-5, rtol=1e-5)
     pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(PrismPipeline.from_pretrained(tmp_path / "saved"), ids), logits(pipe, ids))
 
@@ -201,14 +206,12 @@ def test_an_adapter_under_the_authors_names_of_mdlm_is_put_in_order_and_gated(fa
             b = torch.randn(value.shape[0], 2, generator=generator) / 8
             weights |= {f"base_model.model.{module}.lora_{x}.weight": y for x, y in (("A", a), ("B", b))}
             base[key] = value + b @ a * 4 / 2
-    lora, merged, ids = tmp_path / "lora", tmp_path / "merged", torch.tensor([[3, MASK, 5, 9]])
+    lora, ids = tmp_path / "lora", torch.tensor([[3, MASK, 5, 9]])
     lora.mkdir()
     save_file(weights, lora / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(names)}
     (lora / "adapter_config.json").write_text(json.dumps(config))
-    shutil.copytree(checkpoint(family), merged)
-    save_file(base, merged / "model.safetensors", metadata={"format": "pt"})
-    pipe, expected = load(checkpoint(family)), logits(load(merged), ids)
+    pipe, expected = load(checkpoint(family)), logits(merged(family, base, tmp_path / "merged"), ids)
     plain = logits(pipe, ids)
     pipe.load_lora_weights(str(lora))
     assert not torch.allclose(plain, expected, atol=1e-2)
@@ -235,12 +238,10 @@ def test_an_adapter_of_a_layer_that_is_cut_here_is_cut_too(tmp_path):
     save_file(weights, tmp_path / "lora" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query_key_value"]}
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
-    shutil.copytree(checkpoint("llada2_moe"), tmp_path / "merged")
-    save_file(base, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
-    pipe = load(checkpoint("llada2_moe"))
+    expected, pipe = merged("llada2_moe", base, tmp_path / "merged"), load(checkpoint("llada2_moe"))
     pipe.load_lora_weights(str(tmp_path / "lora"))
     ids = torch.tensor([[3, MASK, 5, 9]])
-    torch.testing.assert_close(logits(pipe, ids), logits(load(tmp_path / "merged"), ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(pipe, ids), logits(expected, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_loading_adapters_prints_no_false_report(repos, caplog, capfd):

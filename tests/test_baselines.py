@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from test_schedulers import LazyTable
 
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.schedulers import (
@@ -514,21 +515,10 @@ def test_a_baseline_survives_saving(arm, tmp_path):
     assert fields == {name: loaded.config[name] for name in fields}
 
 
-class Lazy:
-    """Logits that are there only where they are asked for."""
-
-    def __init__(self, dense):
-        self.dense, self.rows = dense, 0
-
-    def __getitem__(self, positions):
-        self.rows += int(positions.sum())
-        return self.dense[positions]
-
-
 @pytest.mark.parametrize("arm", ARMS)
 def test_lazy_logits_give_the_same_tokens_and_a_judging_half_step_reads_none(arm):
     table, quality = random_table(9, 2, 10), torch.rand(2, 10, generator=torch.Generator().manual_seed(2))
-    tables = [Lazy(x) for x in table]
+    tables = [LazyTable(x) for x in table]
     dense, lazy = (
         run(ARMS[arm], logits, all_masks(2, 10), 7, torch.Generator().manual_seed(1), quality)
         for logits in (table, tables)

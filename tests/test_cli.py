@@ -14,7 +14,9 @@ from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMasked
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, sudoku
 from prism_pipelines.cli import live_view
 from prism_pipelines.cli import sudoku as cli_sudoku
+from prism_pipelines.cli.loading import change_scheduler
 from prism_pipelines.cli.main import main
+from prism_pipelines.sampling import token_states
 
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -234,11 +236,12 @@ def test_flags_change_the_shipped_settings_and_leave_the_rest():
     pipe.scheduler = PrismScheduler(eta=0.3, order="confidence", remask_end=0.8)
     parser = argparse.ArgumentParser()
     cli_sudoku.add_parser(parser.add_subparsers())
-    cli_sudoku.set_scheduler(pipe, parser.parse_args(["sudoku", "--num-remask", "2", "--temperature", "0.5"]))
+    args = parser.parse_args(["sudoku", "--num-remask", "2", "--temperature", "0.5"])
+    change_scheduler(pipe, args, "temperature", "num_remask")
     config = pipe.scheduler.config
     assert (config.num_remask, config.eta, config.temperature) == (2, None, 0.5)
     assert (config.order, config.remask_end) == ("confidence", 0.8)
-    cli_sudoku.set_scheduler(pipe, parser.parse_args(["sudoku", "--scheduler", "mdlm"]))
+    change_scheduler(pipe, parser.parse_args(["sudoku", "--scheduler", "mdlm"]), "temperature", "num_remask")
     assert isinstance(pipe.scheduler, MDLMScheduler) and pipe.scheduler.config.order == "confidence"
 
 
@@ -337,14 +340,16 @@ def test_kinds_of_cells_follow_from_the_two_states():
     after = [5, 6, 7, 1, 2, sudoku.MASK_ID, sudoku.MASK_ID] + [4] * 74
     quality = [0.0, 0.0, 0.0, 0.9, 0.1, 0.05, 0.0] + [1.0] * 74  # low values at clues and masks mean nothing
     remasked = [i == 5 for i in range(81)]
-    kinds = live_view.token_kinds(before, after, generated, sudoku.MASK_ID, quality, remasked)
+    kinds = token_states.token_states(before, after, generated, sudoku.MASK_ID, quality, remasked)
     assert kinds[:8] == ["given", "given", "written", "kept", "doubtful", "remasked", "mask", "kept"]
 
 
 def test_every_kind_has_its_own_mark_and_colour_and_stands_in_the_legend():
-    marks, styles, words = zip(*live_view.KINDS.values(), strict=True)
-    assert len(set(marks)) == len(set(styles)) == len(live_view.KINDS)
-    assert all(word in live_view.legend(live_view.KINDS).plain for word in words)
+    marks, words, styles = (
+        {getattr(s, name) for s in token_states.STATES.values()} for name in ("mark", "words", "style")
+    )
+    assert len(marks) == len(words) == len(styles) == len(token_states.STATES)
+    assert all(word in live_view.legend(token_states.STATES).plain for word in words)
 
 
 def test_board_shows_each_digit_once_at_its_place():

@@ -12,6 +12,7 @@ from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.cli import live_view
 from prism_pipelines.cli.main import main
 from prism_pipelines.evaluation import pipeline_texts
+from prism_pipelines.sampling import token_states
 
 M = 9  # a mask id
 
@@ -64,7 +65,7 @@ def test_bad_input_is_one_line(flags, named, capsys):
 
 def test_kinds_of_tokens():
     before, after = [5, M, 7, 8, M, 3], [5, 6, M, 8, M, 3]
-    kinds = live_view.token_kinds(
+    kinds = token_states.token_states(
         before, after, [False, *[True] * 5], M, [1, 0, 0.1, 0.2, 0, 0.9], [False, False, True, False, False, False]
     )
     assert kinds == ["given", "written", "remasked", "doubtful", "mask", "kept"]

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from prism_pipelines import MDLMScheduler
 from prism_pipelines.schedulers.functional import (
     binomial,
     choose,
@@ -20,12 +21,12 @@ from prism_pipelines.schedulers.functional import (
     unmask_probability,
     visible_target,
 )
+from prism_pipelines.schedulers.step import Step
 from prism_pipelines.schedulers.token_sampling import (
     Sampling,
     order_score,
     probabilities,
     probability_at,
-    reveal,
     sample_tokens,
 )
 
@@ -373,6 +374,14 @@ def test_the_probability_of_a_forbidden_token_is_0():
 
 
 # --- filling masks ----------------------------------------------------------------------------------------------------
+
+
+def reveal(logits, masked, n, order, sampling, mask_token_id, u_order, u_token):
+    """`Step.reveal` of a step in which `masked` are the masks."""
+    scheduler = MDLMScheduler(order=order)
+    scheduler.set_timesteps(1)
+    sample = torch.full(masked.shape, mask_token_id)
+    return Step.of(scheduler, logits, 0, sample, masked, mask_token_id, *sampling, None).reveal(n, u_order, u_token)
 
 
 @pytest.mark.parametrize("order", ["random", "confidence", "margin", "entropy", "left_to_right"])

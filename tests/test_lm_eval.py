@@ -159,16 +159,16 @@ def test_refusals(folder):
     assert model._call({"num_beams": 1}) == model._call({})
     with pytest.raises(ValueError, match="empty prompt"):
         model.generate_until(requests({}, [""]), disable_tqdm=True)
-    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1, got 0"):
-        PrismLM(folder, steps=0)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be an integer of at least 1, got 0"):
+        PrismLM(folder, num_inference_steps=0)
     with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1, got 'auto'"):
         PrismLM(folder, batch_size="auto")
 
 
 def test_the_registry_and_the_argument_string_of_lm_eval_make_the_model(folder):
-    text = f"pretrained={folder},gen_length=6,steps=3,scheduler=SelfConfidenceScheduler,torch_dtype=bfloat16"
+    text = f"pretrained={folder},gen_length=6,num_inference_steps=3,scheduler=SelfConfidenceScheduler,dtype=bfloat16"
     model = get_model("prism").create_from_arg_string(text, {"batch_size": 4, "max_batch_size": None, "device": "cpu"})
-    assert isinstance(model, PrismLM) and (model.gen_length, model.steps, model.batch_size) == (6, 3, 4)
+    assert isinstance(model, PrismLM) and (model.gen_length, model.num_inference_steps, model.batch_size) == (6, 3, 4)
     assert type(model.pipe.scheduler).__name__ == "SelfConfidenceScheduler"
     assert model.pipe.model.dtype == torch.bfloat16
     assert model.apply_chat_template([{"role": "user", "content": "w3"}]) == "w3 w0"

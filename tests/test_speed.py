@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from family_twins import CHECKPOINTS, MASK, checkpoint, load, some_ids
+from test_functional import reveal
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,6 @@ from prism_pipelines.schedulers.token_sampling import (
     Sampling,
     first_largest,
     probabilities,
-    reveal,
     sample_tokens,
     true_positions,
 )

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from prism_pipelines.cli import live_view
+from prism_pipelines.sampling import token_states
 from prism_pipelines.sampling.trace import Trace, TraceStep
 from prism_pipelines.sampling.trace_page import display_width, visible_text
 from prism_pipelines.schedulers import PrismSchedulerOutput
@@ -171,6 +173,15 @@ def test_wrong_arguments_are_named():
             trace().to_html(columns=columns)
 
 
+def test_terminal_page_and_picture_show_a_state_as_one_table_says(monkeypatch):
+    monkeypatch.setitem(token_states.STATES, "remasked", token_states.TokenState("R", "gone", "red", "#123456"))
+    run = trace()
+    assert data_of(run.to_html())["states"]["remasked"] == {"mark": "R", "words": "gone"}
+    assert "#123456" in run.to_svg() and all(colour in run.to_html() for colour in token_states.SCALE)
+    assert live_view.legend(["remasked"]).plain.split() == ["legend:", "R", "gone"]
+    assert live_view.page(["a"], ["remasked"]).plain == "R"
+
+
 # --- the picture that moves -------------------------------------------------------------------------------------------
 
 
@@ -197,7 +208,7 @@ def test_the_picture_plays_every_canvas():
     for n, words in enumerate(canvases):
         seen = shown_at(picture, n, len(canvases))
         assert [text for (_, y), text in seen.items() if y != "20"] == [word for word in words if word]
-    assert "pass 2: 1 of 3, 1 taken back" in shown_at(picture, 2, 5).values()
+    assert "pass 2: 1 of 3, 1 remasked" in shown_at(picture, 2, 5).values()
 
 
 def test_markup_in_tokens_stays_text_in_the_picture():

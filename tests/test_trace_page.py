@@ -162,7 +162,7 @@ def test_the_life_of_a_token_says_what_when_how_sure_and_why(browser, pages):
     assert text.count("written ") >= 2 and "drawn with probability" in text  # taken back once, so written twice
     step = browser.js(f"frames.findIndex(f => f.kinds[{i}] === 'remasked')")
     seen = browser.js(f"frames[{step}].seen[{i}] / 254")
-    assert f"step {step} of 20: " in text and f"taken back by PrismScheduler: quality {seen:.2f}, " in text
+    assert f"step {step} of 20: " in text and f"remasked by PrismScheduler: quality {seen:.2f}, " in text
     assert "lowest of" in text
 
 

@@ -137,10 +137,8 @@ def add_temperature_flags(group: argparse._ActionsContainer, top_p: bool = True)
         group.add_argument("--top-p", metavar="P", type=float, help="nucleus, in (0, 1] (default: the scheduler's)")
 
 
-def add_device_flag(group: argparse._ActionsContainer, default: str | None = "cpu") -> None:
-    """`--device`; None as the default stands for the GPU if there is one."""
-    words = "the GPU if there is one" if default is None else default
-    group.add_argument("--device", metavar="NAME", default=default, help=f'"cpu", "cuda", ... (default: {words})')
+def add_device_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", metavar="NAME", help='"cpu", "cuda", ... (default: the GPU if there is one)')
 
 
 def add_live_flags(parser: argparse.ArgumentParser, sampling: argparse._ActionsContainer, delay: float) -> None:
@@ -158,20 +156,26 @@ def add_live_flags(parser: argparse.ArgumentParser, sampling: argparse._ActionsC
     )
 
 
-def check_device(name: str) -> torch.device:
-    """The torch device of `--device`.
+def check_device(name: str | None) -> torch.device:
+    """The torch device of `--device`; without one the GPU if there is one, else the CPU.
 
     Raises:
         ValueError: there is no such device, or it is not available.
     """
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def values(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of some flags, for a function whose arguments are called as the flags are."""
+    return {name: getattr(args, name) for name in names}
 
 
 def refuse(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, (*of_model, "--scheduler", "--scheduler-config"), "on --texts")
     if args.judge is not None and args.ngram_judge is not None:
         raise ValueError("Pass one of --judge and --ngram-judge.")
-    check_device(args.device)
+    device = check_device(args.device)
     # What can be wrong with the files must not show after the texts were written.
     reference, vocabulary = evaluation.read_texts(args.reference), None
     if args.words is not None:
@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
     if args.ngram_judge is not None:
         judge = _byte_judge(args.ngram_judge)
     elif args.judge is not None:
-        judge = evaluation.load_judge(args.judge, device=args.device)
+        judge = evaluation.load_judge(args.judge, device=str(device))
     count = args.num_samples or 64
     texts = None if args.texts is None else evaluation.read_texts(args.texts)
     if args.featurizer is not None:
         check_mauve(count if texts is None else len(texts), len(reference))
-        featurizer = evaluation.load_featurizer(args.featurizer, device=args.device)
+        featurizer = evaluation.load_featurizer(args.featurizer, device=str(device))
     rule: dict = {}
     if texts is None:
         pipe = load_bundled_or(args, "sudoku")

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from .arguments import Commands, add_command, add_device_flag
+from .arguments import Commands, add_command, add_device_flag, check_device
 from .loading import add_head_flag, add_source_flags
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> None:
         help="what is known about a model, and whether it behaves so",
         description="Load a masked diffusion model, print what was detected and why, and probe it.",
         examples="""
-            prism info GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --device cuda
+            prism info GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16
             prism info my-model --mask-token-id 126336 --json""",
         status="0 no probe failed, 1 a probe failed, 2 the model cannot be loaded.",
     )
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models.probes import run_probes
     from ..pipeline_prism import PrismPipeline
 
+    device = check_device(args.device)
     pipe = PrismPipeline.from_pretrained(
         args.model,
         quality_head=args.quality_head,
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         mask_token_id=args.mask_token_id,
         dtype=getattr(torch, args.dtype),
         trust_remote_code=args.trust_remote_code,
-    ).to(args.device)
+    ).to(device)
     facts = describe(pipe, args)
     findings = run_probes(pipe, args.text)
     failed = any(finding.verdict == "wrong" for finding in findings)

@@ -10,64 +10,21 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from ..sampling.token_states import STATES, token_states
+
 if TYPE_CHECKING:
     from ..pipeline_prism import PrismPipeline
 
-LOW_QUALITY = 0.5
-# kind: (mark, style, words of the legend). Of a grid, the mark stands before the digit.
-KINDS = {
-    "given": (" ", "bold", "given"),
-    "kept": ("·", "cyan", "written"),
-    "written": ("+", "bold green", "new"),
-    "doubtful": ("?", "yellow", "low quality"),
-    "remasked": ("×", "bold white on red", "remasked"),
-    "mask": ("_", "dim", "blank"),
-    "conflict": ("!", "bold red", "conflict"),
-}
-ALONE = ("remasked", "mask")  # kinds that show their mark in place of a token
+ALONE = ("remasked", "mask")  # states that show their mark in place of a token
 _ASCII = str.maketrans("·×│─┼", "~x|-+")
 
 
-def token_kinds(
-    before: Sequence[int],
-    after: Sequence[int],
-    generated: Sequence[bool],
-    mask_token_id: int,
-    quality: Sequence[float] | None = None,
-    remasked: Sequence[bool] | None = None,
-) -> list[str]:
-    """The kind of each token after one step.
-
-    Args:
-        before, after: L token ids around the step.
-        generated: whether each is generated; the others are given.
-        mask_token_id: as the pipeline's.
-        quality: of the tokens in `before`, or None; those kept below `LOW_QUALITY` are doubtful.
-        remasked: whether the step masked each token again, or None.
-    Returns:
-        L keys of `KINDS`; never "conflict".
-    """
-    kinds = []
-    for i, token in enumerate(after):
-        if not generated[i]:
-            kinds.append("given")
-        elif remasked is not None and remasked[i]:
-            kinds.append("remasked")
-        elif token == mask_token_id:
-            kinds.append("mask")
-        elif before[i] == mask_token_id:
-            kinds.append("written")
-        else:
-            kinds.append("doubtful" if quality is not None and quality[i] < LOW_QUALITY else "kept")
-    return kinds
-
-
-def board(ids: Sequence[int], kinds: list[str]) -> Text:
+def board(ids: Sequence[int], states: list[str]) -> Text:
     """A Sudoku grid as 11 lines, with a mark and a colour for every cell.
 
     Args:
         ids: token ids of the 81 cells; blanks may be 0 or the mask id.
-        kinds: 81 keys of `KINDS`.
+        states: 81 keys of `STATES`.
     """
     text = Text()
     for row in range(9):
@@ -75,29 +32,29 @@ def board(ids: Sequence[int], kinds: list[str]) -> Text:
             text.append("─────────┼─────────┼─────────\n", style="dim")
         for column in range(9):
             i = row * 9 + column
-            mark, style, _ = KINDS[kinds[i]]
+            state = STATES[states[i]]
             if column in (3, 6):
                 text.append("│", style="dim")
-            text.append(f" {mark} " if kinds[i] in ALONE else f"{mark}{int(ids[i])} ", style=style)
+            text.append(f" {state.mark} " if states[i] in ALONE else f"{state.mark}{int(ids[i])} ", style=state.style)
         text.append("\n")
     return text
 
 
-def page(tokens: list[str], kinds: list[str]) -> Text:
+def page(tokens: list[str], states: list[str]) -> Text:
     """Tokens of a text in a row, each in its colour, kept ones in none. A line break in a token stays one."""
     text = Text()
-    for token, kind in zip(tokens, kinds, strict=True):
-        mark, style, _ = KINDS[kind]
-        text.append(mark if kind in ALONE else token, style="" if kind == "kept" else style)
+    for token, name in zip(tokens, states, strict=True):
+        state = STATES[name]
+        text.append(state.mark if name in ALONE else token, style="" if name == "kept" else state.style)
     return text
 
 
-def legend(kinds: Collection[str]) -> Text:
-    """One line that names these keys of `KINDS`, each in its colour."""
+def legend(states: Collection[str]) -> Text:
+    """One line that names these keys of `STATES`, each in its colour."""
     text = Text("legend: ")
-    for mark, style, words in (KINDS[kind] for kind in KINDS if kind in kinds):
-        text.append(mark, style=style)
-        text.append(f" {words}  ")
+    for state in (STATES[state] for state in STATES if state in states):
+        text.append(state.mark, style=state.style)
+        text.append(f" {state.words}  ")
     return text
 
 
@@ -115,7 +72,7 @@ class LiveView:
 
     Args:
         console: rich console of a terminal.
-        draw: (ids, kinds) -> Text; L token ids, and their keys of `KINDS`.
+        draw: (ids, states) -> Text; L token ids, and their keys of `STATES`.
         unit: what a token is called, such as "cells".
         delay: seconds to hold each frame, >= 0.
     """
@@ -141,15 +98,15 @@ class LiveView:
         blank = [pipe.mask_token_id if free else token for free, token in zip(generated, after, strict=True)]
         before = self.ids or blank
         quality = None if state.get("quality") is None else state["quality"][0].tolist()
-        kinds = token_kinds(before, after, generated, pipe.mask_token_id, quality, state["remasked"][0].tolist())
-        now, total = kinds.count("remasked"), sum(generated)
+        states = token_states(before, after, generated, pipe.mask_token_id, quality, state["remasked"][0].tolist())
+        now, total = states.count("remasked"), sum(generated)
         self.remasked_so_far += now
-        shown = total - kinds.count("mask") - now
+        shown = total - states.count("mask") - now
         head = f"step {i + 1}/{len(pipe.scheduler.timesteps)}   {shown}/{total} {self.unit}   "
         counter = Text(
             f"{head}{now} remasked now, {self.remasked_so_far} so far   {self._phase(pipe, before)}".rstrip()
         )
-        parts = [counter, self.draw(after, kinds), legend(set(KINDS) - {"conflict"})]
+        parts = [counter, self.draw(after, states), legend(set(STATES) - {"set", "conflict"})]
         self.live.update(Group(*(printable(self.console, part) for part in parts)), refresh=True)
         self.ids = after
         time.sleep(self.delay)

@@ -22,7 +22,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_head_flag(group)
     add_scheduler_flags(group)
     add_source_flags(group)
-    add_device_flag(group, None)
+    add_device_flag(group)
 
 
 def add_head_flag(group: argparse._ActionsContainer) -> None:
@@ -61,16 +61,30 @@ def add_eval_flags(parser: argparse.ArgumentParser, otherwise: str, sampling: bo
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
+def load_model(source: str, device: str | None, quality_head: str | None = None) -> PrismPipeline:
+    """A pipeline without its own progress bar, on the device of `--device`, which is checked first.
+
+    Raises:
+        ValueError: the device is not there, or what `source` names cannot be loaded.
+    """
+    from ..pipeline_prism import PrismPipeline
+
+    place = check_device(device)
+    try:
+        pipe = PrismPipeline.from_pretrained(source, quality_head=quality_head)
+    except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
+        raise ValueError(f"{source} cannot be loaded: {error!r}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
 def load_bundled_or(args: argparse.Namespace, default: str) -> PrismPipeline:
     """The pipeline of `--model`, or the bundled one called `default`, with the scheduler that the flags ask for."""
     from .. import bundled
-    from ..pipeline_prism import PrismPipeline
 
-    device = check_device(args.device)
-    pipe = PrismPipeline.from_pretrained(args.model or bundled(default), quality_head=args.quality_head)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_model(args.model or bundled(default), args.device, args.quality_head)
     change_scheduler(pipe, args)
-    return pipe.to(device)
+    return pipe
 
 
 def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
@@ -79,9 +93,8 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
 
     from ..pipeline_prism import PrismPipeline
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = _join(device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = _join(args.device) if several else check_device(args.device)
     pipe = PrismPipeline.from_pretrained(
         args.model,
         quality_head=args.quality_head,
@@ -94,12 +107,25 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     return pipe
 
 
-def change_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:
-    """Give the pipeline the scheduler of `--scheduler` and `--scheduler-config`, if there is one."""
-    if args.scheduler is not None or args.scheduler_config is not None:
-        from ..schedulers import by_name
+def change_scheduler(pipe: PrismPipeline, args: argparse.Namespace, *flags: str) -> None:
+    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
 
-        pipe.scheduler = by_name.change_scheduler(pipe.scheduler, args.scheduler, args.scheduler_config)
+    Args:
+        flags: names of fields that have a flag of their own, such as "temperature"; none for `--scheduler-config`.
+    Raises:
+        ValueError: a field that the scheduler does not have.
+    """
+    from ..schedulers import by_name
+
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    fields = (given or None) if flags else args.scheduler_config
+    if args.scheduler is None and fields is None:
+        return
+    try:
+        pipe.scheduler = by_name.change_scheduler(pipe.scheduler, args.scheduler, fields)
+    except ValueError as error:
+        said = [f"--{name.replace('_', '-')}" for name in given] or ["--scheduler-config"]
+        raise ValueError(f"{', '.join(said)}: {error}") from None
 
 
 def scheduler_facts(pipe: PrismPipeline) -> dict[str, Any]:
@@ -127,10 +153,12 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _join(device: str) -> torch.device:
+def _join(device: str | None) -> torch.device:
     """Join the process group that the launcher describes; this process's device."""
+    import torch
+
     try:
         from accelerate import PartialState
     except ImportError:
         raise ImportError('Several processes need accelerate: pip install "prism-pipelines[train]".') from None
-    return PartialState(cpu=str(device) == "cpu").device
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device

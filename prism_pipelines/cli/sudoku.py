@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from .. import sudoku
-from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
+from .arguments import COUNT, WHOLE, Commands, add_command, add_live_flags, add_scheduler_flags
+from .loading import change_scheduler, load_model
 from .quiet import is_quiet
 
 if TYPE_CHECKING:
@@ -155,38 +156,17 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     Raises:
         ValueError: the device is not there, the model is no Sudoku model, or a flag does not fit the scheduler.
     """
-    from .. import PrismPipeline, bundled
+    from .. import bundled
 
-    device = check_device(args.device)
     # The head that judges whole grids, unless a flag asks for another rule, which goes with the model's own head.
     judged = args.model is None and args.scheduler is None and args.num_remask is None
     head = bundled("sudoku-head") if judged else None
-    try:
-        pipe = PrismPipeline.from_pretrained(args.model or bundled("sudoku"), quality_head=head)
-    except (KeyError, TypeError, RuntimeError) as error:  # what loading a damaged folder raises
-        raise ValueError(f"--model {args.model} is not a saved pipeline: {error!r}") from None
+    pipe = load_model(args.model or bundled("sudoku"), args.device, head)
     if pipe.mask_token_id != sudoku.MASK_ID or pipe.model.config.vocab_size != sudoku.VOCAB_SIZE:
         raise ValueError(
             f"{args.model} is not a Sudoku model: its mask id or vocabulary is not that of sudoku_tokenizer()"
         )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def set_scheduler(pipe: PrismPipeline, args: argparse.Namespace) -> None:
-    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it.
-
-    Raises:
-        ValueError: an unknown scheduler, or --num-remask with one that has no such field.
-    """
-    from ..schedulers.by_name import change_scheduler
-
-    wanted = {name: getattr(args, name) for name in ("temperature", "num_remask") if getattr(args, name) is not None}
-    try:
-        pipe.scheduler = change_scheduler(pipe.scheduler, args.scheduler, wanted)
-    except ValueError as error:
-        flags = ", ".join("--" + name.replace("_", "-") for name in wanted)
-        raise ValueError(f"{flags}: {error}") from None
+    return pipe
 
 
 def solve(
@@ -255,7 +235,7 @@ def run_sudoku(args: argparse.Namespace) -> int:
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
-    set_scheduler(pipe, args)
+    change_scheduler(pipe, args, "temperature", "num_remask")
     if from_file and len(puzzles) > 1:
         return _run_file(pipe, puzzles, args)
     return _run_one(pipe, puzzles, args, console)
@@ -282,12 +262,12 @@ def _run_one(pipe: PrismPipeline, puzzles: np.ndarray, args: argparse.Namespace,
         print("\n".join(f"{name}\t{value}" for name, value in record.items()))
     else:
         clashing = {i for pair in sudoku.conflicts(outcome.grid) for i in pair}
-        kinds = [
+        states = [
             "given" if clue else "conflict" if i in clashing else "kept" if digit else "mask"
             for i, (clue, digit) in enumerate(zip(outcome.puzzle, outcome.grid, strict=True))
         ]
-        console.print(printable(console, board(outcome.grid.tolist(), kinds)), end="")
-        console.print(printable(console, legend(kinds)))
+        console.print(printable(console, board(outcome.grid.tolist(), states)), end="")
+        console.print(printable(console, legend(states)))
         console.print(outcome.sentence(), style="bold green" if outcome.solved else "bold red")
         counts = f"{outcome.forwards} forwards, {outcome.remasked} cells remasked, seed {args.seed}."
         console.print(f"{counts} {outcome.verdict()}".rstrip())

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags, check_device
+from .arguments import COUNT, Commands, add_command, add_live_flags, add_scheduler_flags
+from .loading import change_scheduler, load_model
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -48,22 +49,12 @@ def load_pipeline(args: argparse.Namespace) -> PrismPipeline:
     Raises:
         ValueError: the device is not there, or the model has no tokenizer.
     """
-    from .. import PrismPipeline, bundled
+    from .. import bundled
 
-    device = check_device(args.device)
-    pipe = PrismPipeline.from_pretrained(args.model or bundled("text"))
+    pipe = load_model(args.model or bundled("text"), args.device)
     if pipe.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, so it writes no text.")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def set_scheduler(pipe: PrismPipeline, name: str | None, temperature: float | None) -> None:
-    """Give the pipeline the scheduler that the flags ask for; what they leave open stays as the model has it."""
-    from ..schedulers.by_name import change_scheduler
-
-    wanted = {} if temperature is None else {"temperature": temperature}
-    pipe.scheduler = change_scheduler(pipe.scheduler, name, wanted)
+    return pipe
 
 
 def room(pipe: PrismPipeline, prompt: str | None, gen_length: int | None) -> int:
@@ -96,13 +87,13 @@ def run_text(args: argparse.Namespace) -> int:
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ValueError(f"--html {args.html}: that folder does not exist")
     pipe, console = load_pipeline(args), Console(highlight=False)
-    set_scheduler(pipe, args.scheduler, args.temperature)
+    change_scheduler(pipe, args, "temperature")
     rows = args.num_samples
     remasked = torch.zeros(rows, dtype=torch.long)
     live = console.is_terminal and not (args.json or args.no_live)
 
-    def draw(ids: list[int], kinds: list[str]) -> Text:
-        return page([pipe.tokenizer.decode([token]) for token in ids], kinds)
+    def draw(ids: list[int], states: list[str]) -> Text:
+        return page([pipe.tokenizer.decode([token]) for token in ids], states)
 
     view = LiveView(console, draw, delay=args.delay) if live else None
 

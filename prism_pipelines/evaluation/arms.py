@@ -1,4 +1,4 @@
-"""Arms of a comparison: schedulers with their settings, as files hold them, and what makes them comparable."""
+"""Arms of a comparison, which are schedulers with their settings: from files, and checked that they can be compared."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def make_scheduler(arm: dict, temperature: float) -> Any:
     """The scheduler of an arm.
 
     Args:
-        arm: {"name", "scheduler", ...config}; the scheduler a public class name such as "PrismScheduler". An arm with
-            "outside": true may have a temperature, top_p or top_k of its own, and is marked so in the tables. "model"
-            is not read here.
-        temperature: of all other arms.
+        arm: {"name", "scheduler", ...config}, where "scheduler" is a class name such as "PrismScheduler". An arm with
+            "outside": true may have its own temperature, top_p or top_k, and is marked in the tables. "model" is not
+            read here.
+        temperature: of all arms without "outside".
     Returns:
         a new scheduler.
     Raises:
-        ValueError: an unknown scheduler or setting, or another temperature than the others.
+        ValueError: an unknown scheduler or setting, or another temperature without "outside".
     """
     check_names(arm)
     config = {key: value for key, value in arm.items() if key not in ("name", "scheduler", "outside", "model")}
@@ -121,7 +121,7 @@ def check_comparison(
 
     Args:
         arms, forwards, seeds, temperature, reference: as `run_comparison`.
-        models: pipelines by name; None is the name of that of arms without a "model".
+        models: pipelines by name; the pipeline of arms without a "model" has the name None.
     Raises:
         ValueError, ImportError: as `run_comparison`.
     """
@@ -165,7 +165,7 @@ def check_names(arm: dict) -> None:
 
 
 def outside_names(arms: list[dict]) -> set[str]:
-    """Names of the arms that are shown but not compared."""
+    """Names of the arms with "outside": they are shown, but not compared."""
     return {arm["name"] for arm in arms if arm.get("outside")}
 
 

@@ -33,14 +33,14 @@ SCORES = {
 class Planting:
     """How errors are planted: each token is masked, then some masks are filled with tokens that the model draws.
 
-    With one fill in a row, the ideal score is p(x_i = y_i | the other visible tokens), and the draw's own probability
-    estimates just that. With more, the ideal of the head is a mixture (see docs/method.md).
+    With one filled mask per row, the ideal score is p(x_i = y_i | the other visible tokens), and the probability of the
+    draw is an estimate of it. With more, the ideal score of a head is a mixture (see docs/method.md).
 
     Args:
-        num_revealed: masks of a row that are filled, chosen uniformly; a row with fewer fills all of them.
+        num_revealed: masks of a row that are filled, chosen uniformly; in a row with fewer masks, all of them.
         temperature: of the tokens that are drawn; 0 for the most likely ones.
-        exact: callable from filled ids (B, L) and filled positions (B, L), N of them, to the true probabilities (N,) in
-            row-major order, for worlds small enough to enumerate; or None.
+        exact: for models small enough to enumerate, a callable from filled ids (B, L) and filled positions (B, L), N of
+            them, to their true probabilities (N,) in row-major order; or None.
         generator: of masks and draws.
     """
 
@@ -70,8 +70,8 @@ def evaluate_calibration(
 ) -> dict:
     """AUROC, ECE, Brier score and reliability curve of P(token is right), by mask ratio and pooled.
 
-    Scores compared on the same tokens: "head" (if there is one), "visible" and "drawn" (the backbone's probability of
-    the token when it sees it, and when it was drawn, at temperature 1), and "exact" (if that is given).
+    These scores are compared on the same tokens: "head" (if there is one); "visible" and "drawn", the backbone's
+    probability of the token, at temperature 1, where the token is visible, and when it was drawn; "exact" if given.
 
     Args:
         pipe: a `PrismPipeline`, or anything with its `denoiser`, `quality_head` and `mask_token_id`.
@@ -219,7 +219,7 @@ def calibration_table(result: dict) -> str:
 def planted(
     pipe: Any, how: Planting, ratio: float, clean: Tensor, allowed: Tensor, attention: Tensor | None
 ) -> dict[str, np.ndarray]:
-    """Scores of every token that was planted in one batch, "right" and its "sequence", arrays of shape (M,).
+    """Scores of the M tokens that were planted in one batch, with "right" and the number of their "sequence", (M,).
 
     Args:
         pipe: as `evaluate_calibration`.
@@ -306,17 +306,16 @@ def _bracket(interval: list[float] | None) -> str:
 def fit_temperature(quality: ArrayLike, right: ArrayLike) -> float:
     """The temperature that calibrates a quality head: what its logits are divided by before the sigmoid.
 
-    It minimises the cross-entropy of sigmoid(logit(quality) / T) and `right`, which has one minimum in 1 / T. Fit it on
-    the canvases that are to be judged, finished ones of runs with the scheduler in use on data that the head was not
-    trained on, and store it: `head.register_to_config(temperature=T)`, then save. A head without one counts as not
-    calibrated: `out.confidence` is None, and `select="confidence"` is refused.
+    T minimises the cross-entropy of sigmoid(logit(quality) / T) and `right`, which has one minimum in 1 / T. Fit T on
+    canvases like those that will be judged: finished ones, from runs with the scheduler in use, on data that the head
+    was not trained on. Store it with `head.register_to_config(temperature=T)`, then save the head. A head without a
+    temperature counts as not calibrated: `out.confidence` is None, and `select="confidence"` is refused.
 
     Args:
-        quality: what the head said at temperature 1 (None in its config), probabilities (N,); one for each token.
-        right: was the token right? bool (N,); or the probability of it, float in [0, 1] (N,), where that is what is
-            known.
+        quality: the head's quality of each token at temperature 1 (None in its config), probabilities (N,).
+        right: was the token right? bool (N,); or the probability that it was, float in [0, 1] (N,).
     Returns:
-        T, above 0. Below 1 the head was not sure enough, above 1 too sure.
+        T, above 0. Below 1 the head was not sure enough, above 1 it was too sure.
     Raises:
         ValueError: other shapes, a quality outside [0, 1], or tokens that are all right or all wrong.
     Source: temperature scaling, Guo et al. (arXiv 1706.04599).
@@ -343,14 +342,14 @@ def fit_temperature(quality: ArrayLike, right: ArrayLike) -> float:
 
 
 def risk_coverage(confidence: ArrayLike, right: ArrayLike) -> dict:
-    """How many answers are wrong among the surest ones: what is gained by leaving the others to somebody else.
+    """The share of wrong answers among the n surest ones, for every n: what is gained by rejecting the others.
 
     Args:
-        confidence: of each answer, anything that rises with it, (N,).
-        right: was it right? bool (N,).
+        confidence: confidence of each answer, or any score that is higher for surer answers, (N,).
+        right: was the answer right? bool (N,).
     Returns:
-        {"coverage", "risk"}: lists of N numbers, the share of answers kept and the share of wrong ones among these,
-        from the surest alone to all; ties in the order given. "area": the mean risk.
+        {"coverage", "risk", "area"}. Entry n - 1 of the first two, lists of N numbers, is n / N and the share of wrong
+        answers among the n surest; ties stay in the given order. "area" is the mean risk.
     Raises:
         ValueError: no answers, or other shapes.
     Source: El-Yaniv and Wiener, JMLR 11 (2010).

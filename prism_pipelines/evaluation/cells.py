@@ -1,4 +1,4 @@
-"""Cells of a comparison: one arm at one number of forward passes with one seed, each a file of its own when done."""
+"""Cells of a comparison: one arm at one number of forward passes with one seed. Each finished cell is a file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .arms import make_scheduler
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of one task in one folder. A finished one is read; another is run, and written when it is done.
+    """The cells of one task in one folder. Finished cells are read; others are run, and written when they are done.
 
     Args:
         folder: of the files.
-        task: as `run_comparison` takes it.
-        task_name: names the model, the data and the settings of the task; finished cells count for the same name only.
-        models: pipelines by the name that an arm gives as its "model"; None is the name of that of all others. Their
-            schedulers are put back after each cell.
+        task: as in `run_comparison`.
+        task_name: names the model, the data and the settings of the task. A finished cell is used only if the names
+            are equal.
+        models: pipelines by name, for the "model" of an arm; None is the name for arms without one. Their schedulers
+            are put back after each cell.
         temperature: of all arms.
         quality: a metric that each cell must have; None for none.
     """
@@ -44,18 +45,18 @@ class Cells:
     quality: str | None = None
 
     def path(self, arm: dict, steps: int, seed: int) -> Path:
-        """The file of a cell: readable, and another one whenever anything that decides its result differs."""
+        """The file of a cell. Its name is readable, and differs if anything differs that the result depends on."""
         settings = {key: value for key, value in arm.items() if key != "name"}
         content = json.dumps([settings, steps, seed, self.temperature, self.task_name], sort_keys=True)
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", arm["name"])
         return self.folder / f"{name}_T{steps}_s{seed}_{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
 
     def finished(self, arm: dict, steps: int, seed: int) -> dict | None:
-        """A cell that is there, or None; see `read_cell`."""
+        """A finished cell, or None; see `read_cell`."""
         return read_cell(self.path(arm, steps, seed))
 
     def get(self, arm: dict, steps: int, seed: int) -> dict:
-        """A cell: finished before, or run now."""
+        """A cell: read if it is finished, else run now."""
         return self.finished(arm, steps, seed) or self.run(arm, steps, seed)
 
     def run(self, arm: dict, steps: int, seed: int) -> dict:
@@ -63,11 +64,11 @@ class Cells:
 
         Args:
             arm: as `make_scheduler`.
-            steps: forward passes, those of a refinement loop among them.
+            steps: forward passes, including those of a refinement loop.
             seed: of the task.
         Returns:
-            {"arm", "forwards", "seed", "task", "metrics", "rows_read", "device", "seconds"}; "rows_read" are those of
-            all forward passes of the model, however they were put in batches.
+            {"arm", "forwards", "seed", "task", "metrics", "rows_read", "device", "seconds"}; "rows_read" is the sum of
+            the batch sizes of all forward passes.
         Raises:
             ValueError: metrics that cannot be compared.
         """
@@ -106,11 +107,7 @@ def read_cell(path: Path) -> dict | None:
 
 
 def check_quality(quality: str | None, metrics: Collection[str]) -> None:
-    """Is `quality`, unless it is None, one of the metrics of a task?
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise a ValueError if `quality` is not None and not one of the metrics of a task."""
     if quality is not None and quality not in metrics:
         raise ValueError(f"`quality` must be a metric of the task, got {quality!r}; it has {list(metrics)}.")
 
@@ -164,8 +161,8 @@ def _device_name(pipe: Any) -> str:
 def pipeline_fingerprint(pipe: Any, *contents: bytes | str) -> str:
     """Hash of a pipeline (weights, head, configs, tokenizer), this package's version, and any other content.
 
-    For `task_name`, so that cells of a retrained model or of other held-out texts are not taken for these. Where a
-    model was loaded from plays no part.
+    Put it into `task_name`, so that cells of another model, or of other held-out texts, are not used. The folder of a
+    model does not change the hash.
 
     Args:
         pipe: a `PrismPipeline`.

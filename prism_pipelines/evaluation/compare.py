@@ -43,28 +43,28 @@ def run_comparison(
 
     Args:
         pipe: a `PrismPipeline`; its scheduler is replaced for each arm and put back.
-        models: {name: another pipeline}, for arms with {"model": name} that need weights of their own.
+        models: {name: another pipeline}, for arms with {"model": name} that need other weights.
         task: callable (pipe, steps, seed) -> {metric: number, or list of one number or bool per item}. It must run the
-            pipeline with num_inference_steps=steps; the forwards of a refinement loop come on top and are taken off
-            `steps` here. Lists must have the same items in the same order in every cell. A metric called "nfe" is
-            checked against the forwards wanted. Its attribute `lower_is_better`, if it has one, names metrics.
+            pipeline with num_inference_steps=steps. A refinement loop adds forward passes, so `steps` is lower for an
+            arm with one. Lists must have the same items in the same order in every cell. A metric called "nfe" must
+            equal the number of forward passes of the cell. An attribute `lower_is_better` of the task names metrics.
         arms: list of {"name", "scheduler", ...config}, see `make_scheduler`; "model" names one of `models`.
         forwards: numbers of forward passes.
-        seeds: integers; every arm gets every one.
+        seeds: integers; every arm runs with each of them.
         out_dir: folder of results and of finished cells.
-        task_name: names the model, the data and the settings of the task. Cells count only for the same name.
+        task_name: names the model, the data and the settings of the task. Finished cells of another name are not used.
         temperature: of all arms.
         quality: metric of the plot; None for the first.
-        reference: arm that the others are compared with, paired; None for the first.
-        higher_is_better: of `quality`; None for what the task's `lower_is_better` says, else True.
+        reference: arm that all others are compared with, paired by seed and item; None for the first.
+        higher_is_better: is a higher `quality` better? None reads the task's `lower_is_better`; without that, True.
         progress: show a bar on stderr.
     Returns:
         {"task", "temperature", "seeds", "arms", "reference", "quality", "higher_is_better", "rows", "pairs", "front"},
         see `tabulate` and `pareto_front`.
     Raises:
-        ValueError: arms, forwards or seeds that cannot be compared; metrics that differ from cell to cell or are not
-            finite; arms that made different numbers of forwards.
-        ImportError: matplotlib is not installed (asked before anything runs).
+        ValueError: arms, forwards or seeds that cannot be compared; cells with different names of metrics, or metrics
+            that are not finite; arms that made different numbers of forward passes.
+        ImportError: matplotlib is not installed; this is checked before anything runs.
     """
     arms, forwards, seeds = [dict(arm) for arm in arms], list(forwards), list(seeds)
     pipes: dict[Any, Any] = {None: pipe, **(models or {})}
@@ -87,7 +87,7 @@ def run_comparison(
 
 
 def is_higher_better(task: Any, quality: str) -> bool:
-    """What the task's `lower_is_better` says of a metric; true without one."""
+    """Is a higher value of the metric `quality` better? Yes, unless the task's `lower_is_better` names it."""
     return quality not in getattr(task, "lower_is_better", ())
 
 
@@ -145,13 +145,13 @@ def _check_equal(cells: dict, names: list[str]) -> None:
 
 
 def seconds_left(todo: list[tuple], done: list[tuple]) -> float | None:
-    """Time that the cells left will take, from seconds per forward of the same arm, or of all arms if it has not run.
+    """Seconds that the cells to do will take. None before the first cell is done.
+
+    They come from the seconds per forward pass of the same arm, or of all arms if that arm has not run.
 
     Args:
-        todo: (arm, forwards) of cells left.
-        done: (arm, forwards, seconds) of cells run now; those found finished say nothing.
-    Returns:
-        seconds, or None before the first cell is done.
+        todo: (arm, forwards) of the cells to do.
+        done: (arm, forwards, seconds) of the cells that were run in this call.
     """
     if not done:
         return None
@@ -187,7 +187,7 @@ def _progress(shown: bool, todo: list[tuple], total: int) -> Iterator[Callable[[
 
 
 def write_comparison(result: dict, out_dir: str | Path) -> None:
-    """Write what `run_comparison` found to comparison.json, .md, .png and .svg in a folder."""
+    """Write the result of `run_comparison` to comparison.json, .md, .png and .svg in a folder."""
     from .plots import pareto_figure
 
     folder, outside = Path(out_dir), outside_names(result["arms"])

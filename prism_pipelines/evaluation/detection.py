@@ -1,7 +1,7 @@
-"""How well scores find the wrong tokens of a half-written canvas: within a row, over all, and of the row as a whole.
+"""How well scores find the wrong tokens of a half-written canvas: within a row, over all rows, and wrong rows.
 
-Remasking ranks the tokens of one row, so that is what counts for it; whether a finished row may be accepted is another
-question; and a bar on the quality is a third, which calibration answers.
+Three questions are different. Remasking ranks the tokens of one row, so AUROC within a row matters. Accepting a
+finished row needs a score of rows. A threshold on the quality needs calibration.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class JudgedRow:
     """The judged tokens of one row in one state of a run. Arrays have shape (N,).
 
     Args:
-        scores: by name; higher means more likely right.
-        right: bool; or the probability in [0, 1] that a token is right, where that is what is known.
+        scores: scores by name; a higher score means more likely right.
+        right: was each token right, bool; or the probability in [0, 1] that it is.
         fill: share of the generated tokens that are visible.
         age: forward passes since each token was drawn.
-        kind: what the row is of, such as a number of clues.
+        kind: a label by which rows can be grouped, such as a number of clues.
     """
 
     scores: dict[str, np.ndarray]
@@ -47,7 +47,7 @@ class JudgedRow:
 
 
 def overlap(score: ArrayLike, truth: ArrayLike, count: int = LOWEST) -> float:
-    """How many of the `count` tokens of lowest score are among the `count` least likely ones."""
+    """How many of the `count` tokens of lowest score are among the `count` of lowest `truth`: 0 to `count`."""
     lowest = [set(np.argsort(values, kind="stable")[:count].tolist()) for values in (score, truth)]
     return float(len(lowest[0] & lowest[1]))
 
@@ -59,16 +59,17 @@ def mean_of(values: list[float | None]) -> float | None:
 
 
 def detection_measures(rows: list[JudgedRow], lowest: int = LOWEST) -> dict[str, dict[str, float | None]]:
-    """What each score finds.
+    """How well each score finds wrong tokens.
 
     Args:
-        rows: of any states; all with the same scores.
+        rows: judged rows of any states, all with the same scores.
         lowest: n of the overlap.
     Returns:
         {score: measures}. With labels of right and wrong: "within" (mean AUROC within a row that has both), "pooled"
         (AUROC over all tokens), "row" (AUROC of "no token is wrong" by the lowest score of a row), "ece". With
-        probabilities: "overlap" (of the n lowest with the n least likely, rows of at least 2 n tokens), "rank" (mean
-        rank correlation within a row), "ece" against the mean probability. None where nothing can be said.
+        probabilities: "overlap" (mean `overlap` with the true probabilities) and "rank" (mean rank correlation
+        within a row), both over rows of at least 2 n tokens; "ece" against the mean probability. None where a measure
+        is not defined.
     """
     found = {}
     for name in rows[0].scores if rows else ():
@@ -96,13 +97,13 @@ def detection_measures(rows: list[JudgedRow], lowest: int = LOWEST) -> dict[str,
 
 
 def best_free(found: dict, measure: str) -> str | None:
-    """The free score that is best by "within" or "overlap"; None if none can be told."""
+    """The name of the free score with the highest value of a measure; None if no value is known."""
     known = {name: found[name][measure] for name in FREE_SCORES if name in found and found[name][measure] is not None}
     return max(known, key=lambda name: known[name]) if known else None
 
 
 def detection_table(found: dict) -> str:
-    """What `detection_measures` gave as a Markdown table."""
+    """The result of `detection_measures` as a Markdown table."""
     measures = list(next(iter(found.values())))
     rows = [
         [NAMES.get(name, name), *("-" if values[m] is None else f"{values[m]:.3f}" for m in measures)]

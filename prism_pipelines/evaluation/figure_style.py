@@ -1,4 +1,4 @@
-"""One style for every figure: few colours, which colour-blind readers tell apart; names and values at line ends."""
+"""One style for every figure: few colours that colour-blind readers can tell apart; names and values at line ends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ STYLE: Any = {
 
 
 def need_matplotlib() -> None:
-    """Raises ImportError, with what to install, where matplotlib is missing; asked before hours of work."""
+    """Raise ImportError, with the command that installs it, if matplotlib is missing. Call this before long work."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -67,7 +67,7 @@ def styled() -> AbstractContextManager:
 
 
 def new_figure(panels: int, columns: int = 2, size: tuple[float, float] = (5.6, 3.7)) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, at most `columns` beside each other; drawn without pyplot, so no global state is touched.
+    """A figure and its axes, at most `columns` in a row. Made without pyplot, so no global state changes.
 
     Args:
         panels: how many axes.
@@ -86,7 +86,7 @@ def new_figure(panels: int, columns: int = 2, size: tuple[float, float] = (5.6, 
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as `path` and beside it as SVG (PNG if `path` is the SVG); neither file is ever half written."""
+    """Write a figure to `path`, and next to it as SVG (as PNG if `path` is the SVG). No file is ever half written."""
     for form, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
         with atomic_file(Path(path).with_suffix(f".{form}"), "wb") as file:
             figure.savefig(file, format=form, **options)
@@ -115,7 +115,7 @@ def looks(names: list[str], highlight: list[str] | None = None) -> dict[str, tup
 
 
 def spread(values: list[float], least: float, low: float, high: float) -> list[float]:
-    """Heights of labels: near to `values`, `least` apart and, if there is room, in [low, high]."""
+    """Heights of labels: close to `values`, at least `least` apart, and in [low, high] if there is room."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     groups: list[list] = []  # [sum of wished first heights, number]; neighbours that touch are one group
     for i in order:
@@ -144,13 +144,13 @@ def _end(group: list, least: float) -> float:
 
 
 def label_ends(axis: Axes, ends: dict, colours: dict, texts: dict) -> None:
-    """Write a text for every line to the right of the axes, one above the other, and lead each line to it.
+    """Write the text of every line to the right of the axes, one above the other, each joined to its line's end.
 
     Args:
-        axis: with its limits set.
-        ends: {name: (x, y) of the last point, in data}.
-        colours: {name: colour}; `GREY` ones are written smaller.
-        texts: {name: name and last value}.
+        axis: axes whose limits are set.
+        ends: {name: (x, y) of the last point, in data units}.
+        colours: {name: colour}; texts in `GREY` are smaller.
+        texts: {name: text}, such as the name and the last value.
     """
     from matplotlib.transforms import blended_transform_factory
 

@@ -13,24 +13,24 @@ DISCOUNT = 0.75
 def ngram_judge(texts: Iterable[str], tokenizer: Any, *, n: int = 3) -> Callable[[Iterable[str]], list[np.ndarray]]:
     """An n-gram model of the tokens of some texts, as a judge for `generative_perplexity`.
 
-    Interpolated Kneser-Ney with one discount d = 0.75. For a history h of m tokens and a token w, with N(h w) the
-    number of times that h w occurs if m = n - 1, and below that the number of different tokens that it occurs after,
+    Interpolated Kneser-Ney with one discount d = 0.75. For a history h of m tokens and a token w, N(h w) is the number
+    of times that h w occurs if m = n - 1, and for smaller m the number of different tokens before h w. Then
 
         p(w | h) = (max(N(h w) - d, 0) + d |{v: N(h v) > 0}| p(w | h')) / sum_v N(h v)
 
-    where h' is h without its first token and p(w | no history) goes on to 1 / V. A history that never occurred leaves
-    it to the shorter one. The judge sees n tokens at a time: it tells whether neighbours fit, not whether a sentence
-    makes sense.
+    where h' is h without its first token, and for the empty history p(w | h') is 1 / V. For a history that never
+    occurred, p(w | h) = p(w | h'). The judge sees n tokens at a time: it measures whether neighbours fit, not whether a
+    sentence makes sense.
 
     Args:
-        texts: list of strings to count in; those the generator was trained on, not those it is compared with.
+        texts: list of strings to count n-grams in: training texts of the generator, not the texts of a comparison.
         tokenizer: transformers tokenizer; V is its length.
         n: length of the n-grams, at least 2; V^n must stay below 2^63. Of whole words 3 is usual, of characters 6.
     Returns:
         callable from a list of texts to a list of float64 arrays, the negative log-likelihoods in nats of all tokens
-        but the first; each is scored by the n - 1 tokens before it, or those there are.
+        but the first, each given the n - 1 tokens before it (fewer at the beginning).
     Raises:
-        ValueError: `texts` has fewer than n tokens in a row anywhere, or no such `n`.
+        ValueError: no text has n tokens, or `n` is out of range.
     Source: S. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), sec. 2.7.
     """
     size = len(tokenizer)

@@ -61,7 +61,7 @@ def _arms(axis: Axes, arms: dict, highlight: list[str] | None, number: str) -> d
 
 
 def success_figure(panels: dict, path: str | Path, highlight: list[str] | None = None) -> None:
-    """Success against number of forwards, one panel a puzzle set, one line an arm, bars for the intervals.
+    """Success against number of forward passes, a panel per puzzle set, a line per arm, bars for the intervals.
 
     Args:
         panels: {title: {arm: [(forwards, success, low, high), ...]}}; shares in [0, 1].
@@ -88,7 +88,7 @@ def _diagonal(axis: Axes, title: str, across: str) -> None:
 
 
 def reliability_figure(curves: dict, path: str | Path) -> None:
-    """Share of right tokens against claimed quality, one panel a set of states; larger marks hold more tokens.
+    """Share of right tokens against claimed quality, a panel per set of states; larger marks hold more tokens.
 
     Args:
         curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration_measures`.
@@ -107,7 +107,7 @@ def reliability_figure(curves: dict, path: str | Path) -> None:
 
 
 def reliability_comparison_figure(panels: dict, path: str | Path) -> None:
-    """Share of right tokens against the claimed probability, one panel a set of states, one line a score.
+    """Share of right tokens against the claimed probability, a panel per set of states, a line per score.
 
     Args:
         panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration_measures`.
@@ -135,14 +135,14 @@ def pareto_figure(
     outside: Collection[str] = (),
     highlight: list[str] | None = None,
 ) -> None:
-    """Quality against number of forwards, one line an arm, bars for the intervals, rings on the Pareto front.
+    """Quality against number of forward passes, a line per arm, bars for the intervals, rings on the Pareto front.
 
     Args:
         arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
         front: (forwards, value) of the points that no other point beats.
         metric: label of the vertical axis.
         path: PNG or SVG file to write; the other is written beside it.
-        outside: arms that are no part of the front.
+        outside: arms that are shown but not compared, so they are not on the front.
         highlight: as `success_figure`.
     """
     with styled():
@@ -164,7 +164,7 @@ def pareto_figure(
 def measures_figure(
     panels: dict, path: str | Path, marks: dict | None = None, highlight: list[str] | None = None
 ) -> None:
-    """Several measures against number of forwards, one panel a measure, one line an arm, bars for the intervals.
+    """Several measures against number of forward passes, a panel per measure, a line per arm, bars for the intervals.
 
     Args:
         panels: {measure: {arm: [(forwards, value, low, high), ...]}}; low and high None where there is no interval.

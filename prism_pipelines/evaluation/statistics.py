@@ -30,14 +30,14 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
 
 
 def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
-    """Bootstrap resamples of n things, int64 (resamples, n): how often each of them was drawn."""
+    """Bootstrap resamples of n items, int64 (resamples, n): how often each item was drawn."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
 def bootstrap_interval(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
     """95 % percentile interval of a mean, by resampling the values; None for fewer than two.
 
-    With few values it is far too narrow (of 2 it misses the mean half of the time): use `t_interval` for these.
+    With few values the interval is far too narrow (with 2, it misses the mean half of the time): use `t_interval`.
 
     Args:
         values: independent numbers, shape (N,).
@@ -55,7 +55,7 @@ def bootstrap_interval(values: ArrayLike, *, resamples: int = 10_000, seed: int 
 
 
 def t_interval(values: ArrayLike) -> tuple[float, float] | None:
-    """95 % interval of a mean by Student's t, for a few independent numbers such as one a seed; None for one.
+    """95 % interval of a mean by Student's t, for a few independent numbers, such as one per seed; None for one number.
 
     Args:
         values: independent numbers, shape (N,), about normal.
@@ -86,9 +86,9 @@ def paired_failure_ratio(failed: ArrayLike, failed_other: ArrayLike, *, resample
         resamples: bootstrap resamples of the N puzzles.
         seed: of the bootstrap.
     Returns:
-        {"failures", "failures_other", "ratio", "low", "high"}; 95 % percentile interval. A ratio is None where it is
-        not defined: with no failure of the other method there is nothing to divide by. Without a failure of the first
-        method every resample is 0 and says nothing; `high` is then 3 / failures_other (the rule of three).
+        {"failures", "failures_other", "ratio", "low", "high"}; 95 % percentile interval. A number is None where it is
+        not defined, because the other method never failed. If the first method never failed, every resample is 0; then
+        `high` is 3 / failures_other (the rule of three).
     Raises:
         ValueError: the two shapes differ or are not (S, N).
     """
@@ -117,7 +117,7 @@ def mean_ranks(values: ArrayLike) -> np.ndarray:
 
 
 def auroc(score: ArrayLike, right: ArrayLike) -> float | None:
-    """Chance that something right scores higher than something wrong, ties half; None if there is only one kind.
+    """Chance that a right item scores higher than a wrong one; ties count half. None if all are right or all wrong.
 
     Args:
         score: numbers, shape (N,).
@@ -133,7 +133,7 @@ def auroc(score: ArrayLike, right: ArrayLike) -> float | None:
 
 
 def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
-    """Spearman's rank correlation of numbers, shape (N,) each; None where one of them has a single value."""
+    """Spearman's rank correlation of numbers, shape (N,) each; None if one of the two is constant."""
     ranks = [mean_ranks(values) for values in (one, other)]
     if any(rank.std() == 0 for rank in ranks):
         return None
@@ -141,7 +141,7 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
 
 
 def calibration_measures(quality: ArrayLike, right: ArrayLike, *, bins: int = 15) -> dict:
-    """How well P(token is right) tells right from wrong, and whether it means what it says.
+    """How well P(token is right) tells right from wrong, and whether it is calibrated.
 
     Args:
         quality: claimed probabilities of being right, floats in [0, 1] of shape (N,).
@@ -171,7 +171,7 @@ def calibration_measures(quality: ArrayLike, right: ArrayLike, *, bins: int = 15
 
 
 def reliability(claimed: ArrayLike, found: ArrayLike, bins: int = 15) -> list[tuple[float, float, int]]:
-    """Of each bin of equal width that is filled: mean claimed probability, mean of what was found, and how many.
+    """For each bin of equal width that is not empty: mean claimed probability, mean of `found`, and their number.
 
     Args:
         claimed: probabilities in [0, 1], shape (N,).
@@ -185,7 +185,7 @@ def reliability(claimed: ArrayLike, found: ArrayLike, bins: int = 15) -> list[tu
 
 
 def expected_calibration_error(points: list[tuple[float, float, int]]) -> float:
-    """Mean over the N of |mean claimed - mean found| of their bin, from what `reliability` gave."""
+    """Mean over all N items of |mean claimed - mean found| of their bin, from the result of `reliability`."""
     return sum(size * abs(claimed - found) for claimed, found, size in points) / sum(size for _, _, size in points)
 
 
@@ -194,9 +194,9 @@ def tabulate(
 ) -> tuple[list[dict], list[dict]]:
     """Rows of the table, and differences from the reference arm paired by seed (and by item, where there are any).
 
-    A list of bools gets Wilson's interval over all items and seeds; it treats the seeds of an item as independent. A
-    list of numbers is averaged over seeds and bootstrapped over items, as are all differences of lists. A single number
-    gets a t interval over seeds, and so do differences of these.
+    A list of bools gets Wilson's interval over all items and seeds, which treats the seeds of an item as independent. A
+    list of numbers is averaged over seeds and bootstrapped over items; differences of lists are too. A single number
+    gets a t interval over seeds; differences of single numbers do too.
 
     Args:
         cells: {(arm, forwards, seed): {metric: number or list}}, complete.
@@ -250,7 +250,7 @@ def _independent(found: list) -> np.ndarray:
 
 
 def pareto_front(points: Iterable[tuple], higher_is_better: bool = True) -> list[tuple]:
-    """The (forwards, value) points that no other beats: none is better with as few forwards, or as good with fewer.
+    """The (forwards, value) points that no other point beats: better with as few forwards, or as good with fewer.
 
     Returns:
         the front, ascending in forwards; equal points once.

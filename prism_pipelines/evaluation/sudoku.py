@@ -22,7 +22,7 @@ from .statistics import calibration_measures, wilson_interval
 
 @dataclass(frozen=True)
 class SudokuScore:
-    """What `evaluate_sudoku` found.
+    """The result of `evaluate_sudoku`.
 
     Args:
         grids: the solver's answers, int64 of shape (N, 81).
@@ -84,7 +84,7 @@ def evaluate_sudoku(
 
 
 def row_generators(puzzles: Iterable[np.ndarray], seed: int) -> list[torch.Generator]:
-    """One CPU generator a puzzle, seeded by its clues and `seed`: its run does not depend on its batch."""
+    """One CPU generator per puzzle, seeded by its clues and `seed`, so that its run does not depend on the batch."""
     # torch's CPU generator reads only the low 32 bits of its seed, so both must be hashed into them.
     keys = [zlib.crc32(f"{seed} {format_grid(puzzle)}".encode()) for puzzle in puzzles]
     return [torch.Generator().manual_seed(key) for key in keys]
@@ -97,14 +97,14 @@ def pipeline_solver(
     on_output: Callable[[Any], None] | None = None,
     return_quality: bool = False,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A pipeline, with the scheduler it has now, as a solver for `evaluate_sudoku`.
+    """A pipeline with its present scheduler as a solver for `evaluate_sudoku`.
 
     Args:
         pipe: a `PrismPipeline` whose ids are those of `sudoku_tokenizer`.
-        num_inference_steps: forwards per run.
-        seed: not negative; a puzzle's result depends on the puzzle and this seed alone.
-        on_output: called with the `PrismPipelineOutput` of each batch, for what is in it besides the grids; or None.
-        return_quality: of the pipeline's call, one more forward: then a calibrated head's confidence is in the output.
+        num_inference_steps: forward passes per run.
+        seed: at least 0; a puzzle's result depends on the puzzle and this seed alone.
+        on_output: called with the `PrismPipelineOutput` of each batch, which holds more than the grids; or None.
+        return_quality: as in the pipeline's call: costs a forward pass, and gives a calibrated head's confidence.
     Returns:
         callable from puzzles (n, 81) to grids (n, 81).
     """
@@ -134,21 +134,21 @@ def head_calibration(
 ) -> dict:
     """Calibration of a pipeline's quality on grids that it partially filled itself.
 
-    The pipeline runs on the puzzles with the scheduler it has (give it `MDLMScheduler(order="random")` at temperature 1
-    for the states of the training loss), writing `num_revealed` cells a forward. After every forward each cell written
-    so far is scored, and is right if it equals the unique solution. The states after the first forward are those of the
-    fine-tuning loss (k cells revealed in a clean grid); later ones carry the errors made on the way. Pooled over easy
-    and hard puzzles, AUROC also rewards telling these apart, of which remasking has no use: read it by number of clues.
+    The pipeline runs on the puzzles with its present scheduler, writing `num_revealed` cells per forward pass. Set
+    `MDLMScheduler(order="random")` at temperature 1 for the states of the training loss. After every pass each cell
+    written so far is scored; it is right if it equals the unique solution. The states after the first pass are those of
+    the fine-tuning loss (k cells revealed in a clean grid). Later states hold earlier errors. Over easy and hard
+    puzzles together, AUROC also rewards telling easy from hard, which remasking does not need: read it by clues.
 
     Args:
         pipe: a `PrismPipeline` with a quality head.
         puzzles, solutions: integers of shape (N, 81); each puzzle with a unique solution and at least one blank.
-        num_revealed: k, cells written a forward.
+        num_revealed: k, cells written per forward pass.
         seed: of the sampling.
-        batch_size: puzzles per run; those of a batch run together, grouped by their number of blanks.
+        batch_size: puzzles per batch; puzzles of a batch have the same number of blanks.
     Returns:
-        {"revealed": calibration after the first forward, "filled": calibration over all states but the complete grid,
-        "by_clues": {number of clues: the same two}}.
+        {"revealed": calibration after the first pass, "filled": calibration over all states but the complete grid,
+        "by_clues": {number of clues: {"revealed", "filled"}}}.
     Raises:
         ValueError: no puzzle has more than `num_revealed` blanks.
     """

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]], right: int = 0) -> str:
-    """A Markdown table, without a line end behind its last row.
+    """A Markdown table, without a line end after its last row.
 
     Args:
-        header: what stands above the columns.
+        header: headings of the columns.
         rows: cells of each row, as many as columns.
         right: how many of the last columns are aligned on the right.
     """

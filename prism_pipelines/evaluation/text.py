@@ -1,8 +1,8 @@
 """How close generated text is to held-out text, how varied it is, and how likely a judge model finds it.
 
-No single number stands for quality: perplexity under a judge falls when text repeats itself, so entropy, distinct-n and
-self-BLEU always come with it, and MAUVE comes with its number of samples and its spread over seeds. n-gram distances
-and the share of known words need no download.
+No single number measures quality. Perplexity under a judge falls when text repeats itself, so entropy, distinct-n and
+self-BLEU are always given with it. MAUVE is given with its number of samples and its spread over seeds. n-gram
+distances and the share of known words need no download.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
 def check_texts(texts: Iterable[str], name: str = "texts", special_tokens: Sequence[str] = SPECIAL_TOKENS) -> list[str]:
-    """The texts as a list, if every one can be scored.
+    """The texts as a list, if every text can be scored.
 
     Raises:
         TypeError: not a list of strings.
-        ValueError: none given, an empty one, or one that holds a mask or another special token.
+        ValueError: no texts, an empty text, or a text with a mask or another special token in it.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -80,19 +80,19 @@ def read_texts(path: str | Path) -> list[str]:
 def pipeline_texts(
     pipe: Any, num_samples: int, gen_length: int, num_inference_steps: int, seed: int, batch_size: int = 16
 ) -> list[str]:
-    """Unconditional samples of a pipeline with the scheduler it has; sample i depends on the seed and i alone.
+    """Unconditional samples of a pipeline with its present scheduler; sample i depends on the seed and i alone.
 
     Args:
         pipe: a `PrismPipeline` with a tokenizer.
         num_samples: texts to generate.
-        gen_length: tokens of each.
-        num_inference_steps: as the pipeline's.
-        seed: not negative.
-        batch_size: samples a forward.
+        gen_length: tokens of each text.
+        num_inference_steps: as in the pipeline's call.
+        seed: at least 0.
+        batch_size: samples in a forward pass.
     Returns:
         list of `num_samples` texts.
     Raises:
-        ValueError: no tokenizer, no samples wanted, or masks left in a generation.
+        ValueError: no tokenizer, `num_samples` below 1, or a mask that is left in a text.
     """
     if getattr(pipe, "tokenizer", None) is None:
         raise ValueError("`pipe` has no tokenizer, so its samples are not text. Load it with tokenizer=.")
@@ -210,7 +210,9 @@ def unigram_entropy(sequences: Iterable[Sequence]) -> float:
 
 
 def distinct_n(sequences: Iterable[Sequence], n: int) -> float:
-    """Different n-grams over all n-grams, pooled over sequences; 1 if none comes twice. Falls with more samples.
+    """Number of different n-grams divided by that of all n-grams, over all sequences; 1 if no n-gram repeats.
+
+    It falls as samples are added, so compare at equal amounts of text.
 
     Raises:
         ValueError: no n-grams.
@@ -292,19 +294,19 @@ def text_measures(
 ) -> dict:
     """The measures without download of one set of texts, as `run_comparison` wants them.
 
-    A text without a word, or an empty one, is counted as degenerate and does not stop the others from being scored: it
-    is left out of the pooled measures, its entropy is 0, and its nll, if the judge finds no token, the others' mean. A
-    measure that is left without anything to count has its worst value.
+    An empty text, or one without a word, is counted as degenerate; the others are still scored. It is left out of the
+    pooled measures, and its entropy is 0. If the judge finds no token in a text, its nll is the mean of the others. A
+    measure for which no text is left has its worst value.
 
     Args:
         texts, reference, vocabulary, unit: as `evaluate_text`.
         judge: callable from texts to arrays of negative log-likelihoods, such as `ngram_judge`; None for none.
     Returns:
-        numbers {"ngram_js" (characters, n = 4), "word_js" (n = 1), "known_words", "distinct_2", "self_bleu" (0 for one
-        text), "degenerate" (share)} and lists with a value for each text {"entropy", and "nll", nats per token, with a
-        judge}.
+        dict of numbers "ngram_js" (characters, n = 4), "word_js" (n = 1), "known_words", "distinct_2", "self_bleu" (0
+        for one text) and "degenerate" (share), and of lists with a value for each text: "entropy", and with a judge
+        "nll", nats per token.
     Raises:
-        ValueError, TypeError: what `check_texts` raises but for an empty text; a judge that finds no token in any text.
+        ValueError, TypeError: as `check_texts`, except that empty texts are legal; or the judge finds no token at all.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     spoken = [text for text in texts if not isinstance(text, str) or words(text)]

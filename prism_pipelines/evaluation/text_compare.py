@@ -1,4 +1,4 @@
-"""The comparison that a saved text model brings along: arms with their chosen settings, held-out texts, known words."""
+"""The comparison whose files are in the folder of a saved text model: arms, held-out texts, known words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .text import read_texts, text_task
 
 
 def text_plan(folder: str | Path) -> dict:
-    """Arms, forwards, seeds and more for a text model: those of its `arms.json`, or `TEXT_ARMS` at 16, 32, 64 forwards.
+    """Arms, forwards and seeds for a text model: from its `arms.json`, else `TEXT_ARMS` with 16, 32, 64 passes.
 
     Returns:
         keyword arguments of `run_comparison`.
@@ -55,7 +55,7 @@ def task_of_folder(
 
 
 def held_out(folder: str | Path, reference: str | Path | None = None) -> list[str]:
-    """The held-out texts that `task_of_folder` compares with; arguments and errors as there."""
+    """The held-out texts that `task_of_folder` compares with. Arguments and errors are those of that function."""
     path = _files(folder, reference)[0]
     if reference is None and not path.exists():
         raise ValueError(f"{folder} has no heldout.jsonl to compare with: pass --reference FILE with held-out texts.")
@@ -63,7 +63,7 @@ def held_out(folder: str | Path, reference: str | Path | None = None) -> list[st
 
 
 def folder_contents(folder: str | Path, reference: str | Path | None = None) -> list[bytes]:
-    """What `task_of_folder` reads from the same files, for `pipeline_fingerprint`; b"" for a file that is not there."""
+    """The contents of the files that `task_of_folder` reads, for `pipeline_fingerprint`; b"" for a missing file."""
     return [path.read_bytes() if path.exists() else b"" for path in _files(folder, reference)]
 
 

@@ -17,8 +17,8 @@ Featurizer = Callable[[list[str]], np.ndarray]  # texts -> features (n, H)
 def load_judge(name: str, *, device: str = "cpu", revision: str | None = None, max_length: int | None = None) -> Judge:
     """A causal language model as a judge for `generative_perplexity`.
 
-    A text longer than the model's context is scored in windows: the last token of one is the first of the next, so
-    every token but the first of the text is scored once.
+    A text longer than the model's context is scored in windows. The last token of a window is the first of the next
+    one, so every token but the first of the text is scored once.
 
     Args:
         name: folder or Hub id.
@@ -161,10 +161,10 @@ def mauve_score(
 ) -> dict:
     """MAUVE of generated against held-out text, over several seeds of its clustering.
 
-    It moves with the number of samples, the featuriser and the seed: compare scores of equal n and featuriser only.
+    MAUVE depends on the number of samples, the featuriser and the seed: compare only scores of equal n and featuriser.
 
     Args:
-        texts, reference: lists of strings; best equally many, and thousands.
+        texts, reference: lists of strings, best the same number of texts in both, and thousands.
         featurizer: name for `load_featurizer`, or a callable from texts to features (n, H).
         seeds: of k-means; the spread over them is reported.
         num_clusters: None for a tenth of the smaller side, at least 2, as in mauve-text.

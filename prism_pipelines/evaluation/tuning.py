@@ -1,4 +1,4 @@
-"""The knobs of the arms of a comparison, chosen with equal effort: as many settings are tried for each of them.
+"""Chooses the settings of the arms of a comparison, with the same number of trials for each arm.
 
 A knob is a setting of an arm that holds a list: {"name": "ReMDM", "scheduler": "ReMDMScheduler", "eta": [0.01, 0.1]}.
 """
@@ -31,10 +31,10 @@ def knobs(arm: dict) -> dict[str, list]:
 
 
 def first_settings(arms: list[dict]) -> list[dict]:
-    """The arms with the first value of each knob, of `loop_steps` the largest: what must be possible if any is.
+    """The arms with the first value of each knob, but the largest `loop_steps`, for checks before anything runs.
 
     Raises:
-        ValueError: an empty list, too many combinations, or a list of what is no setting or the same for all arms.
+        ValueError: an empty list, too many combinations, or a list for a field that is no setting of a single arm.
     """
     for arm in arms:
         count = math.prod(map(len, knobs(arm).values()))
@@ -55,10 +55,10 @@ def first_settings(arms: list[dict]) -> list[dict]:
 
 
 def settings_of(arm: dict, temperature: float) -> list[dict]:
-    """The arm once for each combination of its knobs' values, the last knob varying fastest; itself without any.
+    """The arm once for each combination of its knobs' values, the last knob varying fastest; [arm] without knobs.
 
     Raises:
-        ValueError: one that its scheduler refuses.
+        ValueError: the scheduler refuses a combination.
     """
     values = knobs(arm)
     options = [arm | dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
@@ -72,10 +72,10 @@ def settings_of(arm: dict, temperature: float) -> list[dict]:
 
 
 def check_optuna(arm: dict, options: list[dict], trials: int) -> None:
-    """Asks for optuna where an arm has more settings than trials.
+    """Check that optuna is installed if an arm has more settings than trials.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: optuna is needed and not installed.
     """
     if len(options) <= trials:
         return
@@ -92,11 +92,12 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
     """Settings to try: all if there are no more than `trials`, else those that optuna's TPE proposes from the scores.
 
     Args:
-        arm: with knobs.
+        arm: an arm with knobs.
         options: `settings_of(arm)`.
-        trials: most settings.
-        seed: of the proposals; the same scores give the same ones.
-        scores: of what was yielded, in that order, higher is better; the caller adds one after each.
+        trials: the most settings to yield.
+        seed: of the proposals; the same scores give the same proposals.
+        scores: scores of the settings that were yielded, in that order; higher is better. The caller appends one after
+            each.
     """
     if len(options) <= trials:
         yield from options
@@ -111,7 +112,7 @@ def proposals(arm: dict, options: list[dict], trials: int, seed: int, scores: li
         # By index: values stand in order as a rule, which a sampler can use, and may be of any kind.
         chosen = {name: values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in knobs(arm).items()}
         option = arm | chosen
-        if option not in seen:  # a setting that is proposed again gets its score and costs no trial
+        if option not in seen:  # a setting that is proposed again gets its known score and counts as no trial
             seen.append(option)
             yield option
         study.tell(trial, scores[seen.index(option)])
@@ -139,23 +140,23 @@ def tune_arms(
     report: Callable[[dict, dict], None] | None = None,
     progress: bool = True,
 ) -> tuple[list[dict], list[dict]]:
-    """Each arm with its best setting, on data that no result is reported for.
+    """Each arm with its best setting, found on data for which no result is reported.
 
-    An arm without knobs is not run. Every setting tried is a cell as in `run_comparison` and not run again; resumed,
-    the same settings are proposed.
+    An arm without knobs is not run. Every tried setting is a cell as in `run_comparison`, and is not run twice. A
+    resumed search proposes the same settings.
 
     Args:
         pipe, task, out_dir, task_name, temperature, quality, models: as `run_comparison`; the task on other data.
         higher_is_better: as `run_comparison`.
-        arms: as `run_comparison`, with lists for the settings to choose; of equals the first wins.
-        steps: forward passes, those of a refinement loop among them.
-        seed: of the task, and of what is proposed.
-        trials: most settings of each arm, the same for all: no rule is looked at harder than another. All its
-            settings, in order, if there are no more; else proposals of optuna's TPE (extra `tune`).
-        report: called with (arm, {metric: mean}) after each.
+        arms: as `run_comparison`, with lists for the settings to choose; of equally good settings the first wins.
+        steps: forward passes, including those of a refinement loop.
+        seed: of the task and of the proposals.
+        trials: the most settings tried for each arm, so that no rule gets more effort than another. An arm with no more
+            settings than this gets all of them, in order; else optuna's TPE proposes settings (extra `tune`).
+        report: called with (arm, {metric: mean}) after each trial; or None.
         progress: show a bar over the settings on stderr.
     Returns:
-        The arms without lists, and all that were tried: [arm | {metric: mean}].
+        The arms with the chosen values in place of lists, and all trials: [arm | {metric: mean}].
     Raises:
         ValueError: trials or steps below 1, no setting left, settings that a scheduler refuses, no such metric; arms
             that `run_comparison` refuses.

@@ -28,10 +28,10 @@ WRITTEN = ("text", "nfe", "ended", "error")  # keys that the output adds to a ro
 
 
 def read_prompts(path: str | Path) -> list[dict]:
-    """Rows of a file of prompts: .jsonl, one object a line (blank lines are no rows), or .txt, one prompt a line.
+    """Rows of a file of prompts: .jsonl with an object per line (blank lines do not count), or .txt, a prompt per line.
 
     Raises:
-        ValueError, TypeError: another ending, not UTF-8, a line that is no JSON, or what `check_rows` refuses.
+        ValueError, TypeError: another ending, not UTF-8, a line that is no JSON, or rows that `check_rows` refuses.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -43,15 +43,15 @@ def read_prompts(path: str | Path) -> list[dict]:
 
 
 def check_rows(rows: Iterable, place: Callable[[int], str] = lambda i: f"row {i}") -> list[dict]:
-    """Rows as dicts with exactly one of "prompt" and "messages", and an "id" that no other has.
+    """Rows as dicts with exactly one of "prompt" and "messages", and a unique "id".
 
     Args:
         rows: strings, or dicts with "prompt": str or "messages": [{"role", "content"}, ...]; an "id" (str or int) is
             optional and defaults to the row's number, from 0. Other keys are kept.
-        place: what row i is called in errors.
+        place: gives the name of row i in errors.
     Raises:
-        ValueError: none, an empty prompt, an id given twice, or a key that the output writes; with the place.
-        TypeError: something that is no row.
+        ValueError: no rows, an empty prompt, an id given twice, or a key that the output writes; names the row.
+        TypeError: an item is neither a string nor such a dict.
     """
     checked: list[dict] = []
     seen: dict[str | int, int] = {}
@@ -102,10 +102,10 @@ def prompt_texts(
     template_kwargs: dict | None = None,
     continue_final_message: bool = False,
 ) -> list[str]:
-    """What is continued for each row: the tokenizer's chat template around it if there is one, as the pipeline does.
+    """The text that is continued for each row: in the tokenizer's chat template if it has one, as in the pipeline.
 
     Raises:
-        ValueError: messages, and no chat template; `template_kwargs` for none; with `continue_final_message` a row
+        ValueError: messages or `template_kwargs` without a chat template; or, with `continue_final_message`, a row
             whose last message is not the assistant's.
     """
     from ..sampling.encoding import chat_texts, has_chat_template
@@ -131,10 +131,10 @@ def prompt_texts(
 
 
 def batch_groups(pipe: PrismPipeline, lengths: list[int], gen_length: int, block_length: int | None) -> list[int]:
-    """Which rows may share a batch without one changing what another gets.
+    """A group for each row: rows of one group may share a batch without changing each other's result.
 
-    The steps of a block-causal model are spread over the blocks of the row that has most, so rows with another number
-    of blocks go elsewhere.
+    The steps of a block-causal model are spread over the blocks of the row with most blocks, so rows with different
+    numbers of blocks are in different groups.
     """
     spec = pipe.spec
     if spec.attention != "block_causal":
@@ -143,7 +143,7 @@ def batch_groups(pipe: PrismPipeline, lengths: list[int], gen_length: int, block
 
 
 def num_blocks(length: int, gen_length: int, block_length: int) -> int:
-    """Blocks of a block-causal model that the tokens after a prompt of that length touch."""
+    """In how many blocks of a block-causal model the `gen_length` tokens after a prompt of `length` tokens lie."""
     return (length + gen_length - 1) // block_length - length // block_length + 1
 
 
@@ -155,12 +155,12 @@ def check_steps(
     block_length: int | None,
     steps: int | None,
 ) -> None:
-    """Raise a ValueError if a prompt's tokens touch more blocks of a block-causal model than there are steps.
+    """Raise a ValueError if the tokens after a prompt lie in more blocks of a block-causal model than there are steps.
 
     Args:
-        names: of the prompts, for the error.
-        lengths: tokens of each.
-        gen_length, block_length: as the pipeline's.
+        names: names of the prompts, for the error.
+        lengths: number of tokens of each prompt.
+        gen_length, block_length: as in the pipeline's call.
         steps: `num_inference_steps`; None needs no check.
     """
     spec = pipe.spec
@@ -180,7 +180,7 @@ def check_steps(
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is continued, row by row: the rows, their texts and numbers of tokens; why rows are skipped, by number."""
+    """The rows to continue, their texts and numbers of tokens; and for skipped rows, row number -> reason."""
 
     rows: list[dict]
     texts: list[str]
@@ -215,9 +215,9 @@ def generate_many(
 ) -> dict:
     """Continue every prompt of a file and write a JSON line for each, in input order. Called again, it is resumed.
 
-    Row i has its own generator, seeded by `seed` and i, and batches do not depend on the number of processes, so
-    neither does the output. Another `batch_size` changes a row only by the rounding of sums. In a process group
-    (torch.distributed) each process takes its share; all must pass the same arguments.
+    Row i has its own generator, seeded by `seed` and i. The output does not depend on the number of processes. Another
+    `batch_size` changes a row only by the rounding of sums. In a process group (torch.distributed) each process takes
+    its share; all must pass the same arguments.
 
     Args:
         pipe: a `PrismPipeline` with a tokenizer, on its device.
@@ -226,14 +226,14 @@ def generate_many(
             if no end token or stop string was written in `gen_length` tokens, null if the model has no end token).
         gen_length, ..., continue_final_message: arguments of the pipeline.
         batch_size: prompts in a forward pass.
-        seed: of all rows, not negative.
-        max_prompts: only that many, from the first.
-        too_long: a prompt that does not fit with `gen_length` tokens after it is an "error", or with "skip" a row with
-            "text": null and an "error".
+        seed: of all rows, at least 0.
+        max_prompts: continue only the first `max_prompts` prompts; None for all.
+        too_long: for a prompt that does not fit with `gen_length` tokens after it: "error" raises, "skip" writes a row
+            with "text": null and an "error".
         progress: draw a bar on stderr, in the first process.
     Returns:
-        {"prompts", "skipped", "not_ended", "generated", "seconds", "prompts_per_second", "tokens_per_second"}; the last
-        four of this call and process, the first three None while other processes are still running.
+        {"prompts", "skipped", "not_ended", "generated", "seconds", "prompts_per_second", "tokens_per_second"}. The last
+        four are about this call and process. The first three are None while other processes are still running.
     Raises:
         ValueError, TypeError: bad input, an output of another run, or out of memory.
         OSError: no such file or folder.

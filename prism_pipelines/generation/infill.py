@@ -43,8 +43,8 @@ def infill_many(
 ) -> dict:
     """Fill in what is masked in every row of a file. Called again, it is resumed.
 
-    Row i has its own generators, seeded by `seed`, i and the sample, and the number of steps is the same for all rows,
-    so nothing depends on the batches. A row without anything to fill comes back as it is.
+    Row i has its own generators, seeded by `seed`, i and the number of the sample. The number of steps is the same for
+    all rows, so the result does not depend on the batches. A row with nothing to fill is written unchanged.
 
     Args:
         pipe: a `PrismPipeline` with a tokenizer that has a mask token.
@@ -52,19 +52,21 @@ def infill_many(
         out: path of the output: .jsonl, .csv or .fasta, see `sequence_output.py`.
         column: of the text.
         positions: characters to fill in every row, from 1, such as "97-110,120"; None for none.
-        positions_column: where a table or an object says so for its row; its absence means nothing.
-        marks: each of these characters stands for something to fill, besides the tokenizer's own mask token.
+        positions_column: name of an optional column (or key of an object) with the positions of its row, which replace
+            `positions`.
+        marks: each of these characters stands for a token to fill, besides the tokenizer's own mask token.
         drop: characters to leave out, such as "-*".
-        num_samples: of each row.
-        select: "confidence" keeps the best of them alone; needs a calibrated head.
+        num_samples: samples of each row.
+        select: "confidence" writes only the sample of the highest confidence of each row; needs a calibrated head.
         num_inference_steps: forward passes.
         temperature, top_p: of the pipeline.
-        batch_size: sequences of a forward pass, at least one row with all its samples.
-        seed: of all rows, not negative.
-        invalid: of a row that cannot be used, "error", or "skip": it is written with an "error".
+        batch_size: sequences in a forward pass, but at least one row with all its samples.
+        seed: of all rows, at least 0.
+        invalid: for a row that cannot be used: "error" raises, "skip" writes the row with an "error".
         progress: draw a bar on stderr.
     Returns:
-        {"rows", "skipped", "unmasked", "complete", "generated", "seconds"}; "unmasked" had nothing to fill.
+        {"rows", "skipped", "unmasked", "complete", "generated", "seconds"}; "unmasked" counts rows with nothing to
+        fill.
     Raises:
         ValueError, TypeError: bad input, named by line; an output of another run; or out of memory.
         OSError: no such file or folder.
@@ -86,7 +88,7 @@ def infill_many(
 def fill_batch(
     pipe: PrismPipeline, read: list[dict], seed: int, call: dict, batch: list[int]
 ) -> list[tuple[dict, int]]:
-    """`filled` for rows by number, with generators of their own."""
+    """`filled` for the rows with the numbers in `batch`, with a generator for each sample."""
     from ..schedulers.token_sampling import seeded_generators  # loads torch, which `prism --help` does without
 
     numbers = (i * 1009 + k for i in batch for k in range(call["num_samples"]))
@@ -142,15 +144,15 @@ def check_arguments(pipe: PrismPipeline, batch_size: int, seed: int, invalid: st
 
 
 def row_positions(row: dict, positions: str | None, column: str) -> Any:
-    """What is to be filled in a row: its own column before what holds for all."""
+    """The positions to fill in a row: those in its column `column`, else `positions`."""
     own = row["record"].get(column) if column in row["record"] else None
     return positions if own in (None, "") else own
 
 
 def prepared(pipe: PrismPipeline, row: dict, positions: Any, marks: str, drop: str) -> dict:
-    """What the model reads of a row: {"place", "text", "reads", "tokens", "masks"}, and "error" where it cannot.
+    """A row as the model reads it: {"place", "text", "reads", "tokens", "masks"}.
 
-    A row without a mask is "unmasked": True.
+    A row that cannot be used has an "error" too. A row without a mask has "unmasked": True.
     """
     from ..models.checks import max_length
     from ..sampling.canvas import whole_ids
@@ -179,7 +181,7 @@ def prepared(pipe: PrismPipeline, row: dict, positions: Any, marks: str, drop: s
 
 
 def refuse_invalid(read: list[dict], invalid: str, source: str | Path) -> None:
-    """Raise a ValueError that names the rows that cannot be used, unless they are to be skipped."""
+    """Raise a ValueError that names the rows that cannot be used, unless `invalid` is "skip"."""
     bad = [f"{row['place']}: {row['error']}" for row in read if "error" in row]
     if bad and invalid == "error":
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
@@ -202,7 +204,7 @@ def run_rows(
     columns: tuple[str, ...],
     progress: bool,
 ) -> dict:
-    """Fill the rows `todo`, and write all of them."""
+    """Run `fill` on the rows `todo`, and write all rows."""
     check_out(out)
     settings = run_settings(pipe, rows, settings | {"read_as": [row["reads"] for row in read]})
     lengths = [row["tokens"] for row in read]
@@ -214,7 +216,7 @@ def run_rows(
 
 
 def filled(pipe: PrismPipeline, rows: list[dict], generators: list[Generator], call: dict) -> list[tuple[dict, int]]:
-    """For each row {"samples": one record for each that is kept}, and how many tokens were written."""
+    """For each row {"samples": a record for each sample that is written}, and the number of filled tokens."""
     import torch
 
     head = pipe.quality_head is not None
@@ -248,7 +250,7 @@ def filled(pipe: PrismPipeline, rows: list[dict], generators: list[Generator], c
 
 
 def scored(pipe: PrismPipeline, rows: list[dict], by: str) -> list[tuple[dict, int]]:
-    """For each row {"samples": [its record]}, and how many tokens it has."""
+    """For each row {"samples": [its record]}, and the number of its tokens."""
     import torch
 
     ids = [ids_of(pipe, row) for row in rows]

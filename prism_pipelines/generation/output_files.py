@@ -1,8 +1,8 @@
-"""The files of a run of many prompts: its settings, what each process has finished, and the output made of that.
+"""The files of a run of many prompts: its settings, the finished batches of each process, and the output.
 
-`OUT.part-00000.jsonl` and so on hold what each process has finished, one line a batch. A line counts once its newline
-is on disk: a kill costs at most a batch for each process and can neither lose nor double a prompt. `OUT.run.json` says
-which run they belong to. Whichever process finds everything done writes OUT and removes the parts.
+`OUT.part-00000.jsonl` and so on hold the finished batches of each process, one per line. A line counts when its newline
+is on disk. So a kill costs at most one batch of each process, and no prompt is lost or doubled. `OUT.run.json` says to
+which run the parts belong. The process that finds everything done writes OUT and removes the parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = 1.0  # seconds that a lock may be held by a process that only looks w
 
 
 def run_file(out: Path) -> Path:
-    """Where the settings of the run that writes `out` stand."""
+    """Path of the file with the settings of the run that writes `out`."""
     return out.with_name(out.name + ".run.json")
 
 
@@ -41,13 +41,13 @@ def _literal(name: str) -> str:
 
 
 def check_run(out: Path, settings: dict) -> bool:
-    """Whether `out` is already complete; refuses files of another run.
+    """Is `out` already complete? Refuses files of another run.
 
     Args:
         out: the output file.
-        settings: of this run, as `run_settings` gives them.
+        settings: the settings of this run, from `run_settings`.
     Raises:
-        ValueError: there is an output, or a beginning of one, made by other settings or by something else.
+        ValueError: there is an output, or a part of one, from other settings or from another program.
         OSError: the folder is missing.
     """
     if not out.parent.is_dir():
@@ -72,7 +72,7 @@ def check_run(out: Path, settings: dict) -> bool:
 
 
 def run_settings(pipe: PrismPipeline, rows: list[dict], generation: dict) -> dict:
-    """What decides the output: the rows, the settings, and digests of tokenizer, model, head and scheduler."""
+    """All that the output depends on: digests of rows, tokenizer, model and head, the scheduler, and the settings."""
     # With torch, which `prism --help` does without.
     from ..hub.fingerprints import module_digest
     from ..schedulers.validation import own_fields
@@ -95,7 +95,7 @@ def _sha256(data: bytes) -> str:
 
 
 def read_parts(out: Path) -> dict[int, dict]:
-    """What is done: row number -> its result. A last line without its newline is half written: not done.
+    """Finished rows: row number -> result. A last line without a newline is half written, and does not count.
 
     Raises:
         ValueError: a whole line that is no batch.
@@ -113,7 +113,7 @@ def read_parts(out: Path) -> dict[int, dict]:
 
 
 def part_lock(path: Path) -> FileLock:
-    """The lock that the writer of a part file holds."""
+    """The lock that the process holds that writes a part file."""
     return FileLock(f"{path}.lock")
 
 

@@ -6,8 +6,8 @@ import html
 import json
 from pathlib import Path
 
-MOST = 500  # rows of a page; a browser takes no more with ease
-LOW = 0.5  # below, a token is underlined as well, for those who do not see the colour
+MOST = 500  # rows of a page; with more, a browser becomes slow
+LOW = 0.5  # tokens of a lower quality are also underlined, for readers who do not see the colour
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>@TITLE@</title><style>
 :root {color-scheme: light dark; --worst: 220, 80, 20}
@@ -26,13 +26,13 @@ number and quality. <span class="q" style="--p:1">1.0</span> <span class="q" sty
 
 
 def quality_page(path: str | Path, title: str = "Quality") -> str:
-    """The page of an output of `score_many`.
+    """An HTML page for an output of `score_many`.
 
     Args:
-        path: of the output, a .jsonl file.
+        path: path of the output, a .jsonl file.
         title: heading; plain text.
     Returns:
-        the page as a string; of more than 500 rows the first 500, and it says so.
+        the page as a string. It shows the first 500 rows, and says so if there are more.
     """
     with Path(path).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]

@@ -30,14 +30,14 @@ def check_counts(batch_size: int, seed: int) -> None:
 
 
 def plan_batches(lengths: list[int], batch_size: int, groups: list | None = None) -> list[list[int]]:
-    """Rows of like length together, the longest first, so that little is padding and a lack of memory shows at once.
+    """Batches of rows of similar length, the longest first: little padding, and too little memory shows at once.
 
-    Depends on its arguments alone, not on the number of processes.
+    The batches do not depend on the number of processes.
 
     Args:
         lengths: tokens of each prompt.
-        batch_size: rows of a batch, at least 1; the last batch of a group may have less.
-        groups: rows of different groups never share a batch; None for one group.
+        batch_size: rows of a batch, at least 1; the last batch of a group may have fewer.
+        groups: group of each row; rows of different groups never share a batch. None for one group.
     Returns:
         lists of row numbers; each row is in exactly one.
     """
@@ -62,21 +62,21 @@ def run_batches(
     unit: str,
     progress: bool,
 ) -> dict:
-    """Fill every batch that is not done yet, keep what is done on the disk, and write the output when all is.
+    """Fill every batch that is not done yet, store finished batches on disk, and write the output when all are done.
 
     In a process group (torch.distributed) each process takes its share; all must pass the same arguments.
 
     Args:
         out: path of the output.
-        settings: what decides it; a run with others is refused, see `check_run`.
-        batches: of `plan_batches`, without the rows that are not to be filled.
-        lengths: tokens of each row, for the error of a batch that is too large.
-        fill: fills a batch.
-        lines: makes the output.
-        unit: what a row is called, in the plural.
+        settings: all that the output depends on; files of other settings are refused, see `check_run`.
+        batches: from `plan_batches`, without the rows that are not filled.
+        lengths: tokens of each row, for the error if a batch does not fit into memory.
+        fill: callable that fills a batch.
+        lines: callable from results by row number to the parts of the output.
+        unit: name of the rows, in the plural, for the bar.
         progress: draw a bar on stderr, in the first process.
     Returns:
-        {"generated", "seconds", "tokens"} of this call and process; {"complete"}: whether the output is written.
+        {"generated", "seconds", "tokens"} of this call and process, and "complete": is the output written?
     Raises:
         ValueError: an output of another run, one that is being written, or out of memory.
         OSError: the folder is missing.
@@ -84,7 +84,7 @@ def run_batches(
     rank, num_processes = _place()
     complete = check_run(out, settings)
     todo = [] if complete else left_to_do(out, batches)
-    _wait()  # nobody writes before everybody has read, so that the shares fit together
+    _wait()  # no process writes before all have read, so that their shares fit together
     if rank == 0 and not complete:
         write_atomically(run_file(out), json.dumps(settings, indent=1) + "\n")
     _wait()
@@ -106,7 +106,7 @@ def run_batches(
 
 
 def left_to_do(out: Path, batches: list[list[int]]) -> list[list[int]]:
-    """The batches without the rows that part files hold.
+    """The batches without the rows that are finished in part files.
 
     Raises:
         ValueError: a part file that another process is writing, or a damaged one.

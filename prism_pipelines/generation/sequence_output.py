@@ -1,7 +1,7 @@
 """Outputs of `infill_many` and `score_many`: JSON lines, CSV, or FASTA, by the ending of the name.
 
-Each row of the input comes back as it was, with the columns below; `sample` where a row has several. In CSV lists are
-joined by spaces. FASTA has the filled sequence, or the one that was scored, under its header with the numbers.
+Each row of the input is written unchanged, with the columns below added, and with `sample` if a row has several. In
+CSV, lists are joined by spaces. FASTA has the filled or scored sequence, under its header with the numbers.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def written_lines(
     """Parts of the output, in order.
 
     Args:
-        ending: of the output's name.
-        rows: of `read_sequences`.
-        read: what the model read of each, of `prepared`.
-        columns: that are written beside the record, `FILLED` or `SCORED`.
+        ending: ending of the output's name.
+        rows: rows from `read_sequences`.
+        read: the same rows as the model reads them, from `prepared`.
+        columns: columns that are added to the record, `FILLED` or `SCORED`.
         done: results by row number.
     """
     several = any(len(result["samples"]) > 1 for result in done.values())
@@ -65,7 +65,7 @@ def written_lines(
 
 
 def results_of(seen: dict, columns: tuple[str, ...], done: dict | None) -> list[dict]:
-    """Results of a row: those of the model, the text itself where nothing was masked, or none."""
+    """Results of a row: from the model; the text itself if nothing was masked; else only an nfe of 0."""
     if done is not None:
         return done["samples"]
     if "unmasked" in seen and "filled" in columns:
@@ -90,7 +90,7 @@ def csv_line(cells: list[str]) -> str:
 
 
 def fasta_record(row: dict, result: dict) -> str:
-    """A header with the numbers behind it, and a sequence on one line."""
+    """A FASTA record: a header followed by the numbers, and the sequence on one line."""
     header = row["record"].get("header") or str(row["id"])
     shown = ("sample", "confidence", "mean_quality", "lowest_quality", "lowest_token", "error")
     notes = [f"{name}={json.dumps(result[name])}" for name in shown if result.get(name) is not None]

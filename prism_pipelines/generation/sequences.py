@@ -1,6 +1,6 @@
-"""Texts to fill in or to score, from files that people have: FASTA, CSV, TSV, JSON lines, plain lines.
+"""Reads texts to fill in or to score from FASTA, CSV, TSV, JSON lines or plain text.
 
-A row that cannot be used is named by its line, and stays a row: the output holds it as it came, with the reason.
+A row that cannot be used is named by its line. It stays a row: the output has it unchanged, with the reason.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COLUMNS = ("infill", "sequence", "text")  # where the text stands if the user na
 def read_sequences(path: str | Path, column: str | None = None) -> list[dict]:
     """Rows of a file, each {"line", "id", "text", "record"}.
 
-    "line" is its number in the file, from 1, "id" its name or else the row's number, from 0, "record" what the output
-    repeats: the columns of a table, the keys of a JSON object, or the header of FASTA. Names may be
-    empty or doubled. "text" is None where a row has none, and "error" then says why.
+    "line" is the row's line in the file, from 1. "id" is its name, or else its number, from 0. "record" is what the
+    output repeats: the columns of a table, the keys of a JSON object, or the header of FASTA. Names may be empty or
+    occur twice. "text" is None for a row without text, and "error" then says why.
 
     Args:
-        path: .fasta, .fa, .faa, .fas, .csv, .tsv, .jsonl (an object or a string a line), or .txt (a text a line).
-        column: of the text, in tables and objects; None for "infill", "sequence" or "text", the first that is there.
+        path: .fasta, .fa, .faa, .fas, .csv, .tsv, .jsonl (an object or a string per line), or .txt (a text per line).
+        column: column of the text, in tables and objects; None for the first of "infill", "sequence" and "text".
     Raises:
         ValueError: another ending, not UTF-8, a line that is no JSON, no such column, or no row at all.
         OSError: the file cannot be read.
@@ -57,7 +57,7 @@ def read_sequences(path: str | Path, column: str | None = None) -> list[dict]:
 
 
 def read_fasta(path: str | Path) -> list[dict]:
-    """Rows of a FASTA file; the name is the first word of a header, and a sequence may go over many lines.
+    """Rows of a FASTA file. The name is the first word of a header. A sequence may have many lines.
 
     Raises:
         ValueError: residues before the first header.
@@ -103,7 +103,7 @@ def read_table(path: Path, column: str | None) -> list[dict]:
 
 
 def row_of(number: int, record: object, column: str | None) -> dict:
-    """A row from the columns of a line, or one that says why there is none."""
+    """A row from the columns of a line. If it has no text, "error" says why."""
     if not isinstance(record, dict):
         return {"line": number, "id": None, "text": None, "record": {}, "error": "neither an object nor a string"}
     name = column or next((name for name in COLUMNS if name in record), None)
@@ -137,10 +137,13 @@ def duplicates(rows: list[dict]) -> list[str]:
 
 
 def parse_spans(spans: object, length: int) -> list[tuple[int, int]]:
-    """Spans of characters, (start, end) from 0 and without the end, of "97-110,120" or [[97, 110], 120], from 1.
+    """Spans of characters as (start, end), from 0 and without the end.
 
+    Args:
+        spans: such as "97-110,120" or [[97, 110], 120]; characters count from 1, and the end is included.
+        length: number of characters of the text.
     Raises:
-        ValueError: no such form, or outside 1..length.
+        ValueError: another form, or a character outside 1..length.
     """
     if isinstance(spans, bool) or not isinstance(spans, (str, int, list)):
         raise ValueError(f"positions are written as 97-110,120, got {spans!r:.60}")
@@ -164,8 +167,8 @@ def masked_text(text: str, tokenizer: Tokenizer, spans: object = None, marks: st
     """The text with the tokenizer's mask token for everything that is to be filled.
 
     Args:
-        text: as it stands in the file.
-        spans: characters of it to fill, see `parse_spans`; a mask for each token that has one of them.
+        text: the text in the file.
+        spans: characters to fill, see `parse_spans`. Each token with one of them becomes a mask.
         marks: each of these characters stands for one mask token.
         drop: characters that are left out.
     Raises:
@@ -187,7 +190,7 @@ def masked_text(text: str, tokenizer: Tokenizer, spans: object = None, marks: st
 
 
 def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Characters of each token that has some of them in the spans, in order; one token a character if nobody knows."""
+    """(start, end) of each token that overlaps a span, in order. Without offsets, each character counts as a token."""
     if not spans:
         return []
     if tokenizer.is_fast:
@@ -202,9 +205,9 @@ def tokens_within(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer)
 
 
 def readable_text(text: str, tokenizer: Tokenizer) -> tuple[str, list[str]]:
-    """The text in the case that the tokenizer knows, and what of it is unknown to it.
+    """The text in the case that the tokenizer knows, and the parts that are unknown to the tokenizer.
 
-    Lower case marks repeats in FASTA; it is read as upper case where the tokenizer knows that alone.
+    Lower case, which marks repeats in FASTA, is read as upper case if the tokenizer knows only upper case.
     """
     from ..sampling.canvas import unknown_pieces
 
@@ -221,7 +224,7 @@ def readable_text(text: str, tokenizer: Tokenizer) -> tuple[str, list[str]]:
 
 
 def restored_case(filled: str, text: str, mask_token: str) -> str:
-    """A filled text with its given letters in the case they had, where it is one letter a token."""
+    """A filled text with the given letters in their original case, if each token is one letter."""
     letters = [letter for part in text.split(mask_token) for letter in (*part, None)][:-1]
     if len(letters) != len(filled):
         return filled

@@ -37,7 +37,7 @@ MERGE = (
 
 
 class AdapterFiles(NamedTuple):
-    """An adapter that was read: PEFT's config, and weights under the names of the model that takes it."""
+    """An adapter that was read: PEFT's config, and the weights under the model's own names."""
 
     config: Any
     weights: dict[str, Tensor]
@@ -51,13 +51,14 @@ def read_adapter(
     Sizes are compared with the header of the file before any weight is read and any layer is made.
 
     Args:
-        path, subfolder: of adapter_config.json and adapter_model.safetensors.
+        path, subfolder: folder or Hub id, and the folder in it, of adapter_config.json and adapter_model.safetensors.
         hub_kwargs: revision, cache_dir, token, local_files_only.
         model: transformers model that will take it.
         spec: its `MDMSpec`, whose recipe renames the layers of adapters that were made with the authors' code; or None.
     Raises:
         OSError: there are no safetensors weights.
-        ValueError: it is more than LoRA; its weights do not fit the model or its config; or one is NaN or inf.
+        ValueError: the adapter is not LoRA, or more than LoRA; its weights do not fit the model or its config; or a
+            weight is NaN or inf.
     """
     file = fetch_file(path, inside(subfolder, WEIGHTS), hub_kwargs)
     if file is None:
@@ -89,7 +90,7 @@ def read_adapter(
 
 
 def check_kind(config_dict: dict[str, Any], path: str) -> None:
-    """Raise a ValueError, with the reason, if an adapter's config is not LoRA. DoRA and rsLoRA are."""
+    """Raise a ValueError, with the reason, if an adapter's config is not LoRA. DoRA and rsLoRA count as LoRA."""
     kind = config_dict.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"The adapter of {path!r} is a {kind}; LoRA (and DoRA) adapters are supported.")
@@ -110,7 +111,7 @@ def module_of(name: str) -> str:
 
 
 def native_names(name: str, spec: MDMSpec | None) -> list[str]:
-    """Names of an adapter's weight in a model. There are several where the authors' layer is cut in parts here.
+    """Names that an adapter's weight has in a model; several if the authors' layer is cut into several layers here.
 
     Adapters made with the authors' own code have the layer names of that code (LLaDA: attn_out, ff_proj).
     """
@@ -130,7 +131,7 @@ def native_names(name: str, spec: MDMSpec | None) -> list[str]:
 
 
 def split_rows(value: Tensor, names: list[str], model: Any) -> list[Tensor]:
-    """The parts of a LoRA weight whose layer is cut by its rows: B and magnitudes are cut, A is the same for all."""
+    """The parts of a LoRA weight whose layer is cut by rows: B and magnitudes are cut too, and A is the same in all."""
     if ".lora_A." in names[0]:
         return [value.clone() for _ in names]
     layers = [layer_of(model, name) for name in names]
@@ -204,7 +205,7 @@ def check_fit(
 
 
 def is_cut(name: str, spec: MDMSpec | None) -> bool:
-    """Is it a weight of a layer that `CheckpointRecipe.split_weights` makes of rows of another?"""
+    """Does the weight `name` belong to a layer that `CheckpointRecipe.split_weights` cuts out of another layer?"""
     parts = [part.removesuffix(".weight") for names in (recipe_of(spec).split_weights or {}).values() for part in names]
     return module_of(name).endswith(tuple(parts)) if parts else False
 
@@ -212,10 +213,11 @@ def is_cut(name: str, spec: MDMSpec | None) -> bool:
 def peft_config(config_dict: dict[str, Any], names: dict[str, list[str]] | None) -> Any:
     """PEFT's config from a JSON one.
 
-    With `names` (of a weight in the file -> in the model) its layers get their names in the model.
-
+    Args:
+        config_dict: the content of adapter_config.json.
+        names: name of a weight in the file -> its names in the model, by which layers are renamed; or None.
     Raises:
-        ValueError: PEFT does not take it.
+        ValueError: PEFT refuses the config.
     """
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
@@ -244,7 +246,7 @@ def write_adapter(model: Any, name: str, folder: Path, base_model: str | None, b
     """Write one adapter of a model as PEFT does, whether it is active or not.
 
     Args:
-        base_model, base_revision: named in its config; None for a base in the same folder.
+        base_model, base_revision: written into its config; None for a base in the same folder.
     Raises:
         ValueError: the adapter is offloaded.
     """
@@ -262,9 +264,9 @@ def write_adapter(model: Any, name: str, folder: Path, base_model: str | None, b
 
 
 def without_lora(model: Any) -> dict[str, Tensor]:
-    """The state dict of a model without its adapters, under the names that its weights have then.
+    """The state dict of a model without its adapters, under the names of a model without adapters.
 
-    Weights that adapters are fused into are given as they are.
+    Fused adapters stay in the weights.
     """
     state = {}
     for key, value in model.state_dict().items():

@@ -1,6 +1,6 @@
 """LoRA adapters in a model: added, switched, fused into the weights, and removed so that the model is as before.
 
-The user's adapters work together with the quality head's adapter: all active ones add what they have learned.
+The user's adapters work together with the quality head's adapter: the outputs of all active ones are added.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load_adapter(
         path, subfolder, hub_kwargs, spec: as `read_adapter`.
         name: of the adapter in the model; letters, digits, "_" and "-".
     Raises:
-        OSError, ValueError: as `read_adapter`; or adapters are fused into the weights, or PEFT refuses it.
+        OSError, ValueError: as `read_adapter`; or adapters are fused into the weights, or PEFT refuses this one.
     """
     check_name(name)
     refuse_fused(model)
@@ -84,7 +84,7 @@ def active_adapters(model: Any) -> list[str]:
 
 
 def refuse_taken(model: Any, name: str) -> None:
-    """Raise a ValueError if there is an adapter of that name already: a new head was not trained with it."""
+    """Raise a ValueError if the model has an adapter `name` already, since a new head was not trained with that."""
     if name in adapter_names(model):
         raise ValueError(
             f"The model has an adapter called {name!r} already, perhaps from another pipeline that shares the model. "
@@ -107,7 +107,7 @@ def use_adapters(model: Any, names: list[str]) -> None:
 
 
 def drop_adapter(model: Any, name: str) -> None:
-    """Remove the adapter of that name, if there is one. After the last, the model is as if there had been none.
+    """Remove the adapter `name`, if there is one. After the last one, the model is as before any adapter.
 
     Adapters that were fused stay in the weights.
     """
@@ -176,7 +176,7 @@ def unfuse(model: Any) -> None:
 
 
 def model_of(model: Any) -> Any:
-    """The transformers model inside a `PeftModel`, with its adapters under their names; any other model as it is.
+    """The transformers model inside a `PeftModel`, with its adapters under their names; other models unchanged.
 
     Raises:
         ValueError: an adapter is not LoRA, or more than LoRA.

@@ -1,4 +1,4 @@
-"""Model, tokenizer and `MDMSpec` of a folder or a repository of the Hub, and the refusal of what would not work."""
+"""Loads model, tokenizer and `MDMSpec` from a folder or the Hub, and refuses checkpoints that would not work."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ UNSAFE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def spec_of_index(index: dict[str, Any], path: str) -> dict[str, Any]:
-    """The `mdm_spec` that a saved `PrismPipeline` has in its model_index.json.
+    """The `mdm_spec` in the model_index.json of a saved `PrismPipeline`.
 
     Raises:
-        ValueError: there is none: another pipeline of diffusers was saved there.
+        ValueError: it is missing, so another pipeline of diffusers was saved there.
     """
     if "mdm_spec" not in index:
         raise ValueError(
@@ -125,7 +125,7 @@ def load_whole(
 
 
 def recipe_for(named: MDMSpec | None, row: MDMSpec | None, config_dict: dict[str, Any]) -> CheckpointRecipe:
-    """How a checkpoint is read: as its caller says, or as its family, or else by the class that its config names.
+    """The recipe of a checkpoint: from its caller, else from its family, else by the class that its config names.
 
     Args:
         named: spec of the caller or of a saved pipeline, or None.
@@ -150,10 +150,10 @@ def revision_of(model: Any, checkpoint: Checkpoint) -> str | None:
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A floating-point dtype, given itself or by its name; "auto" as it is.
+    """A floating-point torch.dtype, from the dtype or its name; "auto" stays "auto".
 
     Raises:
-        ValueError: something else.
+        ValueError: not a floating-point dtype.
     """
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -170,15 +170,15 @@ def load_adapted(
     given: dict[str, Any],
     placement: dict[str, Any],
 ) -> dict[str, Any]:
-    """`load_plain` of a folder that holds adapters alone: loads their base model, and puts the adapters into it.
+    """`load_plain` for a folder that holds only adapters: loads their base model, and the adapters into that.
 
-    A pipeline with adapters is saved so (see `saved_model.py`). An adapter saved by PEFT itself is called "prism" here.
+    `saved_model.py` saves a pipeline with adapters in this form. An adapter that PEFT saved is called "prism" here.
 
     Args:
         path, subfolder, hub_kwargs, dtype, trust_remote_code: as `load_plain`.
         given, placement: as `load_whole`.
     Raises:
-        OSError: no adapter either, or its base is not found.
+        OSError: there is no adapter either, or its base is not found.
         ValueError: the adapter names no base model.
     """
     adapter, index = read_json(path, inside(subfolder, CONFIG), hub_kwargs), read_index(path, subfolder, hub_kwargs)
@@ -252,7 +252,7 @@ def load_tokenizer(
 
 
 def refuse_attention(attn_implementation: str | None, spec: MDMSpec) -> None:
-    """Raise a ValueError for kernels that read no additive mask: flash attention would be causal."""
+    """Raise a ValueError for attention kernels that read no additive mask: with flash attention it would be causal."""
     if attn_implementation not in (None, "sdpa", "eager") and spec.mask_format == "additive":
         raise ValueError(
             f"`attn_implementation` is {attn_implementation!r}, which takes no additive mask, and this model needs one "
@@ -280,7 +280,7 @@ def refuse_pickles(path: str, subfolder: str, hub_kwargs: dict[str, Any]) -> Non
 
 
 def refuse_variants(path: str, config_dict: dict[str, Any], row: MDMSpec | None) -> None:
-    """Raise a ValueError for a checkpoint that has the config of a family and does something else.
+    """Raise a ValueError if a config has a value that its family cannot run, see `CheckpointRecipe.hardcoded_config`.
 
     Args:
         path: named in the error.

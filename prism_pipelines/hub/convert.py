@@ -240,7 +240,7 @@ def match_names(found: dict[str, Tensor], config: dict[str, Any], source: str) -
 
 
 def best_prefix(names: Iterable[str], expected: set[str] | None) -> str:
-    """The prefix of a training wrapper that all names share; of several, the one that leaves most expected names."""
+    """The prefix of a training wrapper that all names share; of several, the one after which most names match."""
     if expected is None:
         shared = [p for p in WRAPPERS if p in ("module.", "_orig_mod.", "module._orig_mod.")]
         return next((p for p in reversed(shared) if all(name.startswith(p) for name in names)), "")
@@ -248,7 +248,7 @@ def best_prefix(names: Iterable[str], expected: set[str] | None) -> str:
 
 
 def check_tied(kept: dict[str, Tensor], model: Any, source: str) -> None:
-    """Raise a ValueError if two weights differ that the model's class ties: one of them would be lost."""
+    """Raise a ValueError if the model's class ties two weights that differ here, since one of them would be lost."""
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in kept and other in kept and not torch.equal(kept[name], kept[other]):
             raise ValueError(
@@ -275,7 +275,7 @@ def find_tokenizer(
     tokenizer: str | None,
     hub_kwargs: dict[str, Any],
 ) -> tuple[Any, str]:
-    """A tokenizer, or None, and a description of what it was made from.
+    """A tokenizer, or None, and a description of its source.
 
     Raises:
         ValueError: the vocabulary is not a list of tokens, or `vocab` has tokens of several characters.

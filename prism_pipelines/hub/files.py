@@ -98,7 +98,7 @@ def read_json(path: str, name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any
 
 
 def out_of_reach(path: str, name: str, hub_kwargs: dict[str, Any]) -> bool:
-    """Is a file of the Hub not in the cache, while nothing may be downloaded?"""
+    """Is a file on the Hub but not in the cache, and downloads are not allowed?"""
     if Path(path).is_dir() or not (hub_kwargs.get("local_files_only") or is_offline_mode()):
         return False
     known = try_to_load_from_cache(

@@ -26,10 +26,10 @@ def head_config(path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def head_place(quality_head: object) -> str | None:
-    """The folder or Hub id that a head is read from, or None if it is a `QualityHead` already.
+    """The folder or Hub id of a head, as a string; None if `quality_head` is a `QualityHead` already.
 
     Raises:
-        TypeError: neither.
+        TypeError: `quality_head` is neither a head, a string nor a path.
     """
     if isinstance(quality_head, QualityHead):
         return None
@@ -43,8 +43,8 @@ def load_head(path: str, hub_kwargs: dict[str, Any]) -> QualityHead:
     """The quality head of a folder or repository, from its `quality_head/`.
 
     Raises:
-        OSError: there is none, or it is not safetensors.
-        ValueError: its config is wrong, or its weights do not fit it.
+        OSError: there is no head, or its weights are not safetensors.
+        ValueError: its config is wrong, or its weights do not fit its config.
     """
     config = head_config(path, hub_kwargs)
     if config is None:
@@ -75,7 +75,7 @@ def make_head(config: dict[str, Any], owner: str) -> QualityHead:
     """A head with the config of a file, and random weights.
 
     Raises:
-        ValueError: it is not the config of a `QualityHead`, or its sizes are too large for any memory.
+        ValueError: not the config of a `QualityHead`, or sizes that no memory can hold.
     """
     for name in ("base_model", "base_revision", "base_fingerprint", "weights_fingerprint", "signs_fingerprint"):
         if not isinstance(config.get(name), (str, type(None))):
@@ -90,7 +90,7 @@ def load_scheduler(path: str, hub_kwargs: dict[str, Any]) -> Any:
     """The recommended scheduler of a head's repository, or None if it has none.
 
     Raises:
-        ValueError: it names a class that is not ours.
+        ValueError: it is not a scheduler of this package.
     """
     config = read_json(path, "scheduler/scheduler_config.json", hub_kwargs)
     if config is None:
@@ -102,10 +102,10 @@ def load_scheduler(path: str, hub_kwargs: dict[str, Any]) -> Any:
 
 
 def scheduler_for(quality_head: QualityHead | str | Path, current: Any, hub_kwargs: dict[str, Any]) -> Any:
-    """The scheduler recommended with a head; or else `current` if it reads a quality, or else `PrismScheduler()`.
+    """The scheduler recommended with a head. Without one, `current` if that reads a quality, else `PrismScheduler()`.
 
     Args:
-        quality_head: a folder or Hub id; or a `QualityHead`, with which none is recommended.
+        quality_head: a folder or Hub id; or a `QualityHead`, which recommends no scheduler.
         current: the scheduler in use.
         hub_kwargs: revision, cache_dir, token, local_files_only.
     """
@@ -120,7 +120,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
 
 
 def check_adapter(name: str | None, with_adapter: set[str], model: Any) -> None:
-    """Raise a ValueError if the adapter of the head of that name is no longer in the model."""
+    """Raise a ValueError if the head `name` came with an adapter that is no longer in the model."""
     if name in with_adapter and name not in adapter_names(model):
         raise ValueError(
             f"The adapter of the quality head {name!r} is no longer in the model: another pipeline that shares it has "
@@ -129,7 +129,7 @@ def check_adapter(name: str | None, with_adapter: set[str], model: Any) -> None:
 
 
 def fingerprints(model: Any) -> dict[str, str | None]:
-    """Fingerprints of a model for the config of its head. None for one that cannot be compared later."""
+    """Fingerprints of a model, for the config of its head; None for each that cannot be compared later."""
     return {
         "base_fingerprint": embedding_fingerprint(model),
         "weights_fingerprint": portable_fingerprint(model),
@@ -141,11 +141,12 @@ def check_head(quality_head: QualityHead | None, model: Any, revision: str | Non
     """Check that a head was made for this model.
 
     Raises:
-        ValueError: it was made for another hidden size, or for another repository of the Hub; or holds NaN or inf.
-        TypeError: it is not a `QualityHead`.
+        ValueError: the head was made for another hidden size, for other token embeddings, or (if these cannot be
+            compared) for another repository of the Hub; or it holds NaN or inf.
+        TypeError: not a `QualityHead`.
     Warns:
-        UserWarning: it was made for another revision or for other weights, or the model's dtype does not let us
-        compare.
+        UserWarning: the head was made for another revision or for other weights, or the model's dtype makes a
+            comparison impossible.
     """
     if quality_head is None:
         return
@@ -165,7 +166,7 @@ def check_head(quality_head: QualityHead | None, model: Any, revision: str | Non
             f"{type(model).__name__} has {has}. Load the head of this model."
         )
     differs = other_embeddings(about, model)
-    # A tuned backbone is pushed with its head under a new name. Then the embeddings tell that the two belong together.
+    # A tuned backbone is pushed with its head under a new name. The embeddings then show that the two belong together.
     if differs is None and is_hub_id(base) and is_hub_id(here) and base != here:
         made_for = f"`quality_head` was made for {base!r}, and the model is {here!r}"
         if about.base_fingerprint:

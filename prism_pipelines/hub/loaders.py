@@ -169,7 +169,7 @@ def native_class_of(recipe: CheckpointRecipe) -> Any:
 
 
 def checked_config(checkpoint: Checkpoint, native: Any, recipe: CheckpointRecipe) -> tuple[list[str], Any]:
-    """Weight files of a checkpoint and the native config of their sizes, before memory is taken for the weights.
+    """Weight files of a checkpoint, and its native config. The sizes are checked before memory is allocated.
 
     Raises:
         OSError, ValueError: as `weight_files`, `model_config` and `check_sizes`.

@@ -27,7 +27,7 @@ MEANINGS = {
 
 
 def method(pipe: Any) -> str:
-    """The method that a head was trained for, a key of `MEANINGS`. The recommended scheduler tells which."""
+    """The method that a head was trained for, a key of `MEANINGS`, found by the recommended scheduler."""
     return "Token-Critic" if isinstance(pipe.scheduler, TokenCriticScheduler) else "PRISM"
 
 
@@ -112,7 +112,7 @@ def card(metadata: ModelCardData, *parts: str) -> ModelCard:
 
 
 def shown_name(base_model: str) -> str:
-    """The Hub id of a base model, or the last part of its folder: a card shows no folders of this machine."""
+    """The Hub id of a base model, or the last part of its path, so that a card shows no paths of this machine."""
     return base_model if is_hub_id(base_model) else Path(base_model).name
 
 
@@ -153,7 +153,7 @@ def training(facts: dict[str, Any]) -> list[str]:
 
 
 def usage(pipe: Any, repo_id: str | None, facts: dict[str, Any]) -> str:
-    """How a reader loads the repository and generates with it. The code runs as it is, without an id in the folder."""
+    """The code by which a reader loads the repository and generates. `repo_id` of None is for a folder."""
     frame = sum(map(len, pipe.text_frame))
     length = min(32, (checks.max_length(pipe.model.config) or 32 + frame) - frame)
     what, shown = "num_samples=1, ", "out.texts[0]"

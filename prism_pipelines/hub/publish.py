@@ -92,7 +92,7 @@ def save_head_repo(
 
 
 def check_base(pipe: Any, named: str | None) -> None:
-    """Raise a ValueError if the base model of a head is not the model in use, unless the caller names the base."""
+    """Raise a ValueError if a head's base model is not the model in use and the caller did not name the base."""
     trained_with = pipe.quality_head.config.weights_fingerprint
     origin, here = getattr(pipe.model, "_origin", None), weights_fingerprint(pipe.model)
     comparable = trained_with and portable_fingerprint(pipe.model)
@@ -100,7 +100,7 @@ def check_base(pipe: Any, named: str | None) -> None:
         raise ValueError(
             f"The head names the base model {pipe.quality_head.config.base_model!r}, and the model in use has other "
             'weights. Save or push the whole pipeline (what="pipeline"), or pass `base_model`, '
-            "the id of these very weights."
+            "the Hub id of the weights in use."
         )
 
 

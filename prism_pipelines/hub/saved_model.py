@@ -33,12 +33,12 @@ class Origin(NamedTuple):
 
 
 def note_origin(model: Any, base: str, revision: str | None) -> None:
-    """Note on a model that was just loaded where it came from."""
+    """Store on a model that was just loaded where it came from."""
     model._origin = Origin(base, revision, weights_fingerprint(model))
 
 
 def origin_in_use(model: Any) -> Origin | None:
-    """What a model was loaded from, if its weights are still the same; else None."""
+    """The origin of a model whose weights have not changed since it was loaded; else None."""
     origin = getattr(model, "_origin", None)
     return origin if origin is not None and weights_fingerprint(model) == origin.fingerprint else None
 
@@ -50,7 +50,7 @@ def save_model(model: Any, folder: Path, names: dict[str, str]) -> bool:
 
     Args:
         model: transformers model.
-        folder: where.
+        folder: where to write; made if missing.
         names: name of an adapter to write -> its name in the folder.
     Raises:
         ValueError: an adapter is offloaded; or a base would be named in a folder that holds a whole model.
@@ -108,7 +108,7 @@ def read_index(path: str, subfolder: str, hub_kwargs: dict[str, Any]) -> dict[st
     """The content of a saved model's `adapters.json`; None without that file.
 
     Raises:
-        ValueError: it is not as `save_model` writes it.
+        ValueError: the file does not have the form that `save_model` writes.
     """
     index = read_json(path, inside(subfolder, INDEX), hub_kwargs)
     if index is None:
@@ -130,7 +130,7 @@ def load_adapters(
 ) -> None:
     """Add the adapters of a saved model to it, and activate those that were active when it was saved.
 
-    Without an index it is the one adapter at the root.
+    With an index of None, the only adapter lies at the root, and is called "prism".
 
     Warns:
         UserWarning: the base model is not the one that the adapters were saved with.

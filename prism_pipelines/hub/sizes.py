@@ -71,7 +71,7 @@ def model_config(
         owner: the checkpoint, for the errors.
         names: of fields in the config -> what config.json calls them, where it has other names.
     Raises:
-        ValueError: config.json holds values that make no model, or another number of layers than the files.
+        ValueError: transformers cannot build the config, or it has another number of layers than the files.
     """
     names = {**native.config_class.attribute_map, **(names or {})}
     # First of all: some configs make a list of their layers, which takes gigabytes if the number is wrong.
@@ -114,14 +114,14 @@ def check_layers(native: Any, layers: object, config_dict: dict[str, Any], shape
 
 
 def wrong(owner: str, error: Exception) -> ValueError:
-    """The error for a config.json that makes no model, with the message of transformers in one line."""
+    """The error for a config.json that transformers cannot build, with its message in one line."""
     return ValueError(f"config.json of {owner!r} has values that make no model: {' '.join(str(error).split())[:300]}")
 
 
 def check_sizes(native: Any, config: Any, config_dict: dict[str, Any], shapes: Shapes, owner: str) -> None:
-    """Raise a ValueError if a config makes another model than the one in the files.
+    """Raise a ValueError if the model of a config has other sizes than the tensors in the files.
 
-    For that a model is made on the meta device, which takes no memory.
+    The model is built on the meta device, which takes no memory.
 
     Args:
         native: class of transformers.

@@ -18,7 +18,7 @@ class Source:
         path, subfolder: folder or Hub id of the model, and the place of the model in it.
         hub_kwargs: revision, cache_dir, token, local_files_only of the model.
         index: model_index.json of a saved pipeline; None for a plain model.
-        mdm_spec: given, or saved with the pipeline or the head; None if nobody says.
+        mdm_spec: the one that was passed, or saved with the pipeline or the head; None if there is none.
         quality_head: head to attach, or folder or Hub id of one; None for that of the saved pipeline, if any.
         head_kwargs: `hub_kwargs` of the head.
     """
@@ -45,10 +45,10 @@ def resolve_source(
     Args:
         path, subfolder: folder or Hub id, and a folder in it.
         hub_kwargs: revision, cache_dir, token, local_files_only.
-        quality_head: that was asked for beside the model, or None.
-        mdm_spec: that was asked for, or None.
+        quality_head: head that the caller passed, or None.
+        mdm_spec: spec that the caller passed, or None.
     Raises:
-        ValueError: a head that names no base model, or two heads.
+        ValueError: `path` is a head that names no base model, or is a head and `quality_head` names another.
     """
     hub_kwargs = reachable(path, hub_kwargs)
     index = read_json(path, "model_index.json", hub_kwargs)

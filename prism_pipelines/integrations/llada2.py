@@ -1,7 +1,7 @@
-"""PRISM inside diffusers' own pipeline, whose loop has no place for the quality of a token.
+"""PRISM inside diffusers' own `LLaDA2Pipeline`, whose loop passes no quality to the scheduler.
 
-`LLaDA2Pipeline` gives its scheduler logits and nothing else. Two hooks on its model see the hidden states on their way
-into the output head, score them, and put the result into the scheduler's inbox before its step.
+The pipeline gives its scheduler only logits. Two hooks on the model catch the input of the output head, score it, and
+put the result into the scheduler's inbox before each step.
 """
 
 from __future__ import annotations
@@ -91,20 +91,21 @@ def enable_prism(
     Args:
         pipe: a pipeline with `model` and `scheduler`.
         quality_head: `QualityHead`, or a folder or Hub id that has one in `quality_head/`. A LoRA adapter in that
-            repository is loaded into the model too. With None there is no head: the scheduler only learns where
-            `gen_length` ends, and neither fills nor remasks anything beyond.
-        scheduler: one that runs in `LLaDA2Pipeline`. None keeps a `PrismScheduler` in use; or else takes the one that
-            is recommended with the head, or makes one from the config of the pipeline's own. Without a head, None
-            keeps one of ours, or makes a `SelfConfidenceScheduler`.
+            repository is loaded into the model too. With None there is no head: the scheduler only gets to know where
+            `gen_length` ends, and writes nothing after it.
+        scheduler: a scheduler that runs in `LLaDA2Pipeline`. None keeps a `PrismScheduler` in use. Otherwise None takes
+            the scheduler recommended with the head, or makes a `PrismScheduler` from the config of the one in use.
+            Without a head, None keeps a scheduler of this package, or makes a `SelfConfidenceScheduler`.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
     Raises:
-        TypeError: `pipe` has no model with an output head, `quality_head` is neither a head nor a place, or
-            `scheduler` does not run there.
+        TypeError: `pipe` has no model with an output head, `quality_head` is neither a head nor a path or id, or
+            `scheduler` does not run in `LLaDA2Pipeline`.
         ValueError: the head was made for another model or reads a run context, or the model already has an adapter
             called "prism".
-        OSError: no head there.
+        OSError: there is no head in that folder or repository.
     Warns:
-        UserWarning: the scheduler recommended with the head does not run there; a `PrismScheduler` takes its place.
+        UserWarning: the scheduler recommended with the head does not run in `LLaDA2Pipeline`, so a `PrismScheduler`
+            takes its place.
     """
     _check_parts(pipe, scheduler)
     model = pipe.model
@@ -197,10 +198,10 @@ def _check_head(head: QualityHead, model: Any) -> None:
 
 
 def disable_prism(pipe: Any) -> None:
-    """Undo `enable_prism`; without one it does nothing.
+    """Undo `enable_prism`. Does nothing if that was not called.
 
-    Hooks and adapter are removed. The scheduler from before comes back, unless another than the installed one is in use
-    by now. A `PrismScheduler` that would be without its head goes in any case.
+    Hooks and adapter are removed. The earlier scheduler comes back, unless the user has set another one since. A
+    `PrismScheduler`, which needs the head, is replaced in any case.
     """
     enabled: _Enabled | None = getattr(pipe, "_prism", None)
     if enabled is None:

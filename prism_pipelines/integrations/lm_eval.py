@@ -25,6 +25,7 @@ except ImportError as error:
 from ..generation.batch import check_steps
 from ..generation.running import plan_batches
 from ..models.checks import max_length
+from ..pipeline_checks import check_optional_counts
 from ..pipeline_prism import PrismPipeline
 from ..sampling.encoding import prompt_ids
 from ..sampling.likelihood import METHODS, is_greedy, scored_canvas
@@ -44,22 +45,24 @@ class PrismLM(LM):
         pretrained: folder or Hub id of a pipeline, a model, or a head.
         quality_head: folder or Hub id of a head for it.
         gen_length: tokens to generate for every request; None for what the task asks for, else 256.
-        block_length: as the pipeline's; default 32 or `gen_length` if that is less, None for models with blocks.
-        steps: forward passes of a request; None for one per generated token.
-        temperature: None for the task's: 0 unless it samples.
-        eos_token_id: what ends a text, for a tokenizer that has no end token; most tasks need one.
+        block_length: as in the pipeline's call. The default is 32, or `gen_length` if that is less; for block-causal
+            models it is None.
+        num_inference_steps: forward passes of a request; None for one per generated token.
+        temperature: None for the temperature of the task, which is 0 unless the task samples.
+        eos_token_id: id of the end token, for a tokenizer that has none; most tasks need one.
         scheduler, scheduler_config: class name and fields as a dict or JSON, see
             `schedulers.by_name.change_scheduler`.
-        batch_size: requests a forward.
-        device: None for the GPU if there is one; so is lm-eval's default, "cuda:0".
+        batch_size: requests in a forward pass.
+        device: None for the GPU if there is one, else the CPU. lm-eval's default, "cuda:0", means the same.
         max_batch_size: lm-eval passes it along with `batch_size`; not used.
-        torch_dtype: float32, bfloat16 or float16.
-        seed: every request has its own generator, seeded by this, its prompt, and how often that prompt came before.
+        dtype: float32, bfloat16 or float16.
+        seed: each request has its own generator, seeded by this, its prompt, and the number of earlier requests with
+            that prompt.
         likelihood: "bound" or "pseudo", as `method` of `PrismPipeline.log_likelihood`.
         num_samples: forward passes of a request of a likelihood task with "bound".
-        check_greedy: likelihood tasks also ask whether the model would write the answer itself (LAMBADA's accuracy);
-            that costs up to a forward pass per token of it. False answers no without asking.
-        revision, trust_remote_code: as the pipeline's.
+        check_greedy: likelihood tasks also ask whether the model would write the answer itself (LAMBADA's accuracy).
+            That costs up to one forward pass per token of the answer. False answers "no" without a forward pass.
+        revision, trust_remote_code: as in `PrismPipeline.from_pretrained`.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class PrismLM(LM):
         quality_head: str | None = None,
         gen_length: int | None = None,
         block_length: int | None = None,
-        steps: int | None = None,
+        num_inference_steps: int | None = None,
         temperature: float | None = None,
         eos_token_id: int | None = None,
         scheduler: str | None = None,
@@ -76,7 +79,7 @@ class PrismLM(LM):
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
-        torch_dtype: str = "float32",
+        dtype: str = "float32",
         seed: int = 0,
         likelihood: str = "bound",
         num_samples: int = 128,
@@ -85,12 +88,10 @@ class PrismLM(LM):
         trust_remote_code: bool = False,
     ):
         super().__init__()
-        dtypes = ("float32", "bfloat16", "float16")
-        require(torch_dtype in dtypes, "torch_dtype", torch_dtype, "float32, bfloat16 or float16")
+        require(dtype in ("float32", "bfloat16", "float16"), "dtype", dtype, "float32, bfloat16 or float16")
         count = "an integer of at least 1"
         require(str(batch_size).isdecimal() and int(batch_size) >= 1, "batch_size", batch_size, count)
-        require(gen_length is None or is_int(gen_length, 1), "gen_length", gen_length, count)
-        require(steps is None or is_int(steps, 1), "steps", steps, count)
+        check_optional_counts(gen_length=gen_length, num_inference_steps=num_inference_steps)
         require(likelihood in METHODS, "likelihood", likelihood, f"one of {METHODS}")
         require(is_int(num_samples, 1), "num_samples", num_samples, count)
         self.likelihood, self.num_samples, self.check_greedy = likelihood, num_samples, check_greedy
@@ -98,7 +99,7 @@ class PrismLM(LM):
         self.pipe = PrismPipeline.from_pretrained(
             pretrained,
             quality_head=quality_head,
-            torch_dtype=getattr(torch, torch_dtype),
+            dtype=getattr(torch, dtype),
             revision=revision,
             trust_remote_code=trust_remote_code,
         ).to(self._device)
@@ -107,15 +108,15 @@ class PrismLM(LM):
             raise ValueError(f"{pretrained!r} has no tokenizer, so it cannot read the prompts of lm-eval.")
         if scheduler is not None or scheduler_config is not None:
             self.pipe.scheduler = change_scheduler(self.pipe.scheduler, scheduler, scheduler_config)
-        self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
+        self.gen_length, self.block_length, self.num_inference_steps = gen_length, block_length, num_inference_steps
         self.temperature, self.batch_size, self.seed = temperature, int(batch_size), seed
         self.eos_token_id = eos_token_id
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text of each request, cut at the first of its `until` strings.
 
-        Prompts are continued as they are: lm-eval has put them into the chat template under --apply_chat_template.
-        Requests of the same settings share batches, by length.
+        Prompts are continued unchanged, because lm-eval applies the chat template itself (--apply_chat_template).
+        Requests with the same settings share batches, sorted by length.
 
         Raises:
             ValueError: a prompt that does not fit with the tokens to generate (nothing is cut off), or a setting of the
@@ -177,7 +178,7 @@ class PrismLM(LM):
         call = {
             "gen_length": gen_length,
             "block_length": block_length,
-            "num_inference_steps": self.steps or gen_length,
+            "num_inference_steps": self.num_inference_steps or gen_length,
             "temperature": temperature,
             "eos_token_id": self.eos_token_id,
             "stop": [until] if isinstance(until, str) else [text for text in until if text],
@@ -190,8 +191,8 @@ class PrismLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): an estimate of log p(continuation | context), and whether it is greedy.
 
-        By the Monte Carlo bound a request costs `num_samples` forward passes, and one alone if the continuation is a
-        single token (the letter of a multiple-choice answer).
+        With "bound", a request costs `num_samples` forward passes, but only one if the continuation is a single token
+        (the letter of a multiple-choice answer).
 
         Raises:
             ValueError: a request that does not fit into the model (nothing is cut off), or an empty continuation.
@@ -221,7 +222,7 @@ class PrismLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """An estimate of log p(text) for each text, at the cost of `loglikelihood`.
 
-        A text that is longer than the model takes is cut into parts that know nothing of each other.
+        A text that is longer than the model's maximum is cut into parts, which are scored independently.
         """
         from tqdm import tqdm
 
@@ -285,7 +286,7 @@ class PrismLM(LM):
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of that name; the CPU, with a warning, where there is no GPU: lm-eval asks for cuda:0 by default."""
+    """The device `name`. Without a GPU it is the CPU, with a warning, since lm-eval asks for cuda:0 by default."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

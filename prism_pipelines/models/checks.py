@@ -52,7 +52,7 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 @torch.no_grad()
 def refuse_nan(denoiser: MaskedDenoiser, ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Raise a ValueError if the model gives NaN or inf for some ids (B, L), and name the tensor it comes from."""
+    """Raise a ValueError if the model gives NaN or inf for some ids (B, L). The error names the tensor of origin."""
     hidden = denoiser.hidden(ids, attention_mask)
     whole = bool(hidden.isfinite().all())
     if whole and not any_nan(denoiser.logits(row[None], torch.ones_like(row[None, :, 0]).bool()) for row in hidden):
@@ -74,7 +74,7 @@ def refuse_nan(denoiser: MaskedDenoiser, ids: Tensor, attention_mask: Tensor | N
 
 
 def any_nan(logits: Iterable[Tensor]) -> bool:
-    """Does any of these tensors of logits hold NaN or +inf? The logits of suppressed ids are -inf."""
+    """Does any of some tensors of logits hold NaN or +inf? -inf is legal: suppressed ids have it."""
     return any(bool((values.isnan() | values.isposinf()).any()) for values in logits)
 
 
@@ -119,7 +119,7 @@ def sees_ahead(denoiser: MaskedDenoiser, length: int = 4, noise: float = 0.0) ->
 
 
 def is_causal_class(model: nn.Module) -> bool:
-    """Is it a class of transformers that is causal unless its mask or its config says otherwise?"""
+    """Is the model of a transformers class that is causal unless a mask or the config says otherwise?"""
     kind = type(model)
     return kind.__module__.startswith("transformers.") and kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
 

@@ -61,14 +61,14 @@ def load_mdlm(files: list[str], config: GPTNeoXConfig, dtype: torch.dtype) -> GP
 
 
 def per_head(rows: Tensor, num_heads: int) -> Tensor:
-    """Rows of MDLM's attn_qkv in the order of GPT-NeoX, which packs query, key and value of each head."""
+    """Rows of MDLM's attn_qkv, reordered for GPT-NeoX, which keeps query, key and value of a head together."""
     return rows.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def fold_lora(name: str, value: Tensor, model: Any) -> Tensor:
-    """A LoRA weight under the layer name of MDLM's authors, for the same layer of `native_model`.
+    """Convert a LoRA weight, named as by MDLM's authors, for the same layer of `native_model`.
 
-    Rows of B and magnitudes of DoRA belong to rows of the layer. They get the same order and the same gate.
+    The rows of B and the magnitudes of DoRA belong to rows of the layer. So they are reordered and gated as these are.
 
     Raises:
         ValueError: the model was saved by this package, so that the gates in its weights are not known.

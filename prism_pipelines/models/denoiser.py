@@ -1,4 +1,4 @@
-"""A backbone behind one contract: token ids -> the input of its output head -> logits at chosen positions.
+"""The interface of every backbone: token ids -> the input of its output head -> logits at chosen positions.
 
 The last hidden state is defined as the *input of the output head*. A forward-pre-hook of the head catches it, and gives
 the head no rows. So a forward pass of the model costs its body alone, and logits are made later, only where they are
@@ -88,7 +88,7 @@ class CachedPass(NamedTuple):
     Args:
         past_key_values: transformers cache; None for none, and then all positions are run.
         columns: run the model on these positions only, int64 (B, W), and read the keys and values of all others from
-            the cache. A row with fewer than W is filled up with L, where the result means nothing. None for all.
+            the cache. A row with fewer than W is padded with the number L; the result there means nothing. None: all.
         reach: with `columns`, the number of positions, from the first, that have keys; None for L.
     """
 
@@ -103,8 +103,8 @@ class MaskedDenoiser(nn.Module):
     Args:
         model: transformers model that has output embeddings, or another `Backbone`.
         spec: facts about it, see `MDMSpec`.
-        num_tokens: ids from this one on are not in the tokenizer, and are never predicted; None for no such ids.
-        suppress_tokens: further ids that are never predicted (padding). The mask id never is.
+        num_tokens: ids of at least this are not in the tokenizer and are never predicted; None for no such ids.
+        suppress_tokens: further ids that are never predicted (padding). The mask id need not be listed.
     Raises:
         ValueError: the model has no output head.
     """
@@ -325,12 +325,12 @@ def additive_mask(
     Args:
         positions: position of each token in its row, int64 (B, L).
         attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
-        block_length: None if every token sees every other one. Else a token sees its own block and those before.
+        block_length: None if every token sees all others. Else a token sees its own block and the blocks before it.
         dtype: of the result; the model's.
         columns: columns of the queries, int64 (B, Q); None for all.
         reach: number of keys, from the first; None for all.
     Returns:
-        (B, 1, Q, K), query by key. Padding sees itself, because a softmax over nothing is NaN; nothing else sees it.
+        (B, 1, Q, K), query by key. Padding sees itself, because a softmax over nothing is NaN. No token sees padding.
     """
     batch, length = positions.shape
     every = torch.arange(length, device=positions.device)
@@ -379,7 +379,7 @@ class LazyLogits:
 
 
 class ProcessedLogits:
-    """Logits that a function of the user changes as they are read. It may forbid tokens, and allow no suppressed ones.
+    """Logits that a function of the user changes as they are read. It cannot allow suppressed tokens.
 
     Args:
         logits: `LazyLogits` or `GuidedLogits` of a canvas.
@@ -404,8 +404,8 @@ class ProcessedLogits:
         """As `LazyLogits.at`.
 
         Raises:
-            TypeError, ValueError: the processor gave anything but such logits, or NaN, or forbade every token at a
-                masked position.
+            TypeError, ValueError: the processor returned no float tensor of the same shape, or NaN, or forbade every
+                token at a masked position.
         """
         before = self.logits.at(row, column)
         after = self.processor(Positions(row, column, self.sample), before.clone())
@@ -417,7 +417,7 @@ class ProcessedLogits:
                 f"`logits_processor` must return logits of shape {tuple(before.shape)}, got {tuple(after.shape)}."
             )
         after = after.to(before.device).masked_fill(before.isneginf(), -torch.inf)
-        # A visible token may be one that is suppressed now. Its logits are then read, and nothing is drawn there.
+        # Logits are also read at visible positions, where nothing is drawn. There all tokens may be forbidden.
         masked = self.sample[row, column] == self.mask_token_id
         wrong = after.isnan().any(-1) | (masked & after.isneginf().all(-1))
         if wrong.any():

@@ -372,8 +372,9 @@ def family_of(config: Any, name: str) -> MDMSpec | None:
     """The row of a checkpoint in `FAMILIES`, or None if there is none.
 
     Args:
-        config: has `model_type` and `architectures`, or lacks them.
-        name: Hub id or folder. A row's word is looked for in its last part, and in the architectures of the config.
+        config: its `model_type` and `architectures` are read, if it has them.
+        name: Hub id or folder. For keys "model_type:word", the word is looked for in the last part of this name and
+            in the architectures.
     """
     model_type, path = getattr(config, "model_type", None), Path(name)
     if path.parent.name == "snapshots":  # in the Hub's cache: models--owner--name/snapshots/<commit>
@@ -387,10 +388,10 @@ def family_of(config: Any, name: str) -> MDMSpec | None:
 
 
 def as_spec(given: MDMSpec | Mapping[str, Any] | None) -> MDMSpec | None:
-    """An `MDMSpec`, or the dict of one, as an `MDMSpec`; None as None.
+    """An `MDMSpec` from an `MDMSpec` or from its dict; None stays None.
 
     Raises:
-        TypeError: something else.
+        TypeError: `given` is none of these.
     """
     if isinstance(given, Mapping):
         return MDMSpec.from_dict(given)
@@ -468,12 +469,12 @@ def spec_of_config(config: Any, tokenizer: Any, mask_token_id: int | None, name:
 
 
 def supports_all_masked_input(config: Any) -> bool:
-    """Can a model read a row of masks alone? ESM with token_dropout cannot: it divides by the share of other tokens."""
+    """Can a model read a row of masks alone? ESM with token_dropout divides by the share of other tokens, 0 there."""
     return not getattr(config, "token_dropout", False)
 
 
 def block_facts(row: MDMSpec, config: Any, name: str) -> dict[str, Any]:
-    """Facts about the blocks of a block-causal checkpoint that its config knows better than its row."""
+    """Attention and block length of a block-causal checkpoint: its config and name override its row."""
     if row.attention != "block_causal":
         return {}
     if getattr(config, "cross_attn", True) is False:  # BD3-LM's config says so that it does not attend in blocks
@@ -485,7 +486,7 @@ def block_facts(row: MDMSpec, config: Any, name: str) -> dict[str, Any]:
 
 
 def edit_tokens(row: MDMSpec, config: Any) -> dict[str, Any]:
-    """`no_content` with the ids that would change the length of a block. Our schedulers do not act on such ids."""
+    """`no_content` and the ids that stand for a change of a block's length, which our schedulers cannot make."""
     named = [getattr(config, field, None) for field in EDIT_TOKEN_FIELDS]
     vocab_size = getattr(config, "vocab_size", None)
     tokens = tuple(dict.fromkeys([*row.no_content, *(token for token in named if token is not None)]))

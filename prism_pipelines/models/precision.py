@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def bfloat16_is_emulated() -> bool:
-    """Does this CPU have no fast kernel for products of bfloat16 matrices? An x86 with AVX2 and no AVX-512 has none.
+    """Does this CPU have no fast matrix products in bfloat16? An x86 with AVX2 and no AVX-512 has none.
 
-    There they take tens of times as long as in float32, without any warning. False where that is not known.
+    Such a product then takes tens of times as long as in float32. False if it is not known.
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False

@@ -14,7 +14,7 @@ from .families import FAMILIES
 from .protocols import Backbone
 from .spec import MDMSpec
 
-# Nats per token by which one reading of the logits must beat the other before the probe takes a side.
+# The shift is known if the losses of the two readings differ by at least this, in nats per token.
 CLEAR_MARGIN = 0.2
 TEXT = (
     "The quick brown fox jumps over the lazy dog. In the beginning the river was wide and slow, and the people who "
@@ -93,7 +93,7 @@ def probe_tokenizer(tokenizer: Any, rows: int) -> Finding:
 def wrong_size(ids: int, rows: int | None) -> str | None:
     """Why a tokenizer with `ids` ids does not belong to a model with `rows` rows of embeddings; None if it may.
 
-    A few rows more than ids are common: up to a tenth, or up to the next multiple of 8 to 128.
+    A few rows more than ids are common: up to a tenth of the rows, or up to 127 if the rows are a multiple of 8.
     """
     if rows is None:
         return None
@@ -104,7 +104,7 @@ def wrong_size(ids: int, rows: int | None) -> str | None:
 
 
 def probe_mask(pipe: Any) -> Finding:
-    """Is the mask id a token of its own? It must be special or beyond the tokenizer, and not pad, bos, eos or unk."""
+    """Is the mask id a token of its own? It must be special or outside the tokenizer, and not pad, bos, eos or unk."""
     mask, tokenizer = pipe.mask_token_id, pipe.tokenizer
     if tokenizer is None:
         return Finding("mask token", "unknown", f"id {mask}; there is no tokenizer to ask")

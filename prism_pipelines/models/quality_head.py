@@ -58,25 +58,26 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
     """Quality of each visible token, `p(x_i = y_i | all other tokens)`, as a logit.
 
     Parameters stay float32, whatever dtype the head is cast to or loaded in. The head is small, and it ranks tokens
-    whose qualities differ by less than bfloat16 can tell. Moves between devices work as usual.
+    whose qualities differ by less than bfloat16 can represent. Moves between devices work as usual.
 
-    With `context` the head also reads the run context of each token, see `RunContext`. A linear map adds the channels
-    of `context_features` to the hidden states, and another adds them to the logit. A third linear map adds the first
-    hidden states, normalised. All three start at zero, so that a new head with context gives what one without gives.
+    With `context` the head also reads the run context of each token, see `RunContext`. One linear map adds the channels
+    of `context_features` to the hidden states, and another adds them to the logit. For "first_hidden" a third one adds
+    `first_hidden`, normalised, to the hidden states. All start at zero: a new head ignores its context.
 
     Args:
         hidden_size: H of the backbone's last hidden states.
         architecture: "linear" (LayerNorm, Linear), "mlp" (LayerNorm, Linear, GELU, Linear), "block" (one bidirectional
             transformer block, then "linear") or "block_mlp" (such a block, then "mlp").
-        base_model: Hub id of the backbone that it was trained on. From the config a shared head finds its base.
+        base_model: Hub id of the backbone that it was trained on, by which a shared head finds its backbone; or None.
         base_revision: revision of that backbone, or None.
         mdm_spec: `MDMSpec.to_dict()` of that backbone, or None.
-        num_attention_heads: of "block" and "block_mlp"; None for heads about 64 wide.
+        num_attention_heads: of "block" and "block_mlp"; None for as many as are at least 64 wide.
         base_fingerprint: `embedding_fingerprint` of that backbone, or None. A model with another one is refused.
         weights_fingerprint: `weights_fingerprint` of that backbone, or None. A model with another one gives a warning.
-        signs_fingerprint: `signs_fingerprint` of that backbone, which is compared in float16; or None.
+        signs_fingerprint: `signs_fingerprint` of that backbone, or None; it is the same in every float dtype.
         context: which of `schedulers.context.INPUTS` it reads besides the hidden states; none for PRISM's head.
-        temperature: the logits are divided by it before the sigmoid; fitted on finished runs. None for no division.
+        temperature: `quality` divides the logits by this before the sigmoid. Fit it on finished runs, see
+            `evaluation.fit_temperature`. None for no division.
     Raises:
         ValueError: unknown architecture or input; a size below 1; attention heads whose number does not divide
             `hidden_size`; or a temperature that is not above 0.
@@ -135,7 +136,7 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
 
     @property
     def attends(self) -> bool:
-        """Does it read other positions than the one it judges?"""
+        """Does the head read other positions than the one that it judges?"""
         return self.config.architecture.startswith("block")
 
     @property
@@ -156,8 +157,8 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
             hidden: last hidden states (the input of the output head), (B, L, H), any floating dtype.
             attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding. Only "block" and "block_mlp"
                 read other positions, so only they use this.
-            features: `context_features(context, sample, mask_token_id, head.reads_context)`, float (B, L, F). None, the
-                same as zeros, for a finished text whose run is not known.
+            features: `context_features(context, sample, mask_token_id, head.reads_context)`, float (B, L, F). None is
+                the same as zeros: nothing is known of the run.
             first_hidden: `context.first_hidden`, (B, L, H), any floating dtype; None or zeros where it is not known.
         Returns:
             float32 of shape (B, L), also under autocast; `quality` gives probabilities. Values at padding mean nothing.
@@ -187,7 +188,7 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
         features: Tensor | None = None,
         first_hidden: Tensor | None = None,
     ) -> Tensor:
-        """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` over the temperature of the config."""
+        """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` divided by `config.temperature`."""
         known = () if features is None and first_hidden is None else (features, first_hidden)
         logits = self(hidden, attention_mask, *known)
         return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()

@@ -23,14 +23,14 @@ class CheckpointRecipe:
             checkpoint's own config names, which needs `trust_remote_code=True` if transformers does not have it.
         key_mapping: new names of the checkpoint's weights, regular expression -> replacement, for
             `from_pretrained(key_mapping=...)`; or None.
-        split_weights: for layers that were saved as one. The end of a weight's name, after `key_mapping` -> the ends of
-            the names of the native weights that its rows are cut into, in order; or None.
+        split_weights: for layers that were saved as one weight: end of its name after `key_mapping` -> ends of the
+            names of the native weights that get its rows, in order; or None.
         config_mapping: field of the native config -> field of the checkpoint's config; None if the names are the same.
         config_values: further fields of the native config, which the checkpoint's config does not have; or None.
         hardcoded_config: field of the checkpoint's config -> the values that the native class can run. A checkpoint
             with another value is refused. A field that is absent is fine.
-        vocab_key: name of a checkpoint weight with a row for each token id, where the config's vocab_size is wrong. If
-            the weight is absent, "lm_head.weight" is read, because the two are tied. None trusts the config.
+        vocab_key: name of a weight whose number of rows replaces a wrong vocab_size in the config. If the weight is
+            absent, "lm_head.weight" is read, because the two are tied. None trusts the config.
         fold_time: the layers depend on an embedding of the diffusion time, which is always 0 (MDLM). It is folded into
             the weights, see `convert_mdlm.py`.
         tokenizer_class: class of transformers that loads the tokenizer without remote code; None for `AutoTokenizer`.

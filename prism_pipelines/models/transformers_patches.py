@@ -1,4 +1,4 @@
-"""All that this package changes in transformers and in models of transformers stands here.
+"""All changes that this package makes inside transformers and inside its models.
 
 Read in transformers 5.23 and peft 0.21. Each function names the private interface that it touches;
 docs/private_interfaces.md lists them all, and tests/test_private_interfaces.py looks for each in the installed version.
@@ -22,7 +22,7 @@ from .spec import CheckpointRecipe
 
 @contextmanager
 def not_causal(config: Any) -> Iterator[None]:
-    """Inside it, transformers builds no causal mask for models of this config (`config.is_causal`); None: no change."""
+    """Within `with`, transformers builds no causal mask for a config (`config.is_causal`). None changes nothing."""
     if config is None:
         yield
         return
@@ -58,9 +58,9 @@ def with_split_weights(native: Any, split_weights: dict[str, list[str]]) -> Any:
 
 
 def save_under_native_names(model: Any, native: Any, recipe: CheckpointRecipe) -> None:
-    """Let a model that was read by `recipe` be saved as its native class, which is how it is read again.
+    """Let a model that was read by `recipe` be saved under the names of its native class, as it will be read again.
 
-    transformers would rename its weights back to the names of the checkpoint (`_weight_conversions`).
+    Otherwise transformers renames its weights back to the names of the checkpoint (`_weight_conversions`).
     """
     model.__class__ = native
     if recipe.key_mapping:
@@ -70,10 +70,10 @@ def save_under_native_names(model: Any, native: Any, recipe: CheckpointRecipe) -
 
 
 def save_adapters_without_embeddings(model: Any) -> None:
-    """Let PEFT save adapters of a model whose base checkpoint has not the config of its native class.
+    """Let PEFT save adapters without embeddings, if the config of the base checkpoint is not the native one.
 
-    transformers' `get_adapter_state_dict` reads the base's config to compare vocabularies. Reading fails here, or finds
-    another vocabulary, and then the embeddings would be saved too.
+    transformers' `get_adapter_state_dict` reads the base's config to compare vocabularies. For these models it cannot
+    read the config, or finds another vocabulary there. Then it would save the embeddings too.
     """
     model.get_adapter_state_dict = functools.partial(_adapter_state_dict, model)
 
@@ -100,12 +100,12 @@ def tuned_layers(model: nn.Module) -> list[Any]:
 
 
 def has_adapters(model: Any) -> bool:
-    """Does transformers hold that adapters are loaded (`_hf_peft_config_loaded`)?"""
+    """Does the model's flag `_hf_peft_config_loaded` say that adapters are loaded?"""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def mark_adapters_loaded(model: Any, configs: dict[str, Any]) -> None:
-    """Leave a model as transformers' `load_adapter` does, so that transformers switches, saves and drops its adapters.
+    """Set what transformers' `load_adapter` sets, so that transformers can switch, save and drop the adapters.
 
     Args:
         configs: name of the adapter -> its PEFT config.
@@ -114,7 +114,7 @@ def mark_adapters_loaded(model: Any, configs: dict[str, Any]) -> None:
 
 
 def remember_before_adapters(model: Any) -> None:
-    """Note how a model without adapters is saved and trained; `restore_before_adapters` brings that back."""
+    """Record how a model without adapters is saved and which weights train; see `restore_before_adapters`."""
     if "_before_adapters" not in vars(model) and not tuned_layers(model):
         trainable = {key for key, value in model.named_parameters() if value.requires_grad}
         model._before_adapters = (getattr(model, "_weight_conversions", None), trainable)
@@ -123,8 +123,8 @@ def remember_before_adapters(model: Any) -> None:
 def restore_before_adapters(model: Any) -> None:
     """Unwrap all layers of a model from which the last adapter was deleted.
 
-    transformers leaves PEFT's wrappers in place, and the names that weights have under them. Saved like that, no weight
-    would be found again.
+    transformers leaves PEFT's wrappers in place, and with them other names of the weights. Weights that were saved
+    under these names would not be found again.
     """
     tuned = set(tuned_layers(model))
     for parent in list(model.modules()):
@@ -139,7 +139,7 @@ def restore_before_adapters(model: Any) -> None:
 
 @contextmanager
 def saved_without_adapters(model: Any) -> Iterator[None]:
-    """Inside it, transformers saves a model as if it had no adapters."""
+    """Within `with`, transformers saves a model as if it had no adapters."""
     kept = {name: getattr(model, name, None) for name in ("_hf_peft_config_loaded", "_weight_conversions")}
     model._hf_peft_config_loaded = False
     model._weight_conversions = vars(model).get("_before_adapters", (None,))[0]
@@ -152,7 +152,7 @@ def saved_without_adapters(model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Inside it, transformers prints no report of loading: it calls weights of other adapters newly initialized."""
+    """Within `with`, transformers prints no loading report, which wrongly calls other adapters newly initialized."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("integrations.peft", "utils.loading_report")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

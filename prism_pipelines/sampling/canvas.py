@@ -224,7 +224,7 @@ def pad_rows(rows: list[list[int]], tokenizer: Tokenizer, side: str) -> tuple[Te
 
 
 def unknown_pieces(text: str, tokenizer: Tokenizer) -> list[str]:
-    """Parts of a text that the tokenizer reads as its unknown token, in order; an <unk> in the text is not one."""
+    """Parts of a text that the tokenizer reads as its unknown token, in order. An <unk> in the text does not count."""
     if tokenizer.is_fast:
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(read.input_ids, read.offset_mapping, strict=True)
@@ -292,7 +292,7 @@ def given_positions(given: Any, texts: Any, canvas: Canvas, tokenizer: Tokenizer
 
 
 def repeat_rows(canvas: Canvas, times: int) -> Canvas:
-    """Each row repeated `times` times, copies next to each other."""
+    """A canvas with each row `times` times, copies next to each other."""
     mask = None if canvas.attention_mask is None else canvas.attention_mask.repeat_interleave(times, 0)
     return replace(
         canvas,
@@ -335,18 +335,18 @@ def split_blocks(
 ) -> list[tuple[Tensor, int]]:
     """Blocks of generated positions, left to right, and the number of steps for each.
 
-    Block b of a row holds its generated positions b * block_length up to (b + 1) * block_length, wherever they are.
-    With `positions`, blocks begin at multiples of block_length in the row. Then the first block may be short, and
-    blocks with nothing to generate do not count.
-    A given number of steps is spread evenly over the blocks, the remainder over the first ones. So the steps of a row
-    do not depend on how another row is cut into blocks. The default number is spread in proportion to their tokens.
+    Block b of a row holds the generated positions number b * block_length to (b + 1) * block_length - 1 of that row,
+    wherever they are. With `positions`, blocks begin at multiples of block_length in the row. Then the first block may
+    be short, and blocks with nothing to generate do not count.
+    A given number of steps is spread evenly over the blocks; the first blocks get the remainder. So the steps of a row
+    do not depend on how another row is cut into blocks. The default number is spread in proportion to the tokens.
 
     Args:
         generated: bool (B, L).
         block_length: positions of one block, at least 1; None for one block.
         num_steps: steps of the whole run. None for one per token of the longest row, at most 64 and at least one a
             block.
-        positions: position of each token in its row, int64 (B, L), to align blocks to; None to count generated tokens.
+        positions: position of each token in its row, int64 (B, L), for aligned blocks; None to count generated tokens.
     Returns:
         list of (bool (B, L), int).
     Raises:

@@ -64,8 +64,8 @@ def text_frame(tokenizer: Tokenizer | None, spec: MDMSpec) -> Frame:
 def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Ids of texts to continue: with the tokens that the tokenizer puts before a text, without those after it.
 
-    A closing token that the tokenizer adds ([SEP], </s>) is left out. So is an opening one that a chat template has
-    written already.
+    A closing token that the tokenizer adds ([SEP], </s>) is left out. An opening token is left out if a chat template
+    has written it already.
     """
     return [tokenizer(text).input_ids[kept_ids(text, tokenizer)] for text in texts]
 
@@ -78,7 +78,7 @@ def kept_ids(text: str, tokenizer: Tokenizer) -> slice:
     first, end = 0, len(ids)
     while end > len(bare) and ids[end - 1] in closers:
         if (bare and ids[end - len(bare) : end] == bare) or (end == 1 and ids[0] in openers):
-            break  # the closing token is part of the text, or a token that opens a text, too
+            break  # the text itself has this token, or the tokenizer also opens texts with it
         end -= 1
     if end > len(bare) and bare and bare[0] == ids[0] and ids[0] in openers:
         first = 1
@@ -86,7 +86,7 @@ def kept_ids(text: str, tokenizer: Tokenizer) -> slice:
 
 
 def whole_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a whole text between the tokenizer's special tokens ([CLS] ... [SEP]), which are not written twice."""
+    """Ids of a whole text with the tokenizer's special tokens around it ([CLS] ... [SEP]), but none of them twice."""
     ids, bare = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) == len(bare) or not bare:
         return ids

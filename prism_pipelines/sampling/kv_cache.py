@@ -39,8 +39,8 @@ def check_cache(
 
     Args:
         cache: one of `CACHES`.
-        refresh_interval: `cache_refresh_interval`, at least 1; None for a full forward pass at the start of each block
-            alone.
+        refresh_interval: `cache_refresh_interval`, at least 1; None for full forward passes only at the start of a
+            block.
         denoiser: the model.
         quality_head: the head in use, or None.
     """
@@ -85,8 +85,8 @@ class Selection:
 
     Args:
         rows: int64 (A,); None for all.
-        columns: int64 (A, W), with L where a row has fewer than W; None for all.
-        reach: the number of columns, from the first, whose keys are read; None for all.
+        columns: int64 (A, W); a row with fewer than W columns is padded with the number L. None for all.
+        reach: keys are read in the first `reach` columns; None for all.
     """
 
     rows: Tensor | None = None
@@ -95,7 +95,7 @@ class Selection:
 
     @classmethod
     def of(cls, wanted: Tensor, reach: int | None = None) -> Selection:
-        """Columns of a bool (B, L) mask; `reach` None for up to the last of them. Waits for the device."""
+        """The columns of a bool (B, L) mask. A `reach` of None ends at the last of them. Waits for the device."""
         length = wanted.shape[1]
         numbers = torch.arange(length, device=wanted.device)
         columns = torch.where(wanted, numbers, length).sort(-1).values
@@ -104,12 +104,12 @@ class Selection:
         return cls(None, columns[:, : int(wanted.sum(-1).max())], reach)
 
     def only(self, rows: Tensor | None) -> Selection:
-        """A selection of all rows, cut to some of them, int64 (A,)."""
+        """This selection, made for all rows, for some `rows` alone, int64 (A,); None for all."""
         columns = self.columns if self.columns is None or rows is None else self.columns[rows]
         return Selection(rows, columns, self.reach)
 
     def take(self, values: Tensor) -> Tensor:
-        """Selected `values`, (B, L, ...) to (A, W, ...); where a row has fewer than W columns they mean nothing."""
+        """The selected part of `values` (B, L, ...), as (A, W, ...). It means nothing at the padding of a row."""
         values = values if self.rows is None else values[self.rows]
         if self.columns is None:
             return values
@@ -117,7 +117,7 @@ class Selection:
         return values[every, self.columns.clamp(max=values.shape[1] - 1)]
 
     def put(self, canvas: Tensor, values: Tensor) -> None:
-        """Write `values` (A, W, ...) into `canvas` (B, L + 1, ...), whose last column takes what has no column."""
+        """Write `values` (A, W, ...) into `canvas` (B, L + 1, ...). The last column takes the padding of short rows."""
         rows = None if self.rows is None else self.rows.to(canvas.device)
         if self.columns is None:
             canvas[slice(None) if rows is None else rows, :-1] = values
@@ -146,7 +146,7 @@ class ColumnLayer(DynamicLayer):
         self.target = target
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room for all columns. They are zeros, as attention would pass on a NaN even from a masked column."""
+        """Allocate all columns, as zeros: attention would pass on a NaN even from a masked column."""
         batch, length = self.target.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
@@ -178,19 +178,19 @@ class NoCachePlan:
     """Every forward pass computes all columns."""
 
     def begin(self, sample: Tensor, block_mask: Tensor) -> None:
-        """A new block; arguments as `CachedForward.begin`."""
+        """Begin a block; arguments as `CachedForward.begin`."""
 
     def forget(self) -> None:
-        """The canvas was changed from outside: all that is cached is out of date."""
+        """Drop what is cached, because the canvas was changed from outside."""
 
     def next(self, rows: Tensor | None) -> Selection:
-        """What the next forward pass computes for some rows, int64 (A,); None for all rows."""
+        """The part of the canvas that the next forward pass computes, for some rows, int64 (A,), or None for all."""
         return Selection(rows)
 
 
 class BidirectionalPlan:
-    """All columns at the start of a block and every `refresh_interval` steps; else the block, and with "prefix" the
-    columns after it.
+    """All columns at the start of a block and every `refresh_interval` steps. In other steps the block alone; with
+    "prefix" also all columns after the block.
 
     Args:
         cache: "prefix" or "block".
@@ -216,20 +216,20 @@ class BidirectionalPlan:
         self._age = 0
 
     def next(self, rows: Tensor | None) -> Selection:
-        """All columns, or those of the block."""
+        """All columns if a full forward pass is due, else those of the block."""
         selection = Selection() if self._age == 0 else self._block
         self._age = 0 if self._age + 1 == self.refresh_interval else self._age + 1
         return selection.only(rows)
 
 
 class BlockCausalPlan:
-    """The current block, and in its first step the blocks that were finished since they were last computed.
+    """The current block. In its first step also the blocks that were finished since they were last computed.
 
-    The model's own blocks count here. A block of the run may be several of them, or a part of one.
+    Columns are counted in the model's own blocks. A block of the run may hold several of these, or a part of one.
 
     Args:
         spec, attention_mask: as `BidirectionalPlan`.
-        refresh_interval: steps from one full forward pass to the next; None for none.
+        refresh_interval: steps from one full forward pass to the next; None for no full ones.
     """
 
     _stored: Tensor  # how many blocks of each row are cached and final, int64 (B,)
@@ -256,11 +256,11 @@ class BlockCausalPlan:
         self._block = self._from(self._first)
 
     def forget(self) -> None:
-        """No block is final any more."""
+        """Compute all blocks again in the next step."""
         self._age, self._stored = 0, torch.zeros_like(self._stored)
 
     def next(self, rows: Tensor | None) -> Selection:
-        """The current block; and if it is the first step, what was finished since, or at a refresh all before it."""
+        """The current block; in its first step also newly finished blocks, at a refresh all blocks before it."""
         selection = self._block
         if self._age == 0:
             start = self._stored if self.refresh_interval is None else torch.zeros_like(self._stored)
@@ -276,7 +276,7 @@ class BlockCausalPlan:
 
 
 def with_read_columns(wanted: Tensor, attention_mask: Tensor | None, spec: MDMSpec) -> Tensor:
-    """Columns bool (B, L) without padding, and for a shifted model with the column before each."""
+    """`wanted`, bool (B, L), without padding; for a shifted model, also the column before each wanted one."""
     if attention_mask is not None:
         wanted = wanted & attention_mask.bool()
     return wanted | torch.nn.functional.pad(wanted[:, 1:], (0, 1)) if spec.logit_shift else wanted
@@ -298,13 +298,13 @@ def plan_of(
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What one forward pass gives.
+    """Hidden states after one forward pass.
 
     Args:
-        canvas: inputs of the output head, (B, L, H). They are up to date where tokens may be written; elsewhere they
-            may be of an earlier forward pass.
-        fresh: those that were computed, (A, W, H).
-        selection: where they belong.
+        canvas: inputs of the output head, (B, L, H). They are up to date where tokens may be written. Elsewhere they
+            may come from an earlier forward pass.
+        fresh: the states that this forward pass computed, (A, W, H).
+        selection: rows and columns of `fresh`.
     """
 
     canvas: Tensor
@@ -312,7 +312,7 @@ class ForwardOutput:
     selection: Selection
 
     def spread(self, values: Tensor, before: Tensor | None) -> Tensor:
-        """`values` (A, W), one for each of `fresh`, written over `before` (B, L) or zeros; a new tensor."""
+        """A new (B, L) tensor: `values` (A, W), one for each state of `fresh`, and elsewhere `before` (B, L) or 0."""
         if self.selection.rows is None and self.selection.columns is None:
             return values
         batch, length = self.canvas.shape[:2]
@@ -349,20 +349,20 @@ class CachedForward:
         self._buffer: Tensor | None = None  # (B, L + 1, H)
 
     def begin(self, sample: Tensor, block_mask: Tensor) -> None:
-        """A new block: what was computed before may be out of date.
+        """Begin a block, for which cached values may have to be computed again.
 
         Args:
             sample: the canvas, int64 (B, L).
-            block_mask: positions of the block, bool (B, L); none in rows that do not take part in it.
+            block_mask: positions of the block, bool (B, L); all false in rows that do not take part in it.
         """
         self._plan.begin(sample, block_mask)
 
     def forget(self) -> None:
-        """The canvas was changed from outside: all that is cached is out of date."""
+        """Drop what is cached, because the canvas was changed from outside."""
         self._plan.forget()
 
     def __call__(self, sample: Tensor, taking_part: list[bool]) -> ForwardOutput:
-        """One forward pass on `sample` (B, L), of the rows that take part."""
+        """One forward pass on the rows of `sample`, int64 (B, L), that take part."""
         rows = None
         if not all(taking_part):
             rows = torch.tensor([i for i, part in enumerate(taking_part) if part], device=sample.device)

@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One forward pass of one row: its masked positions, and the weight of each hidden token."""
+    """One forward pass of one row: its masked positions, bool (L,), and the weight of their log-probabilities."""
 
     row: int
     group: int  # the term of the row's likelihood that it is a sample of
@@ -88,7 +88,7 @@ def scored_canvas(
 
 
 def text_positions(texts: tuple[str, ...], sample: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Which tokens of `sample` (B, L) are the texts, without the special tokens around each text, bool (B, L)."""
+    """Which tokens of `sample` (B, L) belong to a text, not to the special tokens around it, bool (B, L)."""
     positions = torch.zeros_like(sample, dtype=torch.bool)
     for row, text in enumerate(texts):
         bare, ids = tokenizer(text, add_special_tokens=False).input_ids, sample[row].tolist()
@@ -99,7 +99,7 @@ def text_positions(texts: tuple[str, ...], sample: Tensor, tokenizer: Tokenizer)
 
 
 def canvas_of_answers(prompt: Any, texts: Any, tokenizer: Tokenizer | None, frame: Frame) -> tuple[Canvas, Tensor]:
-    """Prompts, each followed by a text, and which tokens are those of the texts, bool (B, L)."""
+    """A canvas of prompts, each followed by a text, and which tokens belong to the texts, bool (B, L)."""
     prompts, answers = as_texts(prompt), as_texts(texts)
     if prompts is None or answers is None:
         name = "prompt" if prompts is None else "texts"
@@ -122,9 +122,9 @@ def canvas_of_answers(prompt: Any, texts: Any, tokenizer: Tokenizer | None, fram
 
 
 def answer_ids(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of its answer, cut where the prompt alone ends; its last spaces move to the answer.
+    """Ids of a prompt and of its answer, which are tokenized together. Spaces at the prompt's end move to the answer.
 
-    If the tokenizer reads the prompt differently once the answer follows, the two are tokenized apart.
+    If the ids of the prompt change when the answer follows, the two are tokenized apart.
     """
     spaces = prompt[len(prompt.rstrip()) :]
     prompt, answer = prompt[: len(prompt) - len(spaces)], spaces + answer
@@ -199,7 +199,7 @@ def row_ends(canvas: Canvas) -> list[int]:
 
 
 def group_of(spec: MDMSpec, canvas: Canvas, scored: Tensor) -> Tensor:
-    """Which term of its row's likelihood a position belongs to, int64 (B, L); -1 where nothing is scored."""
+    """The term of the row's sum that a position belongs to: its block, or 0. int64 (B, L); -1 if not scored."""
     group = torch.zeros_like(canvas.sample)
     if spec.attention == "block_causal":
         assert spec.block_length is not None
@@ -210,7 +210,7 @@ def group_of(spec: MDMSpec, canvas: Canvas, scored: Tensor) -> Tensor:
 def bound_jobs(
     groups: Tensor, num_samples: int, generator: torch.Generator | list[torch.Generator] | None
 ) -> list[Job]:
-    """Sets of hidden positions for the bound: `num_samples` for each term of each row."""
+    """Random sets of hidden positions for the bound: `num_samples` for each term of each row, 1 for a single token."""
     jobs, term = [], 0
     for row, group in enumerate(groups):
         own = generator[row] if isinstance(generator, (list, tuple)) else generator
@@ -234,7 +234,7 @@ def bound_jobs(
 def hidden_log_probs(
     denoiser: MaskedDenoiser, canvas: Canvas, jobs: list[Job], length: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """log p of the hidden tokens of each job by one forward pass: (columns, float32 (n,)), on the CPU."""
+    """For each job, the columns of its hidden tokens and their log p, float32 (n,), on the CPU; one forward pass."""
     rows = torch.tensor([job.row for job in jobs], device=canvas.sample.device)
     masked = torch.stack([job.masked for job in jobs])[:, :length].to(canvas.sample.device)
     ids = canvas.sample[rows, :length]
@@ -253,7 +253,7 @@ def hidden_log_probs(
 
 
 def summed(jobs: list[Job], values: Tensor, rows: int, nfe: int, tokens: Tensor | None) -> Estimate:
-    """The sum over the terms of a row of the mean of each; the standard error assumes independent samples."""
+    """For each row, the mean of each term's samples, summed. The standard error assumes independent samples."""
     row, term = (torch.tensor(which) for which in zip(*((job.row, job.group) for job in jobs), strict=True))
     count = term.bincount()
     mean = term.bincount(weights=values) / count
@@ -265,9 +265,9 @@ def summed(jobs: list[Job], values: Tensor, rows: int, nfe: int, tokens: Tensor 
 
 @torch.no_grad()
 def is_greedy(denoiser: MaskedDenoiser, canvas: Canvas, scored: Tensor) -> list[bool]:
-    """Would the model write the scored tokens of each row itself at temperature 0, the most certain token first?
+    """Would the model itself write the scored tokens of each row, at temperature 0, the most certain token first?
 
-    A row ends at the first token that differs. So "no" costs few forward passes, and "yes" costs one per token. A
+    A row ends at the first token that differs. So a "no" costs few forward passes, and a "yes" costs one per token. A
     block-causal model writes block after block. Source: the evaluation of LLaDA.
     """
     groups, answers = group_of(denoiser.spec, canvas, scored), []

@@ -1,4 +1,4 @@
-"""The sampling loop: blocks from left to right, in each the scheduler's timesteps, one denoising for each timestep."""
+"""The sampling loop: blocks from left to right, in each the scheduler's timesteps, in each one call of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..models.precision import warn_of_slow_bfloat16
 from ..models.quality_head import QualityHead
 from ..schedulers.context import RunContext
 from ..schedulers.protocol import Scheduler
-from ..schedulers.validation import loop_steps, own_fields
+from ..schedulers.validation import is_number, loop_steps, own_fields
 from .canvas import Canvas, split_blocks
 from .kv_cache import CachedForward, ForwardOutput
 from .recorder import RunRecorder, recorder_for
@@ -40,13 +40,14 @@ class SamplingContext:
         canvas: what is filled.
         mask_token_id: of the mask.
         sampling: keyword arguments of `scheduler.step`: temperature, top_p, top_k, generator.
-        cfg_scale: of `GuidedLogits`; None or 0 for one forward a step.
+        cfg_scale: of `GuidedLogits`; None or 0 for one forward pass per step.
         cache, cache_refresh_interval: of `CachedForward`.
         endings: what finishes a row before its canvas is full.
         tokenizer: needed for stop strings.
         logits_processor: of `ProcessedLogits`, or None.
-        records_draws: keep how probable each token was when it was drawn, also if nobody else reads it.
-        trace: where every step is noted; None if nobody asked for it.
+        records_draws: record the probability with which each token was drawn, even if neither head nor scheduler
+            reads it.
+        trace: gets every step of the run; None for no trace.
     """
 
     denoiser: MaskedDenoiser
@@ -66,7 +67,7 @@ class SamplingContext:
 
     @property
     def forwards_per_step(self) -> int:
-        """Forward passes of one denoising."""
+        """Forward passes of one step: 2 with guidance, else 1."""
         return 2 if self.cfg_scale else 1
 
     @cached_property
@@ -76,20 +77,20 @@ class SamplingContext:
 
     @cached_property
     def rechecks(self) -> bool:
-        """Does a block that is full take one more pass, which may remask?"""
+        """Does a full block take one more forward pass, so that its last tokens are judged and perhaps remasked?"""
         return own_fields(self.scheduler).get("quality_threshold") is not None
 
 
 @dataclass
 class SamplingState:
-    """A canvas on its way.
+    """What changes during one call of the pipeline.
 
     Args:
-        sample: ids, int64 (B, L).
+        sample: ids of the canvas, int64 (B, L).
         nfe, nfe_per_row: forward passes made, and those in which each row took part, int64 (B,).
         judged: quality of the tokens in rows that the scheduler finished, float32 (B, L); NaN elsewhere.
-        accepted: rows of which it accepted every block, bool (B,); None if it accepts none.
-        recorder: what is known about the tokens; None if neither head nor scheduler reads it.
+        accepted: rows of which the scheduler accepted every block so far, bool (B,); None if it judges no rows.
+        recorder: keeps the run context; None if neither head nor scheduler reads it.
     """
 
     sample: Tensor
@@ -100,7 +101,7 @@ class SamplingState:
     recorder: RunRecorder | None = None
 
     def take_verdict(self, step: Any, rows: Tensor) -> Tensor:
-        """Note what a step says of `rows`, bool (B,), that are at work in a block; gives those that it finished."""
+        """Store the judgement of a step on the active `rows`, bool (B,), and return the rows that it finished."""
         finished = rows & step.finished
         self.judged = torch.where(finished[:, None] & ~step.judged.isnan(), step.judged, self.judged)
         before = torch.ones_like(rows) if self.accepted is None else self.accepted
@@ -109,9 +110,9 @@ class SamplingState:
 
 
 def copy_of_scheduler(scheduler: Scheduler) -> Any:
-    """A copy that belongs to one run: timesteps, histories and counts of a subclass too are changed in it alone.
+    """A copy for one run, which may change its timesteps, history and counts, also those of a subclass.
 
-    `from_config` would lose what a subclass keeps beside its config, and a deep copy would copy a model that it holds.
+    `from_config` would lose what a subclass keeps outside its config. A deep copy would copy a model in a subclass.
     """
     own = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
@@ -121,17 +122,18 @@ def copy_of_scheduler(scheduler: Scheduler) -> Any:
 
 
 def scheduler_of(scheduler: Scheduler, threshold: float | None) -> Scheduler:
-    """The scheduler of one call: a copy of the pipeline's, which decodes by `threshold` if there is one.
+    """The scheduler of one call: a copy of the pipeline's, with `use_threshold` if a `threshold` is given.
 
     Raises:
-        ValueError: a threshold outside (0, 1], also in the config; or a scheduler or order that has no use for one.
+        ValueError: the threshold, or the one in the config, is outside (0, 1]; or the scheduler has no threshold; or
+            its order is not "confidence".
     """
     config, kind = own_fields(scheduler), type(scheduler).__name__
     own = copy_of_scheduler(scheduler)
     if threshold is None and not config.get("use_threshold", False):
         return own
     value = config["threshold"] if threshold is None else threshold
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not is_number(value, 0, 1) or value == 0:
         raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
     if threshold is None:
         return own
@@ -152,7 +154,7 @@ def scheduler_of(scheduler: Scheduler, threshold: float | None) -> Scheduler:
 def blocks_of(
     spec: MDMSpec, canvas: Canvas, block_length: int | None, num_steps: int | None
 ) -> list[tuple[Tensor, int]]:
-    """`split_blocks` of a canvas; those of a block-causal model begin where the model's own blocks do.
+    """`split_blocks` of a canvas; for a block-causal model, blocks begin where the model's own blocks do.
 
     Raises:
         ValueError: fewer steps than blocks, or a length that is neither a multiple nor a divisor of the model's own.
@@ -170,7 +172,7 @@ def blocks_of(
 
 
 def warn_of_idle_steps(run: SamplingContext, blocks: list[tuple[Tensor, int]]) -> None:
-    """Warn if some of the steps can do nothing: the masks are filled before, and the scheduler takes none back."""
+    """Warn if some steps can do nothing: a block has more steps than masks, and the scheduler never remasks."""
     if run.adaptive or run.scheduler.can_remask:
         return
     idle = sum(max(0, num_steps - int(block_mask.sum(-1).max())) for block_mask, num_steps in blocks)
@@ -188,8 +190,8 @@ def fill_canvas(run: SamplingContext, blocks: list[tuple[Tensor, int]], after_st
     Args:
         run: the parts and settings.
         blocks: positions of each block, bool (B, L), and its number of steps, as `split_blocks` gives them.
-        after_step: called after each step with the timestep and the tensors of a callback; gives the canvas to go on
-            with.
+        after_step: called after each step with the timestep and the tensors of a callback; returns the canvas for the
+            next step.
     """
     sample = run.canvas.sample
     if sample.device.type == "cpu" and run.denoiser.model.dtype == torch.bfloat16:
@@ -225,7 +227,7 @@ def fill_block(
     num_steps: int,
     after_step: Callable,
 ) -> None:
-    """Fill the masks of one block (B, L), and note it in `state`. Rows that have nothing to do cost nothing."""
+    """Fill the masks of one block, bool (B, L), and update `state`. Rows without work take part in no forward pass."""
     active = block_mask.any(-1)  # (B,)
     taking_part = active.tolist()
     if not any(taking_part):
@@ -268,7 +270,7 @@ def fill_block(
         elif run.adaptive:
             active = rows_at_work(run, block_mask, state.sample, step)
         else:
-            continue  # all rows go on; asking which would wait for the device
+            continue  # all rows take part in the next step too; asking which would wait for the device
         taking_part = active.tolist()
         if not any(taking_part):
             break
@@ -277,7 +279,7 @@ def fill_block(
 def rows_at_work(run: SamplingContext, block_mask: Tensor, sample: Tensor, step: Any) -> Tensor:
     """Rows of a block (B, L) that another step could change, bool (B,).
 
-    Those with a mask left; and, if the scheduler looks again at what it wrote, those in which `step` did something.
+    These are the rows with a mask left. If `run.rechecks`, also the rows in which `step` wrote or remasked a token.
     """
     at_work = (block_mask & (sample == run.mask_token_id)).any(-1)
     if run.rechecks:
@@ -286,7 +288,7 @@ def rows_at_work(run: SamplingContext, block_mask: Tensor, sample: Tensor, step:
 
 
 class ModelCall:
-    """Logits, quality and context of a canvas, by one forward of the model, or two with guidance."""
+    """Logits, quality and run context of a canvas, by one forward pass of the model, or two with guidance."""
 
     def __init__(self, run: SamplingContext, recorder: RunRecorder | None = None):
         self.run, self.recorder = run, recorder
@@ -296,7 +298,7 @@ class ModelCall:
         self._quality: Tensor | None = None
 
     def begin(self, sample: Tensor, block_mask: Tensor) -> None:
-        """A new block (B, L) is at work."""
+        """Begin a block; arguments as `CachedForward.begin`."""
         self._given.begin(sample, block_mask)
         if self.recorder is not None:
             self.recorder.begin(block_mask)
@@ -304,7 +306,7 @@ class ModelCall:
             self._free.begin(sample, block_mask)
 
     def forget(self) -> None:
-        """The canvas was changed from outside: no cache holds any more."""
+        """Drop what is cached, because the canvas was changed from outside."""
         self._given.forget()
         if self._free is not None:
             self._free.forget()
@@ -312,15 +314,15 @@ class ModelCall:
     def __call__(
         self, sample: Tensor, taking_part: list[bool], work: Tensor
     ) -> tuple[Logits, Tensor | None, RunContext | None]:
-        """What one forward says of a canvas.
+        """One forward pass on a canvas, or two with guidance.
 
         Args:
-            sample: int64 (B, L).
-            taking_part: rows that are at work.
-            work: positions that are, bool (B, L).
+            sample: the canvas, int64 (B, L).
+            taking_part: for each row, does it take part in the pass?
+            work: positions that may change in this step, bool (B, L).
         Returns:
-            logits of (B, L) ids, to be indexed; quality (B, L) or None; both old where rows do not take part; and the
-            `RunContext`, None if nothing is recorded.
+            logits, to be indexed by a bool (B, L) mask; quality, float32 (B, L), or None without a head; and the
+            `RunContext`, None if nothing is recorded. Rows that do not take part have the values of an earlier pass.
         """
         run = self.run
         seen = self._given(sample, taking_part)
@@ -338,7 +340,7 @@ class ModelCall:
 
     def _judge(self, head: QualityHead, seen: ForwardOutput, sample: Tensor, context: RunContext | None) -> Tensor:
         mask = self.run.canvas.attention_mask
-        # A head that reads it has no cache, and so all columns.
+        # A head that reads the mask runs without a cache (`check_cache`), so all columns are there.
         mask = None if mask is None or seen.selection.columns is not None else seen.selection.take(mask)
         inputs = head.inputs(context, sample, self.run.mask_token_id)
         known = {name: None if value is None else seen.selection.take(value) for name, value in inputs.items()}
@@ -346,14 +348,14 @@ class ModelCall:
 
 
 def judged_quality(run: SamplingContext, state: SamplingState) -> Tensor | None:
-    """Quality of a full canvas, float32 (B, L), as the scheduler judged it; None unless it judged every token."""
+    """Quality of a full canvas, float32 (B, L), as the scheduler judged it; None unless every token was judged."""
     if state.accepted is None or (state.judged.isnan() & run.canvas.generated).any():
         return None
     return state.judged.masked_fill(~run.canvas.generated, 1.0)
 
 
 def look_again(run: SamplingContext, state: SamplingState) -> Tensor:
-    """Quality of a full canvas, float32 (B, L), by one more forward pass."""
+    """Quality of a full canvas by one more forward pass, float32 (B, L); 1 where nothing is generated."""
     head, mask = run.quality_head, run.canvas.attention_mask
     assert head is not None  # `check_scheduler_and_head` refuses a call that would look again without one
     hidden, known = run.denoiser.hidden(state.sample, mask), {}
@@ -364,14 +366,14 @@ def look_again(run: SamplingContext, state: SamplingState) -> Tensor:
 
 
 def no_nan(quality: Tensor) -> Tensor:
-    """The qualities themselves; an error for `nan_errors` if one is NaN, for which nothing waits for the device."""
+    """Return `quality`. A NaN raises an error for `nan_errors` later, since nothing waits for the device here."""
     torch._assert_async(~quality.isnan().any(), NAN_QUALITY)
     return quality
 
 
 @contextmanager
 def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: QualityHead | None = None) -> Iterator[None]:
-    """Turns what a run says of logits or qualities that are no numbers into an error that names where they come from.
+    """Turn the errors of a run with NaN in logits or qualities into an error that names where the NaN comes from.
 
     Raises:
         ValueError: as `checks.refuse_nan`, or the quality of a token is NaN.
@@ -390,7 +392,7 @@ def nan_errors(denoiser: MaskedDenoiser, canvas: Canvas, quality_head: QualityHe
 
 @contextmanager
 def memory_errors(rows: int, length: int) -> Iterator[None]:
-    """Turns what a device says when its memory is full into an error that says what to lower.
+    """Turn an out-of-memory error into one that says which arguments to lower.
 
     Raises:
         torch.OutOfMemoryError: with the size of the batch.

@@ -1,8 +1,7 @@
 """Keeps a `RunContext`, the facts known about each token of a run, up to date after every forward pass and step.
 
-Recording makes no forward pass. The log-probabilities given the first canvas need the output head once at each
-generated position; then each newly written token costs one dot product. Only "own" runs the output head in every step,
-at the visible tokens.
+Recording makes no forward pass. "prompt" needs the output head once at each generated position, and then one dot
+product for each newly written token. Only "own" runs the output head in every step, at the visible tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from ..schedulers.token_sampling import chunk_rows, probabilities, true_position
 def recorder_for(
     denoiser: MaskedDenoiser, generated: Tensor, *readers: object, always: Iterable[str] = ()
 ) -> RunRecorder | None:
-    """A recorder of `always` and of the inputs in the `reads_context` of heads and schedulers; None for no input."""
+    """A recorder of the inputs `always` and of those in the `reads_context` of `readers`; None if there are none.
+
+    `readers` are heads and schedulers.
+    """
     reads = {*always, *(name for reader in readers for name in getattr(reader, "reads_context", ()))}
     return RunRecorder(denoiser, generated, sorted(reads)) if reads else None
 
@@ -56,7 +58,7 @@ def context_of_text(
 
 
 def own_log_probs(denoiser: MaskedDenoiser, sample: Tensor, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """log p(y_i | y) of every visible token in the forward pass that saw the whole text, float32 (B, L); else NaN.
+    """log p(y_i | y) of every visible token, from a forward pass on the whole text, float32 (B, L); NaN at masks.
 
     Args:
         denoiser, sample, attention_mask, hidden: as `context_of_text`.
@@ -70,9 +72,9 @@ def own_log_probs(denoiser: MaskedDenoiser, sample: Tensor, attention_mask: Tens
 class RunRecorder:
     """Records a run: `begin` a block, then in each of its steps call `observe`, the scheduler, and `after_step`.
 
-    The recorder needs no pipeline. A training loop that advances a pool of rows by a scheduler can use it too, see
-    `restart`. A token that changed between two calls (by a callback, or as the filling of a finished row) is found by
-    comparing the canvas with the result of the last step. How such a token was drawn is unknown.
+    The recorder needs no pipeline. A training loop that advances rows by a scheduler can use it too, see `restart`. The
+    canvas is compared with the result of the last step. So tokens that a callback wrote, or that fill a finished row,
+    are found; how they were drawn is unknown.
 
     Memory: one canvas of hidden states (B, L, H) if "prompt" or "first_hidden" is read, and about ten of (B, L).
 
@@ -98,7 +100,7 @@ class RunRecorder:
         self._own_count = none
 
     def restart(self, rows: Tensor, generated: Tensor) -> None:
-        """Some rows of a pool become new texts, and their records are dropped.
+        """Drop the records of some rows, which become new texts.
 
         Args:
             rows: the new rows, bool (B,).
@@ -125,7 +127,7 @@ class RunRecorder:
             setattr(self, name, value)
 
     def begin(self, positions: Tensor) -> None:
-        """The next forward pass is the first one for these positions, bool (B, L): a block, or new rows of a pool."""
+        """Say that the next forward pass is the first one for some positions, bool (B, L): a block, or new rows."""
         self._due = positions
 
     @torch.no_grad()

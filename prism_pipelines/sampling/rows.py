@@ -41,8 +41,8 @@ class RowEncoder:
         too_long: "error", or "drop" to leave out longer rows.
         suppress_tokens: ids that the model never predicts, such as padding. In a `text` they are given; an answer must
             not hold them.
-        supports_all_masked_input: can the model read a row of masks alone? If not, an example without a given token
-            keeps its first one, and an answer needs a prompt.
+        supports_all_masked_input: can the model read a row of masks alone? If not, the first token of an example
+            without given tokens is given, and an answer needs a prompt.
         frame: special tokens around every text of an encoder, see `encoding.text_frame`.
         packing: join `text` rows end to end and cut them into `max_length` tokens; None for language models only.
         use_chat_template: False writes prompt and completion as plain text.
@@ -152,9 +152,9 @@ class RowEncoder:
         return [*content, *(self._end() or self.frame.closing)] if content else []
 
     def block(self, ids: list[int]) -> Example:
-        """An example of packed text: every token is trained, except suppressed ones, and the first one if it must be.
+        """An example of packed text. Every token is trained, except suppressed ones.
 
-        The first one is given if the model cannot read a row of masks alone.
+        The first token is given if the model cannot read a row of masks alone.
         """
         learned = torch.tensor([token not in self.suppress_tokens for token in ids])
         learned[0] &= self.supports_all_masked_input

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..models.families import MDMSpec
+from ..schedulers.validation import is_int
 from .canvas import Canvas
 from .encoding import has_chat_template, whole_ids
 
@@ -23,9 +24,9 @@ class Endings:
     Args:
         tokens: ids that end a text.
         stops: strings that end a text.
-        finishing: those of `tokens` with which a row leaves the batch.
-        fill: end token that the rest of such a row is filled with; None if no row leaves early.
-        written: ids that may be written although they are no content.
+        finishing: those of `tokens` that finish a row, which then leaves the batch.
+        fill: end token that the rest of a finished row is filled with; None if no row is finished early.
+        written: end tokens, and special tokens of stop strings, that sampling may write.
     """
 
     tokens: tuple[int, ...] = ()
@@ -43,14 +44,14 @@ def endings_of(
     model: Any,
     spec: MDMSpec,
 ) -> Endings:
-    """What ends a text, by the arguments of a call.
+    """The `Endings` for the arguments of a call.
 
     Args:
         eos_token_id, tokenizer, model, spec: as `end_tokens`.
-        eos_early_stop: end tokens finish a row, too; stop strings always do.
+        eos_early_stop: end tokens finish a row too; stop strings always do.
         stop: a string or a list of strings.
     Raises:
-        ValueError: as `end_tokens` and `stop_strings`, or nothing is known to fill a finished row with.
+        ValueError: as `end_tokens` and `stop_strings`; or no end token is known to fill a finished row with.
     """
     ends, stops = end_tokens(eos_token_id, tokenizer, model, spec), stop_strings(stop)
     if stops and tokenizer is None:
@@ -73,17 +74,18 @@ def endings_of(
 def end_tokens(eos_token_id: int | list[int] | None, tokenizer: Any, model: Any, spec: MDMSpec) -> tuple[int, ...]:
     """Ids that end a text: the given ones, else those of the tokenizer and of the model's generation config.
 
-    The token that the chat template writes after an answer is one too (LLaDA's <|eot_id|>, which no config names).
-    The padding token is one of them, the last, but for encoders: language models turned MDM learn to fill the place
-    after an answer with it (dllm trains on "padded <eos_token>", which is another token than Qwen's <|im_end|>).
+    Without `eos_token_id`, two more ids end a text. One is the token that the chat template writes after an answer
+    (LLaDA's <|eot_id|>, which no config names). The other is the padding token, last in the result, except for
+    encoders: language models that became MDMs learn to fill the place after an answer with it (dllm trains on "padded
+    <eos_token>", which is another token than Qwen's <|im_end|>).
 
     Args:
-        eos_token_id: int, several, or None.
-        tokenizer: or None.
-        model: says how many ids there are.
-        spec: of the model; its mask token never ends a text.
+        eos_token_id: an id, a list of ids, or None.
+        tokenizer: of the model, or None.
+        model: its config says how many ids there are.
+        spec: of the model; the mask token never ends a text.
     Raises:
-        ValueError: something that is no token id, or not one that can end a text.
+        ValueError: `eos_token_id` is no id of the model, is the mask token, or is an empty list.
     """
     vocab_size, mask_token_id = model.config.vocab_size, spec.mask_token_id
     if eos_token_id is None:
@@ -133,20 +135,19 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 @functools.lru_cache(maxsize=8)
 def reserved_ids(tokenizer: Any, size: int) -> frozenset[int]:
-    """Ids of tokens that stand for nothing. `size` is the number of tokens, which a vocabulary that grew changes."""
+    """Ids of reserved tokens, such as [unused7]. `size`: len(tokenizer), so that a grown vocabulary is read again."""
     return frozenset(token for text, token in tokenizer.get_vocab().items() if RESERVED.fullmatch(text))
 
 
 def no_content(tokenizer: Any, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[int, ...]:
-    """Ids that sampling does not write unless they are allowed: tokens that are no content of a text.
+    """Ids that sampling does not write, unless the call allows them: tokens that are no content of a text.
 
-    These are the special tokens of the tokenizer but those that end a text, reserved places of its vocabulary, and what
-    the family names in `MDMSpec.no_content`.
+    These are the tokenizer's special tokens (without `ends`), its reserved tokens, and those in `MDMSpec.no_content`.
 
     Args:
-        tokenizer: or None, which knows of none but those that the family names by id.
+        tokenizer: of the model. With None, only the ids in `MDMSpec.no_content` count.
         spec: of the model.
-        ends: end tokens that may be written; none for an encoder, whose text has the length that was asked for.
+        ends: end tokens that sampling may write, see `written_ends`.
     """
     named = {token for token in spec.no_content if isinstance(token, int)}
     if tokenizer is None:
@@ -159,10 +160,11 @@ def no_content(tokenizer: Any, spec: MDMSpec, ends: tuple[int, ...]) -> tuple[in
 def written_ends(
     eos_token_id: int | list[int] | None, tokenizer: Any, spec: MDMSpec, ends: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Which of the end tokens may be written: all, but for an encoder the closing token that frames its texts.
+    """Which of the end tokens `ends` sampling may write: all, except the closing token of an encoder.
 
-    That is what its tokenizer puts around each text (</s> of RoBERTa, <eos> of ESM). One that was passed may be
-    written, and so may that of an encoder with a chat template (ModernBERT-chat), which was trained to end its answers.
+    An encoder's tokenizer puts that token after each text (</s> of RoBERTa, <eos> of ESM), so it is given. It may be
+    written if `eos_token_id` was passed, or if the encoder has a chat template (ModernBERT-chat): such a model was
+    trained to end its answers.
     """
     if tokenizer is None or spec.mask_format != "padding" or eos_token_id is not None or has_chat_template(tokenizer):
         return ends
@@ -170,24 +172,23 @@ def written_ends(
 
 
 def token_ids(name: str, given: int | list[int] | None, vocab_size: int) -> tuple[int, ...]:
-    """An argument that is a token id or several, as a tuple; () for None.
+    """Token ids that were passed as one id, a list, or None, as a tuple.
 
     Args:
         name: of the argument, for the error.
-        given: its value.
-        vocab_size: ids are below it.
+        given: value of the argument.
+        vocab_size: number of ids of the model.
     Raises:
-        ValueError: something that is no token id of the model.
+        ValueError: not an id in [0, vocab_size).
     """
     ids = () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ValueError(f"`{name}` must be a token id below {vocab_size} or a list of them, got {given!r:.80}.")
+    if not all(is_int(token, 0, vocab_size - 1) for token in ids):
+        raise ValueError(f"`{name}` must be a token id below {vocab_size} or a list of them, got {given!r:.80}.")
     return ids
 
 
 def refuse_allowed(allowed: tuple[int, ...], suppressed: tuple[int, ...], mask_token_id: int) -> None:
-    """Raise a ValueError for `allow_tokens` that names the mask, or what `suppress_tokens` names too."""
+    """Raise a ValueError if `allow_tokens` names the mask, or an id that `suppress_tokens` names too."""
     if mask_token_id in allowed:
         raise ValueError(f"`allow_tokens` names the mask token, {mask_token_id}, which is never written.")
     if both := sorted(set(allowed) & set(suppressed)):
@@ -195,10 +196,10 @@ def refuse_allowed(allowed: tuple[int, ...], suppressed: tuple[int, ...], mask_t
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
-    """`stop` as a tuple of strings.
+    """`stop`, a string, a list of strings or None, as a tuple.
 
     Raises:
-        ValueError: something else, or an empty string.
+        ValueError: another type, or an empty string.
     """
     strings = () if stop is None else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
     if any(not isinstance(text, str) or not text for text in strings):
@@ -209,9 +210,10 @@ def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
 def special_stops(
     stops: tuple[str, ...], tokenizer: Any, mask_token_id: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Special tokens in stop strings: ids that are a whole stop string, and ids of all that some stop string holds.
+    """Special tokens in stop strings: those that are a whole stop string, and all that occur in some stop string.
 
-    The former end a row as end tokens do. All of them may be written, or the stop string would never be.
+    The former end a row as end tokens do. Sampling must be allowed to write the latter, or such a stop string would
+    never occur.
     """
     if not stops:
         return (), ()
@@ -227,7 +229,7 @@ def generated_prefix(row: Tensor, generated: Tensor, mask_token_id: int, ends: t
     Args:
         row: int64 (L,).
         generated: bool (L,).
-        mask_token_id: where what is decided ends.
+        mask_token_id: id of the mask. Tokens after the first mask are not counted, since earlier ones may change.
         ends: ids of end tokens.
     """
     tokens = row[generated]
@@ -246,9 +248,9 @@ def cut(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
 
 
 def text_before(tokens: Tensor, stops: tuple[str, ...], tokenizer: Any) -> tuple[str, bool]:
-    """The text of tokens, without special tokens, before the first of `stops`, and whether there was one.
+    """The text of tokens before the first of `stops`, without special tokens, and whether there was a stop string.
 
-    A stop string that holds a special token is looked for in the text that shows them.
+    A stop string with a special token in it is looked for in the text that shows special tokens.
     """
     plain = tokenizer.decode(tokens, skip_special_tokens=True)
     shown = tokenizer.decode(tokens, skip_special_tokens=False) if stops else plain
@@ -258,7 +260,7 @@ def text_before(tokens: Tensor, stops: tuple[str, ...], tokenizer: Any) -> tuple
     before, _ = cut(shown, marked)
     lengths = [len(tokenizer.decode(tokens[:n], skip_special_tokens=False)) for n in range(len(tokens) + 1)]
     kept = max(n for n, length in enumerate(lengths) if length <= len(before))
-    begun = shown[lengths[kept] : len(before)]  # of a token that the stop string begins inside of
+    begun = shown[lengths[kept] : len(before)]  # the first part of a token in which the stop string begins
     return cut(tokenizer.decode(tokens[:kept], skip_special_tokens=True) + begun, stops)[0], True
 
 
@@ -274,13 +276,13 @@ def finished_rows(
 
 
 def decode(sample: Tensor, canvas: Canvas, tokenizer: Any, mask_token_id: int, endings: Endings) -> list[str]:
-    """The text of each row: the whole row of an infilling, else what was generated before an end token or string.
+    """The text of each row: for infilling the whole row, else what was generated before an end token or stop string.
 
     Args:
         sample: the filled canvas, int64 (B, L).
-        canvas: it came from.
+        canvas: the canvas that was filled.
         tokenizer, mask_token_id: of the model.
-        endings: tokens and strings that a text ends before.
+        endings: tokens and strings that end a text, and are not part of it.
     """
     if canvas.whole:
         kept = torch.ones_like(canvas.generated) if canvas.attention_mask is None else canvas.attention_mask.bool()
@@ -297,10 +299,10 @@ def decode(sample: Tensor, canvas: Canvas, tokenizer: Any, mask_token_id: int, e
 
 
 def infilled_text(given: str | None, ids: list[int], tokenizer: Any, mask_token_id: int) -> str:
-    """The text of a filled row: what was given stands in it character by character, and only the fills are decoded.
+    """The text of a filled row. Given characters are copied, and only the filled tokens are decoded.
 
     Args:
-        given: the text with mask tokens; None if ids were given, which have no characters: then all is decoded.
+        given: the text with mask tokens; None if the canvas came from ids: then the whole row is decoded.
         ids: the row with its fills, without padding.
         tokenizer, mask_token_id: of the model.
     """
@@ -309,7 +311,7 @@ def infilled_text(given: str | None, ids: list[int], tokenizer: Any, mask_token_
     mask = tokenizer.convert_ids_to_tokens(mask_token_id)
     parts = [] if mask is None else given.split(mask)
     places = [i for i, t in enumerate(whole_ids(given, tokenizer)) if t == mask_token_id]
-    if len(parts) != len(places) + 1:  # the mask is not written as its token, so it is not known where it stands
+    if len(parts) != len(places) + 1:  # the text writes masks in another way, so their places in it are not known
         return tokenizer.decode(ids, skip_special_tokens=True)
     special, text, first = special_ids(tokenizer), parts[0], 0
     while first < len(places):
@@ -324,15 +326,15 @@ def infilled_text(given: str | None, ids: list[int], tokenizer: Any, mask_token_
 
 
 def fill_text(fill: list[int], before: int | None, text: str, tokenizer: Any) -> str:
-    """How some tokens are written after a text.
+    """The characters that some filled tokens add to a text.
 
-    A tokenizer that keeps no spaces writes one between any two tokens that are no parts of a word. It is left out
-    where the text has one already, and where the tokens are read the same without (residues of a protein).
+    A tokenizer that does not keep spaces decodes two whole words with a space between them. That space is dropped if
+    the text ends with one already, or if the tokens can be read back without it (residues of a protein).
 
     Args:
-        fill: the tokens, all of one gap.
-        before: the token before them, or None.
-        text: what stands before them.
+        fill: ids of the filled tokens, all of one gap.
+        before: id of the token before the gap, or None.
+        text: the text before the gap.
         tokenizer: of the model.
     """
 

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from ..models.protocols import Tokenizer
 from ..schedulers.validation import is_int
+from .token_states import DARK_SCALE, HATCH, INK, LOW_QUALITY, SCALE, STATES
 from .trace import Trace
 
 # Code of an unknown quality or probability; 0 to 254 stand for 0 to 1.
 UNKNOWN = 255
 # Characters that are invisible, or would move the text around them.
 PICTURES = {"\n": "↵", "\r": "↵", "\t": "⇥"}
+# States of the legend, and whether their mark stands under a token; a kept token has its quality there.
+MARKED = {"given": False, "mask": False, "written": True, "remasked": True, "set": True}
 
 
 def trace_page(trace: Trace, *, title: str, columns: int | None, rows: Sequence[int] | None) -> str:
@@ -40,6 +43,8 @@ def trace_page(trace: Trace, *, title: str, columns: int | None, rows: Sequence[
         "rows": [_row(trace, row, vocabulary, apart=trace.prompted and columns is None) for row in rows],
         "columns": columns,
         "scheduler": trace.scheduler,
+        "states": {s: {"mark": STATES[s].mark * marked, "words": STATES[s].words} for s, marked in MARKED.items()},
+        "low": LOW_QUALITY,
         "measure": "quality" if any(step.quality is not None for step in trace) else "probability",
         "words": vocabulary.words,
         "widths": [display_width(word) for word in vocabulary.words],
@@ -52,10 +57,14 @@ def trace_page(trace: Trace, *, title: str, columns: int | None, rows: Sequence[
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # These two separators are escaped, as old browsers read them as line ends.
     parts = {"@DATA@": text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"), "@TITLE@": html.escape(title)}
-    parts["@SCRIPT@"] = f"sha256-{digest}"
-    return re.sub(
-        "@DATA@|@TITLE@|@SCRIPT@", lambda found: parts[found[0]], page
-    )  # in one pass, as a part may hold a name
+    parts |= {"@SCRIPT@": f"sha256-{digest}", "@INK@": INK, "@HATCH@": HATCH}
+    parts |= {"@SCALE@": _css(SCALE), "@DARK_SCALE@": _css(DARK_SCALE)}
+    return re.sub("|".join(parts), lambda found: parts[found[0]], page)  # in one pass, as a part may hold a name
+
+
+def _css(colours: Sequence[str]) -> str:
+    """Colours as the variables --q0, --q1, ... of a style sheet."""
+    return "; ".join(f"--q{n}: {colour}" for n, colour in enumerate(colours))
 
 
 class _Vocabulary:

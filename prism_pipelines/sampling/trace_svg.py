@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from ..schedulers.validation import is_int, is_number
+from .token_states import HATCH, INK, STATES, quality_colour
 from .trace import Trace
 from .trace_page import display_width, visible_text
 
-INK, LINE, FRESH, LOST, GIVEN = "#1b1f24", "#c3c9d0", "#ffffff", "#ffe2c2", "#eef1f4"
-# From quality 0 to 1, as in the page.
-SCALE = ("#f28e2b", "#f5a04b", "#f7b36e", "#f9c795", "#fbdbbb", "#f1e7dc", "#e6edf3", "#d3e3f3", "#bdd7f1", "#a6caef")
 CELL, TOP = 34, 30
 
 
@@ -57,7 +55,7 @@ def trace_svg(trace: Trace, *, row: int, columns: int, seconds: float) -> str:
         x, y = 2 + i % columns * CELL, TOP + i // columns * CELL
         colours, words = [frame[1][i] for frame in frames], [frame[0][i] for frame in frames]
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" stroke="{LINE}" fill="{colours[-1]}">'
+            f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" stroke="{HATCH}" fill="{colours[-1]}">'
             f"{moving('fill', colours)}</rect>"
         )
         bold = ' font-weight="bold"' if not trace.generated[row][i] else ""
@@ -84,32 +82,30 @@ def _frames(trace: Trace, row: int) -> list[tuple[list[str], list[str], str]]:
         }
         return ["" if i == trace.mask_token_id else texts[i] for i in ids.tolist()]
 
-    def colour(value: float) -> str:
-        return FRESH if value != value else SCALE[min(9, int(10 * value))]
+    def colours(values: Tensor, remasked: Tensor) -> list[str]:
+        """Colours of the qualities `values`, (L,); NaN is white."""
+        rows = zip(generated.tolist(), remasked.tolist(), map(quality_colour, values.tolist()), strict=True)
+        return [
+            STATES["given"].fill if not g else STATES["remasked"].fill if lost else colour for g, lost, colour in rows
+        ]
 
     generated, known = trace.generated[row], torch.full_like(trace.start[row], torch.nan, dtype=torch.float32)
-    frames = [(words(trace.start[row]), [FRESH if g else GIVEN for g in generated.tolist()], "start")]
+    nothing = torch.zeros_like(generated)
+    frames = [(words(trace.start[row]), colours(known, nothing), "start")]
     for step in trace:
         remasked, unmasked = step.remasked[row], step.unmasked[row]
         seen = step.drawn[row] if step.quality is None else step.quality[row]
         known = torch.where(unmasked, seen, known) if step.quality is None else seen
         masked = step.sample[row] == trace.mask_token_id
         fresh = masked | (unmasked & (step.quality is not None))
-        colours = [
-            GIVEN if not g else LOST if lost else FRESH if new else colour(value)
-            for g, lost, new, value in zip(
-                generated.tolist(), remasked.tolist(), fresh.tolist(), known.tolist(), strict=True
-            )
-        ]
         said = step.verdicts[row]
         caption = f"pass {step.nfe_per_row[row]}: {int((generated & ~masked).sum())} of {int(generated.sum())}"
         taken = int(remasked.sum())
-        caption += f", {said}" if said else f", {taken} taken back" if taken else ""
-        frames.append((words(step.sample[row]), colours, caption))
+        caption += f", {said}" if said else f", {taken} remasked" if taken else ""
+        frames.append((words(step.sample[row]), colours(known.masked_fill(fresh, torch.nan), remasked), caption))
     if trace.result is None:
         raise ValueError("The trace is not finished: call `finish` with the result of the run.")
     last = words(trace.result[row])
     if trace.quality is None:
         return [*frames, (last, frames[-1][1], frames[-1][2])]
-    values = zip(generated.tolist(), trace.quality[row].tolist(), strict=True)
-    return [*frames, (last, [colour(q) if g else GIVEN for g, q in values], "result, with its quality")]
+    return [*frames, (last, colours(trace.quality[row], nothing), "result, with its quality")]

@@ -198,10 +198,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[RunArguments, transf
 
 
 def expanded(words: list[str]) -> list[str]:
-    """The words with the flags of the files of `--args-file FILE` before them: those on the command line win.
+    """The words, after the flags in the files of `--args-file FILE`, so that the command line wins.
 
     Raises:
-        ValueError: there is no such file, or one names another.
+        ValueError: there is no such file, or it has an `--args-file` itself.
     """
     from_files, rest, left = [], [], iter(words)
     for word in left:
@@ -240,7 +240,7 @@ def check_run(run: RunArguments) -> None:
     """Checks flags against each other, and fills in the defaults of the adapter.
 
     Raises:
-        ValueError: what no run can use, by the name of the flag.
+        ValueError: flags that no run can use; the error names the flag.
     """
     for name, choices in CHOICES.items():
         if getattr(run, name) not in choices:
@@ -297,10 +297,10 @@ def check_run(run: RunArguments) -> None:
 
 
 def check_unused(run: RunArguments) -> None:
-    """Checks that no flag is given that means nothing here.
+    """Checks that no flag is given that the objective does not read.
 
     Raises:
-        ValueError: one is, by its name.
+        ValueError: one is given; the error names the flag.
     """
     of_runs = run.states != "one_step" or run.objective == "distill"
     unused = {
@@ -322,7 +322,7 @@ def check_ranges(run: RunArguments) -> None:
     """Checks counts and shares.
 
     Raises:
-        ValueError: one that no run can use, by the name of its flag.
+        ValueError: one is out of range; the error names its flag.
     """
     lowest = dict.fromkeys(("rank", "lora_alpha", "max_length", "num_train_examples", "num_base_grids"), 1)
     lowest |= dict.fromkeys(("rollout_runs", "label_stride", "block_length"), 1)

@@ -54,10 +54,10 @@ def read_log(output_dir: str | Path) -> list[dict]:
 class MetricsLog(TrainerCallback):
     """Appends each entry of the Trainer's log to `<output_dir>/training_log.jsonl`, one JSON object a line.
 
-    An entry of training also gets the mean of every scalar the objective returned since the last one (loss_mdm,
-    loss_prism, accuracy, ...), over all processes, which the Trainer itself drops. Every checkpoint ends such a span,
-    and a resumed run takes back what was logged after its checkpoint: so the log of a run that was killed and resumed
-    is that of one that was not.
+    An entry with a loss also gets the mean over steps and processes, since the last such entry, of every scalar that
+    the objective returned (loss_mdm, loss_prism, accuracy, ...). The Trainer itself drops these. There is an entry at
+    every checkpoint, and a resumed run deletes the entries after its checkpoint. So a run that was killed and resumed
+    has the same log as one that was not.
     """
 
     def __init__(self, objective: torch.nn.Module) -> None:
@@ -82,7 +82,7 @@ class MetricsLog(TrainerCallback):
             write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Has the loss logged wherever a checkpoint is written."""
+        """Makes the Trainer log the loss in every step in which it writes a checkpoint."""
         control.should_log = control.should_log or control.should_save
 
     def on_log(
@@ -119,12 +119,13 @@ class MetricsLog(TrainerCallback):
 class SudokuProgress(TrainerCallback):
     """At every evaluation, solves held-out puzzles and logs the share solved by number of clues.
 
-    Two ways, 52 forwards each: the model alone in confidence order, and the pipeline as it will be saved.
+    Each puzzle is solved twice, in 52 forward passes: by the model alone in confidence order, and by the pipeline as it
+    will be saved.
 
     Args:
         pipe: the pipeline of the modules that are trained.
-        num_puzzles: of each number of clues.
-        log: the Trainer's, which tells `MetricsLog` and trackers.
+        num_puzzles: puzzles of each number of clues.
+        log: the Trainer's `log`, which passes an entry to `MetricsLog` and to trackers.
     """
 
     def __init__(self, pipe: PrismPipeline, num_puzzles: int, log: Callable[[dict], None]) -> None:
@@ -154,14 +155,14 @@ class SudokuProgress(TrainerCallback):
 
 
 class TextProgress(TrainerCallback):
-    """At every evaluation, writes texts with the pipeline as it is; each with the page that shows how it was written.
+    """At every evaluation, writes texts with the pipeline as it is now, each with the page of its trace.
 
-    A log entry holds the texts, and `<output_dir>/samples/step-<step>-<i>.html` their pages.
+    The texts are in a log entry, and their pages in `<output_dir>/samples/step-<step>-<i>.html`.
 
     Args:
         pipe: the pipeline of the modules that are trained.
         prompts: given ids (before, after) of each text, int64 (P,) and (Q,); of length 0 for a text from nothing.
-        gen_length: tokens written, in half as many forwards; fewer where the model takes no more.
+        gen_length: tokens to write, in half as many forward passes; fewer if the model's maximum length is reached.
     """
 
     def __init__(self, pipe: PrismPipeline, prompts: list[tuple[torch.Tensor, torch.Tensor]], gen_length: int) -> None:
@@ -200,19 +201,20 @@ class TextProgress(TrainerCallback):
 class HeadProgress(TrainerCallback):
     """At every evaluation, measures the head and the backbone on held-out examples, and logs it.
 
-    Each example is masked and k masks are filled as in training, with the same noise every time, so entries compare:
+    Each example is masked, and k masks are filled as in training. The noise is the same every time, so that entries can
+    be compared:
 
         eval_loss_prism, eval_loss_mdm    the two parts of the loss
         eval_auroc, eval_ece              of the head at the filled tokens; chance is 0.5, and 0 is calibrated
-        eval_share_right                  filled tokens that are right: what a head without knowledge would say of all
-        eval_posterior_drift              mean KL(base || now) of the unmasking posterior at masks, nats: what LoRA or
-                                          full tuning moved since the first entry, which is taken before any step;
-                                          on the first `DRIFT_BATCHES` batches, the others on all
+        eval_share_right                  share of filled tokens that are right
+        eval_posterior_drift              mean KL(before || now) of the unmasking posterior at masks, in nats, where
+                                          "before" is the model before the first step; from the first
+                                          `DRIFT_BATCHES` batches, where the other measures are from all
 
     Args:
         objective: the `PRISMObjective` that is trained.
         batches: held-out batches, as the objective takes them.
-        log: the Trainer's, which tells `MetricsLog` and trackers.
+        log: the Trainer's `log`, which passes an entry to `MetricsLog` and to trackers.
         progress: show a bar over the batches on stderr, in the first process.
     """
 
@@ -228,7 +230,7 @@ class HeadProgress(TrainerCallback):
         self.progress = progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Takes the reference of the drift; a resumed run reads it from where the first one left it."""
+        """Computes the posterior that the drift is measured from; a resumed run reads it from the first run's file."""
         file = folder_of(args) / "base_posterior.safetensors"
         if state.global_step == 0:
             entry = self.measure()
@@ -244,7 +246,7 @@ class HeadProgress(TrainerCallback):
             self.base = saved["log_probs"]
 
     def digest(self) -> torch.Tensor:
-        """What the batches of the drift hold, uint8 (32,): the reference is of use for these alone."""
+        """Hash of the batches for the drift, uint8 (32,): a stored posterior is valid for these batches only."""
         sha = hashlib.sha256()
         for batch in self.batches[:DRIFT_BATCHES]:
             for name, value in sorted(batch.items()):
@@ -271,7 +273,7 @@ class HeadProgress(TrainerCallback):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """All but the drift, for which it keeps the posterior at the first masks of each batch as `now`."""
+        """All measures but the drift. For that, `now` gets the posterior at the first masks of each batch."""
         objective, device = self.objective, self.objective.denoiser.suppressed.device
         few = min(DRIFT_TOKENS, DRIFT_NUMBERS // objective.denoiser.vocab_size)
         training = objective.training

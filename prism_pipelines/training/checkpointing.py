@@ -37,10 +37,10 @@ def _sync(path: Path) -> None:
 
 
 def seal_checkpoint(folder: Path, target: Path) -> None:
-    """Makes a finished folder a checkpoint: files to disk, then a manifest of their hashes, then the rename.
+    """Turns a finished folder into a checkpoint: syncs its files, writes a manifest of their hashes, and renames it.
 
     Args:
-        folder: what was written; gone afterwards.
+        folder: the folder that was written; it is renamed to `target`.
         target: final name of the checkpoint; replaced if it exists.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -78,7 +78,7 @@ def checkpoints(output_dir: str | Path) -> dict[int, Path]:
 def drop_later(output_dir: str | Path, step: int) -> None:
     """Deletes the checkpoints after `step`, the step that a run is resumed from.
 
-    After an interruption, `latest` would take one of them, and their rotation would delete the new ones.
+    Otherwise, after an interruption, `latest` would take one of these, and the Trainer would delete newer ones first.
     """
     for later, path in sorted(checkpoints(output_dir).items()):
         if later > step:

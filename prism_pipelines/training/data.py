@@ -1,4 +1,4 @@
-"""Training examples: what index i of a data set is, and how a batch is made of them.
+"""Training examples, data sets of them, and how rows are split into training and held-out examples.
 
 An example is a dict of tensors: `input_ids` (L,), and `trainable_mask` (L,), false where a token is given (a prompt)
 and never masked.
@@ -73,14 +73,15 @@ class SudokuGrids(Dataset):
 
 
 class BlankCanvases(Dataset):
-    """Rows of masks, for a training that needs no data: the model writes its own.
+    """Rows of masks, for training without data: the model writes its own texts.
 
     Args:
         num_examples: length of an epoch.
-        lengths: fewest and most tokens of a row, with its ends; drawn uniformly, from (seed, index) alone.
+        lengths: fewest and most tokens of a row, `opening` and `closing` included. The length of a row is uniform, and
+            depends on (seed, index) alone.
         seed: of the lengths.
-        mask_token_id: what the rows hold.
-        opening, closing: special tokens at the ends of a row.
+        mask_token_id: id of the mask.
+        opening, closing: ids of the special tokens at the ends of each row.
     Raises:
         ValueError: the shortest row has no token to write.
     """
@@ -128,10 +129,10 @@ def read_rows(
 
     Args:
         dataset: Hub id, file or folder. A line of a txt file is a row.
-        split: of a Hub data set; local files are all of it.
+        split: of a Hub data set; local files are read whole.
         name, revision: configuration, and commit, of a Hub data set.
-        streaming: read row by row, keeping nothing.
-        flag: what errors call the data set.
+        streaming: read row by row, without storing the rows.
+        flag: name of the data set in errors.
     Returns:
         `datasets.Dataset`, or `IterableDataset` when streaming.
     Raises:
@@ -166,17 +167,17 @@ def read_rows(
 
 
 class StreamedExamples(IterableDataset):
-    """Examples made as they are read, pass after pass without an end.
+    """Examples made while rows are read. After the last row the data set begins again, without an end.
 
-    A data set that ended would have the Trainer begin an epoch that it cannot count, and a resumed run skip to the
-    wrong place; so a run skips what it has read, over all passes, and reads on.
+    If it ended, the Trainer would begin an epoch whose length it does not know, and a resumed run would skip to the
+    wrong place. So all passes count as one stream, of which a resumed run skips the examples it has seen.
 
     Args:
-        rows: what gives the rows anew each time it is iterated.
-        encoder: makes examples of them.
-        skip: examples left out at the beginning (they are held out).
+        rows: iterable that gives the rows each time it is iterated.
+        encoder: makes examples of rows.
+        skip: number of examples left out at the beginning of each pass (they are held out).
     Raises:
-        ValueError: on iteration, there is no example.
+        ValueError: while iterating, if there is no example.
     """
 
     def __init__(self, rows: Iterable[dict], encoder: RowEncoder, skip: int) -> None:
@@ -203,12 +204,12 @@ def split_examples(
 
     Args:
         rows: of the training data; iterable.
-        encoder: makes examples of them.
-        num_eval: most held-out examples.
-        streaming: hold out the first examples and read the others as training goes.
-        eval_rows: rows of their own to hold out; None holds out the first `EVAL_SHARE` of `rows`, at least one.
+        encoder: makes examples of rows.
+        num_eval: the most held-out examples.
+        streaming: hold out the first examples, and read the others during training.
+        eval_rows: separate rows to hold out. None holds out the first `EVAL_SHARE` of `rows`, at least one example.
     Returns:
-        (training data set, held-out list); the list is empty if `num_eval` is 0 or there is one example only.
+        (training data set, held-out list). The list is empty if `num_eval` is 0 or there is only one example.
     Raises:
         ValueError: no example at all, or what `encode_rows` raises.
     """

@@ -62,7 +62,7 @@ def judged_rows(
 
 
 def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
-    """One step of every run; the judged rows of those runs that are looked at in it."""
+    """One step of every run. Returns the judged rows of the runs that `is_looked_at` chooses."""
     sample, attention_mask = pool.batch()
     hidden, found = objective.denoiser.hidden(sample, attention_mask), []
     looks = [is_looked_at(run) for run in pool.runs]
@@ -81,7 +81,7 @@ def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
 
 
 def is_looked_at(run: Rollout) -> bool:
-    """Full canvases are; and about `STATES` states of each filling, evenly spread."""
+    """Is the present state of a run measured? All full canvases, and about `STATES` states of each filling."""
     if run.done or run.is_full:
         return not run.done
     steps = run.segments[run.segment][1]
@@ -122,9 +122,9 @@ def rows_of(run: Rollout, scores: dict[str, Tensor], label: Tensor, context: Run
 
 
 def fitted_temperature(rows: list[JudgedRow]) -> float | None:
-    """The temperature of the head's logits, from full canvases; None where there is none with right and wrong tokens.
+    """The temperature of the head's logits, fitted on full canvases (on all rows if none is full).
 
-    A probability as the label of a token counts as that share of a right one.
+    A label may be a probability. None if not both right and wrong tokens are there, or if the fit is not `USEFUL`.
     """
     full = [row for row in rows if row.fill == 1] or rows
     if not full:
@@ -187,13 +187,13 @@ class HeadReport:
         return self.found != {} and self.beats_free(self.measure)
 
     def beats_free(self, measure: str) -> bool:
-        """Has the head a higher number than every free score?"""
+        """Is the head's value of a measure higher than that of every free score?"""
         own = self.found["head"][measure]
         free = [self.found[name][measure] for name in FREE_SCORES if name in self.found]
         return own is not None and all(value is None or own > value for value in free)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers for a log and a card, by name."""
+        """The measures for the log and the model card, by name."""
         if not self.found:
             return {}
         names = {"within": "eval_auroc_within", "pooled": "eval_auroc", "row": "eval_auroc_row", "ece": "eval_ece"}
@@ -204,7 +204,7 @@ class HeadReport:
         return {name: value for name, value in entry.items() if value is not None}
 
     def verdict(self) -> str:
-        """Is the head worth its place? A few sentences."""
+        """A few sentences: is the head recommended?"""
         names = {"within": "AUROC within a row", "overlap": "tokens among the lowest"}
         if not self.found or self.found["head"][self.measure] is None:
             return "Nothing can be said of this head: no held-out row had right and wrong tokens to be told apart."
@@ -224,11 +224,11 @@ class HeadReport:
 
     @property
     def is_judge(self) -> bool:
-        """Does it say better than every free score which tokens are right over all rows, and which rows are?"""
+        """Does the head judge tokens over all rows, and whole rows, better than every free score?"""
         return self.label == "truth" and self.beats_free("pooled") and self.beats_free("row")
 
     def table(self) -> str:
-        """Markdown."""
+        """The measures as a Markdown table."""
         return detection_table(self.found) if self.found else "No held-out run had a token to judge."
 
 
@@ -236,9 +236,9 @@ class RolloutProgress(TrainerCallback):
     """At every evaluation, measures the head on held-out runs and logs it, see `HeadReport.metrics`.
 
     Args:
-        objective: the one that is trained.
-        batches: held-out ones.
-        log: the Trainer's, which tells `MetricsLog` and trackers.
+        objective: the objective that is trained.
+        batches: held-out batches.
+        log: the Trainer's `log`, which passes an entry to `MetricsLog` and to trackers.
     """
 
     def __init__(

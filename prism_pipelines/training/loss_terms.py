@@ -1,4 +1,4 @@
-"""What losses are made of: masking rates, positions in chunks, and sums divided so that processes add up exactly."""
+"""Parts of the losses: masking rates, positions in chunks, and divisors with which several processes add up exactly."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..schedulers.functional import uniform
 def mask_rates(
     batch: int, low: float, high: float, generator: torch.Generator | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Masking rate t of each row: uniform in (low, high] one by one, evenly spread over the batch together.
+    """Masking rate t of each row. Each t is uniform in (low, high], and together they are evenly spread.
 
     Args:
-        batch: B. Row b gets `high - (high - low) * frac(u + b / B)` with one u for all: every row's own t is uniform,
-            so the order of rows does not matter, yet each B-th of the range holds exactly one t.
+        batch: B. Row b gets `high - (high - low) * frac(u + b / B)`, with one uniform u for all rows. So the order of
+            rows does not matter, and each B-th of the range holds exactly one t.
         low, high: bounds of t.
         generator: `torch.Generator` or None.
         device: of the result.
@@ -47,7 +47,7 @@ def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def trainable_positions(input_ids: Tensor, trainable_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Where a token may be masked, bool (B, L): where neither mask (B, L) forbids it."""
+    """Where a token may be masked, bool (B, L): where both masks, (B, L) or None, are true."""
     trainable = torch.ones_like(input_ids, dtype=torch.bool)
     for mask in (trainable_mask, attention_mask):
         trainable = trainable if mask is None else trainable & mask.bool()
@@ -55,17 +55,17 @@ def trainable_positions(input_ids: Tensor, trainable_mask: Tensor | None, attent
 
 
 def share_of_all(count: Tensor, total: Tensor | None = None) -> Tensor:
-    """What a sum over this process's tokens is divided by, so that the mean over processes is the mean over all tokens.
+    """The divisor of a sum over this process's tokens, for which the mean over processes is the mean over all tokens.
 
-    Processes average their gradients, and their counts of tokens differ; each one's own mean would weigh a token of a
-    short batch more. So every process divides by the average count.
+    Processes average their gradients, and their numbers of tokens differ. If each divided by its own number, a token of
+    a short batch would weigh more. So every process divides by the average number.
 
     Args:
         count: tokens of this process, a scalar.
-        total: what to divide by if the caller knows it, having counted further batches of the same step too.
+        total: the divisor, if the caller knows it because it has counted all batches of the step; or None.
     Returns:
-        float32 scalar, `total` if that is given; else of at least `1 / processes`, and the count itself in a single
-        process or while evaluating.
+        float32 scalar, above 0: `total` if that is given; in one process or in evaluation `count`, at least 1; else the
+        average of `count` over processes.
     """
     if total is not None:
         return total.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,4 +1,4 @@
-"""Training objectives. Each is one nn.Module whose forward() gives the whole loss, and is all that DDP and FSDP see.
+"""Training objectives. Each is one nn.Module whose forward() gives the whole loss. DDP and FSDP see nothing else.
 
 PRISM's loss needs two forward passes. In one call, both graphs are in memory together. A trainer instead calls
 `predict` and then `judge`, each followed by its own backward, and needs no more memory than a plain step.
@@ -54,10 +54,10 @@ class PRISMOutput(ModelOutput):
         loss_mdm: as `MDMOutput.loss`; None if the backbone is frozen.
         accuracy: share of revealed (drawn) tokens that are right.
         quality_right: mean predicted quality of revealed tokens that are right; 0 if there are none.
-        quality_wrong: the same of those that are wrong.
+        quality_wrong: mean predicted quality of revealed tokens that are wrong; 0 if there are none.
         num_masked: masked tokens in z, over the batch.
         num_revealed: revealed tokens, over the batch and all draws.
-        drawn: of `predict`: what `judge` takes, an element a call, to complete the step.
+        drawn: from `predict` only. Call `judge` once with each element to complete the step.
     """
 
     loss: Tensor | None = None
@@ -73,7 +73,7 @@ class PRISMOutput(ModelOutput):
 
 @dataclass
 class Measured(ModelOutput):
-    """What `PRISMObjective.measure` returns: a batch token by token, to be put together over batches.
+    """What `PRISMObjective.measure` returns: values of each token, so that batches can be joined.
 
     Args:
         quality: logits of the head at the N judged tokens, float32 (N,).
@@ -156,9 +156,9 @@ class MDMObjective(nn.Module):
             attention_mask: 1 for tokens and 0 for padding, (B, L); None for no padding.
             generator: of all random draws; None for torch's default one.
             corrupted: what `corrupt` gave for this batch; None to draw it here.
-            totals: `counts` of all batches of the optimizer step, divided by the number of these batches (over
-                processes and accumulation), so that the mean of their losses is the loss of all as one batch; None
-                for a batch that is a step of its own.
+            totals: `counts`, summed over all batches of the optimizer step (all processes and accumulation steps) and
+                divided by their number. Then the mean of the batches' losses is the loss of all as one batch. None if
+                the batch is a step by itself.
         Returns:
             `MDMOutput`; its `loss` is 0 if nothing was masked.
         Raises:
@@ -177,7 +177,7 @@ class MDMObjective(nn.Module):
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """By what the sums in the loss of a batch are divided, float32 scalars: "tokens" and "masked".
+        """The numbers by which the sums in the loss of a batch are divided, float32 scalars: "tokens" and "masked".
 
         Args: as `forward`.
         """
@@ -218,7 +218,7 @@ class MDMObjective(nn.Module):
         attention_mask: Tensor | None = None,
         totals: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss from the hidden states of z, in float32; and which masked tokens are predicted right, bool (N,).
+        """The loss from the hidden states of z, float32; and whether each masked token is predicted right, bool (N,).
 
         Args:
             hidden: (B, L, H), of z.
@@ -262,25 +262,26 @@ class PRISMObjective(MDMObjective):
     3. reveal x^ at k masked positions -> y               5. add lambda_mdm * the masked diffusion loss of step 2
 
     With k = 1 the minimiser of step 4 is exactly p(x_i = y_i | y without y_i), because x^_i and x_i are independent
-    given z. With k > 1 it is a mixture over what may have been revealed: biased, and k times the signal for the
-    same two forwards. Both are proved by enumeration in tests/test_prism_theory.py.
+    given z. With k > 1 the minimiser is a mixture over the sets of positions that may have been revealed: biased, but
+    with k labels for the same two forward passes. Both are proved by enumeration in tests/test_prism_theory.py.
 
     The average of step 4 is over all revealed positions of the batch, of all processes together. A row with fewer than
-    k masks reveals all it has; one with none adds nothing.
+    k masks reveals all of them. A row without masks adds nothing.
 
     Args:
         denoiser: `MaskedDenoiser`, or anything with the same three members.
         quality_head: `QualityHead`, or any module from hidden states (B, L, H) and attention mask to logits (B, L).
         num_revealed: k, tokens revealed per row.
-        draws_per_state: y drawn for each z; they go through the second forward as one batch.
+        draws_per_state: number of y drawn for each z; they go through the second forward pass as one batch.
         reveal_order: "random" (positions uniform among the masks) or "confidence" (the k tokens that were drawn with
             the highest probability, as confidence decoding would write them).
-        reveal_window: reveal among the leftmost so many masks only (semi-autoregressive decoding); None for all.
-        lambda_mdm: weight of the masked diffusion loss, in units of the normaliser of `weighting`.
+        reveal_window: reveal only among the leftmost `reveal_window` masks (semi-autoregressive decoding); None for
+            all.
+        lambda_mdm: weight of the masked diffusion loss, which is normalised as `weighting` says.
         temperature: of x^; 0 for the most likely token.
         top_p: nucleus of x^, in (0, 1]; None for all tokens.
-        freeze_backbone: train the head alone: the denoiser's parameters lose requires_grad, it stays in eval mode, no
-            graph is built through it, and there is no step 5.
+        freeze_backbone: train the head alone. The denoiser's parameters get requires_grad=False, the denoiser stays in
+            eval mode, and step 5 is left out.
         weighting, mask_rate_min, mask_rate_max, chunk_size: as `MDMObjective`.
     Raises:
         ValueError: a count below 1, an unknown order, a weight, temperature or nucleus out of range, or what
@@ -336,7 +337,7 @@ class PRISMObjective(MDMObjective):
             denoiser.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PRISMObjective:
-        """As `nn.Module.train`, but a frozen backbone stays in eval mode: its dropout would only blur the head."""
+        """As `nn.Module.train`, but a frozen backbone stays in eval mode: its dropout would add noise for the head."""
         super().train(mode)
         if self.freeze_backbone:
             self.denoiser.eval()
@@ -357,7 +358,7 @@ class PRISMObjective(MDMObjective):
     ) -> PRISMOutput | Measured:
         """The loss of a batch of clean sequences: `predict`, then `judge` on everything that was drawn.
 
-        DDP, FSDP and autocast see calls of forward alone, so a trainer names the method that it wants here.
+        DDP, FSDP and autocast act on calls of forward only, so a trainer calls the other methods by `part`.
 
         Args and Raises: as `MDMObjective.forward`, and
             part: None for both; or "predict", "judge" or "measure", for that method alone.
@@ -392,8 +393,8 @@ class PRISMObjective(MDMObjective):
 
         Args and Raises: as `MDMObjective.forward`.
         Returns:
-            `PRISMOutput` with `drawn`: call `judge` once for each of its elements. The losses add up to that of
-            `forward`. `loss` is None where the backbone is frozen.
+            `PRISMOutput` with `drawn`: call `judge` once with each of its elements. The losses of these calls and of
+            `predict` add up to the loss of `forward`. `loss` is None if the backbone is frozen.
         """
         corrupted = corrupted or self.corrupt(input_ids, trainable_mask, attention_mask, generator)
         z, masked, rate = corrupted
@@ -424,7 +425,7 @@ class PRISMObjective(MDMObjective):
 
         Args and Raises: as `MDMObjective.forward`, and
             corrupted: what `predict` was given.
-            drawn: (y, revealed), int64 and bool (B, L), of one or more draws; an element of what `predict` returned.
+            drawn: (y, revealed), int64 and bool (B, L), of one or more draws: an element of `drawn` from `predict`.
         """
         masked = corrupted[1]
         quality, right = self.quality_and_label(drawn, masked, input_ids, trainable_mask, attention_mask)
@@ -472,7 +473,7 @@ class PRISMObjective(MDMObjective):
         trainable_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """As `MDMObjective.counts`, and "judged": tokens that the head is asked about, over all draws."""
+        """As `MDMObjective.counts`, and "judged": the number of tokens with a label for the head, over all draws."""
         counts = super().counts(corrupted, input_ids, trainable_mask, attention_mask)
         if self.judge_all:
             judged = trainable_positions(input_ids, trainable_mask, attention_mask).sum()
@@ -504,7 +505,7 @@ class PRISMObjective(MDMObjective):
         return self.quality_head(hidden, repeated)[revealed].float(), label[revealed]
 
     def untouched(self) -> Tensor | float:
-        """0, depending on what the second forward leaves out: DDP waits for every parameter in the last backward."""
+        """A 0 that depends on the parameters that the second pass does not use, since DDP waits for all of them."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
             return 0.0
         left_out = [p for p in self.denoiser.output_parameters() if p.requires_grad]

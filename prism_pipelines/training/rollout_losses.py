@@ -1,8 +1,8 @@
 """Losses of a quality head on the states that the model's own runs pass through, see `rollouts.py`.
 
-Two labels. Where the answer is determined by what is given, a visible token is right if it is the true one. Where it is
-open, as in free text, another token than the true one is not wrong; the label is then the model's own leave-one-out
-posterior log p(y_i | all other tokens), and no data is needed.
+There are two labels. If the given tokens determine the answer, a visible token is right if it is the true one. In free
+text another token than the true one is not wrong. There the label is the model's own leave-one-out posterior
+log p(y_i | all other tokens), and no data is needed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class RolloutOutput(ModelOutput):
         label: mean label: share of judged tokens that are right, or mean log-probability.
         quality: mean predicted quality of judged tokens.
         num_judged: judged tokens.
-        stride: every so many-th position is masked for the label; None where the label is the truth.
-        drawn: of `predict`: what `judge` takes.
+        stride: s, where every s-th position is masked for the label; None for the label "truth".
+        drawn: from `predict` only: what `judge` takes.
     """
 
     loss: Tensor | None = None
@@ -71,7 +71,7 @@ def log_posterior(
 ) -> Tensor:
     """log p(y_i | y without `positions`), by one forward pass in which all of these are masked.
 
-    With one position a row it is the leave-one-out posterior; with more, each is judged without the others as well.
+    With one position per row this is the leave-one-out posterior. With more, none of them sees the others.
 
     Args:
         denoiser: of the model.
@@ -134,16 +134,16 @@ class RolloutObjective(PRISMObjective):
 
     Label "truth":     BCE(out_i, 1[y_i = x_i]) at all visible generated tokens. Its minimiser is P(x_i = y_i | y and
                        what the head knows of the run), under the law of the sampler.
-    Label "posterior": (logsigmoid(out_i) - max(log p(y_i | rest of y), floor))^2 at every s-th position, which one
-                       more forward pass with these masked gives. BCE against p as a soft label is the other choice; it
-                       does not resolve the low end, which is what remasking reads.
+    Label "posterior": (logsigmoid(out_i) - max(log p(y_i | rest of y), floor))^2 at every s-th position. One more
+                       forward pass, with these positions masked, gives log p. The other choice, BCE with p as a soft
+                       label, does not distinguish very low values of p, which matter for remasking.
 
     Both are proved by enumeration in tests/test_prism_theory.py. The average is over the judged tokens of all
     processes together. With a backbone that is trained too, lambda_mdm times the masked diffusion loss of the batch is
     added, at the cost of its own forward pass.
 
-    A head that reads a run context must also judge texts that nobody watched being written: a share of the rows is
-    judged as such.
+    A head that reads a run context must also judge texts whose sampling was not recorded. So a share of the rows is
+    judged without their context.
 
     Args:
         denoiser, quality_head: as `PRISMObjective`; the head is a `QualityHead`.
@@ -237,7 +237,7 @@ class RolloutObjective(PRISMObjective):
         return (*clean, pool, self.judged(pool))
 
     def warmed_up(self, batch: dict) -> RolloutPool:
-        """A pool whose runs are under way; the stride of the label is checked on it, once."""
+        """A pool whose runs have made some steps. The stride of the label is checked once, on the first pool."""
         pool = self.new_pool()
         self.check_start(batch)
         with torch.no_grad():
@@ -282,7 +282,7 @@ class RolloutObjective(PRISMObjective):
             )
 
     def check_stride(self, pool: RolloutPool) -> None:
-        """Widens the stride until its labels rank tokens as brute force does, and says which it is."""
+        """Doubles the stride until its labels rank tokens almost as brute force does, and logs the result."""
         sample, attention_mask = pool.batch()
         visible = torch.cat([pool.padded(run.judged, sample.shape[1], False) for run in pool.runs])
         length = sample.shape[1]
@@ -295,7 +295,7 @@ class RolloutObjective(PRISMObjective):
         self.stride_checked = found
 
     def judged(self, pool: RolloutPool) -> list[Tensor]:
-        """The tokens of each run that the loss is about, bool (R, L)."""
+        """The tokens of each run that have a label in this step, bool (R, L)."""
         chosen = []
         for run in pool.runs:
             judged = run.judged
@@ -383,7 +383,7 @@ class RolloutObjective(PRISMObjective):
         return (logsigmoid(logits) - labels.clamp(min=self.label_floor)).square()
 
     def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the head at the judged tokens of all runs, and labels, float32 (N,) each; moves the runs on."""
+        """Logits of the head at the judged tokens of all runs, and labels, float32 (N,) each. Each run makes a step."""
         samples = [run.sample for run in pool.runs]
         found, attention_mask = None, pool.batch()[1]
         if self.label == "posterior":
@@ -401,7 +401,7 @@ class RolloutObjective(PRISMObjective):
         return torch.cat(logits).float(), found
 
     def look(self, pool: RolloutPool) -> list[Tensor]:
-        """One forward pass on all runs: the head's logits (R, L) of each; then each makes its step."""
+        """The head's logits (R, L) of each run, by one forward pass on all runs. Then each run makes a step."""
         sample, attention_mask = pool.batch()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             hidden = self.denoiser.hidden(sample, attention_mask)
@@ -427,7 +427,7 @@ class RolloutObjective(PRISMObjective):
         return pools | {"facts": facts}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the result of `state`."""
         self.turn, self.stride, count = state["facts"].tolist()
         self.stride_checked, self.pools = ENOUGH, [self.new_pool() for _ in range(count)]
         for i, pool in enumerate(self.pools):

@@ -74,13 +74,13 @@ class Rollout:
         canvas: the rows as they began; `canvas.generated` says what the run writes.
         clean: right tokens, int64 (R, L); the mask token where none is known.
         scheduler: of this run. It must keep nothing from one step to the next.
-        segments: positions to be filled, bool (R, L), and forward passes for it: first blocks, then repairs.
+        segments: positions to fill, bool (R, L), and their number of forward passes: first blocks, then repairs.
         blocks: how many of the segments are blocks.
-        repairs: how often the full canvas will still be judged and mended.
-        recorder: what the run knows.
+        repairs: how often the full canvas will still be judged and repaired.
+        recorder: keeps the run context.
         sample: the canvas now, int64 (R, L).
-        segment, step: what comes next.
-        done: nothing comes next.
+        segment, step: index of the next segment, and of the next step in it.
+        done: is the run over?
     """
 
     canvas: Canvas
@@ -102,13 +102,13 @@ class Rollout:
 
     @property
     def at_work(self) -> Tensor:
-        """Positions that the sampler would judge now, bool (R, L): one block of several, else all that is generated."""
+        """Positions that the sampler would judge now, bool (R, L): the current block, or all that is generated."""
         in_block = self.blocks > 1 and self.segment < self.blocks
         return self.segments[self.segment][0] if in_block else self.canvas.generated
 
     @property
     def judged(self) -> Tensor:
-        """Visible tokens among these, bool (R, L)."""
+        """Visible tokens among `at_work`, bool (R, L)."""
         return self.at_work & (self.sample != self.recorder.denoiser.spec.mask_token_id)
 
 
@@ -177,7 +177,7 @@ class RolloutPool:
         return self.start(canvas, clean, scheduler, steps, repairs)
 
     def start(self, canvas: Canvas, clean: Tensor, scheduler: Any, steps: int, repairs: int = 0) -> Rollout:
-        """A run with these settings. Where it has blocks, each gets at least one step."""
+        """A run with these settings. If it has several blocks, each gets at least one step."""
         spec, block_length = self.denoiser.spec, self.settings.block_length
         if block_length is not None or spec.attention == "block_causal":
             shortest = block_length or spec.block_length or 1
@@ -253,7 +253,7 @@ class RolloutPool:
         run.segments.append((chosen, min(max(1, int(chosen.sum(-1).max())), pick(REPAIR_STEPS))))
 
     def state(self) -> dict[str, Tensor]:
-        """All that the runs are, for a checkpoint: tensors by name, and the rest as JSON in bytes."""
+        """The state of all runs, for a checkpoint: tensors by name, and the rest as JSON in bytes."""
         tensors: dict[str, Tensor] = {}
         facts = []
         for number, run in enumerate(self.runs):
@@ -274,7 +274,7 @@ class RolloutPool:
         return tensors | {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the result of `state`."""
         facts = json.loads(bytes(state["facts"].tolist()))
         self.runs = []
         for number, fact in enumerate(facts):

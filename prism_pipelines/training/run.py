@@ -126,7 +126,7 @@ def given_ids(example: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
 
 def check_plugins(state: Any) -> None:
-    """Checks that accelerate does not split the model or the step in a way that ours are not made for.
+    """Checks that accelerate does not split the model or the step in a way that the objectives cannot handle.
 
     Args:
         state: the `accelerate.state.AcceleratorState`.
@@ -153,7 +153,7 @@ def eval_batches(
     """The batches of the held-out examples.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no example.
     """
     if not len(examples):
         raise ValueError("No example is held out: raise --num-eval-examples, or pass --eval-strategy no.")
@@ -184,7 +184,7 @@ def run_facts(run: RunArguments, args: transformers.TrainingArguments) -> dict:
         flags["data_seed"] = args.data_seed
     for name in ("base_model", "dataset", "eval_dataset", "tokenizer"):
         if name in flags and Path(flags[name]).exists():
-            flags[name] = Path(flags[name]).absolute().name  # a card must not tell folders of this machine
+            flags[name] = Path(flags[name]).absolute().name  # a card must not show paths of this machine
     words = [word for name, value in flags.items() for word in (flag(name), str(getattr(value, "value", value)))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     call: dict = {"use_chat_template": False} if run.no_chat_template else {}
@@ -238,7 +238,7 @@ def train(trainer: ObjectiveTrainer, pipe: PrismPipeline, run: RunArguments) -> 
 
 
 def head_facts(pipe: PrismPipeline, run: RunArguments, report: HeadReport) -> dict:
-    """Stores the temperature that was fitted, and gives what a card says of a head on rollouts."""
+    """Stores the fitted temperature in the head's config, and returns the facts of its model card."""
     pipe.quality_head.register_to_config(temperature=report.temperature)
     targets = {
         "truth": "P(the token is the right one), learned from the data",
@@ -253,7 +253,7 @@ def head_facts(pipe: PrismPipeline, run: RunArguments, report: HeadReport) -> di
 
 
 def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismPipeline, torch.nn.Module]:
-    """Pipeline and objective of a run from its base and its trained tensors, where the trained modules are sharded."""
+    """Pipeline and objective of a run, built again from its base and its trained tensors, after sharded training."""
     model, tokenizer, spec = load_base(run)
     objective = build_objective(run, model, tokenizer, spec)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def finished(checkpoint: str, args: transformers.TrainingArguments) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 2 for an error before training, 1 for one in it, each told in one line."""
+    """Entry point. Returns the exit status: 2 after an error before training, 1 after one in it; each prints a line."""
     status = 2
     try:
         run, args = parse_arguments(argv)

@@ -89,7 +89,7 @@ def load_base(run: RunArguments) -> tuple[PreTrainedModel, Tokenizer, MDMSpec]:
 
 
 def resolve_revision(run: RunArguments) -> str | None:
-    """The commit that `--base-model` is at, so that a head names what it was trained on; `--revision` if unknown."""
+    """The commit of `--base-model`, for the head's config; `--revision` if the commit is not known."""
     if run.base_model is None or not is_hub_id(run.base_model):
         return run.revision
     hub_kwargs = {"revision": run.revision}
@@ -104,7 +104,7 @@ def quantization(run: RunArguments) -> Any:
     """The bitsandbytes config of `--load-in-4bit` or `--load-in-8bit`, or None.
 
     Raises:
-        ValueError: both; or bitsandbytes is not there.
+        ValueError: both flags are given, or bitsandbytes is not installed.
     """
     if not (run.load_in_4bit or run.load_in_8bit):
         return None
@@ -124,7 +124,7 @@ def quantization(run: RunArguments) -> Any:
 
 
 def new_model(run: RunArguments) -> tuple[PreTrainedModel, Tokenizer, MDMSpec]:
-    """(model, tokenizer, spec) of a model with random weights, sized for its data."""
+    """(model, tokenizer, spec) of a new model with random weights, as long as the data needs."""
     tokenizer: Any
     if run.dataset == "sudoku":
         tokenizer, length = sudoku.sudoku_tokenizer(), sudoku.CELLS
@@ -162,7 +162,7 @@ def add_lora(run: RunArguments, model: PreTrainedModel, spec: MDMSpec) -> None:
     if not targets:
         raise ValueError("No LoRA targets are known for this model: pass `--lora-targets` (module names, commas).")
     matrices = [name for name, m in model.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
-    for target in targets if run.lora_targets else ():  # PEFT is content if one of several is found
+    for target in targets if run.lora_targets else ():  # PEFT accepts a list if one of its names is found
         if not any(f".{name}".endswith(f".{target}") for name in matrices):
             names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
             raise ValueError(f"`--lora-targets` names {target!r}, and the model's modules with a matrix are {names}.")
@@ -177,17 +177,17 @@ def add_lora(run: RunArguments, model: PreTrainedModel, spec: MDMSpec) -> None:
 
 
 def run_suppress_tokens(tokenizer: Tokenizer, model: PreTrainedModel, spec: MDMSpec) -> tuple[int, ...]:
-    """Tokens that are never predicted. Sampling leaves out more, which a text may hold and be trained on (<unk>, X)."""
+    """Ids that are never predicted in training. Sampling suppresses more, such as <unk>, which texts may hold."""
     return default_suppress_tokens(tokenizer, end_tokens(None, tokenizer, model, spec))
 
 
 def rolls_out(run: RunArguments) -> bool:
-    """Is the head trained on states of the model's own runs?"""
+    """Is the head trained on rollouts, the states of the model's own runs?"""
     return run.objective == "distill" or run.states != "one_step"
 
 
 def label_of(run: RunArguments) -> str:
-    """What a head on rollouts is taught: "truth" or "posterior"."""
+    """The label of a head on rollouts: "truth" or "posterior", see `RolloutObjective`."""
     return "posterior" if run.objective == "distill" else "truth"
 
 
@@ -208,11 +208,10 @@ def context_of(run: RunArguments) -> tuple[str, ...]:
 
 
 def begin_at_free_scores(head: QualityHead) -> None:
-    """Lets a head with context begin near what its inputs say for nothing, so that training only adds to it.
+    """Initialises a head with context near a score that needs no training, which training then improves.
 
-    The skip to the logit begins as half the log-probability given the first canvas; or, where the probability now is
-    read, as parts of that, of its mean since the token was written, and of that of the drawing. The block begins as
-    the identity.
+    The map from the context to the logit begins as 0.5 * prompt_logprob + 1. With "own" among the inputs it begins as
+    0.4 * own_logprob + 0.3 * own_mean + 0.2 * draw_logprob instead. The transformer block begins as the identity.
     """
     if not head.reads_context:
         return
@@ -327,9 +326,9 @@ def rollout_flags(run: RunArguments) -> dict:
 
 
 def build_pipeline(objective: MDMObjective, tokenizer: Tokenizer, run: RunArguments) -> PrismPipeline:
-    """The pipeline of the modules being trained: PRISM with a quality head, the plain model without.
+    """The pipeline of the modules that are trained: with a quality head it remasks, without one it does not.
 
-    A head is to judge tokens like those that it was trained on, so they are drawn as there.
+    Temperature and top_p are those of the training draws, so that the head judges tokens like those it learned from.
     """
     head = getattr(objective, "quality_head", None)
     drawn = {"temperature": run.draw_temperature, "top_p": run.top_p}
@@ -435,10 +434,10 @@ def checked_max_length(run: RunArguments, args: TrainingArguments, model: PreTra
 
 
 def template_kwargs(words: str | None) -> dict | None:
-    """What `--chat-template-kwargs` says, a JSON object; None without it.
+    """The JSON object in `--chat-template-kwargs` as a dict; None without the flag.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: not a JSON object.
     """
     try:
         found = None if words is None else json.loads(words)
@@ -454,9 +453,9 @@ def template_kwargs(words: str | None) -> dict | None:
 def blank_examples(
     run: RunArguments, args: TrainingArguments, tokenizer: Tokenizer, spec: MDMSpec, length: int
 ) -> tuple[BlankCanvases, BlankCanvases]:
-    """As `load_examples`, of a training without data: rows of masks of at most `length` tokens.
+    """Training and held-out examples for training without data: rows of masks of at most `length` tokens.
 
-    An encoder was trained on one sequence a row, of any length, so its rows differ in length.
+    An encoder was trained on one sequence per row, of any length, so its rows differ in length.
     """
     frame, shortest = text_frame(tokenizer, spec), length
     if frame.closing:
@@ -510,7 +509,7 @@ def origin_fingerprint(run: RunArguments, model: PreTrainedModel) -> dict[str, s
 
 
 def read_origin_fingerprint(folder: str | Path) -> dict | None:
-    """The `origin_fingerprint` that a run left in a folder; None without such a file, or if it holds something else."""
+    """The `origin_fingerprint` that a run wrote to a folder; None without such a file, or if that is damaged."""
     try:
         found = json.loads((Path(folder) / RUN_CONFIG).read_text())
     except (OSError, ValueError):
@@ -522,7 +521,7 @@ def check_origin(folder: str | Path, now: dict) -> None:
     """Checks that the run in a folder began from the weights that `--base-model` has now.
 
     Raises:
-        ValueError: it did not: its checkpoints would be put on the wrong backbone, or count as this run's result.
+        ValueError: it began from others. Its checkpoints would be loaded into the wrong backbone.
     """
     before = read_origin_fingerprint(folder) or now
     if before["objective"] != now["objective"]:

@@ -22,7 +22,7 @@ EVAL_SEED = 999_983  # of the noise of every evaluation
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters by name, a tied one once; gathered if they are sharded: then every process must call."""
+    """The trainable parameters by name, tied ones once. Sharded ones are gathered, so every process must call this."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).contiguous() for name, p in sorted(tensors.items())
@@ -30,7 +30,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Checks that the trainable parameters are finite; every process must call.
+    """Checks that the trainable parameters are finite. Every process must call this.
 
     Raises:
         FloatingPointError: one contains NaN or inf.
@@ -44,7 +44,7 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def is_write_error(error: Exception) -> bool:
-    """Did writing a file fail? Of torch.save and safetensors, a full disk is a RuntimeError and a SafetensorError."""
+    """Did writing a file fail? On a full disk torch.save raises RuntimeError, and safetensors SafetensorError."""
     if isinstance(error, RuntimeError):  # and those of CUDA and NCCL are RuntimeErrors too
         return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "write"))
     return isinstance(error, (OSError, SafetensorError))
@@ -76,11 +76,11 @@ def load_trainable(model: torch.nn.Module, checkpoint: str) -> None:
 class ObjectiveTrainer(Trainer):
     """`transformers.Trainer` for an objective of `losses`.
 
-    A step is the same however its batch is split over processes and accumulation steps: all batches of a step are
-    masked before the first forward, so every sum is divided by the count of the whole step. The two forwards of PRISM
-    have a backward each, so their activations are never in memory together.
+    A step is the same however its batch is split over processes and accumulation steps. For that, all batches of a step
+    are masked before the first forward pass, and every sum is divided by the count of the whole step. Each of PRISM's
+    two forward passes has its own backward pass, so their activations are never in memory together.
 
-    Checkpoints hold the trainable tensors only and appear at once or not at all.
+    Checkpoints hold only the trainable tensors. A checkpoint appears whole or not at all.
     """
 
     model: Any
@@ -91,7 +91,7 @@ class ObjectiveTrainer(Trainer):
     report: Any  # of a head on rollouts: its `HeadReport`, when the run is done
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
-        """As the Trainer's; the batches of a step are kept until the first of them is trained on."""
+        """As the Trainer's, but keeps the batches of a step, which `corrupt_step` needs before the first is trained."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_batches = batches
         return batches, num_items
@@ -118,7 +118,7 @@ class ObjectiveTrainer(Trainer):
         return total
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict:
-        """As the Trainer's, with the same noise every time and none taken from training."""
+        """As the Trainer's, with the same noise in every evaluation. The random state of training does not change."""
         if isinstance(self.model, RolloutObjective):  # its runs are under way; `RolloutProgress` measures on others
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
             return {}
@@ -128,7 +128,7 @@ class ObjectiveTrainer(Trainer):
 
     @property
     def is_prism(self) -> bool:
-        """Whether a step has a second forward."""
+        """Does a step have a second forward pass?"""
         return hasattr(self.model, "quality_head")
 
     def corrupt_step(self) -> None:

@@ -75,13 +75,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one program.
+    """The result of running one program.
 
     Args:
         outcome: "passed"; "wrong" (a test's assertion failed); "error" (an exception, see `error`); "syntax" (it does
             not compile); "timeout"; "died" (its process ended before the tests did, killed or by its own doing).
         error: name of the exception, or "".
-        detail: its text, at most 2,000 characters, written in part by the program: show it, decide nothing by it.
+        detail: text of the exception, at most 2,000 characters. The program may have written it: show it, do not use
+            it for decisions.
         seconds: wall time.
     """
 
@@ -113,9 +114,9 @@ def run_tests(
             what it passes to the program must be plain data (None, bool, numbers, str, bytes, range, list, tuple, set,
             dict) or objects it got from the program. Lists, dicts and sets that a call changes are changed for the
             tests too.
-        names: what of the program the tests may use, functions or classes.
-        context: Python source, trusted, run by the judge before `names` are taken from the program: for helpers that
-            the tests use, which then are the judge's own.
+        names: functions or classes of the program that the tests may use.
+        context: Python source, trusted, which the judge runs before it takes `names` from the program: helpers of the
+            tests, which then are not the program's.
         limits: default `Limits()`.
         isolated: False runs both sides with limits and own interpreters, but without namespaces: that contains
             accidents, not malice. The program can then read and write what you can, use the network, and leave
@@ -139,10 +140,10 @@ def run_tests(
 
 @functools.cache
 def isolation_problem() -> str | None:
-    """Why programs cannot be isolated here, or None if they can. Found by trying, once per process.
+    """Why programs cannot be isolated on this machine, or None if they can. It is tried once per process.
 
     Raises:
-        OSError: isolation was set up, but a trivial program did not pass. That is no answer; the next call tries again.
+        OSError: isolation was set up, but a trivial program did not pass. The next call tries again.
     """
     if not sys.platform.startswith("linux"):
         return f"Isolation needs Linux namespaces; this is {sys.platform}."

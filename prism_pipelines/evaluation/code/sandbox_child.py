@@ -60,7 +60,7 @@ def write(path: str, text: str) -> None:
 
 
 def enter_namespaces() -> None:
-    """Own user, mount, network, IPC, host-name and process namespaces; uid 0 inside is the caller outside."""
+    """Enter new user, mount, network, IPC, host-name and process namespaces; uid 0 inside is the caller outside."""
     flags = NEWUSER | NEWNS | NEWNET | NEWIPC | NEWUTS | NEWPID
     if os.geteuid() != 0:
         uid, gid = os.getuid(), os.getgid()
@@ -131,7 +131,7 @@ def build_root(root: str, shown: list[str], disk_bytes: int) -> None:
 
 
 def leave_keyring() -> None:
-    """An empty session keyring: that of the caller holds keys, and keeps what is put into it."""
+    """Join an empty session keyring, since the caller's holds keys and would keep what the program adds."""
     number = KEYCTL.get(os.uname().machine)
     if number is None:
         return
@@ -144,7 +144,7 @@ def leave_keyring() -> None:
 
 
 def drop_rights(was_root: bool) -> None:
-    """No capabilities, none to be had by exec; an ordinary user outside, also if the caller is root."""
+    """Drop all capabilities, also across exec, and become an ordinary user outside, even if the caller is root."""
     for capability in range(64):
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # numbers past the last one fail
     if was_root:
@@ -276,7 +276,7 @@ SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(value: Any, refer: Callable) -> Any:
-    """Plain data as JSON; of a subclass only its data, without its methods. Anything else is `refer(value)`."""
+    """Plain data as JSON; a subclass loses its methods and keeps its data. Anything else becomes `refer(value)`."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -414,7 +414,7 @@ class ProgramError(Exception):
 
 
 class Remote:
-    """Something of the program that is no plain data. It equals nothing but itself: equality is for the judge."""
+    """An object of the program that is no plain data. It equals only itself: its own `__eq__` is never asked."""
 
     __slots__ = ("_ask", "_number")
 

@@ -51,7 +51,7 @@ class Problem:
         task_id: as in the file; unique.
         text: HumanEval: the code to complete. MBPP: the task in words.
         tests: source that the judge runs.
-        names: what the tests use of the program.
+        names: functions or classes of the program that the tests use.
         context: source with the judge's own helpers (HumanEval: the prompt; its stub is replaced by the program's).
         shown_tests: MBPP: the assertions shown in the prompt.
         solution: the canonical one; a completion for HumanEval, a program for MBPP.
@@ -213,12 +213,12 @@ def _mbpp_task(problem: Problem, gap: str) -> str:
 
 
 def build_program(problem: Problem, style: str, completion: str) -> str:
-    """The program that a completion stands for.
+    """The program to execute for a completion.
 
-    Base: the completion up to the first stop string (`STOPS`); HumanEval's is appended to its prompt. A base answer
-    in a fence keeps the fence's content (MBPP). Instruct: the first fenced block that defines what the tests use, else
-    the first block, else the whole answer. HumanEval: after the prompt's own code if it defines the function anew, else
-    as its continuation.
+    Base: the completion up to the first stop string (`STOPS`); for HumanEval it is appended to the prompt. For MBPP, of
+    an answer in a fence only the content of the fence is kept. Instruct: the first fenced block that defines what the
+    tests use, else the first block, else the whole answer. For HumanEval this follows the prompt's own code if it
+    defines the function again; else it is appended to the prompt as its continuation.
     """
     if style == "base" and problem.benchmark == "humaneval":
         return problem.text + cut(completion, STOPS["humaneval"])
@@ -303,7 +303,7 @@ def evaluate_code(
         generate: callable from a list of prompts to a list of completions (without the prompt), or a `PrismPipeline`.
         source: see `load_problems`, or a list of `Problem`s.
         allow_execution: must be True: programs written by a model are executed.
-        require_isolation: False executes them without isolation where (and only where) the machine allows none.
+        require_isolation: False executes programs without isolation, but only on a machine that allows no isolation.
         style, few_shot, split, limit: see `choose`; a pipeline applies its chat template for "instruct".
         num_samples, batch_size, seed, generation: see `complete`.
         ks: the k of pass@k, each at most `num_samples`.
@@ -371,7 +371,7 @@ def choose(
         style: "base" (continues text) or "instruct" (answers a message).
         few_shot: MBPP's worked examples, tasks 2, 3, 4 of the same file; default 3 for base (as published), else 0.
         split: "test" (MBPP: task ids 11 to 510) or "all" (MBPP: all but the examples shown).
-        limit: evaluate the first so many problems only.
+        limit: evaluate only the first `limit` problems.
     Raises:
         ValueError: a bad setting, or no problem is left.
     """
@@ -417,18 +417,18 @@ def complete(
     generation: dict,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
-    """Answers to the problems, in order, the samples of a problem one after the other.
+    """Answers to the problems, in order. The samples of a problem are next to each other.
 
     Args:
         generate: as `evaluate_code`.
         chosen, examples, style: see `choose`.
         num_samples: completions of each problem; equal prompts go into a batch together.
         batch_size: prompts per call of `generate`.
-        seed: of a pipeline's sampling; each (problem, sample) has its own stream, so batches do not matter.
+        seed: of a pipeline's sampling; each (problem, sample) has its own generator, so batches do not matter.
         generation: arguments of the pipeline's call (gen_length, num_inference_steps, block_length, temperature, ...).
         on_progress: as `evaluate_code`.
     Raises:
-        ValueError: completions that are no list of finished texts, or all empty.
+        ValueError: the completions are not a list of finished texts, or are all empty.
     """
     asked = [(problem, sample) for problem in chosen for sample in range(num_samples)]
     special = SPECIAL
@@ -483,7 +483,7 @@ def execute(
     completions_file: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[Verdict]:
-    """What becomes of each program when it is run against the tests of its problem.
+    """The verdict on each program, run against the tests of its problem.
 
     Args:
         answers: of `complete`.
@@ -494,7 +494,7 @@ def execute(
             none is lost if executing fails. None for no such file.
         on_progress: as `evaluate_code`.
     Raises:
-        OSError: the machine failed. That says nothing of the programs.
+        OSError: the machine failed, so nothing is known about the programs.
     """
     if completions_file is not None:
         rows = [{"task_id": a.problem.task_id, "sample": a.sample, "completion": a.completion} for a in answers]
@@ -527,7 +527,7 @@ def execute(
 
 
 def summarise(answers: list[Answer], verdicts: list[Verdict], num_samples: int, ks: tuple[int, ...]) -> dict:
-    """The counts in the result of `evaluate_code`, and its samples."""
+    """The counts and the samples in the result of `evaluate_code`."""
     passed = np.array([verdict.passed for verdict in verdicts]).reshape(-1, num_samples).sum(axis=1)
     compiled = [
         not (v.outcome == "syntax" or (v.outcome == "died" and v.detail.endswith("its syntax"))) for v in verdicts
@@ -554,15 +554,15 @@ def summarise(answers: list[Answer], verdicts: list[Verdict], num_samples: int, 
 def estimate(passed: ArrayLike, num_samples: int, k: int) -> dict:
     """Mean of pass@k over problems with its 95 % interval.
 
-    Wilson's for one sample a problem, and where all problems have pass@k 0, or all 1: a bootstrap has no width there.
-    Else a bootstrap (10,000 resamples of problems, fixed seed).
+    The interval is Wilson's for one sample per problem, and if pass@k is 0 for all problems or 1 for all: there a
+    bootstrap has no width. Else it is a bootstrap (10,000 resamples of problems, fixed seed).
 
     Args:
-        passed: samples of each problem that passed.
+        passed: for each problem, how many of its samples passed.
         num_samples: samples of each problem.
         k: 1 to `num_samples`.
     Returns:
-        {"value", "interval" [low, high]}; the interval None for a single problem.
+        {"value", "interval": [low, high]}; the interval is None for a single problem.
     """
     each = np.array([pass_at_k(num_samples, int(c), k) for c in np.asarray(passed)])
     if len(each) == 1:
