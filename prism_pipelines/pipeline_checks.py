@@ -45,11 +45,17 @@ def check_scheduler_and_head(pipe: Any, return_quality: bool, select: str | None
         raise ValueError(f'`select` must be None or "confidence", got {select!r}.')
     if select is not None and num_samples < 2:
         raise ValueError(f"`select` chooses among `num_samples` of at least 2, got {num_samples}.")
-    if select is not None and not is_calibrated(pipe.quality_head):
-        head = "no quality head" if pipe.quality_head is None else "a quality head without a fitted temperature"
+    if select is not None:
+        check_calibrated(pipe.quality_head, '`select="confidence"`')
+
+
+def check_calibrated(quality_head: QualityHead | None, name: str) -> None:
+    """Raise a ValueError unless the quality of a head is a probability, which `name` needs."""
+    if not is_calibrated(quality_head):
+        head = "no quality head" if quality_head is None else "a quality head without a fitted temperature"
         raise ValueError(
-            f'`select="confidence"` needs a calibrated quality head, and this pipeline has {head}. Calibrate one '
-            "with prism_pipelines.evaluation.fit_temperature."
+            f"{name} needs a calibrated quality head, and this pipeline has {head}. Calibrate one with "
+            "prism_pipelines.evaluation.fit_temperature."
         )
 
 

@@ -207,25 +207,18 @@ class QualityHeadMixin(_Base):
             repo_id: "owner/name" on the Hub; made if missing.
             what: "head" or "pipeline".
             base_model: Hub id of the backbone that the head belongs to; None for the one in the head's config.
-            private, token, revision, commit_message: as `hub.publish.push_head_repo`.
+            private, token, revision, commit_message: as `hub.publish.Commit`.
         Returns:
             URL of the commit.
         Raises:
             ValueError: another `what`, no head to upload, or a base model that is not on the Hub.
         """
-        from .hub.publish import push_head_repo, push_pipeline
+        from .hub.publish import Commit, push_head_repo, push_pipeline
 
         if what not in ("head", "pipeline"):
             raise ValueError(f'`what` must be "head" or "pipeline", got {what!r}.')
-        target: dict[str, Any] = {
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "commit_message": commit_message,
-        }
-        if what == "head":
-            return push_head_repo(self, repo_id, base_model=base_model, **target)
-        return push_pipeline(self, repo_id, base_model=base_model, **target)
+        push = push_head_repo if what == "head" else push_pipeline
+        return push(self, Commit(repo_id, private, token, revision, commit_message), base_model=base_model)
 
     @property
     def _heads(self) -> dict[str, QualityHead]:

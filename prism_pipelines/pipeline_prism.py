@@ -29,7 +29,7 @@ from .pipeline_checks import (
 )
 from .pipeline_heads import QualityHeadMixin
 from .pipeline_output import LikelihoodOutput, PrismPipelineOutput, output_of
-from .sampling.canvas import canvas_of, canvas_of_infill, changed_sample, given_positions
+from .sampling.canvas import Canvas, canvas_of, canvas_of_infill, changed_sample, given_positions
 from .sampling.encoding import Frame, chat_prompt, text_frame
 from .sampling.kv_cache import check_cache
 from .sampling.likelihood import METHODS, estimate, scored_canvas
@@ -382,13 +382,7 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
             hidden_from = hidden_from | (mask == 0)
         with nan_errors(self.denoiser, canvas, self.quality_head):
             if by == "head":
-                hidden = self.denoiser.hidden(sample, mask)
-                known: dict[str, Tensor | None] = {}
-                if self.quality_head.reads_context:
-                    given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
-                    context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
-                    known = self.quality_head.inputs(context, sample, self.mask_token_id)
-                quality = no_nan(self.quality_head.quality(hidden, mask, **known).masked_fill(hidden_from, 0.0))
+                quality = no_nan(self._by_head(canvas, given, texts).masked_fill(hidden_from, 0.0))
             elif by == "own":
                 quality = own_log_probs(self.denoiser, sample, mask, self.denoiser.hidden(sample, mask)).exp()
             else:
@@ -400,6 +394,16 @@ class PrismPipeline(QualityHeadMixin, DiffusionPipeline):
         if self.tokenizer is not None:
             tokens = [self.tokenizer.convert_ids_to_tokens(row) for row in sample.tolist()]
         return quality, sample, tokens
+
+    def _by_head(self, canvas: Canvas, given: Any, texts: Any) -> Tensor:
+        """What the quality head says of a canvas of `texts`, (B, L); `given` as `score` takes it."""
+        sample, mask = canvas.sample, canvas.attention_mask
+        hidden = self.denoiser.hidden(sample, mask)
+        if not self.quality_head.reads_context:
+            return self.quality_head.quality(hidden, mask)
+        given = None if given is None else given_positions(given, texts, canvas, self.tokenizer)
+        context = context_of_text(self.denoiser, self.quality_head, sample, mask, hidden, given)
+        return self.quality_head.quality(hidden, mask, **self.quality_head.inputs(context, sample, self.mask_token_id))
 
     def log_likelihood(
         self,

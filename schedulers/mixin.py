@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     num_inference_steps: Any = None  # T, an int once a run has begun
     timesteps: Any = None  # int64 (T,), and more for a loop
     _memory: Any = None  # what a rule notes from step to step of a run
+    _warned = False
 
     @property
     def needs_quality(self) -> bool:
@@ -41,6 +43,12 @@ class MDMSchedulerMixin(SchedulerMixin, ConfigMixin):
     def can_remask(self) -> bool:
         """Would this configuration ever remask a token?"""
         return True
+
+    def _warn_once(self, message: str, stacklevel: int) -> None:
+        """As `warnings.warn`, in the first such step alone."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=stacklevel + 1)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None, block_length: int | None = None) -> None:
         """Begin a run of `num_inference_steps` steps, and of `loop_steps` more if there is such a field.

@@ -76,10 +76,7 @@ class JudgeAndRepairScheduler(MDMSchedulerMixin):
     Source: ours; see docs/judging.md.
     """
 
-    @property
-    def needs_quality(self) -> bool:
-        """Does `step` want `quality`?"""
-        return True
+    needs_quality = True
 
     @register_to_config
     def __init__(

@@ -44,10 +44,7 @@ class MDLMScheduler(MDMSchedulerMixin):
         ancestral sampler fills each mask with a probability instead, so its counts vary: `ReMDMScheduler(eta=0)`.
     """
 
-    @property
-    def can_remask(self) -> bool:
-        """Would this configuration ever remask a token?"""
-        return False
+    can_remask = False
 
     @register_to_config
     def __init__(

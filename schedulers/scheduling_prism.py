@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -206,7 +205,6 @@ class PrismScheduler(MDMSchedulerMixin):
     """
 
     can_remask = property(remasks)
-    _warned = False
 
     @register_to_config
     def __init__(
@@ -280,9 +278,8 @@ class PrismScheduler(MDMSchedulerMixin):
         )
         if quality is not None:
             check_quality(quality, sample)
-        elif self.needs_quality and not self._warned:
-            self._warned = True
-            warnings.warn(
+        elif self.needs_quality:
+            self._warn_once(
                 "PrismScheduler got quality=None, so nothing is remasked. Pass the quality head's probabilities as "
                 "`quality` (in diffusers' LLaDA2Pipeline: enable_prism(pipe, quality_head)). Without a head, "
                 "SelfConfidenceScheduler remasks by the model's own probabilities.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Annotated, NamedTuple
 
 import torch
@@ -60,7 +59,7 @@ class TokenCriticScheduler(MDMSchedulerMixin):
         is the quality head, and the schedule is linear, as for the other rules.
     """
 
-    _warned = False
+    needs_quality = True
 
     @register_to_config
     def __init__(
@@ -73,11 +72,6 @@ class TokenCriticScheduler(MDMSchedulerMixin):
         mask_token_id: TokenId = None,
     ) -> None:
         check_fields(TokenCriticScheduler, self.config)
-
-    @property
-    def needs_quality(self) -> bool:
-        """Does `step` want `quality`?"""
-        return True
 
     def place_in_schedule(self, timestep: int) -> HalfStep:
         """Where a timestep stands."""
@@ -120,16 +114,11 @@ class TokenCriticScheduler(MDMSchedulerMixin):
             spread = self.config.noise * (1 - (full_step + 1) / full_steps)
             remasked = lowest(quality + spread * (u_noise - 0.5), now.visible, now.shown - target)
         elif action == "judge":
-            self._warn()
+            self._warn_once(
+                "TokenCriticScheduler got quality=None, so nothing is masked. Pass the critic's score as `quality`.",
+                stacklevel=2,
+            )
         else:
             due = (now.total if action == "draw" else target) - now.shown
         output = now.output(*now.reveal(due, u_order, u_token), remasked)
         return output if return_dict else output.to_tuple()
-
-    def _warn(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "TokenCriticScheduler got quality=None, so nothing is masked. Pass the critic's score as `quality`.",
-                stacklevel=3,
-            )

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from examples.local_hub import LocalHub
 from prism_pipelines import PrismPipeline, PrismScheduler, QualityHead, TokenCriticScheduler
 from prism_pipelines.hub.model_card import model_card
-from prism_pipelines.hub.publish import push_head_repo, save_head_repo
+from prism_pipelines.hub.publish import Commit, push_head_repo, save_head_repo
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 BASE, HEAD = "them/tiny-bert", "me/tiny-bert-prism"
@@ -155,7 +155,7 @@ def test_the_card_says_what_is_known_and_its_snippet_runs(hub, base, tmp_path):
     figure.write_bytes(b"\x89PNG")
     facts = {"dataset": "some/data", "command": "accelerate launch -m prism_pipelines.training --rank 2"}
     facts |= {"steps": 7, "metrics": {"eval_auroc": 0.875, "eval_ece": None}, "license": "mit", "figure": str(figure)}
-    push_head_repo(trained(base), HEAD, facts=facts)
+    push_head_repo(trained(base), Commit(HEAD), facts=facts)
     files = hub.files(HEAD)
     card = files["README.md"].decode()
     header = ModelCard(card).data

@@ -418,17 +418,18 @@ def test_gradient_checkpointing_reaches_the_backbone_and_changes_no_gradient(den
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     gradients = []
-    for enable in (None, objective.gradient_checkpointing_enable, objective.activation_checkpointing_enable):
-        if enable is not None:
-            enable({"use_reentrant": False})
+    names = [name for name in ("gradient", "activation") if hasattr(denoiser.model, f"{name}_checkpointing_enable")]
+    for name in (None, *names):  # the second is of transformers 5.23
+        if name is not None:
+            getattr(objective, f"{name}_checkpointing_enable")({"use_reentrant": False})
             assert denoiser.model.is_gradient_checkpointing
         objective.zero_grad()
         objective(batch, generator=seeded()).loss.backward()
         gradients.append(denoiser.model.bert.encoder.layer[0].intermediate.dense.weight.grad.clone())
         objective.gradient_checkpointing_disable()
         assert not denoiser.model.is_gradient_checkpointing
-    torch.testing.assert_close(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[0], gradients[2])
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradients[0], gradient)
 
 
 @pytest.mark.parametrize("freeze_backbone", [False, True])

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from prism_pipelines.cli import live_view
+from prism_pipelines.sampling import token_states
 from prism_pipelines.sampling.trace import Trace, TraceStep
 from prism_pipelines.sampling.trace_page import display_width, visible_text
 from prism_pipelines.schedulers import PrismSchedulerOutput
@@ -169,6 +171,15 @@ def test_wrong_arguments_are_named():
     for columns in (0, True, 2.5):
         with pytest.raises(ValueError, match="`columns` must be"):
             trace().to_html(columns=columns)
+
+
+def test_terminal_page_and_picture_show_a_state_as_one_table_says(monkeypatch):
+    monkeypatch.setitem(token_states.STATES, "remasked", token_states.TokenState("R", "gone", "red", "#123456"))
+    run = trace()
+    assert data_of(run.to_html())["states"]["remasked"] == {"mark": "R", "words": "gone"}
+    assert "#123456" in run.to_svg() and all(colour in run.to_html() for colour in token_states.SCALE)
+    assert live_view.legend(["remasked"]).plain.split() == ["legend:", "R", "gone"]
+    assert live_view.page(["a"], ["remasked"]).plain == "R"
 
 
 # --- the picture that moves -------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_checkpointing_changes_no_gradient_of_an_adapter(family):
     if family not in CHECKPOINTS:
         pytest.skip("no such twin")
     plain, saving = objective(family, rank=2), objective(family, rank=2)
-    saving.activation_checkpointing_enable()
+    saving.gradient_checkpointing_enable()
     one, other = gradients(plain), gradients(saving.train())
     assert one.keys() == other.keys()
     for name in one:

@@ -173,6 +173,11 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
+def values(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of some flags, for a function whose arguments are called as the flags are."""
+    return {name: getattr(args, name) for name in names}
+
+
 def refuse(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:
     """Name the first of these flags that was given.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .arguments import Commands, add_command
+from .arguments import Commands, add_command, values
 
 
 def add_parser(commands: Commands) -> None:
@@ -40,15 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from ..models.probes import run_probes
     from ..pipeline_prism import PrismPipeline
 
-    done = convert_checkpoint(
-        args.source,
-        args.folder,
-        subfolder=args.subfolder,
-        weights=args.weights,
-        vocab=args.vocab,
-        tokenizer=args.tokenizer,
-        revision=args.revision,
-    )
+    how = values(args, "subfolder", "weights", "vocab", "tokenizer", "revision")
+    done = convert_checkpoint(args.source, args.folder, **how)
     print(f"{'weights':18}{done.weights} tensors, {len(done.renamed)} renamed, {len(done.left_out)} left out")
     for name in done.left_out:
         print(f"{'':18}left out: {name}")

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from .arguments import COUNT, Commands, add_command, show
+from .arguments import COUNT, Commands, add_command, show, values
 from .loading import add_eval_flags, load_bundled_or, scheduler_facts, steps_within
 
 
@@ -61,24 +61,18 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise ValueError(f"--out {args.out}: that folder does not exist, or it is a folder itself.")
     pipe = load_bundled_or(args, "sudoku")
-    steps = {"gen_length": args.gen_length, "block_length": args.block_length}
+    steps = values(args, "gen_length", "block_length")
     steps["num_inference_steps"] = steps_within(args.forwards, pipe, math.ceil(args.gen_length / args.block_length))
+    how = values(args, "style", "num_samples", "few_shot", "split", "limit", "batch_size", "workers", "seed")
     result = evaluate_code(
         pipe,
         args.problems,
         allow_execution=True,
         require_isolation=not args.no_isolation,
-        style=args.style,
-        num_samples=args.num_samples,
         ks=tuple(args.pass_at),
-        few_shot=args.few_shot,
-        split=args.split,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
         generation=steps,
         completions_file=None if args.out is None else Path(args.out).with_suffix(".completions.jsonl"),
+        **how,
     )
     result |= scheduler_facts(pipe)
     if args.out is not None:

@@ -124,13 +124,7 @@ def _tuned(
     from ..evaluation.tuning import first_settings, knobs
 
     if not any(map(knobs, plan["arms"])):
-        given = {
-            "--trials": args.trials,
-            "--tune-forwards": args.tune_forwards,
-            "--tune-reference": args.tune_reference,
-        }
-        if useless := [flag for flag, value in given.items() if value is not None]:
-            raise ValueError(f"{useless[0]} has no effect: no arm has a list of settings to choose from (--config).")
+        refuse(args, ("--trials", "--tune-forwards", "--tune-reference"), "without an arm of --config that has lists")
         return plan["arms"]
     if kind == "sudoku" and args.tune_reference is not None:
         raise ValueError("--tune-reference is for text; puzzles to choose settings on are generated.")

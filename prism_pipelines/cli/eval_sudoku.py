@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .arguments import COUNT, Commands, add_command, show
 from .loading import add_eval_flags, load_bundled_or, scheduler_facts, steps_within
-
-if TYPE_CHECKING:
-    from ..pipeline_prism import PrismPipeline
 
 
 def add_parser(kinds: Commands) -> None:
@@ -45,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from .. import evaluation, sudoku
+    from ..pipeline_checks import check_calibrated
     from ..schedulers import JudgeAndRepairScheduler
 
     pipe = load_bundled_or(args, "sudoku")
     outputs: list[Any] = []
     if args.risk_coverage:
-        _check_calibrated(pipe)
+        check_calibrated(pipe.quality_head, "--risk-coverage")
     # The forward that judges the result counts; judge and repair makes its own.
     looks = args.risk_coverage and not isinstance(pipe.scheduler, JudgeAndRepairScheduler)
     steps = steps_within(args.forwards, pipe) - looks
@@ -70,15 +68,6 @@ def run(args: argparse.Namespace) -> int:
         confidence = np.concatenate([out.confidence.cpu().numpy() for out in outputs])
         result |= _risk_at_tenths(evaluation.risk_coverage(confidence, score.solved))
     return show(result | scheduler_facts(pipe), args)
-
-
-def _check_calibrated(pipe: PrismPipeline) -> None:
-    """Raise a ValueError where the pipeline can say nothing of how sure it is."""
-    if pipe.quality_head is None or pipe.quality_head.config.get("temperature") is None:
-        found = "no quality head" if pipe.quality_head is None else "a quality head without a fitted temperature"
-        raise ValueError(
-            f"--risk-coverage needs a calibrated quality head, and the model has {found}: see fit_temperature."
-        )
 
 
 def _risk_at_tenths(curve: dict) -> dict:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from ..generation.batch import generate_many, read_prompts
-from .arguments import COUNT, Commands, add_command, add_seed_flag, add_temperature_flags
+from .arguments import COUNT, Commands, add_command, add_seed_flag, add_temperature_flags, values
 from .loading import add_model_flags, leave_processes, load_pipeline
 from .quiet import is_quiet
 
@@ -110,30 +110,11 @@ def flags_of(args: argparse.Namespace) -> list[str]:
 def generate(args: argparse.Namespace) -> int:
     """Load and generate, in this process or as one of several. Returns the exit status."""
     pipe = load_pipeline(args)
-    told = generate_many(
-        pipe,
-        args.prompts,
-        args.out,
-        gen_length=args.gen_length,
-        block_length=args.block_length,
-        num_inference_steps=args.num_inference_steps,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        cfg_scale=args.cfg_scale,
-        stop=args.stop,
-        eos_early_stop=args.eos_early_stop,
-        threshold=args.threshold,
-        cache=args.cache,
-        cache_refresh_interval=args.cache_refresh_interval,
-        use_chat_template=not args.no_chat_template,
-        chat_template_kwargs=args.chat_template_kwargs,
-        continue_final_message=args.continue_final_message,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        max_prompts=args.max_prompts,
-        too_long=args.too_long,
-        progress=not is_quiet(),
-    )
+    how = values(args, "gen_length", "block_length", "num_inference_steps", "temperature", "top_p", "cfg_scale", "stop")
+    how |= values(args, "eos_early_stop", "threshold", "cache", "cache_refresh_interval", "chat_template_kwargs")
+    how |= values(args, "continue_final_message", "batch_size", "seed", "max_prompts", "too_long")
+    chat = not args.no_chat_template
+    told = generate_many(pipe, args.prompts, args.out, use_chat_template=chat, progress=not is_quiet(), **how)
     leave_processes()
     rate = f"{told['prompts_per_second']:.3g} prompts/s, {told['tokens_per_second']:,.0f} tokens/s"
     print(f"generated {told['generated']} prompts in {told['seconds']:.1f} s ({rate})", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .arguments import COUNT, Commands, add_command, add_seed_flag, add_temperature_flags
+from .arguments import COUNT, Commands, add_command, add_seed_flag, add_temperature_flags, values
 from .loading import add_model_flags, leave_processes, load_pipeline
 from .quiet import is_quiet
 
@@ -65,25 +65,10 @@ def run(args: argparse.Namespace) -> int:
     from ..generation.infill import infill_many
 
     tell_duplicates(args)
-    told = infill_many(
-        load_pipeline(args),
-        args.file,
-        args.out,
-        column=args.column,
-        positions=args.positions,
-        positions_column=args.positions_column,
-        marks=args.mask,
-        drop=args.drop,
-        num_samples=args.num_samples,
-        select=args.select,
-        num_inference_steps=args.num_inference_steps,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        invalid=args.invalid,
-        progress=not is_quiet(),
-    )
+    how = values(args, "num_samples", "select", "num_inference_steps", "temperature", "top_p", "batch_size", "seed")
+    how |= values(args, "column", "positions", "positions_column", "drop", "invalid")
+    pipe = load_pipeline(args)
+    told = infill_many(pipe, args.file, args.out, marks=args.mask, progress=not is_quiet(), **how)
     report(args, told, "filled")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import Commands, add_command
+from .arguments import Commands, add_command, values
 from .infill import add_file_flags, report, tell_duplicates
 from .loading import add_model_flags, load_pipeline
 from .quiet import is_quiet
@@ -48,18 +48,8 @@ def run(args: argparse.Namespace) -> int:
     tell_duplicates(args)
     pipe = load_pipeline(args)
     by = args.by or ("own" if pipe.quality_head is None else "head")
-    told = score_many(
-        pipe,
-        args.file,
-        args.out,
-        by=by.replace("-", "_"),
-        column=args.column,
-        marks=args.mask,
-        drop=args.drop,
-        batch_size=args.batch_size,
-        invalid=args.invalid,
-        progress=not is_quiet(),
-    )
+    how = values(args, "column", "drop", "batch_size", "invalid") | {"by": by.replace("-", "_"), "marks": args.mask}
+    told = score_many(pipe, args.file, args.out, progress=not is_quiet(), **how)
     report(args, told, "scored")
     if args.html is not None and told["complete"]:
         page = quality_page(args.out, f"{Path(args.file).name}, scored by {by}")

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard
 
@@ -141,28 +141,38 @@ def scrub(file: Path, base_model: str | None) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+class Commit(NamedTuple):
+    """Where something is uploaded to.
+
+    Args:
+        repo_id: "owner/name" on the Hub; made if missing.
+        private: whether a new repository is private; None for the Hub's default.
+        token: access token of the Hub; None for the one that is logged in.
+        revision: branch to commit to; None for main.
+        message: of the commit; None for a default.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    message: str | None = None
+
+
 def push_head_repo(
     pipe: Any,
-    repo_id: str,
+    commit: Commit,
     *,
     base_model: str | None = None,
     base_revision: str | None = None,
     facts: dict[str, Any] | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
 ) -> str:
     """Upload what `save_head_repo` writes.
 
     Args:
         pipe, base_model, base_revision, facts: as `save_head_repo`. `base_model` must be an id on the Hub, because
             users of the head need it.
-        repo_id: "owner/name" on the Hub; made if missing.
-        private: whether a new repository is private; None for the Hub's default.
-        token: access token of the Hub; None for the one that is logged in.
-        revision: branch to commit to; None for main.
-        commit_message: of the commit; None for a default.
+        commit: where to.
     Returns:
         URL of the commit.
     Raises:
@@ -175,19 +185,17 @@ def push_head_repo(
             "nobody else could load it. Push the base model first, and pass its id as `base_model`."
         )
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_head_repo(
-            pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
+        save_head_repo(
+            pipe, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=commit.repo_id
         )
-        message = commit_message or f"{method(pipe)} quality head"
         replaces = ["adapter_*", "quality_head/*", "scheduler/*"]
-        return upload(folder, repo_id, replaces, message, private=private, token=token, revision=revision)
+        return upload(Path(temporary), commit, replaces, f"{method(pipe)} quality head")
 
 
 def save_adapter_repo(
     pipe: Any,
     name: str,
     folder: str | Path,
-    *,
     base_model: str,
     base_revision: str | None = None,
     facts: dict[str, Any] | None = None,
@@ -212,32 +220,21 @@ def save_adapter_repo(
 def push_adapter_repo(
     pipe: Any,
     name: str,
-    repo_id: str,
+    commit: Commit,
     *,
     base_model: str,
     base_revision: str | None = None,
     facts: dict[str, Any] | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
 ) -> str:
     """Upload what `save_adapter_repo` writes, and return the URL of the commit; arguments as `push_head_repo`."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_adapter_repo(
-            pipe, name, temporary, base_model=base_model, base_revision=base_revision, facts=facts, repo_id=repo_id
-        )
-        return upload(folder, repo_id, ["adapter_*"], "LoRA adapter", private=private, token=token)
+        folder = Path(temporary)
+        save_adapter_repo(pipe, name, folder, base_model, base_revision, facts, commit.repo_id)
+        return upload(folder, commit, ["adapter_*"], "LoRA adapter")
 
 
 def push_pipeline(
-    pipe: Any,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    facts: dict[str, Any] | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
+    pipe: Any, commit: Commit, *, base_model: str | None = None, facts: dict[str, Any] | None = None
 ) -> str:
     """Upload a whole saved pipeline; arguments as `push_head_repo`.
 
@@ -260,35 +257,25 @@ def push_pipeline(
             rewrite(Path(temporary) / "quality_head" / "config.json", heads.fingerprints(pipe.model))
         for file in Path(temporary).rglob("*.json"):
             scrub(file, base_model)
-        write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, repo_id), facts or {})
-        message = commit_message or "PRISM pipeline"
+        write_card(Path(temporary), pipeline_card(pipe, base_model, facts or {}, commit.repo_id), facts or {})
         replaces = ["model/*", "quality_head/*", "scheduler/*", "tokenizer/*"]
-        return upload(Path(temporary), repo_id, replaces, message, private=private, token=token, revision=revision)
+        return upload(Path(temporary), commit, replaces, "PRISM pipeline")
 
 
-def upload(
-    folder: Path,
-    repo_id: str,
-    replaces: list[str],
-    commit_message: str,
-    *,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None = None,
-) -> str:
+def upload(folder: Path, commit: Commit, replaces: list[str], default_message: str) -> str:
     """Make a repository if there is none, and commit a folder to it; returns the commit's URL.
 
     Files of the repository that match a pattern of `replaces` and are not in the folder are deleted, so that no old
     adapter is loaded.
     """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    api = HfApi(token=commit.token)
+    repo_id = api.create_repo(commit.repo_id, private=commit.private, exist_ok=True).repo_id
+    if commit.revision is not None:
+        api.create_branch(repo_id, branch=commit.revision, exist_ok=True)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        revision=revision,
-        commit_message=commit_message,
+        revision=commit.revision,
+        commit_message=commit.message or default_message,
         delete_patterns=replaces,
     ).commit_url

@@ -20,7 +20,7 @@ from ..models.precision import warn_of_slow_bfloat16
 from ..models.quality_head import QualityHead
 from ..schedulers.context import RunContext
 from ..schedulers.protocol import Scheduler
-from ..schedulers.validation import loop_steps, own_fields
+from ..schedulers.validation import is_number, loop_steps, own_fields
 from .canvas import Canvas, split_blocks
 from .kv_cache import CachedForward, ForwardOutput
 from .recorder import RunRecorder, recorder_for
@@ -133,7 +133,7 @@ def scheduler_of(scheduler: Scheduler, threshold: float | None) -> Scheduler:
     if threshold is None and not config.get("use_threshold", False):
         return own
     value = config["threshold"] if threshold is None else threshold
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not is_number(value, 0, 1) or value == 0:
         raise ValueError(f"`threshold` must be a number in (0, 1], got {value!r}.")
     if threshold is None:
         return own

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..models.families import MDMSpec
+from ..schedulers.validation import is_int
 from .canvas import Canvas
 from .encoding import has_chat_template, whole_ids
 
@@ -181,9 +182,8 @@ def token_ids(name: str, given: int | list[int] | None, vocab_size: int) -> tupl
         ValueError: not an id in [0, vocab_size).
     """
     ids = () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ValueError(f"`{name}` must be a token id below {vocab_size} or a list of them, got {given!r:.80}.")
+    if not all(is_int(token, 0, vocab_size - 1) for token in ids):
+        raise ValueError(f"`{name}` must be a token id below {vocab_size} or a list of them, got {given!r:.80}.")
     return ids
 
 

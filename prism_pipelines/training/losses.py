@@ -88,6 +88,10 @@ class Measured(ModelOutput):
     log_probs: Tensor | None = None
 
 
+def _of_backbone(name: str) -> Any:
+    return property(lambda objective: getattr(objective.denoiser.model, name), doc=f"`{name}` of the backbone.")
+
+
 class MDMObjective(nn.Module):
     """The masked diffusion loss: predict masked tokens from the visible ones.
 
@@ -244,23 +248,10 @@ class MDMObjective(nn.Module):
         return weighted / share_of_all(tokens.sum(), totals.get("tokens")), right
 
     # Trainer asks its model, which is this objective, to save memory; transformers 5.23 calls it by a new name.
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.gradient_checkpointing_disable()
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Forward to the backbone."""
-        self.denoiser.model.activation_checkpointing_disable()
+    gradient_checkpointing_enable = _of_backbone("gradient_checkpointing_enable")
+    gradient_checkpointing_disable = _of_backbone("gradient_checkpointing_disable")
+    activation_checkpointing_enable = _of_backbone("activation_checkpointing_enable")
+    activation_checkpointing_disable = _of_backbone("activation_checkpointing_disable")
 
 
 class PRISMObjective(MDMObjective):

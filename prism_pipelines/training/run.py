@@ -23,6 +23,7 @@ from ..atomic_files import write_atomically
 from ..hub.files import is_hub_id
 from ..hub.model_card import pipeline_card
 from ..hub.publish import (
+    Commit,
     push_adapter_repo,
     push_head_repo,
     push_pipeline,
@@ -264,25 +265,24 @@ def rebuilt(run: RunArguments, tensors: dict[str, torch.Tensor]) -> tuple[PrismP
 
 def save(pipe: PrismPipeline, run: RunArguments, args: transformers.TrainingArguments, facts: dict) -> None:
     """Writes the result, and pushes it with `--push-to-hub`."""
-    folder, repo = folder_of(args), args.hub_model_id or ""
-    hub_flags: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token, "facts": facts}
+    folder, commit = folder_of(args), Commit(args.hub_model_id or "", args.hub_private_repo, args.hub_token)
     base: dict[str, Any] = {"base_model": run.base_model, "base_revision": run.revision}
     if (folder / "calibration.png").is_file():
         facts["figure"] = str(folder / "calibration.png")
     if run.objective == "mdm" and run.adapter:
         save_adapter_repo(pipe, ADAPTER, folder, **base, facts=facts)
         if run.push_to_hub:
-            push_adapter_repo(pipe, ADAPTER, repo, **base, **hub_flags)
+            push_adapter_repo(pipe, ADAPTER, commit, **base, facts=facts)
         return
     if run.objective == "mdm" or run.full:
         pipe.save_pretrained(folder)
         write_card(folder, pipeline_card(pipe, run.base_model, facts), facts)
         if run.push_to_hub:
-            push_pipeline(pipe, repo, **hub_flags)
+            push_pipeline(pipe, commit, facts=facts)
         return
     save_head_repo(pipe, folder, **base, facts=facts)
     if run.push_to_hub:
-        push_head_repo(pipe, repo, **hub_flags)
+        push_head_repo(pipe, commit, facts=facts)
 
 
 def last_metrics(folder: str | Path) -> dict[str, float]:
