@@ -110,7 +110,7 @@ def _configured(args: argparse.Namespace, plan: dict[str, Any], kind: str) -> di
 
     fields = evaluation.read_comparison(args.config)
     if kind == "text" and args.seed and args.num_seeds is None:
-        raise ValueError("--seed has no effect beside the seeds of --config; pass --num-seeds too, or leave it out.")
+        raise ValueError("--seed has no effect with the seeds of --config; pass --num-seeds too, or leave --seed out.")
     kept = {field: plan[field] for field in ("quality", "higher_is_better") if field in plan}
     return (kept if fields.get("quality", plan.get("quality")) == plan.get("quality") else {}) | fields
 
