@@ -36,7 +36,7 @@ def add_parser(kinds: Commands) -> None:
             prism eval compare --config arms.json --model MODEL --quality-head HEAD""",
     )
     parser.add_argument("--task", choices=["sudoku", "text", "all"], help="default: sudoku; without --model all")
-    parser.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds, temperature")
+    parser.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds; docs/evaluation.md")
     parser.add_argument(
         "--forwards", metavar="N", type=COUNT, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text"
     )
