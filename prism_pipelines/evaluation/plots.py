@@ -1,7 +1,7 @@
 """Figures of evaluations and benchmarks, as PNG and SVG. Needs matplotlib, which the extra `eval` installs.
 
-Every function writes `path`, and next to it the same figure with the other ending, in the style of `figure_style.py`, or
-raises ImportError without matplotlib.
+Every function writes `path`, and next to it the same figure with the other ending, in the style of `figure_style.py`.
+It raises ImportError without matplotlib.
 """
 
 from __future__ import annotations
