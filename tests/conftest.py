@@ -30,7 +30,10 @@ def pytest_collection_modifyitems(config, items):
         laws = [item for item in items if family_of(item) == family]
         if not laws:
             known = sorted(filter(None, {family_of(item) for item in items}))
-            raise pytest.UsageError(f"--family {family!r}: no test has that family; known: {', '.join(known)}.")
+            raise pytest.UsageError(
+                f"--family {family!r}: no test has that family. A new one needs a twin in CHECKPOINTS of "
+                f"tests/family_twins.py (CONTRIBUTING.md, A model family); known: {', '.join(known)}."
+            )
         config.hook.pytest_deselected(items=[item for item in items if item not in laws])
         items[:] = laws
     slow = [item for item in items if item.get_closest_marker("slow")]

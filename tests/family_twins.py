@@ -39,7 +39,11 @@ class Words:
 
 
 def random_weights(shapes):
-    """Weights about 1 for norms, and random otherwise; biases are random too, or a forgotten one would not be seen."""
+    """Weights about 1 for norms, and random otherwise; biases are random too, or a forgotten one would not be seen.
+
+    A norm is known by "norm", "LayerNorm" or "ln_" in its name. A matrix is divided by the root of its inputs, but not
+    with "embed" or "wte" in its name.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
@@ -582,7 +586,7 @@ def qwen(model_type, tied=False, biases=False, qk_norm=False, **more):
     return lambda folder: save_qwen(folder, model_type, tied, biases, qk_norm, **more)
 
 
-# family -> (save, block length, shift)
+# family, a key of FAMILIES -> (save, block length or None, shift of the logits). `reference` must know it too.
 CHECKPOINTS = {
     "llada": (save_llada, None, 0),
     "llada:moe": (save_llada_moe, None, 0),
@@ -639,6 +643,8 @@ def reference(family, folder, ids):
         logits = gated_transformer(weights, LLADA_WORDS, ids, seen, 5e5, 1e-5)
     else:
         words = DIFFULLAMA_WORDS if family == "llama:diffullama" else QWEN_WORDS
+        if f"{words['embed']}.weight" not in weights:
+            pytest.fail(f"`reference` in family_twins.py knows no architecture for {family!r}: call its own there.")
         logits = gated_transformer(weights, words, ids, seen, 1e6, 1e-6)
     return torch.stack([logits[:, max(i - 1, 0)] for i in range(length)], dim=1) if shift else logits
 

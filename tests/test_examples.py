@@ -122,10 +122,13 @@ def test_the_docs_list_every_family_with_its_facts():
     rows = {
         line.split("`")[1]: line for line in lines if line.startswith("| `") and not line.startswith("| `model_type")
     }
-    assert set(rows) == set(FAMILIES)
+    assert set(rows) == set(FAMILIES), "the table of docs/models.md has a line for each row of FAMILIES, and no other"
     for key, spec in FAMILIES.items():
-        assert str(spec.mask_token_id) in rows[key]
-        assert ("i - 1" in rows[key]) == (spec.logit_shift == 1)
-        assert ("untested" in rows[key]) == (not spec.recipe.tested)
-        assert (spec.recipe.native_class or "remote code") in rows[key] or "native masked LM" in rows[key]
-        assert (f"block-causal, {spec.block_length}" in rows[key]) == (spec.attention == "block_causal")
+        line = f"the line of {key!r} in docs/models.md"
+        assert str(spec.mask_token_id) in rows[key], f"{line}: the mask id of its row is {spec.mask_token_id}"
+        assert ("i - 1" in rows[key]) == (spec.logit_shift == 1), f"{line}: logits at i - 1, or not"
+        assert ("untested" in rows[key]) == (not spec.recipe.tested), f"{line}: untested, or not"
+        native = spec.recipe.native_class or "remote code"
+        assert native in rows[key] or "native masked LM" in rows[key], f"{line}: its route is {native}"
+        blocks = f"block-causal, {spec.block_length}" in rows[key]
+        assert blocks == (spec.attention == "block_causal"), f"{line}: its attention is {spec.attention}"

@@ -4,6 +4,7 @@ The checkpoints and the references in plain torch are in family_twins.py; the la
 test_family_laws.py.
 """
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -41,7 +42,8 @@ from prism_pipelines.models.families import family_of
 
 
 def test_every_row_that_calls_itself_tested_is_tested_here():
-    assert set(CHECKPOINTS) == {family for family, row in FAMILIES.items() if row.recipe.tested}
+    tested = {family for family, row in FAMILIES.items() if row.recipe.tested}
+    assert set(CHECKPOINTS) == tested, "rows of FAMILIES and twins in CHECKPOINTS of family_twins.py have the same keys"
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
@@ -340,6 +342,15 @@ def test_a_model_that_is_refused_by_name_says_why(model_type, says, tmp_path):
     assert load(folder, mdm_spec=FAMILIES["sdar"]).spec.block_length == 4
     with pytest.raises(ValueError, match=says):
         resolve_spec(SimpleNamespace(model_type=model_type, mask_token_id=3, vocab_size=V))
+
+
+def test_the_mask_id_is_read_under_the_checkpoints_own_name(tmp_path, monkeypatch):
+    row = FAMILIES["llada"]
+    mapping = row.recipe.config_mapping | {"mask_token_id": "blank_id"}
+    named = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, config_mapping=mapping))
+    monkeypatch.setitem(FAMILIES, "llada", named)
+    folder = with_config("llada", tmp_path, blank_id=MASK - 1, mask_token_id=None)
+    assert load(folder, mask_token_id=None).spec.mask_token_id == MASK - 1
 
 
 def test_who_passes_a_spec_knows_better_than_the_config(tmp_path):

@@ -15,7 +15,7 @@ from prism_pipelines.hub.convert import convert_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 
-# What config.json calls the width, the number of layers and the inner width.
+# What config.json calls the width, the number of layers and the inner width (None: it has no word for it).
 OWN = {
     "llada": ("d_model", "n_layers", "mlp_hidden_size"),
     "llada:moe": ("hidden_size", "num_hidden_layers", "expert_intermediate_size"),
@@ -28,7 +28,11 @@ GPT2 = ("n_embd", "n_layer", "n_inner")
 
 
 def words(family):
-    return GPT2 if "diffugpt" in family else OWN.get(family, USUAL)
+    found = GPT2 if "diffugpt" in family else OWN.get(family, USUAL)
+    config = json.loads((checkpoint(family) / "config.json").read_text())
+    absent = [word for word in found[:2] if word not in config]
+    assert not absent, f"config.json of {family!r} has no {absent}: enter its own words in OWN of tests/test_sizes.py"
+    return found
 
 
 def with_config(family, folder, **values):

@@ -146,7 +146,7 @@ def test_the_side_by_side_measures_each_arm_once(tmp_path, capsys):
         folder = tmp_path / f"sudoku-heads-{way}"
         run(folder, "--objective=prism", f"--base-model={tmp_path / 'mdm'}", "--max-steps=1", *flags)
     out = tmp_path / "heads.json"
-    words = [str(tmp_path / "mdm"), "--runs", str(tmp_path), "--puzzles", "2", "--clues", "60", "--out", str(out)]
+    words = [str(tmp_path / "mdm"), "--runs", str(tmp_path), "--num-puzzles", "2", "--clues", "60", "--out", str(out)]
     assert sudoku_heads.main([*words, "--forwards", "4", "--seeds", "2"]) == 0
     result = json.loads(out.read_text())
     assert [row["arm"] for row in result["rows"]] == ["mdm", "full", "lora", "frozen"]

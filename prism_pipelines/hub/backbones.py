@@ -110,6 +110,9 @@ def load_whole(
         rows = (rows_of(key, path, subfolder, hub_kwargs) for key in (recipe.vocab_key, "lm_head.weight"))
         config_dict["vocab_size"] = next(filter(None, rows), config_dict["vocab_size"])
     config = SimpleNamespace(**config_dict)
+    mask_field = (recipe.config_mapping or {}).get("mask_token_id")
+    if mask_field in config_dict:
+        config.mask_token_id = config_dict[mask_field]
     spec = resolve_spec(config, tokenizer, mdm_spec=named, mask_token_id=given["mask_token_id"], name=path)
     refuse_attention(placement.get("attn_implementation"), spec)
     model = load_backbone(checkpoint, recipe, spec, dtype, trust_remote_code, placement)

@@ -132,6 +132,8 @@ def load_native(
         ) from error
     wrong = {name: sorted(info[name])[:3] for name in ("missing_keys", "mismatched_keys") if info[name]}
     if wrong:
+        if info["unexpected_keys"]:  # a name that `key_mapping` misses stands here, after its renaming
+            wrong["unused_keys"] = sorted(info["unexpected_keys"])[:3]
         raise ValueError(f"The weights of {path!r} do not fit {recipe.native_class}: {wrong}.")
     # Buffers of old releases and the pooler of an encoder are unused without harm, so no warning names them.
     left = sorted(name for name in info["unexpected_keys"] if not name.endswith(("inv_freq", "attn.bias")))
