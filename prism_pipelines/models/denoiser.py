@@ -80,6 +80,23 @@ class OutputHeadHook:
         return hook
 
 
+class CachedPass(NamedTuple):
+    """A forward pass that reads and writes a cache of keys and values, on all positions or on some.
+
+    Only for models with an additive mask, see `sampling/kv_cache.py`.
+
+    Args:
+        past_key_values: transformers cache; None for none, and then all positions are run.
+        columns: run the model on these positions only, int64 (B, W), and read the keys and values of all others from
+            the cache. A row with fewer than W is padded with the number L; the result there means nothing. None: all.
+        reach: with `columns`, the number of positions, from the first, that have keys; None for L.
+    """
+
+    past_key_values: Any = None
+    columns: Tensor | None = None
+    reach: int | None = None
+
+
 class MaskedDenoiser(nn.Module):
     """A masked language model as `ids -> hidden -> logits at positions`, with suppressed ids at -inf.
 
@@ -140,29 +157,19 @@ class MaskedDenoiser(nn.Module):
         return self.suppressed.shape[0]
 
     def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        columns: Tensor | None = None,
-        reach: int | None = None,
-        past_key_values: Any = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cached: CachedPass | None = None
     ) -> Tensor:
         """The input of the output head, by one forward pass of the model in which that head gets no rows.
 
         Args:
             input_ids: int64 of shape (B, L).
             attention_mask: 1 for tokens and 0 for padding, of shape (B, L); None for no padding.
-            columns: run the model on these positions only, int64 (B, W), and read the keys and values of all others
-                from `past_key_values`. A row with fewer than W positions is padded with the number L, and the result
-                there means nothing. None for all positions.
-            reach: with `columns`, the number of positions, from the first, that have keys; None for L.
-            past_key_values: transformers cache of keys and values, which is read and written. Only for models with an
-                additive mask, see `sampling/kv_cache.py`.
+            cached: the cache to use, and the positions to run the model on; None for no cache and all positions.
         Returns:
-            (B, L, H), or (B, W, H) with `columns`, in the model's dtype. It means nothing at padding.
+            (B, L, H), or (B, W, H) with `cached.columns`, in the model's dtype. It means nothing at padding.
         """
-        inputs = self.inputs(input_ids, attention_mask, columns=columns, reach=reach)
+        past_key_values, columns, _ = cached or CachedPass()
+        inputs = self.inputs(input_ids, attention_mask, cached)
         if past_key_values is not None:
             inputs |= {"past_key_values": past_key_values, "use_cache": True}
         asked = input_ids if columns is None else take_columns(input_ids, columns)
@@ -179,15 +186,11 @@ class MaskedDenoiser(nn.Module):
         return hidden
 
     def inputs(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        columns: Tensor | None = None,
-        reach: int | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cached: CachedPass | None = None
     ) -> dict[str, Any]:
         """Arguments of the model's forward besides the ids, as the spec says; arguments as `hidden`."""
         spec, inputs = self.spec, dict[str, Any]()
+        _, columns, reach = cached or CachedPass()
         positions = token_positions(input_ids, attention_mask)
         if not supports_all_masked_input(getattr(self.model, "config", None)):
             hidden = input_ids == spec.mask_token_id

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..models.denoiser import MaskedDenoiser, token_positions
+from ..models.denoiser import CachedPass, MaskedDenoiser, token_positions
 from ..models.families import FAMILIES, MDMSpec
 from ..models.quality_head import QualityHead
 from ..schedulers.validation import is_int
@@ -370,8 +370,8 @@ class CachedForward:
         self._target.shape, self._target.selection = sample.shape, selection
         ids = sample if rows is None else sample[rows]
         mask = self.attention_mask if rows is None or self.attention_mask is None else self.attention_mask[rows]
-        columns, reach = selection.columns, selection.reach
-        hidden = self.denoiser.hidden(ids, mask, columns=columns, reach=reach, past_key_values=self._cache)
+        columns = selection.columns
+        hidden = self.denoiser.hidden(ids, mask, CachedPass(self._cache, columns, selection.reach))
         if rows is None and columns is None:
             return ForwardOutput(hidden, hidden, selection)
         batch, length = sample.shape
