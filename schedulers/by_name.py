@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -54,7 +55,12 @@ def change_scheduler(
             raise ValueError(f"The fields of a scheduler, {fields!r}, are not JSON: {error}.") from None
     if not isinstance(changed, dict):
         raise ValueError(f'The fields of a scheduler must be an object such as {{"num_remask": 4}}, got {fields!r}.')
-    known = set(inspect.signature(kind).parameters)
-    if unknown := sorted(set(changed) - known):
-        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    check_field_names(kind, changed)
     return kind.from_config(scheduler.config, **changed)
+
+
+def check_field_names(kind: type[MDMSchedulerMixin], fields: Iterable[str]) -> None:
+    """Raise a ValueError that names the first of these fields that the scheduler class lacks, and all it has."""
+    known = set(inspect.signature(kind).parameters)
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")

@@ -102,7 +102,7 @@ def test_every_command_that_a_page_prints_is_one_that_parses(page):
             rest = rest[rest.index("--") + 1 :]
         for word in rest if taken is not None else []:
             flag = word.partition("=")[0]
-            assert not flag.startswith("--") or flag == "--" or flag in taken, (name, word)
+            assert not flag.startswith("--") or flag == "--" or flag in taken, f"{name} takes no {word}"
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "prism"])
@@ -115,7 +115,8 @@ def test_a_page_of_help_fits_a_screen_and_its_examples_parse(name, monkeypatch, 
             build_parser().parse_args([*name.split()[1:], "--help"])
     page = capsys.readouterr().out
     lines = page.splitlines()
-    assert len(lines) <= 50 and max(map(len, lines)) <= 102
+    assert len(lines) <= 50, f"{name} --help has {len(lines)} lines, at most 50 fit: shorten its description or help"
+    assert max(map(len, lines)) <= 102, max(lines, key=len)
     if name in ("prism", "prism eval"):
         return
     examples = page[page.index("\nexamples:\n") :].splitlines()[2:]
@@ -141,7 +142,8 @@ def test_flags_have_dashes_and_one_name_means_one_thing_in_every_command():
                 kinds.setdefault(flag, {})[name] = (type(action).__name__, action.metavar)
     several = {"--out", "--mask", "--data", "--positions", "--text"}  # a file here, a folder there
     for flag, found in kinds.items():
-        assert flag in several or len(set(found.values())) == 1, (flag, found)
+        told = f"{flag} must have the same action and metavar in every command: {found}"
+        assert flag in several or len(set(found.values())) == 1, told
     assert not {"--steps", "--torch-dtype", "--length", "--output"} & set(kinds)
 
 

@@ -236,6 +236,14 @@ def test_a_comparison_may_go_on_with_another_batch_size(tmp_path):
         ({"arms": [{"name": "x"}]}, "An arm is"),
         ({"arms": [ARMS[0], ARMS[0]]}, "`arms` must not hold one twice"),
         ({"arms": [{"name": "x", "scheduler": "NoScheduler"}]}, "NoScheduler.*PrismScheduler"),
+        (
+            {"arms": [{"name": "x", "scheduler": "MDLMScheduler", "ordr": "margin"}]},
+            "Arm 'x'.* 'ordr'; it has.* order,",
+        ),
+        (
+            {"arms": [{"name": "x", "scheduler": "MDLMScheduler", "order": "margins"}]},
+            "Arm 'x': `order` must be one of",
+        ),
         ({"arms": [{"name": "x", "scheduler": "MDLMScheduler", "temperature": 0.0}]}, "temperature 0.0.*outside"),
         ({"arms": [{**ARMS[0], "top_p": 0.9}, ARMS[1]]}, "same top_p.*outside"),
         ({"arms": [{**ARMS[0], "outside": True}]}, "nothing to compare"),
@@ -336,7 +344,7 @@ def test_a_comparison_is_read_from_json_and_toml(tmp_path):
         ("a.json", '{"arms": [], "forwards": [2], "seeds": [3], "quality": ["x"]}', "'quality' must be a string"),
         ("a.json", '{"arms": [{"model": []}], "forwards": [2], "seeds": [0]}', "an arm is"),
         ("a.json", '{"arms": ["x"], "forwards": [2], "seeds": [0]}', "an arm is"),
-        ("a.json", '{"arms": [], "forwards": []}', "lacks.*seeds"),
+        ("a.json", '{"arms": [], "forwards": []}', "lacks.*seeds.*needs lists such as"),
         ("a.json", '{"arms": [], "forwards": [], "seeds": [], "temprature": 1}', "temprature"),
     ],
 )

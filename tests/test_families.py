@@ -440,7 +440,7 @@ def test_a_head_of_another_size_or_base(family):
         pipe.load_quality_head(QualityHead(H, base_model="GSAI-ML/LLaDA-1.5"))
     assert pipe.quality_head is None
     pipe._revision = "v2"
-    with pytest.warns(UserWarning, match="made for revision 'v1', and the model is of 'v2'"):
+    with pytest.warns(UserWarning, match="made for revision 'v1', and the model has revision 'v2'"):
         pipe.load_quality_head(QualityHead(H, base_model="GSAI-ML/LLaDA-8B-Base", base_revision="v1"))
 
 

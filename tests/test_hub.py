@@ -155,7 +155,7 @@ def test_a_revision_is_that_of_the_model_and_not_of_its_head(hub, base, tmp_path
     newer = perturbed(base, tmp_path / "newer")
     hub.commit(BASE, newer, branch="next")
     hub.commit(HEAD, write_head(tmp_path / "head", revision="main"))
-    with pytest.warns(UserWarning, match="made for revision 'main', and the model is of 'next'"):
+    with pytest.warns(UserWarning, match="made for revision 'main', and the model has revision 'next'"):
         pipe = PrismPipeline.from_pretrained(BASE, revision="next", quality_head=HEAD)
     assert same(pipe, load(newer, quality_head=tmp_path / "head"))
     hub.commit(HEAD, write_head(tmp_path / "other", seed=1), branch="second")

@@ -40,7 +40,7 @@ MESSAGES = {
     "The quality head was made for other weights of": "hub/heads.py",
     "and the model in use has other weights": "hub/publish.py",
     "are in use and are not part of": "hub/publish.py",
-    "speaks of a model of": "hub/sizes.py",
+    "describes a model of": "hub/sizes.py",
     "layers, and the files hold": "hub/sizes.py",
     "has values that make no model": "hub/sizes.py",
     "model.safetensors.index.json": "hub/sizes.py",

@@ -36,7 +36,7 @@ def add_parser(kinds: Commands) -> None:
             prism eval compare --config arms.json --model MODEL --quality-head HEAD""",
     )
     parser.add_argument("--task", choices=["sudoku", "text", "all"], help="default: sudoku; without --model all")
-    parser.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds, temperature")
+    parser.add_argument("--config", metavar="FILE", help=".json or .toml: arms, forwards, seeds; docs/evaluation.md")
     parser.add_argument(
         "--forwards", metavar="N", type=COUNT, nargs="+", help="default: 16 52 for sudoku, 16 32 64 for text"
     )
@@ -110,7 +110,7 @@ def _configured(args: argparse.Namespace, plan: dict[str, Any], kind: str) -> di
 
     fields = evaluation.read_comparison(args.config)
     if kind == "text" and args.seed and args.num_seeds is None:
-        raise ValueError("--seed has no effect beside the seeds of --config; pass --num-seeds too, or leave it out.")
+        raise ValueError("--seed has no effect with the seeds of --config; pass --num-seeds too, or leave --seed out.")
     kept = {field: plan[field] for field in ("quality", "higher_is_better") if field in plan}
     return (kept if fields.get("quality", plan.get("quality")) == plan.get("quality") else {}) | fields
 

@@ -24,8 +24,8 @@ def add_parser(commands: Commands) -> None:
         run,
         "MODEL --prompts FILE --out FILE [FLAGS]",
         help="continue every prompt of a file; resumable, on one or several GPUs",
-        description="Continue every prompt of a file and write a JSON line for each, in input order. "
-        "The same command again goes on after a kill.",
+        description="Continue every prompt of a file, in order, a JSON line each. "
+        "The same command goes on after a kill.",
         examples="""
             prism generate MODEL --prompts prompts.jsonl --out out.jsonl --gen-length 256
             prism generate MODEL --prompts prompts.jsonl --out out.jsonl --num-processes 4""",

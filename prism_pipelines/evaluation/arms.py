@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..schedulers.by_name import scheduler_class
+from ..schedulers.by_name import check_field_names, scheduler_class
 from ..schedulers.validation import is_int
 from .figure_style import need_matplotlib
 
@@ -26,6 +26,9 @@ TEXT_ARMS: list[dict] = [
     {"name": "self-confidence", "scheduler": "SelfConfidenceScheduler", "order": "random", "eta": 0.03},
     {"name": "PRISM", "scheduler": "PrismScheduler", "order": "random", "eta": 0.03},
 ]
+NEEDED = (
+    '{"arms": [{"name": "margin", "scheduler": "MDLMScheduler", "order": "margin"}], "forwards": [16], "seeds": [0]}'
+)
 LARGEST_SEED = 2**63 - 1
 FIELDS: dict[str, Any] = {
     "arms": list,
@@ -62,7 +65,7 @@ def read_comparison(path: str | Path) -> dict:
     if unknown := sorted(set(fields) - set(FIELDS)):
         raise ValueError(f"{path} has unknown fields {unknown}; known: {sorted(FIELDS)}.")
     if missing := [name for name in ("arms", "forwards", "seeds") if name not in fields]:
-        raise ValueError(f"{path} lacks {missing}.")
+        raise ValueError(f"{path} lacks {missing}; it needs lists such as {NEEDED}.")
     if wrong := [name for name, value in fields.items() if not isinstance(value, FIELDS[name])]:
         kind = {list: "a list", str: "a string", bool: "true or false"}.get(FIELDS[wrong[0]], "a number")
         raise ValueError(f"{path}: {wrong[0]!r} must be {kind}, got {fields[wrong[0]]!r}.")
@@ -96,6 +99,7 @@ def make_scheduler(arm: dict, temperature: float) -> Any:
     config = {key: value for key, value in arm.items() if key not in ("name", "scheduler", "outside", "model")}
     try:
         kind = scheduler_class(arm["scheduler"])
+        check_field_names(kind, config)
     except ValueError as error:
         raise ValueError(f"Arm {arm['name']!r}: {error}") from None
     if not arm.get("outside") and config.get("temperature", temperature) != temperature:
@@ -105,8 +109,8 @@ def make_scheduler(arm: dict, temperature: float) -> Any:
         )
     try:
         return kind(**{"temperature": temperature, **config})
-    except TypeError as error:
-        raise ValueError(f"Arm {arm['name']!r}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Arm {arm['name']!r}: {str(error).rstrip('.')}.") from error
 
 
 def check_comparison(

@@ -1,7 +1,7 @@
 """Figures of evaluations and benchmarks, as PNG and SVG. Needs matplotlib, which the extra `eval` installs.
 
-Every function writes `path` and the same figure with the other ending beside it, in the style of `figure_style.py`, and
-raises ImportError without matplotlib.
+Every function writes `path`, and next to it the same figure with the other ending, in the style of `figure_style.py`.
+Without matplotlib each raises ImportError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _arms(axis: Axes, arms: dict, highlight: list[str] | None, number: str) -> dict:
     """One line an arm against the number of forwards; few in colour, with bars for their intervals, the others grey.
 
-    Arms in colour stand a little beside each other, or their bars would hide one another.
+    Arms in colour are moved a little sideways, so that their bars do not hide each other.
 
     Args:
         arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
@@ -65,7 +65,7 @@ def success_figure(panels: dict, path: str | Path, highlight: list[str] | None =
 
     Args:
         panels: {title: {arm: [(forwards, success, low, high), ...]}}; shares in [0, 1].
-        path: PNG or SVG file to write; the other is written beside it.
+        path: PNG or SVG file to write; the other is written next to it.
         highlight: arms in colour; None for judge and repair, PRISM, self-confidence, MDLM. Others are grey, without
             their intervals.
     """
@@ -92,7 +92,7 @@ def reliability_figure(curves: dict, path: str | Path) -> None:
 
     Args:
         curves: {title: [(mean quality, share right, n), ...]}, as `reliability` of `calibration_measures`.
-        path: PNG or SVG file to write; the other is written beside it.
+        path: PNG or SVG file to write; the other is written next to it.
     """
     with styled():
         figure, axes = new_figure(len(curves), size=(4.2, 3.8))
@@ -111,7 +111,7 @@ def reliability_comparison_figure(panels: dict, path: str | Path) -> None:
 
     Args:
         panels: {title: {score: [(mean claimed, share right, n), ...]}}, as `reliability` of `calibration_measures`.
-        path: PNG or SVG file to write; the other is written beside it.
+        path: PNG or SVG file to write; the other is written next to it.
     """
     with styled():
         figure, axes = new_figure(len(panels), columns=3, size=(4.2, 3.8))
@@ -141,7 +141,7 @@ def pareto_figure(
         arms: {arm: [(forwards, value, low, high), ...]}; low and high None where there is no interval.
         front: (forwards, value) of the points that no other point beats.
         metric: label of the vertical axis.
-        path: PNG or SVG file to write; the other is written beside it.
+        path: PNG or SVG file to write; the other is written next to it.
         outside: arms that are shown but not compared, so they are not on the front.
         highlight: as `success_figure`.
     """
@@ -168,7 +168,7 @@ def measures_figure(
 
     Args:
         panels: {measure: {arm: [(forwards, value, low, high), ...]}}; low and high None where there is no interval.
-        path: PNG or SVG file to write; the other is written beside it.
+        path: PNG or SVG file to write; the other is written next to it.
         marks: {measure: value of held-out text}, a dotted line.
         highlight: as `success_figure`.
     """

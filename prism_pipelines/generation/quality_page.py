@@ -6,8 +6,9 @@ import html
 import json
 from pathlib import Path
 
+from ..sampling.token_states import LOW_QUALITY
+
 MOST = 500  # rows of a page; with more, a browser becomes slow
-LOW = 0.5  # tokens of a lower quality are also underlined, for readers who do not see the colour
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>@TITLE@</title><style>
 :root {color-scheme: light dark; --worst: 220, 80, 20}
@@ -39,7 +40,7 @@ def quality_page(path: str | Path, title: str = "Quality") -> str:
     parts = [page_row(row) for row in rows[:MOST]]
     if len(rows) > MOST:
         parts.append(f"<p>The first {MOST} of {len(rows)} rows; the others are in {html.escape(Path(path).name)}.</p>")
-    page = PAGE.replace("@LOW@", str(LOW)).replace("@TITLE@", html.escape(title))
+    page = PAGE.replace("@LOW@", str(LOW_QUALITY)).replace("@TITLE@", html.escape(title))
     return page.replace("@ROWS@", "\n".join(parts))  # last, as a row may hold such a word
 
 
@@ -57,7 +58,7 @@ def page_row(row: dict) -> str:
         if quality is None:
             parts.append(f'{apart}<span class="none" title="{number}: mask">{text}</span>')
         else:
-            low = " low" if quality < LOW else ""
+            low = " low" if quality < LOW_QUALITY else ""
             tip = f"{text} {number}: {quality}"
             parts.append(f'{apart}<span class="q{low}" style="--p:{quality}" title="{tip}">{text}</span>')
     return f'<h2>{name} <small>{told}</small></h2><p class="text">{"".join(parts)}</p>'

@@ -178,7 +178,7 @@ def check_head(quality_head: QualityHead | None, model: Any, revision: str | Non
         )
     if about.base_revision and revision and about.base_revision != revision:
         warnings.warn(
-            f"The quality head was made for revision {about.base_revision!r}, and the model is of {revision!r}.",
+            f"The quality head was made for revision {about.base_revision!r}, and the model has revision {revision!r}.",
             stacklevel=3,
         )
         return

@@ -20,9 +20,9 @@ CARD_TAGS = ("diffusers", "prism", "masked-diffusion")
 MEANINGS = {
     "PRISM": "It gives, in the same forward pass as the predictions, the probability that each visible token is right; "
     "at inference the least likely are masked again and refilled ([PRISM](https://arxiv.org/abs/2510.01384)).",
-    "Token-Critic": "It gives the probability that each token is of the data and not written by the model, which says "
-    "nothing about whether it is right; at inference the whole text is filled, judged, and masked again where the "
-    "model's hand is most likely ([Token-Critic](https://arxiv.org/abs/2209.04439)).",
+    "Token-Critic": "It gives the probability that each token comes from the data and was not written by the model, "
+    "which says nothing about whether the token is right; at inference the whole text is filled and judged, and the "
+    "tokens that the model most likely wrote are masked again ([Token-Critic](https://arxiv.org/abs/2209.04439)).",
 }
 
 

@@ -182,7 +182,7 @@ def push_head_repo(
     if base_model and not is_hub_id(base_model):
         raise ValueError(
             f"The base model of this head is {base_model!r}, which is not an id on the Hub (owner/name), so "
-            "nobody else could load it. Push the base model first, and pass its id as `base_model`."
+            "others could not load it. Push the base model first, and pass its id as `base_model`."
         )
     with tempfile.TemporaryDirectory() as temporary:
         save_head_repo(

@@ -68,7 +68,7 @@ def save_model(model: Any, folder: Path, names: dict[str, str]) -> bool:
         if names:
             base = getattr(model, "_origin", None)
             what = f"The weights are not those of {base.base!r} any more" if base else "It is not known what was loaded"
-            warnings.warn(f"{what}: the model is saved whole, with its adapters beside it.", stacklevel=4)
+            warnings.warn(f"{what}: the model is saved whole, with its adapters next to it.", stacklevel=4)
         with saved_without_adapters(model):
             type(model).save_pretrained(model, folder, state_dict=without_lora(model), safe_serialization=True)
     at_root = origin is not None and len(names) == 1

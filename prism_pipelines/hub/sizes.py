@@ -141,8 +141,8 @@ def check_sizes(native: Any, config: Any, config_dict: dict[str, Any], shapes: S
     if needed > PACKED * held + SPARE:
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in COUNTS if hasattr(config, name))
         raise ValueError(
-            f"config.json of {owner!r} speaks of a model of {needed:,} numbers ({sizes}), and the weights beside it "
-            f"hold {held:,}. Look for the config.json that belongs to them."
+            f"config.json of {owner!r} describes a model of {needed:,} numbers ({sizes}), and its weight files hold "
+            f"{held:,}. Look for the config.json that belongs to these weights."
         )
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     unlike = sorted(name for name, shape in shapes.items() if expected.get(name, shape) != shape)

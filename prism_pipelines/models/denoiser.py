@@ -88,7 +88,7 @@ class CachedPass(NamedTuple):
     Args:
         past_key_values: transformers cache; None for none, and then all positions are run.
         columns: run the model on these positions only, int64 (B, W), and read the keys and values of all others from
-            the cache. A row with fewer than W is filled up with L, where the result means nothing. None for all.
+            the cache. A row with fewer than W is padded with the number L; the result there means nothing. None: all.
         reach: with `columns`, the number of positions, from the first, that have keys; None for L.
     """
 

@@ -40,7 +40,7 @@ _NO_RESIDUES = ("X", "B", "U", "Z", "O", ".", "-", "<null_1>")
 def _masked_lm(
     mask_token_id: int, recipe: CheckpointRecipe, lora_targets: tuple[str, ...], source: str, **facts: Any
 ) -> MDMSpec:
-    """A masked language model of transformers, which is bidirectional by itself."""
+    """A masked language model of transformers, which is bidirectional without a change."""
     return MDMSpec(mask_token_id, lora_targets=lora_targets, source=source, recipe=recipe, **facts)
 
 
