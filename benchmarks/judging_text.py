@@ -3,19 +3,18 @@
 Held fixed: bundled text model, temperature 1, 256 bytes a text, seeds. Varied: the rule, and the number of forwards.
 Measures and intervals are those of `benchmarks.text`, without the judge; reference: MDLM, paired by seed. A finished
 cell is not run again. The last line of stdout is one JSON object, which --table also writes to a file.
-Usage: python -m benchmarks.judging_text [--quick] --quality-head FOLDER [--dtype bf16] [--table FILE]
+Usage: python -m benchmarks.judging_text [--quick] --quality-head FOLDER [--dtype bfloat16] [--table FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.shared import ROOT, origin
+from benchmarks.shared import ROOT, give, origin
 from prism_pipelines import PrismPipeline, bundled
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import folder_contents, pipeline_fingerprint, run_comparison, task_of_folder
@@ -38,6 +37,20 @@ ARMS = [
 ]
 
 
+def docs_table(result: dict) -> str:
+    """The table of docs/judging.md, from the JSON."""
+    cells = {(row["arm"], row["forwards"], row["metric"]): row for row in result["rows"]}
+    arms, forwards = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
+    others = {"known_words": "known words", "entropy": "entropy", "distinct_2": "distinct 2-grams"}
+    titles = ["rule", *(f"distance, {n} passes" for n in forwards), *others.values()]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for arm in arms:
+        found = ["{value:.3f} ({low:.3f}-{high:.3f})".format(**cells[arm, n, "ngram_js"]) for n in forwards]
+        found += [" / ".join(f"{cells[arm, n, name]['value']:.2f}" for n in forwards) for name in others]
+        lines.append(f"| {arm} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
 def parse_args(argv=None):
     """The flags; see the module's docstring."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +59,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-samples", type=int, default=64, help="texts a cell (default: %(default)s)")
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--forwards", type=int, nargs="+", default=list(FORWARDS))
-    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", default=str(ROOT / "runs" / "judging-text"), help="finished cells (%(default)s)")
     parser.add_argument("--table", type=Path, help="write the JSON there")
     return parser.parse_args(argv)
@@ -55,7 +68,7 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Run every cell that is missing and print the table. Returns the exit status."""
     args = parse_args(argv)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     pipes = {}
     for name, head in ((None, args.quality_head), (OWN_HEAD, None)):
         pipes[name] = PrismPipeline.from_pretrained(bundled("text"), quality_head=head).to(dtype)
@@ -77,10 +90,8 @@ def main(argv=None) -> int:
         reference="MDLM",
     )
     result = {"settings": {"num_samples": count, "dtype": args.dtype}, **origin(), **found}
-    if args.table:
-        args.table.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
-    return 0
+    print(docs_table(result))
+    return give(result, args.table)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_cli import tiny_pipeline
+from torch.nn.functional import logsigmoid
 
+from benchmarks import head_ablation
 from benchmarks.detection import RANDOM, canvases, docs_tables, judged_rows, measures
-from prism_pipelines import PrismPipeline, bundled
+from prism_pipelines import PrismPipeline, QualityHead, bundled
 from prism_pipelines.evaluation.detection import (
     JudgedRow,
     best_free,
@@ -23,6 +26,7 @@ from prism_pipelines.evaluation.statistics import (
     rank_correlation,
     reliability,
 )
+from prism_pipelines.schedulers.context import INPUTS, num_features
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,3 +118,38 @@ def test_the_shipped_heads_that_know_the_run_are_calibrated_and_named_by_their_w
         PrismPipeline.from_pretrained(
             bundled("text" if name == "sudoku" else "sudoku"), quality_head=bundled(f"{name}-head")
         )
+
+
+def test_the_variants_of_a_head_differ_from_the_bundled_one_in_what_their_name_says():
+    for task in ("sudoku", "text"):
+        full, *others = head_ablation.variants(task).items()
+        bundled_head = QualityHead.load_config(Path(bundled(task)).parent / f"{task}-head" / "quality_head")
+        assert (list(full[1].context), full[1].architecture) == (bundled_head["context"], bundled_head["architecture"])
+        for name, other in others:
+            changed = {field for field, value in vars(other).items() if value != vars(full[1])[field]}
+            assert len(changed) == 1 + ("no context (PRISM)" in name), name
+
+
+def test_a_fit_on_labelled_states_learns_what_its_inputs_tell():
+    torch.manual_seed(0)
+    channels, shape = num_features(head_ablation.ALL), (64, 24)
+    features = torch.zeros(*shape, channels)
+    place = sum(INPUTS[name] for name in head_ablation.ALL[: head_ablation.ALL.index("draw")])
+    label = -4 * torch.rand(shape)
+    features[..., place], features[..., place + 1] = 1.0, label / 10
+    states = head_ablation.States(torch.zeros(*shape, 8), torch.zeros(*shape, 8), features, label.exp().round(), label)
+    found = {}
+    for context in ((), ("draw",)):
+        variant = head_ablation.Variant(context, "posterior", architecture="linear")
+        head = head_ablation.fit(states, variant, "text", seed=0, steps=200)
+        draw = features[..., place : place + 2] if context else None
+        with torch.no_grad():
+            found[context] = float((logsigmoid(head(states.hidden, None, draw)) - label).square().mean())
+    assert found["draw",] < 0.2 * found[()]
+
+
+def test_seeds_of_one_head_become_one_line():
+    columns = {"a #0": {"fill 1": 3.0}, "a #1": {"fill 1": 5.0}, "own": {"fill 1": 2.0}}
+    table = head_ablation.over_seeds(columns)
+    assert table == {"a": {"fill 1": [3.0, 5.0]}, "own": {"fill 1": [2.0]}}
+    assert "| a | 4.0 (3.0-5.0) |" in head_ablation.markdown(table) and "| own | 2.0 |" in head_ablation.markdown(table)
