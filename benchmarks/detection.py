@@ -140,11 +140,11 @@ def measures(rows: list[JudgedRow]) -> dict:
     return {name: value for name, value in found.items() if value}
 
 
-def heads_of(pipe, task: str, named: list[str]) -> dict[str, QualityHead]:
+def heads_of(pipe, source: str, named: list[str]) -> dict[str, QualityHead]:
     """Of a bundled model the head in its pipeline and the one that knows the run; and those of --heads."""
     heads = {} if pipe.quality_head is None else {ONE_STEP: pipe.quality_head}
-    ours = Path(bundled(task)).parent / f"{task}-head"
-    for words in [*([f"{KNOWS}={ours}"] if ours.is_dir() else []), *named]:
+    is_bundled, ours = source in map(bundled, ("sudoku", "text")), Path(f"{source}-head")
+    for words in [*([f"{KNOWS}={ours}"] if is_bundled else []), *named]:
         name, _, folder = words.partition("=")
         place = Path(folder) / "quality_head"
         heads[name] = QualityHead.from_pretrained(place if place.is_dir() else folder)
@@ -196,7 +196,7 @@ def main(argv=None) -> int:
         began = time.perf_counter()
         source = args.model if args.model and task == "text" else bundled(task)
         pipe = PrismPipeline.from_pretrained(source).to(getattr(torch, args.dtype))
-        rows = rows_of_task(pipe, heads_of(pipe, task, args.heads), task, count, args.length, args.batch_size)
+        rows = rows_of_task(pipe, heads_of(pipe, source, args.heads), task, count, args.length, args.batch_size)
         for kind in dict.fromkeys(row.kind for row in rows):
             found = measures([row for row in rows if row.kind == kind])
             result["tasks"][f"{task}, {kind}" + (" clues" if task == "sudoku" else "")] = found
