@@ -10,7 +10,7 @@ import torch
 from test_cli import tiny_pipeline
 from torch.nn.functional import logsigmoid
 
-from benchmarks import head_ablation
+from benchmarks import head_ablation, judging_text
 from benchmarks.detection import RANDOM, canvases, docs_tables, judged_rows, measures
 from prism_pipelines import PrismPipeline, QualityHead, bundled
 from prism_pipelines.evaluation.detection import (
@@ -92,7 +92,9 @@ def test_without_rows_nothing_is_found():
 
 def test_the_tables_of_the_docs_are_those_of_the_committed_figures():
     result = json.loads((ROOT / "docs" / "figures" / "detection.json").read_text())
-    assert docs_tables(result).strip() in (ROOT / "docs" / "judging.md").read_text()
+    page = (ROOT / "docs" / "judging.md").read_text()
+    assert docs_tables(result).strip() in page
+    assert judging_text.docs_table(json.loads((ROOT / "docs" / "figures" / "judging_text.json").read_text())) in page
 
 
 def test_a_state_of_the_benchmark_is_judged_by_every_score():
