@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from examples.local_hub import LocalHub
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead
+from prism_pipelines.models.transformers_patches import with_split_weights
 from prism_pipelines.sudoku import sudoku_tokenizer
 
 BASE, HEAD, PIPE = "them/tiny-llada", "me/tiny-llada-prism", "me/tiny-pipeline"
@@ -276,6 +277,12 @@ def test_nothing_in_the_cache_and_nothing_may_be_fetched(hub, base, monkeypatch)
     snapshot_download(BASE, allow_patterns="config.json")
     with pytest.raises(OSError, match=r"model\.safetensors of .* was not downloaded before"):
         PrismPipeline.from_pretrained(BASE, local_files_only=True)
+
+
+def test_a_transformers_that_cannot_cut_weights_is_named(monkeypatch):
+    monkeypatch.delattr("transformers.core_model_loading.Split")
+    with pytest.raises(ImportError, match=r"LlamaForCausalLM .* transformers [0-9.]+ cannot cut"):
+        with_split_weights(LlamaForCausalLM, {"qkv.weight": ["q.weight"]})
 
 
 def test_a_hub_that_is_down_is_asked_once_and_what_is_cached_loads(hub, base, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 from .spec import CheckpointRecipe
@@ -43,13 +44,23 @@ def with_split_weights(native: Any, split_weights: dict[str, list[str]]) -> Any:
     """A subclass of a native class for which transformers cuts weights as `CheckpointRecipe.split_weights` says.
 
     transformers keeps such rules in a table by the name of the class (`register_checkpoint_conversion_mapping`).
+
+    Raises:
+        ImportError: this transformers cannot cut a weight into unequal parts; 5.20 is the first that can.
     """
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
-    from transformers.core_model_loading import Split, WeightConverter
+    from transformers.core_model_loading import WeightConverter
 
+    try:
+        from transformers.core_model_loading import Split
+    except ImportError as error:
+        raise ImportError(
+            f"{native.__name__} is loaded from weights that were saved as one, and transformers "
+            f"{transformers.__version__} cannot cut them. Install transformers>=5.20."
+        ) from error
     name = f"Split{native.__name__}"
     rules = get_checkpoint_conversion_mapping(native.config_class.model_type) or []
     rules += [WeightConverter(whole, parts, [Split(dim=0)]) for whole, parts in split_weights.items()]
