@@ -29,6 +29,7 @@ from benchmarks.detection import LOOKS, canvases, measures, rows_of_task
 from benchmarks.shared import give, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
+from prism_pipelines.evaluation.detection import NAMES
 from prism_pipelines.schedulers.context import INPUTS, context_features
 from prism_pipelines.training.rollout_losses import WARM_UP, every, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
@@ -202,11 +203,10 @@ def markdown(table: dict[str, dict[str, list[float]]]) -> str:
     for name, values in table.items():
         cells = []
         for title in titles:
-            some = values[title]
-            digits = 3 if max(some) <= 1 else 1
+            some, digits = values[title], 1 if title.startswith("fill") else 3
             mean = f"{np.mean(some):.{digits}f}"
             cells.append(mean if len(some) == 1 else f"{mean} ({min(some):.{digits}f}-{max(some):.{digits}f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {NAMES.get(name, name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -95,6 +95,8 @@ def test_the_tables_of_the_docs_are_those_of_the_committed_figures():
     page = (ROOT / "docs" / "judging.md").read_text()
     assert docs_tables(result).strip() in page
     assert judging_text.docs_table(json.loads((ROOT / "docs" / "figures" / "judging_text.json").read_text())) in page
+    ablation = json.loads((ROOT / "docs" / "figures" / "head_ablation.json").read_text())
+    assert head_ablation.markdown(ablation["tasks"]["text"]["table"]) in page
 
 
 def test_a_state_of_the_benchmark_is_judged_by_every_score():
@@ -154,4 +156,6 @@ def test_seeds_of_one_head_become_one_line():
     columns = {"a #0": {"fill 1": 3.0}, "a #1": {"fill 1": 5.0}, "own": {"fill 1": 2.0}}
     table = head_ablation.over_seeds(columns)
     assert table == {"a": {"fill 1": [3.0, 5.0]}, "own": {"fill 1": [2.0]}}
-    assert "| a | 4.0 (3.0-5.0) |" in head_ablation.markdown(table) and "| own | 2.0 |" in head_ablation.markdown(table)
+    assert "| a | 4.0 (3.0-5.0) |" in head_ablation.markdown(table) and "now (free) | 2.0 |" in head_ablation.markdown(
+        table
+    )
