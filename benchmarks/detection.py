@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared import origin
+from benchmarks.shared import give, origin
 from prism_pipelines import MDLMScheduler, PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation import detection_measures, detection_table
@@ -207,10 +207,8 @@ def main(argv=None) -> int:
         before = json.loads(args.table.read_text()) if args.table.exists() else {}
         if before.get("settings") == result["settings"]:  # the other task, measured by itself
             result["tasks"] = before["tasks"] | result["tasks"]
-        args.table.write_text(json.dumps(result, indent=1) + "\n")
     print(docs_tables(result))
-    print(json.dumps(result))
-    return 0
+    return give(result, args.table)
 
 
 if __name__ == "__main__":

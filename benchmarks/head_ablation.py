@@ -30,7 +30,7 @@ from benchmarks.shared import give, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.detection import NAMES
-from prism_pipelines.schedulers.context import INPUTS, context_features
+from prism_pipelines.schedulers.context import INPUTS, context_features, first_channels
 from prism_pipelines.training.rollout_losses import WARM_UP, every, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
 from prism_pipelines.training.setup import CONTEXTS, begin_at_free_scores
@@ -88,19 +88,18 @@ def variants(task: str) -> dict[str, Variant]:
 
 
 @torch.no_grad()
-def labelled(denoiser, run, hidden: Tensor, context, task: str, needs_truth: bool) -> States:
-    """One state of a run with its labels."""
+def labelled(denoiser, run, hidden: Tensor, context, task: str) -> States:
+    """One state of a run with its labels; a text has no truth."""
     mask, judged = denoiser.spec.mask_token_id, run.judged
-    truth = torch.where(judged, (run.sample == run.clean).float(), torch.nan)
+    truth = torch.where(judged & (task == "sudoku"), (run.sample == run.clean).float(), torch.nan)
     posterior = torch.full(run.sample.shape, torch.nan)
     stride = STRIDE[task]
     for offset in torch.randperm(stride)[:OFFSETS].tolist():
         now = judged & every(stride, torch.full((len(judged),), offset), judged.shape[1])
         posterior[now] = log_posterior(denoiser, run.sample, now).float()
     features = context_features(context, run.sample, mask, ALL)
-    nothing = torch.full_like(truth, torch.nan)
     half = [values.to(torch.float16) for values in (hidden, context.first_hidden, features)]
-    return States(*half, truth if needs_truth else nothing, posterior)
+    return States(*half, truth, posterior)
 
 
 @torch.no_grad()
@@ -122,7 +121,7 @@ def make_states(pipe, task: str, count: int, one_step: bool) -> States:
                 context = run.recorder.observe(run.sample, part, run.at_work)
                 keep = last and (one_step or run.is_full or torch.rand(()) < KEEP) and tick >= WARM_UP * (not one_step)
                 if keep and bool(run.judged.any()):
-                    found.append(labelled(denoiser, run, part, context, task, task == "sudoku"))
+                    found.append(labelled(denoiser, run, part, context, task))
                     made += len(part)
                 pool.advance(run, part, torch.rand(run.sample.shape))
         tick += 1
@@ -133,8 +132,7 @@ def training_rows(pipe, task: str, count: int, seed: int) -> dict[str, Tensor]:
     """Rows that runs begin from, other than those that heads are measured on."""
     if task == "text":
         return next(iter(canvases(task, pipe, count, 256)))[1]
-    clues = [23 + seed // 40 % 10]
-    puzzles, solutions = sudoku.make_puzzles(count, clues[0], seed)
+    puzzles, solutions = sudoku.make_puzzles(count, 23 + seed // 40 % 10, seed)
     batch = {"input_ids": torch.from_numpy(solutions.astype(np.int64))}
     return batch | {"trainable_mask": torch.from_numpy(puzzles == 0)}
 
@@ -144,7 +142,7 @@ def fit(states: States, variant: Variant, task: str, seed: int, steps: int) -> Q
     torch.manual_seed(seed)
     head = QualityHead(states.hidden.shape[-1], variant.architecture, context=variant.context)
     begin_at_free_scores(head)
-    first = {name: sum(INPUTS[before] for before in ALL[:i]) for i, name in enumerate(ALL)}
+    first = first_channels(ALL)
     channels = [first[name] + c for name in variant.context for c in range(INPUTS[name])]
     reads_first = "first_hidden" in variant.context
     optimizer = torch.optim.AdamW(head.parameters(), RATE[task], betas=(0.9, 0.98), weight_decay=0.01)

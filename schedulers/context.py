@@ -99,6 +99,11 @@ def num_features(names: tuple[str, ...]) -> int:
     return sum(INPUTS[name] for name in names)
 
 
+def first_channels(names: tuple[str, ...]) -> dict[str, int]:
+    """The number of the first channel of each input in `context_features`, by name."""
+    return {name: num_features(names[:i]) for i, name in enumerate(names)}
+
+
 def context_features(context: RunContext | None, sample: Tensor, mask_token_id: int, names: tuple[str, ...]) -> Tensor:
     """A run context as channels that a quality head reads, each about in [-2, 2].
 

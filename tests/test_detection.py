@@ -26,7 +26,7 @@ from prism_pipelines.evaluation.statistics import (
     rank_correlation,
     reliability,
 )
-from prism_pipelines.schedulers.context import INPUTS, num_features
+from prism_pipelines.schedulers.context import first_channels, num_features
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,7 +138,7 @@ def test_a_fit_on_labelled_states_learns_what_its_inputs_tell():
     torch.manual_seed(0)
     channels, shape = num_features(head_ablation.ALL), (64, 24)
     features = torch.zeros(*shape, channels)
-    place = sum(INPUTS[name] for name in head_ablation.ALL[: head_ablation.ALL.index("draw")])
+    place = first_channels(head_ablation.ALL)["draw"]
     label = -4 * torch.rand(shape)
     features[..., place], features[..., place + 1] = 1.0, label / 10
     states = head_ablation.States(torch.zeros(*shape, 8), torch.zeros(*shape, 8), features, label.exp().round(), label)

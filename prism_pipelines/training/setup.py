@@ -31,7 +31,7 @@ from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
 from ..sampling.stopping import default_suppress_tokens, end_tokens
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
-from ..schedulers.context import INPUTS
+from ..schedulers.context import INPUTS, first_channels
 from .arguments import RunArguments
 from .checkpointing import MANIFEST
 from .data import HELD_OUT_SEED, BlankCanvases, SudokuGrids, read_rows, split_examples
@@ -215,9 +215,7 @@ def begin_at_free_scores(head: QualityHead) -> None:
     """
     if not head.reads_context:
         return
-    first = {
-        name: sum(INPUTS[before] for before in head.reads_context[:i]) for i, name in enumerate(head.reads_context)
-    }
+    first = first_channels(head.reads_context)
     # (channel of the input, weight). A feature is a log-probability divided by 10.
     weights = {"own": ((1, 4.0), (2, 3.0)), "draw": ((1, 2.0),)} if "own" in first else {"prompt": ((0, 1.0), (3, 5.0))}
     with torch.no_grad():
