@@ -31,9 +31,10 @@ from prism_pipelines import PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.detection import NAMES
 from prism_pipelines.schedulers.context import INPUTS, context_features, first_channels
+from prism_pipelines.training.head_start import begin_neutral, fit_skip
 from prism_pipelines.training.rollout_losses import WARM_UP, every, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
-from prism_pipelines.training.setup import CONTEXTS, begin_at_free_scores
+from prism_pipelines.training.setup import CONTEXTS
 
 ALL = tuple(INPUTS)
 SETTINGS = {"sudoku": RolloutSettings(12, 52), "text": RolloutSettings(16, 64, repairs=8)}
@@ -56,13 +57,14 @@ class Variant:
 
 @dataclass
 class States:
-    """Labelled states: hidden states (N, L, H), features of all inputs (N, L, F), and (N, L) for the rest.
+    """Labelled states: hidden states and rows of tokens (N, L, H), features of all inputs (N, L, F), else (N, L).
 
     Labels are NaN where they are not known; the posterior is a log-probability.
     """
 
     hidden: Tensor
     first_hidden: Tensor
+    token_rows: Tensor
     features: Tensor
     truth: Tensor
     posterior: Tensor
@@ -98,7 +100,7 @@ def labelled(denoiser, run, hidden: Tensor, context, task: str) -> States:
         now = judged & every(stride, torch.full((len(judged),), offset), judged.shape[1])
         posterior[now] = log_posterior(denoiser, run.sample, now).float()
     features = context_features(context, run.sample, mask, ALL)
-    half = [values.to(torch.float16) for values in (hidden, context.first_hidden, features)]
+    half = [values.to(torch.float16) for values in (hidden, context.first_hidden, context.token_rows, features)]
     return States(*half, truth, posterior)
 
 
@@ -141,27 +143,35 @@ def fit(states: States, variant: Variant, task: str, seed: int, steps: int) -> Q
     """A head of this kind, taught on these states."""
     torch.manual_seed(seed)
     head = QualityHead(states.hidden.shape[-1], variant.architecture, context=variant.context)
-    begin_at_free_scores(head)
+    begin_neutral(head)
     first = first_channels(ALL)
     channels = [first[name] + c for name in variant.context for c in range(INPUTS[name])]
-    reads_first = "first_hidden" in variant.context
+    vectors = {"first_hidden": states.first_hidden, "token": states.token_rows}
+    labels = states.truth if variant.target == "truth" else states.posterior
+
+    def loss_of(out: Tensor, label: Tensor) -> Tensor:
+        if variant.target == "posterior":
+            return (logsigmoid(out) - label.clamp(min=FLOOR)).square()
+        label = label if variant.target == "truth" else label.exp()
+        return binary_cross_entropy_with_logits(out, label, reduction="none")
+
+    def judged(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        label, features = labels[rows], states.features[rows][..., channels].float()
+        read = [vectors[name][rows] if name in variant.context else None for name in vectors]
+        out, known = head(states.hidden[rows], None, features if channels else None, *read), ~label.isnan()
+        return out[known], features[known], label[known]
+
+    if channels:
+        with torch.no_grad():
+            fit_skip(head, *judged(torch.randperm(len(labels))[: 4 * FIT_ROWS[task]]), loss_of)
     optimizer = torch.optim.AdamW(head.parameters(), RATE[task], betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 30) * 0.5 * (1 + math.cos(math.pi * i / steps))
     )
-    labels = states.truth if variant.target == "truth" else states.posterior
     for _ in range(steps):
-        rows = torch.randint(len(labels), (FIT_ROWS[task],))
-        label, features = labels[rows], states.features[rows][..., channels].float() if channels else None
-        known = ~label.isnan()
-        out = head(states.hidden[rows], None, features, states.first_hidden[rows] if reads_first else None)
-        out, label = out[known], label[known]
-        if variant.target == "posterior":
-            loss = (logsigmoid(out) - label.clamp(min=FLOOR)).square().mean()
-        else:
-            loss = binary_cross_entropy_with_logits(out, label if variant.target == "truth" else label.exp())
+        out, _, label = judged(torch.randint(len(labels), (FIT_ROWS[task],)))
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(out, label).mean().backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 # What a head or a scheduler may read, with the channels that each gives to `context_features`.
-INPUTS = {"given": 1, "prompt": 4, "first_hidden": 0, "draw": 2, "age": 3, "remasks": 1, "fill": 1, "own": 4}
+INPUTS = {
+    "given": 1,
+    "prompt": 4,
+    "first_hidden": 0,
+    "token": 0,
+    "draw": 2,
+    "age": 3,
+    "remasks": 1,
+    "fill": 1,
+    "own": 4,
+}
 # Log-probabilities below this say no more: the token is wrong.
 LOG_FLOOR = -20.0
 # Inputs that are log-probabilities, or an entropy. The first of each tells whether the input is known.
@@ -41,6 +51,8 @@ class RunContext:
         first_entropy: entropy of the prediction at the position in that first forward pass, nats, float32.
         first_hidden: hidden state from which that first forward pass predicted the position, (B, L, H) in the model's
             dtype; 0 where there is none. None if no head or scheduler reads it.
+        token_rows: row of the output head's weight that belongs to the visible token, (B, L, H) in the model's dtype; 0
+            at masks. None if no head or scheduler reads it.
         own_logprob: log p(y_i | y) of the visible token in the present forward pass, float32. In a finished block: in
             the last forward pass on that block. None if no head or scheduler reads it.
         own_mean, own_min: mean and minimum of `own_logprob` since the token was written, float32, or None.
@@ -55,6 +67,7 @@ class RunContext:
     first_max: Tensor
     first_entropy: Tensor
     first_hidden: Tensor | None = None
+    token_rows: Tensor | None = None
     own_logprob: Tensor | None = None
     own_mean: Tensor | None = None
     own_min: Tensor | None = None
@@ -95,7 +108,7 @@ def check_inputs(names: Any) -> tuple[str, ...]:
 
 
 def num_features(names: tuple[str, ...]) -> int:
-    """Number of channels that `context_features` gives for some inputs; "first_hidden" has none."""
+    """Number of channels that `context_features` gives for some inputs; "first_hidden" and "token" have none."""
     return sum(INPUTS[name] for name in names)
 
 
@@ -158,8 +171,9 @@ def _share_masked(context: RunContext, masked: Tensor) -> Tensor:
 def forget(context: RunContext, rows: Tensor) -> RunContext:
     """A context in which some rows are finished texts whose sampling was not recorded.
 
-    A head must judge such texts too, so it is trained on some of them. `own_logprob` stays, because one forward pass on
-    the text gives it; `own_mean` and `own_min` become equal to it. In these rows `generated` is true everywhere.
+    A head must judge such texts too, so it is trained on some of them. `token_rows` stays, and so does `own_logprob`,
+    because one forward pass on the text gives it; `own_mean` and `own_min` become equal to it. In these rows
+    `generated` is true everywhere.
 
     Args:
         context: of all rows.

@@ -141,7 +141,7 @@ def test_a_fit_on_labelled_states_learns_what_its_inputs_tell():
     place = first_channels(head_ablation.ALL)["draw"]
     label = -4 * torch.rand(shape)
     features[..., place], features[..., place + 1] = 1.0, label / 10
-    states = head_ablation.States(torch.zeros(*shape, 8), torch.zeros(*shape, 8), features, label.exp().round(), label)
+    states = head_ablation.States(*[torch.zeros(*shape, 8)] * 3, features, label.exp().round(), label)
     found = {}
     for context in ((), ("draw",)):
         variant = head_ablation.Variant(context, "posterior", architecture="linear")

@@ -170,7 +170,7 @@ def test_wrong_arguments_are_named():
 # --- what a run knows ---------------------------------------------------------------------------------------------
 
 
-def random_context_head(architecture, reads=("given", "prompt", "first_hidden", "draw", "own")):
+def random_context_head(architecture, reads=("given", "prompt", "first_hidden", "token", "draw", "own")):
     module = head(architecture, context=reads)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -187,7 +187,7 @@ def test_a_new_head_with_context_is_the_head_without(architecture):
     plain, with_context = head(architecture), head(architecture, context=tuple(INPUTS))
     with_context.load_state_dict(plain.state_dict(), strict=False)
     x = hidden_states()
-    judged = with_context(x, None, random_features(with_context), x.flip(1))
+    judged = with_context(x, None, random_features(with_context), x.flip(1), x.flip(0))
     torch.testing.assert_close(judged, plain(x), rtol=0, atol=0)
 
 
@@ -199,15 +199,19 @@ def test_a_head_that_reads_no_context_has_the_parameters_of_before():
 @pytest.mark.parametrize("architecture", ["linear", "mlp"])
 def test_context_enters_before_the_head_and_skips_to_its_output(architecture):
     module, x = random_context_head(architecture), hidden_states()
-    features, first = random_features(module), hidden_states(2, 5).flip(0)
-    centred = first - first.mean(-1, keepdim=True)
-    first_normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    u = x + features @ module.context_in.weight.T + first_normed @ module.first_in.weight.T
+    features, first, rows = random_features(module), hidden_states(2, 5).flip(0), hidden_states(2, 5).flip(1)
+
+    def bare_norm(states):
+        centred = states - states.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    u = x + features @ module.context_in.weight.T
+    u = u + bare_norm(first) @ module.first_in.weight.T + bare_norm(rows) @ module.token_in.weight.T
     expected = normalised(u, module.norm)
     if architecture == "mlp":
         expected = gelu(expected @ module.inner.weight.T + module.inner.bias)
     expected = expected @ module.out.weight[0] + module.out.bias + features @ module.context_skip.weight[0]
-    torch.testing.assert_close(module(x, None, features, first), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module(x, None, features, first, rows), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from family_twins import (
@@ -22,7 +23,7 @@ from family_twins import (
 from torch import nn
 
 from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, QualityHead, SelfConfidenceScheduler, bundled
-from prism_pipelines.models.denoiser import MaskedDenoiser
+from prism_pipelines.models.denoiser import MaskedDenoiser, soft_cap
 from prism_pipelines.sampling.canvas import canvas_of_infill, given_positions
 from prism_pipelines.sampling.recorder import RunRecorder
 from prism_pipelines.schedulers.context import INPUTS, forget, num_features
@@ -169,6 +170,40 @@ def test_first_hidden_is_what_predicted_the_position_in_its_first_pass(family):
                 torch.testing.assert_close(context.first_hidden[b, i], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", list(CHECKPOINTS))
+def test_the_row_of_a_token_gives_its_logit_by_a_dot_product(family):
+    denoiser, ids = load(checkpoint(family)).denoiser, some_ids(2, 7)
+    ids[0, 3] = MASK
+    rows, hidden = denoiser.token_rows(ids), denoiser.hidden(ids)
+    assert rows.shape == hidden.shape and rows.dtype == hidden.dtype
+    assert not rows[0, 3].any() and rows[ids != MASK].any(-1).all()
+    found = (rows * hidden).sum(-1)[ids != MASK]
+    hidden, tokens = hidden[ids != MASK], ids[ids != MASK]
+    bias = denoiser.token_logits(torch.zeros_like(hidden), tokens)
+    found = soft_cap(found + bias, denoiser.spec.logit_cap)
+    torch.testing.assert_close(found, denoiser.token_logits(hidden, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_tokens_are_those_of_the_canvas_of_each_pass_and_recorded_only_if_asked():
+    pipe = load(checkpoint("llada"))
+    passes, _ = watched(pipe, **prompts())
+    for sample, _, context, _ in passes:
+        assert torch.equal(context.token_rows, pipe.denoiser.token_rows(sample))
+    recorder = RunRecorder(pipe.denoiser, torch.ones(1, 4, dtype=torch.bool), ("age",))
+    assert recorder.observe(some_ids(1, 4), torch.zeros(1, 4, H)).token_rows is None
+
+
+def test_rows_of_a_quantized_output_head_are_refused_and_those_of_an_offloaded_one_loaded():
+    denoiser, ids = load(checkpoint("llada")).denoiser, some_ids(2, 7)
+    expected, head = denoiser.token_rows(ids), denoiser._output_head()
+    accelerate.cpu_offload(denoiser.model, execution_device="cpu")
+    assert head.weight.is_meta and torch.equal(denoiser.token_rows(ids), expected) and head.weight.is_meta
+    accelerate.hooks.remove_hook_from_submodules(denoiser.model)
+    head.weight = nn.Parameter(expected[0].to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r'reads "token".*quantized to torch.int8'):
+        denoiser.token_rows(ids)
+
+
 @pytest.mark.parametrize("family", BLOCK_CAUSAL)
 def test_a_cache_changes_nothing_that_is_known_of_a_block_causal_model(family):
     pipe, given = load(checkpoint(family), quality_head=context_head("mlp")), prompts()
@@ -265,7 +300,7 @@ def test_nothing_is_recorded_where_nobody_asks_and_a_head_without_context_is_as_
 
 def test_the_output_head_runs_once_more_at_each_generated_position_and_no_further_forward_is_made(monkeypatch):
     rows, forwards = {}, {}
-    for reads in ((), ("draw", "age", "given", "remasks", "fill"), ("first_hidden",), ("prompt", "draw")):
+    for reads in ((), ("draw", "age", "given", "remasks", "fill"), ("first_hidden", "token"), ("prompt", "draw")):
         pipe = load(checkpoint("llada"), quality_head=context_head("mlp", reads))
         pipe.scheduler, asked = PrismScheduler(num_remask=1), head_rows(pipe)
         out = pipe(gen_length=9, num_samples=2, num_inference_steps=6, generator=seeds(2), output_type="seq")
@@ -314,7 +349,8 @@ def test_a_text_is_scored_as_a_run_that_has_just_been_forgotten():
     generated[:, -10:] = True
     logp = aligned(pipe, out.sequences, mask).log_softmax(-1).gather(-1, out.sequences[..., None])[..., 0]
     own = logp.where(generated, torch.nan)
-    run = replace(passes[-1][2], own_logprob=logp.where(mask.bool(), torch.nan))
+    rows = pipe.denoiser.token_rows(out.sequences)
+    run = replace(passes[-1][2], own_logprob=logp.where(mask.bool(), torch.nan), token_rows=rows)
     forgotten = forget(run, torch.ones(3, dtype=torch.bool))
     pads_right = torch.stack([row.roll(int(m.sum()) - len(m)) for row, m in zip(out.sequences, mask, strict=True)])
     right = torch.stack([row.roll(int(row.sum()) - len(row)) for row in mask])

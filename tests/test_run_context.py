@@ -28,6 +28,7 @@ def context(**changes):
         "first_max": torch.tensor([[NAN, -0.5, -1.0, -0.1, -1.5]]),
         "first_entropy": torch.tensor([[NAN, 1.0, 2.0, 0.5, 3.0]]),
         "first_hidden": torch.ones(1, 5, 2),
+        "token_rows": torch.ones(1, 5, 2),
         "own_logprob": torch.tensor([[NAN, -1.0, -2.0, NAN, -3.0]]),
         "own_mean": torch.tensor([[NAN, -1.0, -1.5, NAN, -3.0]]),
         "own_min": torch.tensor([[NAN, -1.0, -4.0, NAN, -3.0]]),
@@ -45,6 +46,7 @@ EXPECTED = {
         [1, -0.15, -0.3, -0.2],
     ],
     "first_hidden": [[]] * 5,
+    "token": [[]] * 5,
     "draw": [[0, 0], [1, -0.05], [1, -0.3], [0, 0], [0, 0]],
     "age": [[0, 0, 0], [1, 1, math.log(2) / 3], [1, 0, math.log(5) / 3], [0, 0, 0], [0, 0, 0]],
     "remasks": [[0], [0], [math.log(3)], [math.log(2)], [0]],
@@ -84,7 +86,7 @@ def test_forgotten_rows_are_texts_that_nobody_watched_and_others_stay():
     names = tuple(name for name in INPUTS if name != "own")
     forgotten = forget(both, torch.tensor([True, False]))
     found = context_features(forgotten, full, MASK, names)
-    assert not found[0].any() and not forgotten.first_hidden[0].any()
+    assert not found[0].any() and not forgotten.first_hidden[0].any() and forgotten.token_rows.all()
     torch.testing.assert_close(found[1], context_features(both, full, MASK, names)[1])
     own = context_features(forgotten, full, MASK, ("own",))[0]  # one look at the text still gives it
     assert own[1].tolist() == pytest.approx([1, -0.1, -0.1, -0.1])

@@ -8,15 +8,17 @@ import torch
 from family_twins import EVERY, LENGTH, MASK, V, Words, checkpoint, load
 from safetensors.torch import load_file
 from test_training import log_of, run, run_and_die, weights
+from torch.nn.functional import logsigmoid
 
 from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, QualityHead
 from prism_pipelines.sampling.canvas import Canvas
-from prism_pipelines.schedulers.context import INPUTS
+from prism_pipelines.schedulers.context import first_channels, num_features
 from prism_pipelines.training.arguments import RunArguments, check_run
+from prism_pipelines.training.head_start import begin_neutral, fit_skip
 from prism_pipelines.training.held_out import MEASURES, HeadReport
 from prism_pipelines.training.rollout_losses import RolloutObjective, every
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
-from prism_pipelines.training.setup import begin_at_free_scores, build_objective
+from prism_pipelines.training.setup import build_objective
 
 WAYS = {
     "rollout": ("--objective=prism", "--states=rollout", "--freeze-backbone", "--puzzle-share=1"),
@@ -82,7 +84,8 @@ def test_all_visible_generated_tokens_are_judged_by_the_truth_and_given_ones_nev
         assert torch.equal(chosen, expected) and not (chosen[:, [0, -1]]).any()
         seen += int(expected.sum())
     before = [run.sample.clone() for run in pool.runs]
-    logits, labels = made.judge_runs(pool, judged)
+    logits, features, labels = made.judge_runs(pool, judged)
+    assert features.shape == (seen, num_features(made.quality_head.reads_context))
     right = [(y == run.clean)[chosen] for y, run, chosen in zip(before, pool.runs, judged, strict=True)]
     assert torch.equal(labels, torch.cat(right).float()) and len(logits) == seen > 0
 
@@ -94,7 +97,7 @@ def test_the_label_of_distillation_is_the_models_own_probability_without_the_tok
     pool = made.corrupt(**rows(4))[3]
     judged = made.judged(pool)
     samples = [run.sample.clone() for run in pool.runs]
-    _, labels = made.judge_runs(pool, judged)
+    _, _, labels = made.judge_runs(pool, judged)
     expected = []
     for part, sample, chosen in zip(pool.runs, samples, judged, strict=True):
         for row, i in chosen.nonzero().tolist():
@@ -111,7 +114,8 @@ def test_the_label_of_distillation_is_the_models_own_probability_without_the_tok
 
 @pytest.mark.parametrize("family", EVERY)
 def test_both_objectives_teach_the_head_of_every_family_and_nothing_else(family):
-    for flags in ({"objective": "distill", "mask_rate_min": 0.5}, {"objective": "prism", "states": "rollout"}):
+    every_token = {"objective": "distill", "mask_rate_min": 0.5, "label_stride": 1}
+    for flags in (every_token, {"objective": "prism", "states": "rollout"}):
         if flags["objective"] == "prism":
             flags["freeze_backbone"] = True
         made = objective(family, rollout_steps_min=2, rollout_steps_max=6, **flags)
@@ -119,20 +123,48 @@ def test_both_objectives_teach_the_head_of_every_family_and_nothing_else(family)
         made(**rows(6)).loss.backward()
         found = {name: p.grad for name, p in made.named_parameters() if p.requires_grad}
         assert all(name.startswith("quality_head") for name in found)
-        assert found["quality_head.context_in.weight"].abs().max() > 0
+        assert found["quality_head.out.weight"].abs().max() > 0
         assert all(p.grad is None for p in made.denoiser.parameters())
 
 
-def test_a_head_with_context_begins_as_half_the_log_probability_on_the_first_canvas():
-    reads = ("given", "prompt", "fill")
+@pytest.mark.parametrize("architecture", ["linear", "block_mlp"])
+def test_a_head_with_context_begins_at_the_linear_map_of_the_lowest_loss(architecture):
+    made = objective("llada", objective="distill")
     torch.manual_seed(0)
-    head = QualityHead(32, "block_mlp", context=reads)
-    begin_at_free_scores(head)
-    hidden, features = torch.randn(2, 5, 32), torch.zeros(2, 5, sum(INPUTS[name] for name in reads))
-    plain = head(hidden)
-    features[..., 1], features[..., 4] = 1.0, torch.linspace(-2, 0, 5)  # known, and a tenth of the log-probability
-    torch.testing.assert_close(head(hidden, None, features) - plain, 1 + 5 * features[..., 4])
-    assert torch.equal(head.block(hidden), hidden)
+    head = QualityHead(32, architecture, context=("draw", "own"))
+    begin_neutral(head)
+    hidden, features = torch.randn(300, 4, 32), torch.randn(300, 4, num_features(("draw", "own")))
+    assert not head(hidden, None, features).any() and not head(hidden).any()
+    true_weight = torch.tensor([0.5, -1.0, 0.25, 2.0, 0.0, -0.5])
+    labels = logsigmoid(features @ true_weight - 0.75)
+    with torch.no_grad():
+        before = head(hidden, None, features)
+        fit_skip(head, before.flatten(), features.flatten(0, 1), labels.flatten(), made.head_loss)
+        after = head(hidden, None, features)
+    torch.testing.assert_close(head.context_skip.weight[0], true_weight, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(head.out.bias, torch.tensor([-0.75]), rtol=0.05, atol=0)
+    assert made.head_loss(after, labels).mean() < 0.01 * made.head_loss(before, labels).mean()
+    if architecture == "block_mlp":
+        assert torch.equal(head.block(hidden), hidden)
+    with torch.no_grad():  # what the rest of the head says is not said twice
+        head.out.weight.normal_()
+        rest = head(hidden) - head.out.bias
+        fit_skip(head, rest.flatten(), 0 * features.flatten(0, 1), logsigmoid(rest).flatten(), made.head_loss)
+    assert head.out.bias.abs() < 1 and head.context_skip.weight.abs().max() < 1e-3
+
+
+def test_training_begins_at_free_scores_and_nothing_judged_changes_nothing():
+    made = objective("llada", objective="distill", label_stride=2)
+    head = made.quality_head
+    fit_skip(head, torch.zeros(0), torch.zeros(0, num_features(head.reads_context)), torch.zeros(0), made.head_loss)
+    assert not head.context_skip.weight.any() and not head.out.bias.any()
+    made.stride_checked = 1.0
+    made.corrupt(**rows(6))
+    own = first_channels(head.reads_context)["own"]
+    assert head.context_skip.weight[0, own + 1 : own + 4].sum() > 0  # more probable now, better
+    fitted = head.context_skip.weight.clone()
+    made.corrupt(**rows(6))
+    assert torch.equal(head.context_skip.weight, fitted)
 
 
 def test_every_token_is_labelled_once_over_the_offsets_of_a_stride():

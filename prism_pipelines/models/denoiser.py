@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..schedulers.token_sampling import chunk_rows
@@ -272,6 +273,29 @@ class MaskedDenoiser(nn.Module):
             logits = logits + values[where.to(values.device)].to(logits)
         logits = soft_cap(logits, self.spec.logit_cap)
         return logits.to(rows.device).masked_fill(self.suppressed.to(rows.device)[tokens], -torch.inf)
+
+    def token_rows(self, sample: Tensor) -> Tensor:
+        """The row of the output head's weight that belongs to each visible token.
+
+        The logit of a token is the dot product of its row and the hidden state, so both have the same width in every
+        model, which input embeddings need not have.
+
+        Args:
+            sample: token ids, int64 (B, L).
+        Returns:
+            (B, L, H) in the model's dtype; 0 at masks.
+        Raises:
+            ValueError: the output head is quantized, so it has no such rows.
+        """
+        head = self._output_head()
+        if not head.weight.is_floating_point():
+            raise ValueError(
+                'A quality head that reads "token" needs the rows of the output head, and this one is quantized to '
+                f"{head.weight.dtype}. Keep it in a float dtype: list it in `llm_int8_skip_modules`, for instance."
+            )
+        with self.lock, align_module_device(head):  # loads an offloaded weight
+            rows = head.weight.detach()[sample.to(head.weight.device)].to(sample.device)
+        return rows.masked_fill((sample == self.spec.mask_token_id)[..., None], 0)
 
     def aligned(self, hidden: Tensor) -> Tensor:
         """`hidden` (B, L, H), moved so that position i holds the state that predicts token i, as `logits` reads it."""

@@ -17,6 +17,10 @@ from ..schedulers.context import RunContext, check_inputs, context_features, num
 from ..schedulers.validation import is_int, is_number, require
 
 ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
+VECTORS = {
+    "first_hidden": "first_in",
+    "token": "token_in",
+}  # inputs that are as wide as the hidden states: their layers
 
 
 class TransformerBlock(nn.Module):
@@ -61,8 +65,9 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
     whose qualities differ by less than bfloat16 can represent. Moves between devices work as usual.
 
     With `context` the head also reads the run context of each token, see `RunContext`. One linear map adds the channels
-    of `context_features` to the hidden states, and another adds them to the logit. For "first_hidden" a third one adds
-    `first_hidden`, normalised, to the hidden states. All start at zero: a new head ignores its context.
+    of `context_features` to the hidden states, and another adds them to the logit. For "first_hidden" and "token", maps
+    of their own add `first_hidden` and `token_rows`, normalised, to the hidden states. All start at zero: a new head
+    ignores its context.
 
     Args:
         hidden_size: H of the backbone's last hidden states.
@@ -127,9 +132,10 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
         if count := num_features(reads):
             self.context_in = nn.Linear(count, hidden_size, bias=False)
             self.context_skip = nn.Linear(count, 1, bias=False)
-        if "first_hidden" in reads:
-            self.first_in = nn.Linear(hidden_size, hidden_size, bias=False)
-        for name in ("context_in", "context_skip", "first_in"):
+        for name, layer in VECTORS.items():
+            if name in reads:
+                setattr(self, layer, nn.Linear(hidden_size, hidden_size, bias=False))
+        for name in ("context_in", "context_skip", *VECTORS.values()):
             if hasattr(self, name):
                 nn.init.zeros_(getattr(self, name).weight)
         super()._apply(Tensor.float)  # torch.set_default_dtype may have made them in another dtype
@@ -150,6 +156,7 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
         attention_mask: Tensor | None = None,
         features: Tensor | None = None,
         first_hidden: Tensor | None = None,
+        token_rows: Tensor | None = None,
     ) -> Tensor:
         """Logits of the quality of every token.
 
@@ -160,20 +167,23 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
             features: `context_features(context, sample, mask_token_id, head.reads_context)`, float (B, L, F). None is
                 the same as zeros: nothing is known of the run.
             first_hidden: `context.first_hidden`, (B, L, H), any floating dtype; None or zeros where it is not known.
+            token_rows: `context.token_rows`, likewise.
         Returns:
             float32 of shape (B, L), also under autocast; `quality` gives probabilities. Values at padding mean nothing.
         Raises:
-            ValueError: the width of `hidden`, `features` or `first_hidden` is not what this head reads.
+            ValueError: the width of `hidden`, `features`, `first_hidden` or `token_rows` is not what this head reads.
         """
-        self._check_widths(hidden, features, first_hidden)
+        vectors = {"first_hidden": first_hidden, "token": token_rows}
+        self._check_widths((hidden, *vectors.values()), features)
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, skip = hidden.float(), 0.0
             if features is not None and features.shape[-1]:
                 hidden = hidden + self.context_in(features.float())
                 skip = self.context_skip(features.float()).squeeze(-1)
-            if first_hidden is not None and "first_hidden" in self.reads_context:
-                # This norm has no weight and bias, so that an unknown state, zeros, stays zeros.
-                hidden = hidden + self.first_in(layer_norm(first_hidden.float(), first_hidden.shape[-1:]))
+            for name, states in vectors.items():
+                if states is not None and name in self.reads_context:
+                    # This norm has no weight and bias, so that an unknown state, zeros, stays zeros.
+                    hidden = hidden + getattr(self, VECTORS[name])(layer_norm(states.float(), states.shape[-1:]))
             if self.attends:
                 hidden = self.block(hidden, attention_mask)
             hidden = self.norm(hidden)
@@ -187,10 +197,10 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
         attention_mask: Tensor | None = None,
         features: Tensor | None = None,
         first_hidden: Tensor | None = None,
+        token_rows: Tensor | None = None,
     ) -> Tensor:
         """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` divided by `config.temperature`."""
-        known = () if features is None and first_hidden is None else (features, first_hidden)
-        logits = self(hidden, attention_mask, *known)
+        logits = self(hidden, attention_mask, features, first_hidden, token_rows)
         return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()
 
     def inputs(self, context: RunContext | None, sample: Tensor, mask_token_id: int) -> dict[str, Tensor | None]:
@@ -198,11 +208,11 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
         if context is None or not self.reads_context:
             return {}
         features = context_features(context, sample, mask_token_id, self.reads_context)
-        return {"features": features, "first_hidden": context.first_hidden}
+        return {"features": features, "first_hidden": context.first_hidden, "token_rows": context.token_rows}
 
-    def _check_widths(self, hidden: Tensor, features: Tensor | None, first_hidden: Tensor | None) -> None:
+    def _check_widths(self, vectors: tuple[Tensor | None, ...], features: Tensor | None) -> None:
         size, count = self.config.hidden_size, num_features(self.reads_context)
-        for states in (hidden, first_hidden):
+        for states in vectors:
             if states is not None and states.shape[-1] != size:
                 raise ValueError(
                     f"This quality head reads hidden states of size {size}"

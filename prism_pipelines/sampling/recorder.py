@@ -76,7 +76,8 @@ class RunRecorder:
     canvas is compared with the result of the last step. So tokens that a callback wrote, or that fill a finished row,
     are found; how they were drawn is unknown.
 
-    Memory: one canvas of hidden states (B, L, H) if "prompt" or "first_hidden" is read, and about ten of (B, L).
+    Memory: one canvas of hidden states (B, L, H) if "prompt" or "first_hidden" is read, another during each forward
+    pass if "token" is read, and about ten of (B, L).
 
     Args:
         denoiser: the model.
@@ -149,7 +150,7 @@ class RunRecorder:
             if "own" in self.reads:
                 self._take_own(sample, predicts, work)
         self._due = None
-        return self._context()
+        return self._context(self.denoiser.token_rows(sample) if "token" in self.reads else None)
 
     @torch.no_grad()
     def after_step(self, step: Any) -> None:
@@ -175,7 +176,7 @@ class RunRecorder:
         self._take_edits(sample)
         return self._draw.exp().masked_fill(~self.generated, 1.0)
 
-    def _context(self) -> RunContext:
+    def _context(self, token_rows: Tensor | None) -> RunContext:
         own = {}
         if "own" in self.reads:
             mean = self._own_sum / self._own_count
@@ -190,6 +191,7 @@ class RunRecorder:
             first_max=self._first_max,
             first_entropy=self._first_entropy,
             first_hidden=self._first_hidden if "first_hidden" in self.reads else None,
+            token_rows=token_rows,
             **own,
         )
 

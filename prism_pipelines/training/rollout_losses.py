@@ -19,8 +19,9 @@ from transformers.utils import ModelOutput
 
 from ..evaluation.statistics import rank_correlation
 from ..models.denoiser import MaskedDenoiser
-from ..schedulers.context import RunContext, forget
+from ..schedulers.context import RunContext, context_features, forget
 from ..schedulers.functional import uniform
+from .head_start import fit_skip
 from .loss_terms import mean_where, share_of_all, split_positions
 from .losses import PRISMObjective, PRISMOutput
 from .rollouts import Rollout, RolloutPool, RolloutSettings
@@ -237,17 +238,34 @@ class RolloutObjective(PRISMObjective):
         return (*clean, pool, self.judged(pool))
 
     def warmed_up(self, batch: dict) -> RolloutPool:
-        """A pool whose runs have made some steps. The stride of the label is checked once, on the first pool."""
+        """A pool whose runs have made some steps.
+
+        On the first pool the stride of the label is checked, and the head's linear start is fitted.
+        """
         pool = self.new_pool()
         self.check_start(batch)
         with torch.no_grad():
             for _ in range(WARM_UP):
                 pool.refill(**batch)
                 self.look(pool)
-        self.check_written(pool)
-        if self.label == "posterior" and self.stride_checked is None:
-            self.check_stride(pool)
+            self.check_written(pool)
+            if self.label == "posterior" and self.stride_checked is None:
+                self.check_stride(pool)
+            if not self.pools and hasattr(self.quality_head, "context_skip"):
+                self.fit_start(pool, batch)
         return pool
+
+    def fit_start(self, pool: RolloutPool, batch: dict) -> None:
+        """Fits the linear start of the head on the tokens that are judged in some steps; all processes get the same."""
+        found = []
+        for _ in range(WARM_UP):
+            pool.refill(**batch)
+            found.append(self.judge_runs(pool, self.judged(pool)))
+        logits, features, labels = (torch.cat(part) for part in zip(*found, strict=True))
+        fit_skip(self.quality_head, logits, features, labels, self.head_loss)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in (self.quality_head.context_skip.weight, self.quality_head.out.bias):
+                torch.distributed.broadcast(parameter.data, 0)
 
     def check_start(self, batch: dict) -> None:
         """Checks that runs of these rows can teach something.
@@ -362,7 +380,7 @@ class RolloutObjective(PRISMObjective):
         if len(corrupted) == 3:
             batch = (input_ids, trainable_mask, attention_mask)
             return super().judge(*batch, corrupted=corrupted, drawn=drawn, totals=totals)
-        logits, labels = self.judge_runs(corrupted[3], corrupted[4])
+        logits, _, labels = self.judge_runs(corrupted[3], corrupted[4])
         total = self.head_loss(logits, labels).sum()
         count, everywhere = logits.new_tensor(logits.numel()), torch.ones_like(labels, dtype=torch.bool)
         return RolloutOutput(
@@ -382,8 +400,12 @@ class RolloutObjective(PRISMObjective):
             return binary_cross_entropy_with_logits(logits, labels.exp(), reduction="none")
         return (logsigmoid(logits) - labels.clamp(min=self.label_floor)).square()
 
-    def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the head at the judged tokens of all runs, and labels, float32 (N,) each. Each run makes a step."""
+    def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Each run makes a step. Of the judged tokens of all runs before it:
+
+        Returns:
+            the head's logits (N,), the channels of the context that it read (N, F), labels (N,); all float32.
+        """
         samples = [run.sample for run in pool.runs]
         found, attention_mask = None, pool.batch()[1]
         if self.label == "posterior":
@@ -391,29 +413,34 @@ class RolloutObjective(PRISMObjective):
                 sample = pool.batch()[0]
                 positions = torch.cat([pool.padded(chosen, sample.shape[1], False) for chosen in judged])
                 found = log_posterior(self.denoiser, sample, positions, attention_mask, self.chunk_size)
-        logits = [out[chosen] for out, chosen in zip(self.look(pool), judged, strict=True)]
+        looks = [[part[chosen] for part in look] for look, chosen in zip(self.look(pool), judged, strict=True)]
+        logits, features = (torch.cat(part).float() for part in zip(*looks, strict=True))
         if found is None:
             right = [
                 (sample == run.clean)[chosen].float()
                 for sample, run, chosen in zip(samples, pool.runs, judged, strict=True)
             ]
             found = torch.cat(right)
-        return torch.cat(logits).float(), found
+        return logits, features, found
 
-    def look(self, pool: RolloutPool) -> list[Tensor]:
-        """The head's logits (R, L) of each run, by one forward pass on all runs. Then each run makes a step."""
+    def look(self, pool: RolloutPool) -> list[tuple[Tensor, Tensor]]:
+        """The head's logits (R, L) of each run, and the channels that it read, (R, L, F). Then each run makes a step.
+
+        One forward pass on all runs gives them.
+        """
         sample, attention_mask = pool.batch()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             hidden = self.denoiser.hidden(sample, attention_mask)
         found = []
         for run, part in zip(pool.runs, pool.parts(hidden), strict=True):
-            logits, _ = self.judge_run(run, part)
+            logits, context = self.judge_run(run, part)
+            reads = self.quality_head.reads_context
+            found.append((logits, context_features(context, run.sample, pool.mask_token_id, reads)))
             pool.advance(run, part.detach(), logits.detach().sigmoid())
-            found.append(logits)
         return found
 
     def judge_run(self, run: Rollout, hidden: Tensor) -> tuple[Tensor, RunContext]:
-        """The head's logits (R, L) of one run, some of its rows without context while training; and its context."""
+        """The head's logits (R, L) of one run, and its context, which some of its rows lack while training."""
         context = run.recorder.observe(run.sample, hidden, run.at_work)
         if self.training and self.quality_head.reads_context:
             context = forget(context, uniform((len(hidden),), None, hidden.device) < self.forget_share)

@@ -31,10 +31,11 @@ from ..sampling.encoding import Frame, prompt_ids, text_frame
 from ..sampling.rows import RowEncoder, examples_line, pad_batch
 from ..sampling.stopping import default_suppress_tokens, end_tokens
 from ..schedulers import MDLMScheduler, PrismScheduler, TokenCriticScheduler
-from ..schedulers.context import INPUTS, first_channels
+from ..schedulers.context import INPUTS
 from .arguments import RunArguments
 from .checkpointing import MANIFEST
 from .data import HELD_OUT_SEED, BlankCanvases, SudokuGrids, read_rows, split_examples
+from .head_start import begin_from, begin_neutral
 from .losses import CriticObjective, MDMObjective, PRISMObjective
 from .rollout_losses import RolloutObjective
 from .rollouts import RolloutSettings
@@ -48,7 +49,7 @@ RUN_CONFIG = "training_run.json"  # in the folder of a run: what it began from
 # the model's probability of the token since it was drawn.
 CONTEXTS = {
     "truth": ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill"),
-    "posterior": ("given", "draw", "age", "remasks", "fill", "own"),
+    "posterior": ("given", "token", "draw", "age", "remasks", "fill", "own"),
 }
 DISTILLED_BAR = 0.02  # quality below which a head from --objective distill remasks, see docs/judging.md
 ADAPTER = "prism"  # name of the LoRA adapter, also where a pipeline loads one
@@ -207,47 +208,6 @@ def context_of(run: RunArguments) -> tuple[str, ...]:
     return names
 
 
-def begin_at_free_scores(head: QualityHead) -> None:
-    """Initialises a head with context near a score that needs no training, which training then improves.
-
-    The map from the context to the logit begins as 0.5 * prompt_logprob + 1. With "own" among the inputs it begins as
-    0.4 * own_logprob + 0.3 * own_mean + 0.2 * draw_logprob instead. The transformer block begins as the identity.
-    """
-    if not head.reads_context:
-        return
-    first = first_channels(head.reads_context)
-    # (channel of the input, weight). A feature is a log-probability divided by 10.
-    weights = {"own": ((1, 4.0), (2, 3.0)), "draw": ((1, 2.0),)} if "own" in first else {"prompt": ((0, 1.0), (3, 5.0))}
-    with torch.no_grad():
-        for name in weights.keys() & first.keys():
-            for channel, weight in weights[name]:
-                head.context_skip.weight[0, first[name] + channel] = weight
-        for layer in (head.block.attention_out, head.block.mlp_out) if head.attends else ():
-            layer.weight.zero_(), layer.bias.zero_()
-
-
-def begin_from(head: Any, folder: str) -> None:
-    """Copies the layers of another head that have the same name and size.
-
-    Raises:
-        ValueError: there is no head, it is for hidden states of another size, or no layer fits.
-    """
-    place = next((p for p in (Path(folder), Path(folder) / "quality_head") if (p / "config.json").is_file()), None)
-    if place is None:
-        raise ValueError(f"`--head-from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
-    other: Any = QualityHead.from_pretrained(place)
-    own, found = head.state_dict(), other.state_dict()
-    fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
-    if other.config.hidden_size != head.config.hidden_size or not fitting:
-        raise ValueError(
-            f"`--head-from` {folder!r} is a head for hidden states of size {other.config.hidden_size}, architecture "
-            f"{other.config.architecture!r}; this one reads {head.config.hidden_size}. None of its layers fits."
-        )
-    if other.reads_context != head.reads_context:  # the channels would mean other inputs
-        fitting = {name: value for name, value in fitting.items() if not name.startswith("context_")}
-    head.load_state_dict(own | fitting)
-
-
 def build_objective(run: RunArguments, model: PreTrainedModel, tokenizer: Tokenizer, spec: MDMSpec) -> MDMObjective:
     """The module that is trained: backbone, head and loss in one."""
     suppress_tokens = run_suppress_tokens(tokenizer, model, spec)
@@ -270,7 +230,7 @@ def build_objective(run: RunArguments, model: PreTrainedModel, tokenizer: Tokeni
         mdm_spec=spec.to_dict(),
         context=context_of(run),
     )
-    begin_at_free_scores(head)
+    begin_neutral(head)
     if run.head_from:
         begin_from(head, run.head_from)
     if run.adapter:

@@ -1,0 +1,93 @@
+"""Where a head begins: at another head, and at the best linear map of what it reads of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.quality_head import QualityHead
+
+RIDGE = 1e-3  # weight of the squared norm of the linear map, which decides between channels that say the same
+MAX_ITER = 100
+
+
+def begin_neutral(head: QualityHead) -> None:
+    """Makes a new head with context give the same quality everywhere, until `fit_skip` or training changes it.
+
+    The output layer becomes zero, and the transformer block the identity. What the head adds to its linear start is
+    then learned, and not noise.
+    """
+    if not head.reads_context:
+        return
+    layers = (head.block.attention_out, head.block.mlp_out) if head.attends else ()
+    with torch.no_grad():
+        for layer in (*layers, head.out):
+            layer.weight.zero_(), layer.bias.zero_()
+
+
+def begin_from(head: Any, folder: str) -> None:
+    """Copies the layers of another head that have the same name and size.
+
+    Raises:
+        ValueError: there is no head, it is for hidden states of another size, or no layer fits.
+    """
+    place = next((p for p in (Path(folder), Path(folder) / "quality_head") if (p / "config.json").is_file()), None)
+    if place is None:
+        raise ValueError(f"`--head-from` {folder!r} holds no quality head: no config.json in it or its quality_head/.")
+    other: Any = QualityHead.from_pretrained(place)
+    own, found = head.state_dict(), other.state_dict()
+    fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
+    if other.config.hidden_size != head.config.hidden_size or not fitting:
+        raise ValueError(
+            f"`--head-from` {folder!r} is a head for hidden states of size {other.config.hidden_size}, architecture "
+            f"{other.config.architecture!r}; this one reads {head.config.hidden_size}. None of its layers fits."
+        )
+    if other.reads_context != head.reads_context:  # the channels would mean other inputs
+        fitting = {name: value for name, value in fitting.items() if not name.startswith("context_")}
+    head.load_state_dict(own | fitting)
+
+
+def fit_skip(
+    head: QualityHead,
+    logits: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Sets the map from the context to the logit, and the bias, to those of the lowest loss on some judged tokens.
+
+    Free scores are among the features. So the loss of the head, where its training begins, is at most that of the best
+    linear combination of free scores.
+
+    Args:
+        head: with context; the rest of it stays as it is.
+        logits: what it gives now, float (N,).
+        features: channels of the context, float (N, F).
+        labels: what `loss` compares with, float (N,).
+        loss: from logits and labels to the loss of each token, (N,); convex near its minimum.
+    """
+    if not len(labels):
+        return
+    # In float64, which a GPU may lack: there are few numbers.
+    logits, features, labels = (values.detach().cpu().double() for values in (logits, features, labels))
+    before = head.context_skip.weight.detach().cpu().double()[0]
+    rest = logits - features @ before
+    weight, bias = before.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITER, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = loss(rest + features @ weight + bias, labels).mean() + RIDGE * weight.square().sum()
+        torch.autograd.backward(total)
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    if bool(torch.cat([weight, bias[None]]).isfinite().all()):
+        with torch.no_grad():
+            head.context_skip.weight.copy_(weight[None])
+            head.out.bias.add_(bias.to(head.out.bias))
