@@ -370,7 +370,9 @@ def test_damaged_checkpoints_do_not_outlive_the_new_ones(tmp_path):
         ({"distributed_type": "MEGATRON_LM"}, "MEGATRON_LM"),
         ({"fsdp_version": 1}, "FSDP 1 flattens the weights"),
         ({"fsdp_version": 2, "mixed_precision_policy": "bf16"}, "--dtype bfloat16"),
+        ({"fsdp_version": 2, "rolls_out": True}, "distill`.*leave out accelerate's FSDP file"),
         ({"fsdp_version": 2}, None),
+        ({"rolls_out": True}, None),
         ({"distributed_type": "MULTI_GPU"}, None),
     ],
 )
@@ -378,10 +380,11 @@ def test_ways_to_split_a_model_that_would_train_wrongly_are_refused(state, words
     fsdp = {"mixed_precision_policy": None, **state} if "fsdp_version" in state else None
     found = SimpleNamespace(distributed_type=state.get("distributed_type", "FSDP"))
     found.fsdp_plugin = fsdp and SimpleNamespace(**fsdp)
+    rolls_out = state.get("rolls_out", False)
     if words is None:
-        return check_plugins(found)
+        return check_plugins(found, rolls_out)
     with pytest.raises(ValueError, match=words):
-        check_plugins(found)
+        check_plugins(found, rolls_out)
 
 
 def test_evaluations_have_the_same_noise_and_take_none_from_training(tmp_path):

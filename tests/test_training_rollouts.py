@@ -120,10 +120,11 @@ def test_both_objectives_teach_the_head_of_every_family_and_nothing_else(family)
             flags["freeze_backbone"] = True
         made = objective(family, rollout_steps_min=2, rollout_steps_max=6, **flags)
         made.stride_checked = 1.0
-        made(**rows(6)).loss.backward()
+        for _ in range(4):  # at some states no token is judged
+            made(**rows(6)).loss.backward()
         found = {name: p.grad for name, p in made.named_parameters() if p.requires_grad}
         assert all(name.startswith("quality_head") for name in found)
-        assert found["quality_head.out.weight"].abs().max() > 0
+        assert found["quality_head.context_in.weight"].abs().max() > 0
         assert all(p.grad is None for p in made.denoiser.parameters())
 
 
@@ -134,7 +135,8 @@ def test_a_head_with_context_begins_at_the_linear_map_of_the_lowest_loss(archite
     head = QualityHead(32, architecture, context=("draw", "own"))
     begin_neutral(head)
     hidden, features = torch.randn(300, 4, 32), torch.randn(300, 4, num_features(("draw", "own")))
-    assert not head(hidden, None, features).any() and not head(hidden).any()
+    assert head(hidden, None, features).abs().max() < 0.2 and not head.context_skip.weight.any()
+    torch.nn.init.zeros_(head.out.weight)
     true_weight = torch.tensor([0.5, -1.0, 0.25, 2.0, 0.0, -0.5])
     labels = logsigmoid(features @ true_weight - 0.75)
     with torch.no_grad():

@@ -11,22 +11,26 @@ from torch import Tensor
 
 from ..models.quality_head import QualityHead
 
-RIDGE = 1e-3  # weight of the squared norm of the linear map, which decides between channels that say the same
+# Weight of the squared norm of the linear map. It decides between channels that say the same, and keeps a map of tokens
+# that are all wrong finite.
+RIDGE = 1e-3
 MAX_ITER = 100
+NEARLY_ZERO = 0.05
 
 
 def begin_neutral(head: QualityHead) -> None:
-    """Makes a new head with context give the same quality everywhere, until `fit_skip` or training changes it.
+    """Makes a new head with context give nearly the same quality everywhere, until `fit_skip` or training changes it.
 
-    The output layer becomes zero, and the transformer block the identity. What the head adds to its linear start is
-    then learned, and not noise.
+    The transformer block begins as the identity. The output layer begins near zero, but not at zero, where nothing
+    below it would learn.
     """
     if not head.reads_context:
         return
-    layers = (head.block.attention_out, head.block.mlp_out) if head.attends else ()
     with torch.no_grad():
-        for layer in (*layers, head.out):
+        for layer in (head.block.attention_out, head.block.mlp_out) if head.attends else ():
             layer.weight.zero_(), layer.bias.zero_()
+        head.out.weight.mul_(NEARLY_ZERO)
+        head.out.bias.zero_()
 
 
 def begin_from(head: Any, folder: str) -> None:
@@ -60,8 +64,8 @@ def fit_skip(
 ) -> None:
     """Sets the map from the context to the logit, and the bias, to those of the lowest loss on some judged tokens.
 
-    Free scores are among the features. So the loss of the head, where its training begins, is at most that of the best
-    linear combination of free scores.
+    Free scores are among the features. So where its training begins, the head is as good as the best linear combination
+    of free scores.
 
     Args:
         head: with context; the rest of it stays as it is.
@@ -81,7 +85,7 @@ def fit_skip(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        total = loss(rest + features @ weight + bias, labels).mean() + RIDGE * weight.square().sum()
+        total = loss(rest + features @ weight + bias, labels).mean() + RIDGE * (weight.square().sum() + bias.square())
         torch.autograd.backward(total)
         return total
 

@@ -92,7 +92,7 @@ def prepare(run: RunArguments, args: transformers.TrainingArguments) -> tuple[Ob
         optimizers=(optimizer, None),
         callbacks=[MetricsLog(objective)],
     )
-    check_plugins(trainer.accelerator.state)
+    check_plugins(trainer.accelerator.state, isinstance(objective, RolloutObjective))
     if trainer.is_fsdp_enabled and (run.sample_texts or run.sample_puzzles or run.optimizer == "muon"):
         raise ValueError(
             "`--sample-texts`, `--sample-puzzles` and `--optimizer muon` need a model that is not sharded."
@@ -125,19 +125,25 @@ def given_ids(example: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     return ids[:start], ids[end:]
 
 
-def check_plugins(state: Any) -> None:
+def check_plugins(state: Any, rolls_out: bool) -> None:
     """Checks that accelerate does not split the model or the step in a way that the objectives cannot handle.
 
     Args:
         state: the `accelerate.state.AcceleratorState`.
+        rolls_out: is the objective a `RolloutObjective`?
     Raises:
-        ValueError: DeepSpeed, Megatron-LM, FSDP 1, or FSDP 2 with mixed precision.
+        ValueError: DeepSpeed, Megatron-LM, FSDP 1, FSDP 2 with mixed precision, or any FSDP with rollouts.
     """
     way = "Use DDP, or FSDP with fsdp_version: 2 (examples/accelerate/fsdp.yaml)."
     for kind in ("DEEPSPEED", "MEGATRON_LM"):
         if state.distributed_type == kind:
             raise ValueError(f"accelerate's {kind} would take a step at each of the two backwards of ours. {way}")
     fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and rolls_out:
+        raise ValueError(
+            "`--objective distill`, `--states rollout` and `--states mixed` run the model between the steps of "
+            "training, which a sharded model cannot do. Use DDP: leave out accelerate's FSDP file."
+        )
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError(f"FSDP {fsdp.fsdp_version} flattens the weights, and checkpoints would hold none. {way}")
     if fsdp is not None and fsdp.mixed_precision_policy is not None:
