@@ -27,7 +27,7 @@ def test_one_command_makes_a_head_that_the_pipeline_uses(tmp_path, model, capsys
     out = tmp_path / "head"
     status = main(["train-head", model, "--out", str(out), *FAST])
     shown = capsys.readouterr().out
-    assert status in (0, 1) and "this head" in shown and "Calibration error before training" in shown
+    assert status in (0, 1) and "this head" in shown and "Calibration error 0." in shown
     assert ("not recommended" in shown) == (status == 1)
     pipe = PrismPipeline.from_pretrained(model, quality_head=str(out))
     assert pipe.quality_head.reads_context == ("given", "token", "draw", "age", "remasks", "fill", "own")
@@ -43,13 +43,15 @@ def test_one_command_makes_a_head_that_the_pipeline_uses(tmp_path, model, capsys
 
 
 def test_a_head_that_no_free_score_is_behind_is_not_recommended(tmp_path, model, capsys, monkeypatch):
-    def behind(self, objective, batches, on_batch=None):
-        self.measure, self.label, self.temperature, self.rows = "overlap", "posterior", None, []
+    def behind(self, objective, batches):
+        self.measure, self.label, self.temperature, self.rows = "overlap", "posterior", 1.25, []
+        self.uncalibrated_ece = 0.3
         self.found = {"head": {"overlap": 3.0, "ece": 0.1}, "own": {"overlap": 3.5, "ece": 0.2}}
 
     monkeypatch.setattr(HeadReport, "__init__", behind)
     assert main(["train-head", model, "--out", str(tmp_path / "head"), *FAST]) == 1
     shown = capsys.readouterr()
+    assert "Calibration error 0.300, with the fitted temperature 1.25 0.100" in shown.out
     assert "not recommended" in shown.out and "SelfConfidenceScheduler" in shown.out
     assert "not recommended" in shown.err
     assert "**This head is not recommended**" in (tmp_path / "head" / "README.md").read_text()

@@ -33,30 +33,25 @@ ADVICE = {  # what to use in place of a head that is no better
 
 
 @torch.no_grad()
-def judged_rows(
-    objective: RolloutObjective, batches: list[dict[str, Tensor]], on_batch: Callable[[int, int], None] | None = None
-) -> list[JudgedRow]:
+def judged_rows(objective: RolloutObjective, batches: list[dict[str, Tensor]]) -> list[JudgedRow]:
     """States of held-out runs, each visible token with the head's quality at temperature 1, and the free scores.
 
     Args:
         objective: its head is measured on runs by its own settings.
         batches: of held-out rows, as the objective takes them.
-        on_batch: called as `on_batch(done, total)`.
     """
     training, device = objective.training, objective.denoiser.suppressed.device
     objective.eval()
     rows = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
-        for number, batch in enumerate(batches):
+        for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             objective.check_start(batch)
             pool = objective.new_pool(reads_more=FREE_SCORES)
             pool.refill(**batch)
             while not all(run.done for run in pool.runs):
                 rows += one_step(objective, pool)
-            if on_batch is not None:
-                on_batch(number + 1, len(batches))
     objective.train(training)
     return rows
 
@@ -160,20 +155,19 @@ class HeadReport:
     Args:
         objective: trained or not; its head's config is not changed.
         batches: held-out ones, of which the first `ROWS` rows are taken.
-        on_batch: as `judged_rows`.
     """
 
     def __init__(
         self,
         objective: RolloutObjective,
         batches: list[dict[str, Tensor]],
-        on_batch: Callable[[int, int], None] | None = None,
     ) -> None:
         few = batches[: -(-ROWS[objective.label] // len(batches[0]["input_ids"]))]
-        rows = judged_rows(objective, few, on_batch)
+        rows = judged_rows(objective, few)
         self.measure, self.label = MEASURES[objective.label], objective.label
         self.temperature = fitted_temperature(rows)  # one number of thousands of tokens: as good on others
         self.rows = at_temperature(rows, self.temperature)
+        self.uncalibrated_ece = detection_measures(rows)["head"]["ece"] if rows else None
         self.found = detection_measures(self.rows)
 
     @property
