@@ -403,7 +403,7 @@ class RolloutObjective(PRISMObjective):
         return (logsigmoid(logits) - labels.clamp(min=self.label_floor)).square()
 
     def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Each run makes a step. Of the judged tokens of all runs before it:
+        """What the head says of the judged tokens of all runs, and their labels. Then each run makes a step.
 
         Returns:
             the head's logits (N,), the channels of the context that it read (N, F), labels (N,); all float32.
