@@ -1,5 +1,7 @@
 """`prism train-head`: from a model alone to a head that the pipeline loads and uses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from test_cli import tiny_pipeline
 
 from prism_pipelines import PrismPipeline, PrismScheduler
 from prism_pipelines.cli.main import main
+from prism_pipelines.cli.train_head import calibration_line
 from prism_pipelines.training.held_out import HeadReport
 
 FAST = ("--max-steps=3", "--batch-size=4", "--max-length=24")
@@ -51,10 +54,17 @@ def test_a_head_that_no_free_score_is_behind_is_not_recommended(tmp_path, model,
     monkeypatch.setattr(HeadReport, "__init__", behind)
     assert main(["train-head", model, "--out", str(tmp_path / "head"), *FAST]) == 1
     shown = capsys.readouterr()
-    assert "Calibration error 0.300, with the fitted temperature 1.25 0.100" in shown.out
+    assert "Calibration error 0.300; 0.100 with the fitted temperature, 1.25." in shown.out
     assert "not recommended" in shown.out and "SelfConfidenceScheduler" in shown.out
     assert "not recommended" in shown.err
     assert "**This head is not recommended**" in (tmp_path / "head" / "README.md").read_text()
+
+
+def test_what_is_unknown_of_the_calibration_is_said():
+    report = SimpleNamespace(uncalibrated_ece=None, temperature=None, found={})
+    assert calibration_line(report) == "Calibration error unknown: no held-out text had a token to judge."
+    report.uncalibrated_ece = 0.25
+    assert calibration_line(report) == "Calibration error 0.250. No temperature could be fitted."
 
 
 @pytest.mark.parametrize(

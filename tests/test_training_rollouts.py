@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from family_twins import EVERY, LENGTH, MASK, V, Words, checkpoint, load
+from forked import launched
 from safetensors.torch import load_file
 from test_training import log_of, run, run_and_die, weights
+from test_training_parallel import assert_all_end_well
 from torch.nn.functional import logsigmoid
 
 from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, QualityHead
@@ -167,6 +169,33 @@ def test_training_begins_at_free_scores_and_nothing_judged_changes_nothing():
     fitted = head.context_skip.weight.clone()
     made.corrupt(**rows(6))
     assert torch.equal(head.context_skip.weight, fitted)
+
+
+def test_a_trained_map_of_the_context_is_not_fitted_again():
+    made = objective("llada", objective="distill", label_stride=2)
+    made.stride_checked = 1.0
+    torch.nn.init.normal_(made.quality_head.context_skip.weight)
+    before = {name: value.clone() for name, value in made.quality_head.state_dict().items()}
+    made.corrupt(**rows(6))
+    assert all(torch.equal(value, before[name]) for name, value in made.quality_head.state_dict().items())
+
+
+def fit_where_one_process_has_no_label():
+    torch.distributed.init_process_group("gloo")
+    flags = {"objective": "prism", "states": "rollout", "freeze_backbone": True, "rollout_steps_max": 8}
+    made, batch = objective("llada", **flags), rows(6)
+    if torch.distributed.get_rank() == 1:
+        batch["input_ids"] = torch.full_like(batch["input_ids"], MASK)  # no right token is known
+    *_, judged = made.corrupt(**batch)
+    assert any(chosen.any() for chosen in judged) == (torch.distributed.get_rank() == 0)
+    start = torch.cat([made.quality_head.context_skip.weight[0], made.quality_head.out.bias]).detach()
+    both = [torch.empty_like(start) for _ in range(2)]
+    torch.distributed.all_gather(both, start)
+    assert torch.equal(*both) and both[0][:-1].any()
+
+
+def test_all_processes_begin_at_the_same_linear_map():
+    assert_all_end_well(launched(fit_where_one_process_has_no_label))
 
 
 def test_every_token_is_labelled_once_over_the_offsets_of_a_stride():

@@ -168,7 +168,7 @@ def step_bar(bar: Progress) -> TrainerCallback:
             each = (now - self.began) / (state.global_step - self.first)
             left = each * (state.max_steps - state.global_step)
             amount = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
-            words = f"training, about {amount} left before it is measured"
+            words = f"training, about {amount} left, then the measurement"
             bar.update(self.task, completed=state.global_step, description=words)
 
         def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
@@ -193,7 +193,7 @@ def calibration_line(report: HeadReport) -> str:
     words = f"Calibration error {report.uncalibrated_ece:.3f}"
     if report.temperature is None:
         return f"{words}. No temperature could be fitted."
-    return f"{words}, with the fitted temperature {report.temperature:g} {report.found['head']['ece']:.3f}."
+    return f"{words}; {report.found['head']['ece']:.3f} with the fitted temperature, {report.temperature:g}."
 
 
 def table(report: HeadReport) -> Table:

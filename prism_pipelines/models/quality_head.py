@@ -17,10 +17,8 @@ from ..schedulers.context import RunContext, check_inputs, context_features, num
 from ..schedulers.validation import is_int, is_number, require
 
 ARCHITECTURES = ("linear", "mlp", "block", "block_mlp")
-VECTORS = {
-    "first_hidden": "first_in",
-    "token": "token_in",
-}  # inputs that are as wide as the hidden states: their layers
+# Inputs that are as wide as the hidden states, each with the name of the layer that reads it.
+VECTORS = {"first_hidden": "first_in", "token": "token_in"}
 
 
 class TransformerBlock(nn.Module):

@@ -64,14 +64,14 @@ def fit_skip(
 ) -> None:
     """Sets the map from the context to the logit, and the bias, to those of the lowest loss on some judged tokens.
 
-    Free scores are among the features. So where its training begins, the head is as good as the best linear combination
-    of free scores.
+    Free scores are among the features. So the head begins at a linear combination of them whose loss on these tokens is
+    about the lowest there is. It may still order the tokens of a text worse than a single free score.
 
     Args:
         head: with context; the rest of it stays as it is.
         logits: what it gives now, float (N,).
         features: channels of the context, float (N, F).
-        labels: what `loss` compares with, float (N,).
+        labels: what `loss` compares with, float (N,). Without any token the head stays as it is.
         loss: from logits and labels to the loss of each token, (N,); convex near its minimum.
     """
     if not len(labels):
@@ -89,8 +89,7 @@ def fit_skip(
         torch.autograd.backward(total)
         return total
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)  # it enables gradients for the closure
     if bool(torch.cat([weight, bias[None]]).isfinite().all()):
         with torch.no_grad():
             head.context_skip.weight.copy_(weight[None])

@@ -157,11 +157,7 @@ class HeadReport:
         batches: held-out ones, of which the first `ROWS` rows are taken.
     """
 
-    def __init__(
-        self,
-        objective: RolloutObjective,
-        batches: list[dict[str, Tensor]],
-    ) -> None:
+    def __init__(self, objective: RolloutObjective, batches: list[dict[str, Tensor]]) -> None:
         few = batches[: -(-ROWS[objective.label] // len(batches[0]["input_ids"]))]
         rows = judged_rows(objective, few)
         self.measure, self.label = MEASURES[objective.label], objective.label

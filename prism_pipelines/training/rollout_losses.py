@@ -240,7 +240,8 @@ class RolloutObjective(PRISMObjective):
     def warmed_up(self, batch: dict) -> RolloutPool:
         """A pool whose runs have made some steps.
 
-        On the first pool the stride of the label is checked, and the head's linear start is fitted.
+        On the first pool the stride of the label is checked, and a new head's linear start is fitted. A map that is
+        trained already, such as that of `--head-from`, stays: a fit on a few states would make it worse.
         """
         pool = self.new_pool()
         self.check_start(batch)
@@ -251,7 +252,8 @@ class RolloutObjective(PRISMObjective):
             self.check_written(pool)
             if self.label == "posterior" and self.stride_checked is None:
                 self.check_stride(pool)
-            if not self.pools and hasattr(self.quality_head, "context_skip"):
+            skip = getattr(self.quality_head, "context_skip", None)
+            if not self.pools and skip is not None and not skip.weight.any():
                 self.fit_start(pool, batch)
         return pool
 
@@ -401,7 +403,7 @@ class RolloutObjective(PRISMObjective):
         return (logsigmoid(logits) - labels.clamp(min=self.label_floor)).square()
 
     def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Each run makes a step. Of the judged tokens of all runs before it:
+        """What the head says of the judged tokens of all runs, and their labels. Then each run makes a step.
 
         Returns:
             the head's logits (N,), the channels of the context that it read (N, F), labels (N,); all float32.
