@@ -199,9 +199,10 @@ def test_rows_of_a_quantized_output_head_are_refused_and_those_of_an_offloaded_o
     accelerate.cpu_offload(denoiser.model, execution_device="cpu")
     assert head.weight.is_meta and torch.equal(denoiser.token_rows(ids), expected) and head.weight.is_meta
     accelerate.hooks.remove_hook_from_submodules(denoiser.model)
-    head.weight = nn.Parameter(expected[0].to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r'reads "token".*quantized to torch.int8'):
-        denoiser.token_rows(ids)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        head.weight = nn.Parameter(expected[0].to(dtype), requires_grad=False)
+        with pytest.raises(ValueError, match=rf'reads "token".*quantized to {dtype}'):
+            denoiser.token_rows(ids)
 
 
 @pytest.mark.parametrize("family", BLOCK_CAUSAL)

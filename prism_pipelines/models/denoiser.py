@@ -288,7 +288,7 @@ class MaskedDenoiser(nn.Module):
             ValueError: the output head is quantized, so it has no such rows.
         """
         head = self._output_head()
-        if not head.weight.is_floating_point():
+        if not head.weight.is_floating_point() or head.weight.itemsize == 1:
             raise ValueError(
                 'A quality head that reads "token" needs the rows of the output head, and this one is quantized to '
                 f"{head.weight.dtype}. Keep it in a float dtype: list it in `llm_int8_skip_modules`, for instance."

@@ -60,7 +60,7 @@ def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
     """One step of every run. Returns the judged rows of the runs that `is_looked_at` chooses."""
     sample, attention_mask = pool.batch()
     hidden, found = objective.denoiser.hidden(sample, attention_mask), []
-    looks = [is_looked_at(run) for run in pool.runs]
+    looks = [is_looked_at(run, every_full=objective.label == "truth") for run in pool.runs]
     labels: list = [None] * len(looks)
     if objective.label == "posterior" and any(looks):
         labels = pool.parts(leave_one_out(objective, pool, sample, attention_mask, looks))
@@ -75,10 +75,16 @@ def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
     return found
 
 
-def is_looked_at(run: Rollout) -> bool:
-    """Is the present state of a run measured? All full canvases, and about `STATES` states of each filling."""
+def is_looked_at(run: Rollout, every_full: bool) -> bool:
+    """Is the present state of a run measured? About `STATES` states of each filling are, and full canvases.
+
+    Args:
+        run: under way, or done.
+        every_full: measure every full canvas, and not only the last one and every third before it. A label by the
+            posterior takes as many forward passes as its stride is wide.
+    """
     if run.done or run.is_full:
-        return not run.done
+        return not run.done and (every_full or run.repairs % 3 == 0)
     steps = run.segments[run.segment][1]
     return run.step > 0 and run.step * STATES // steps != (run.step - 1) * STATES // steps
 
