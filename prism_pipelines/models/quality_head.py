@@ -198,7 +198,9 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
         token_rows: Tensor | None = None,
     ) -> Tensor:
         """P(token is right), float32 (B, L) in [0, 1]: the sigmoid of `forward` divided by `config.temperature`."""
-        logits = self(hidden, attention_mask, features, first_hidden, token_rows)
+        context = {"features": features, "first_hidden": first_hidden, "token_rows": token_rows}
+        # A subclass that reads no context may take none.
+        logits = self(hidden, attention_mask, **{name: value for name, value in context.items() if value is not None})
         return (logits if self.config.temperature is None else logits / self.config.temperature).sigmoid()
 
     def inputs(self, context: RunContext | None, sample: Tensor, mask_token_id: int) -> dict[str, Tensor | None]:
