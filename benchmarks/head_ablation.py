@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from benchmarks.detection import LOOKS, canvases, measures, rows_of_task
 from benchmarks.shared import give, origin
@@ -32,7 +31,7 @@ from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.detection import NAMES
 from prism_pipelines.schedulers.context import INPUTS, context_features, first_channels
 from prism_pipelines.training.head_start import begin_neutral, fit_skip
-from prism_pipelines.training.rollout_losses import WARM_UP, every, log_posterior
+from prism_pipelines.training.rollout_losses import WARM_UP, every, label_loss, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
 from prism_pipelines.training.setup import CONTEXTS
 
@@ -41,6 +40,8 @@ SETTINGS = {"sudoku": RolloutSettings(12, 52), "text": RolloutSettings(16, 64, r
 STRIDE, OFFSETS = {"sudoku": 16, "text": 8}, 2  # labels by the posterior: at every s-th position, from so many offsets
 RUNS, ROWS = {"sudoku": 12, "text": 6}, {"sudoku": 96, "text": 24}
 FIT_ROWS, RATE, FLOOR = {"sudoku": 48, "text": 16}, {"sudoku": 3e-3, "text": 4e-3}, -12.0
+# By the target of a variant: label and loss of `label_loss`.
+LOSSES = {"truth": ("truth", "bce"), "posterior": ("posterior", "squared"), "soft": ("posterior", "bce")}
 KEEP = 0.15  # share of the states of a pool that are kept: those of successive steps differ little
 SEED = 17_000
 
@@ -150,10 +151,7 @@ def fit(states: States, variant: Variant, task: str, seed: int, steps: int) -> Q
     labels = states.truth if variant.target == "truth" else states.posterior
 
     def loss_of(out: Tensor, label: Tensor) -> Tensor:
-        if variant.target == "posterior":
-            return (logsigmoid(out) - label.clamp(min=FLOOR)).square()
-        label = label if variant.target == "truth" else label.exp()
-        return binary_cross_entropy_with_logits(out, label, reduction="none")
+        return label_loss(out, label, *LOSSES[variant.target], FLOOR)
 
     def judged(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         label, features = labels[rows], states.features[rows][..., channels].float()

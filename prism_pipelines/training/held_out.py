@@ -65,7 +65,7 @@ def one_step(objective: RolloutObjective, pool: RolloutPool) -> list[JudgedRow]:
     if objective.label == "posterior" and any(looks):
         labels = pool.parts(leave_one_out(objective, pool, sample, attention_mask, looks))
     for run, part, look, label in zip(pool.runs, pool.parts(hidden), looks, labels, strict=True):
-        logits, context = objective.judge_run(run, part)
+        logits, _, context = objective.judge_run(run, part)
         if look:
             label = run.sample == run.clean if label is None else label
             scores = {"head": logits.sigmoid()}
@@ -169,8 +169,9 @@ class HeadReport:
         self.measure, self.label = MEASURES[objective.label], objective.label
         self.temperature = fitted_temperature(rows)  # one number of thousands of tokens: as good on others
         self.rows = at_temperature(rows, self.temperature)
-        self.uncalibrated_ece = detection_measures(rows)["head"]["ece"] if rows else None
-        self.found = detection_measures(self.rows)
+        uncalibrated = detection_measures(rows)
+        self.uncalibrated_ece = uncalibrated["head"]["ece"] if uncalibrated else None
+        self.found = uncalibrated if self.temperature is None else detection_measures(self.rows)
 
     @property
     def best_free(self) -> str | None:

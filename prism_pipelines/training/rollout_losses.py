@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..evaluation.statistics import rank_correlation
 from ..models.denoiser import MaskedDenoiser
-from ..schedulers.context import RunContext, context_features, forget
+from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
 from .head_start import fit_skip
 from .loss_terms import mean_where, share_of_all, split_positions
@@ -128,6 +128,19 @@ def compare_stride(
     both = [torch.cat(values).cpu().numpy() for values in (exact, strided) if values]
     found = rank_correlation(*both) if both else None
     return 1.0 if found is None else found
+
+
+def label_loss(logits: Tensor, labels: Tensor, label: str, distill_loss: str, label_floor: float) -> Tensor:
+    """The loss of each judged token, (N,), from the head's logits and the labels, (N,) each.
+
+    Args:
+        label, distill_loss, label_floor: as `RolloutObjective`.
+    """
+    if label == "truth":
+        return binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    if distill_loss == "bce":
+        return binary_cross_entropy_with_logits(logits, labels.exp(), reduction="none")
+    return (logsigmoid(logits) - labels.clamp(min=label_floor)).square()
 
 
 class RolloutObjective(PRISMObjective):
@@ -396,11 +409,7 @@ class RolloutObjective(PRISMObjective):
 
     def head_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each judged token, float32 (N,), from the head's logits and the labels, (N,) each."""
-        if self.label == "truth":
-            return binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        if self.distill_loss == "bce":
-            return binary_cross_entropy_with_logits(logits, labels.exp(), reduction="none")
-        return (logsigmoid(logits) - labels.clamp(min=self.label_floor)).square()
+        return label_loss(logits, labels, self.label, self.distill_loss, self.label_floor)
 
     def judge_runs(self, pool: RolloutPool, judged: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What the head says of the judged tokens of all runs, and their labels. Then each run makes a step.
@@ -435,19 +444,22 @@ class RolloutObjective(PRISMObjective):
             hidden = self.denoiser.hidden(sample, attention_mask)
         found = []
         for run, part in zip(pool.runs, pool.parts(hidden), strict=True):
-            logits, context = self.judge_run(run, part)
-            reads = self.quality_head.reads_context
-            found.append((logits, context_features(context, run.sample, pool.mask_token_id, reads)))
+            logits, features, _ = self.judge_run(run, part)
+            found.append((logits, features))
             pool.advance(run, part.detach(), logits.detach().sigmoid())
         return found
 
-    def judge_run(self, run: Rollout, hidden: Tensor) -> tuple[Tensor, RunContext]:
-        """The head's logits (R, L) of one run, and its context, which some of its rows lack while training."""
+    def judge_run(self, run: Rollout, hidden: Tensor) -> tuple[Tensor, Tensor, RunContext]:
+        """The head's logits (R, L) of one run, the channels that it read (R, L, F), and the context that they are of.
+
+        While training, some rows lack their context.
+        """
         context = run.recorder.observe(run.sample, hidden, run.at_work)
         if self.training and self.quality_head.reads_context:
             context = forget(context, uniform((len(hidden),), None, hidden.device) < self.forget_share)
         known = self.quality_head.inputs(context, run.sample, self.denoiser.spec.mask_token_id)
-        return self.quality_head(hidden, run.canvas.attention_mask, **known), context
+        logits = self.quality_head(hidden, run.canvas.attention_mask, **known)
+        return logits, known.get("features", logits.new_empty((*logits.shape, 0))), context
 
     def state(self) -> dict[str, Tensor]:
         """The runs under way, for a checkpoint; the weights are not in it."""
