@@ -29,7 +29,7 @@ from benchmarks.shared import give, origin
 from prism_pipelines import PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.detection import NAMES
-from prism_pipelines.schedulers.context import INPUTS, context_features, first_channels
+from prism_pipelines.schedulers.context import INPUTS, ODDS, context_features, first_channels
 from prism_pipelines.training.head_start import begin_neutral, fit_skip
 from prism_pipelines.training.rollout_losses import WARM_UP, every, label_loss, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
@@ -78,6 +78,7 @@ def variants(task: str) -> dict[str, Variant]:
     found = {"as bundled": full}
     for name in full.context:
         found[f"without {name}"] = replace(full, context=tuple(n for n in full.context if n != name))
+    found["without all log-odds"] = replace(full, context=tuple(n for n in full.context if not n.endswith(ODDS)))
     found["no context"] = replace(full, context=())
     if task == "sudoku":
         found["target: posterior"] = replace(full, target="posterior")

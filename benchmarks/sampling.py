@@ -11,6 +11,7 @@ clock's. The bare arms run one forward in eight and are scaled; the row floor ta
 Inside = the time in the model, its output head and the quality head, by hooks, in the first turn.
 Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline takes one turn. It grows its canvas
 block by block, as its block-causal models allow: its forwards see fewer positions than the others'. It cannot remask.
+"PRISM, judged by ..." is the arm "PRISM random order, sampling" with a head that reads a run context.
 
     taskset -c 0 python -m benchmarks.sampling                        # CPU: 1 thread, 36M parameters, 126k vocabulary
     python -m benchmarks.sampling --shape llada-8b --device cuda      # a GPU of at least 24 GB
@@ -41,6 +42,12 @@ from prism_pipelines.cli.arguments import Parser
 
 MASK = 126336  # LLaDA's mask token; the model has random weights
 SEED = 0
+# What the heads with context read, each with all that the one before reads.
+CONTEXTS = {
+    "records": ("given", "prompt", "prompt_odds", "draw", "draw_odds", "age", "remasks", "fill"),
+    "rows": ("first_hidden", "token"),
+    "own": ("own", "own_odds"),
+}
 SCALE = 8  # a bare arm runs one in so many of its forwards, but at least as many as this
 
 
@@ -122,9 +129,9 @@ def masks_left(shape: Shape, x: float) -> int:
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
-def ours(run: Run, scheduler, temperature: float) -> Callable[[], float]:
-    """`PrismPipeline` with one scheduler."""
-    pipe = PrismPipeline(run.model, None, run.head, scheduler, FAMILIES["llada"])
+def ours(run: Run, scheduler, temperature: float, head: QualityHead | None = None) -> Callable[[], float]:
+    """`PrismPipeline` with one scheduler, and a head other than the run's."""
+    pipe = PrismPipeline(run.model, None, head or run.head, scheduler, FAMILIES["llada"])
     pipe.set_progress_bar_config(disable=True)
 
     def sample() -> float:
@@ -180,7 +187,15 @@ def arms_of(run: Run) -> dict[str, Callable[[], float]]:
         arms[f"MDLM, {name}"] = ours(run, MDLMScheduler(order="confidence"), temperature)
         arms[f"PRISM, {name}"] = ours(run, PrismScheduler(order="confidence", num_remask=1), temperature)
         arms[f"LLaDA2Pipeline, {name}"] = llada2(run, temperature)
-    arms["PRISM random order, sampling"] = ours(run, PrismScheduler(order="random", num_remask=1), 1.0)
+    random = PrismScheduler(order="random", num_remask=1)
+    arms["PRISM random order, sampling"] = ours(run, random, 1.0)
+    reads: tuple[str, ...] = ()
+    for name, more in CONTEXTS.items():
+        reads += more
+        head = QualityHead(run.shape.hidden, "mlp", context=reads).to(run.model.device)
+        arms[f"PRISM, judged by {', '.join(list(CONTEXTS)[: list(CONTEXTS).index(name) + 1])}"] = ours(
+            run, random, 1.0, head
+        )
     return arms
 
 

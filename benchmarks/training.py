@@ -6,9 +6,11 @@ code with all weights trained; and two bare forwards of the same model without g
 head and "model" with all logits. The steps alternate, so that a slow spell of the machine falls on all.
 
 Memory is the most bytes alive at once: weights, gradients and everything in between. On a CPU they are counted tensor
-by tensor (`PeakMemory`), on CUDA torch counts. Goals: prism <= 2.2 mdm steps, frozen <= 1.3 times two bare forwards,
-peak of prism <= 1.3 of mdm. "prism, one backward" keeps both graphs in memory, as a plain `objective(batch)` does.
-Usage: python -m benchmarks.training [--quick] [--device cuda] [--out docs/figures/training_cost.json]
+by tensor (`PeakMemory`), on CUDA torch counts. Heads on rollouts: "rollout" and "rollout, lora" learn from the truth,
+"distill" from the model's own posterior. Goals: prism <= 2.2 mdm steps, frozen <= 1.3 times two bare forwards, rollout
+<= 1.3 mdm, distill <= 1.3 frozen, peak of prism <= 1.3 of mdm. "prism, one backward" keeps both graphs in memory, as a
+plain `objective(batch)` does.
+Usage: python -m benchmarks.training [--quick] [--large] [--device cuda] [--out docs/figures/training_cost.json]
 The last line of stdout is one JSON object: rows, device, versions, commit, seed.
 """
 
@@ -31,9 +33,19 @@ from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.tables import markdown_table
 from prism_pipelines.models.denoiser import MaskedDenoiser
 from prism_pipelines.training.losses import MDMObjective, PRISMObjective
+from prism_pipelines.training.rollout_losses import RolloutObjective
+from prism_pipelines.training.rollouts import RolloutSettings
+from prism_pipelines.training.setup import CONTEXTS
 
 SEED = 0
-GOALS = {"prism / mdm": 2.2, "frozen / two bodies": 1.3, "peak of prism / mdm": 1.3}
+GOALS = {
+    "prism / mdm": 2.2,
+    "frozen / two bodies": 1.3,
+    "rollout / mdm": 1.3,
+    "rollout, lora / mdm": 1.3,
+    "distill / frozen": 1.3,
+    "peak of prism / mdm": 1.3,
+}
 
 
 class PeakMemory(TorchDispatchMode):
@@ -88,11 +100,28 @@ def denoiser_of(model) -> MaskedDenoiser:
 
 def prism(model, rank: int | None = None, frozen: bool = False, k: int = 8) -> PRISMObjective:
     """The objective of PRISM's LLaDA setting; random order, so that the output head runs at k rows for the draws."""
+    add_lora(model, rank)
+    head = QualityHead(model.config.hidden_size, "mlp").to(model.device)
+    return PRISMObjective(denoiser_of(model), head, num_revealed=k, freeze_backbone=frozen).train()
+
+
+def add_lora(model, rank: int | None) -> None:
+    """LoRA of LLaDA's setting, where there is a rank."""
     if rank:
         targets = ["q_proj", "k_proj", "v_proj"]
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name="prism")
-    head = QualityHead(model.config.hidden_size, "mlp").to(model.device)
-    return PRISMObjective(denoiser_of(model), head, num_revealed=k, freeze_backbone=frozen).train()
+
+
+def rollouts(model, label: str, rank: int | None = None) -> RolloutObjective:
+    """The objective of a head on rollouts, with the inputs that it reads by default; frozen without a rank."""
+    add_lora(model, rank)
+    head = QualityHead(model.config.hidden_size, "block", context=CONTEXTS[label]).to(model.device)
+    settings = RolloutSettings(mask_rate_min=0.5 if label == "truth" else 1.0)
+    objective = RolloutObjective(
+        denoiser_of(model), head, settings=settings, label=label, freeze_backbone=rank is None
+    ).train()
+    objective.stride_checked = 1.0  # random weights have no order that a stride could keep
+    return objective
 
 
 def step(objective, ids) -> None:
@@ -130,8 +159,9 @@ def peak_bytes(run, model, device: str) -> int:
     """Most bytes alive during `run`, weights included."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - sum(p.numel() * p.element_size() for p in model.parameters())
         run()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - others
     with PeakMemory(model) as memory:
         run()
     return memory.peak
@@ -146,12 +176,17 @@ def measure(sizes: dict, batch: int, length: int, repeats: int, device: str) -> 
         "prism": prism(llama(sizes, device)),
         "lora": prism(llama(sizes, device), rank=16),
         "frozen": prism(llama(sizes, device), frozen=True),
+        "rollout": rollouts(llama(sizes, device), "truth"),
+        "rollout, lora": rollouts(llama(sizes, device), "truth", rank=16),
+        "distill": rollouts(llama(sizes, device), "posterior"),
     }
     runs = {name: (lambda o=objective: step(o, ids)) for name, objective in objectives.items()}
     runs["prism, one backward"] = lambda: one_backward(objectives["prism"], ids)
     bare = denoiser_of(llama(sizes, device)).eval()
     runs |= {"two bodies": lambda: forwards(bare, ids, False), "two models": lambda: forwards(bare, ids, True)}
-    owner = {name: objectives.get(name.split(",")[0], bare) for name in runs}
+    owner = {name: objectives.get(name.removesuffix(", one backward"), bare) for name in runs}
+    for run in runs.values():
+        run()  # the runs of a pool begin here
     rows = []
     for name, run in runs.items():
         for objective in objectives.values():
@@ -168,13 +203,19 @@ def main(argv=None) -> int:
     """Measure, print the table and whether the goals hold."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller, one repeat")
+    parser.add_argument("--large", action="store_true", help="a model for a GPU, with LLaDA's vocabulary")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default=None, help="JSON file to write besides")
     args = parser.parse_args(argv)
-    width, layers, batch, length = (64, 2, 2, 64) if args.quick else (256, 6, 4, 256)
+    width, layers, batch, length, vocabulary = (256, 6, 4, 256, 4096)
+    if args.quick:
+        width, layers, batch, length = 64, 2, 2, 64
+    elif args.large:
+        width, layers, batch, length, vocabulary = 1024, 16, 8, 512, 126464
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 4096}
+    sizes |= {"num_attention_heads": max(4, width // 64), "vocab_size": vocabulary}
+    sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     rows = measure(sizes, batch, length, 1 if args.quick else args.repeats, args.device)
     by = {row["step"]: row for row in rows}
     # The smallest time is the one that other work on the machine disturbed least; medians stand in the table.
@@ -184,6 +225,9 @@ def main(argv=None) -> int:
         ratios[f"lora / mdm, {stat}"] = by["lora"][stat] / by["mdm"][stat]
         ratios[f"frozen / two bodies, {stat}"] = by["frozen"][stat] / by["two bodies"][stat]
         ratios[f"frozen / two models, {stat}"] = by["frozen"][stat] / by["two models"][stat]
+        ratios[f"rollout / mdm, {stat}"] = by["rollout"][stat] / by["mdm"][stat]
+        ratios[f"rollout, lora / mdm, {stat}"] = by["rollout, lora"][stat] / by["mdm"][stat]
+        ratios[f"distill / frozen, {stat}"] = by["distill"][stat] / by["frozen"][stat]
     ratios["peak of prism / mdm"] = by["prism"]["peak_bytes"] / by["mdm"]["peak_bytes"]
     ratios["peak of prism, one backward / mdm"] = by["prism, one backward"]["peak_bytes"] / by["mdm"]["peak_bytes"]
     cells = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +20,26 @@ INPUTS = {
     "remasks": 1,
     "fill": 1,
     "own": 4,
+    "prompt_odds": 3,
+    "draw_odds": 2,
+    "own_odds": 2,
 }
+ODDS = "_odds"  # ending of the inputs that are log-odds of what another input has as log-probabilities
 # Log-probabilities below this say no more: the token is wrong.
 LOG_FLOOR = -20.0
+# Log-odds above this are rounding errors of a float32 log-probability.
+ODDS_CAP = 12.0
 # Inputs that are log-probabilities, or an entropy. The first of each tells whether the input is known.
 _LOGS = {
     "prompt": ("first_max", "first_entropy", "prompt_logprob"),
     "draw": ("draw_logprob",),
     "own": ("own_logprob", "own_mean", "own_min"),
+}
+# Log-probabilities that are also read as log-odds: log(p / (1 - p)) tells .99 from .9999, which log p cannot.
+_ODDS = {
+    "prompt_odds": ("first_max", "prompt_logprob"),
+    "draw_odds": ("draw_logprob",),
+    "own_odds": ("own_logprob",),
 }
 
 
@@ -134,7 +147,9 @@ def context_features(context: RunContext | None, sample: Tensor, mask_token_id: 
     channels = []
     for name in names:
         if name in _LOGS:
-            channels += _logs(context, _LOGS[name])
+            channels += _known(context, _LOGS[name], _logs)
+        elif name in _ODDS:
+            channels += _known(context, _ODDS[name], _log_odds)
         elif name == "given":
             channels.append(~context.generated)
         elif name == "age":
@@ -146,13 +161,22 @@ def context_features(context: RunContext | None, sample: Tensor, mask_token_id: 
     return torch.stack([channel.float() for channel in channels], dim=-1)
 
 
-def _logs(context: RunContext, fields: tuple[str, ...]) -> list[Tensor]:
-    """Is the input known, and its values. Entropy gets a minus sign, so that all values are at most 0."""
+def _known(context: RunContext, fields: tuple[str, ...], scaled: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+    """Is the input known, and its values, each made a channel by `scaled`; 0 where it is unknown."""
     read = [getattr(context, field) for field in fields]
     if read[0] is None:
         return [torch.zeros_like(context.draw_logprob)] * (1 + len(fields))
-    values = torch.stack([-v if field == "first_entropy" else v for field, v in zip(fields, read, strict=True)])
-    return [~values[0].isnan(), *values.clamp(min=LOG_FLOOR).mul(0.1).nan_to_num(0.0)]
+    return [~read[0].isnan(), *(scaled(field, v).nan_to_num(0.0) for field, v in zip(fields, read, strict=True))]
+
+
+def _logs(field: str, values: Tensor) -> Tensor:
+    """Log-probabilities, or an entropy with a minus sign, so that all channels are at most 0."""
+    return (-values if field == "first_entropy" else values).clamp(min=LOG_FLOOR).mul(0.1)
+
+
+def _log_odds(field: str, values: Tensor) -> Tensor:
+    """Log-odds of log-probabilities."""
+    return (values - (-values.expm1()).log()).clamp(LOG_FLOOR, ODDS_CAP).mul(0.1)
 
 
 def _age(context: RunContext) -> list[Tensor]:

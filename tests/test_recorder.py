@@ -26,7 +26,7 @@ from prism_pipelines import MDLMScheduler, PrismPipeline, PrismScheduler, Qualit
 from prism_pipelines.models.denoiser import MaskedDenoiser, soft_cap
 from prism_pipelines.sampling.canvas import canvas_of_infill, given_positions
 from prism_pipelines.sampling.recorder import RunRecorder
-from prism_pipelines.schedulers.context import INPUTS, forget, num_features
+from prism_pipelines.schedulers.context import INPUTS, context_features, forget, num_features
 
 LOGS = ("draw_logprob", "prompt_logprob", "first_max", "first_entropy", "own_logprob", "own_mean", "own_min")
 FAMILIES = ("llada", "Dream", "sdar", "Fast_dLLM_Qwen", "mdlm", "bert", "gpt2:diffugpt")
@@ -473,4 +473,17 @@ def test_inputs_that_nobody_knows_are_named():
     pipe = load(checkpoint("llada"))
     with pytest.raises(ValueError, match="got colour"):
         RunRecorder(pipe.denoiser, torch.ones(1, 4, dtype=torch.bool), ("colour",))
-    assert num_features(tuple(INPUTS)) == 16
+    assert num_features(tuple(INPUTS)) == 23
+
+
+def test_log_odds_alone_have_their_probabilities_recorded():
+    pipe = load(checkpoint("llada"))
+    generated, sample = torch.ones(1, 6, dtype=torch.bool), some_ids(1, 6, seed=5)
+    sample = sample.masked_fill(sample == MASK, 8)
+    sample[0, 0] = MASK
+    recorder = RunRecorder(pipe.denoiser, generated, ("prompt_odds", "own_odds"))
+    recorder.begin(generated)
+    context = recorder.observe(sample, pipe.denoiser.hidden(sample))
+    assert context.own_logprob[0, 1:].isfinite().all() and context.first_max[0, 0] < 0
+    features = context_features(context, sample, MASK, ("own_odds",))[0, 1:, 1]
+    torch.testing.assert_close(features, torch.logit(context.own_logprob[0, 1:].exp()) / 10)

@@ -36,6 +36,12 @@ def context(**changes):
     return RunContext(**{**fields, **changes})
 
 
+def odds(logprob):
+    """A tenth of the log-odds of a probability."""
+    p = math.exp(logprob)
+    return math.log(p / (1 - p)) / 10
+
+
 EXPECTED = {
     "given": [[1], [0], [0], [0], [0]],
     "prompt": [
@@ -52,6 +58,15 @@ EXPECTED = {
     "remasks": [[0], [0], [math.log(3)], [math.log(2)], [0]],
     "fill": [[0.25]] * 5,
     "own": [[0] * 4, [1, -0.1, -0.1, -0.1], [1, -0.2, -0.15, -0.4], [0] * 4, [1, -0.3, -0.3, -0.3]],
+    "prompt_odds": [
+        [0, 0, 0],
+        [1, odds(-0.5), odds(-1.0)],
+        [1, odds(-1.0), -2.0],
+        [1, odds(-0.1), 0],
+        [1, odds(-1.5), odds(-2.0)],
+    ],
+    "draw_odds": [[0, 0], [1, odds(-0.5)], [1, odds(-3.0)], [0, 0], [0, 0]],
+    "own_odds": [[0, 0], [1, odds(-1.0)], [1, odds(-2.0)], [0, 0], [1, odds(-3.0)]],
 }
 
 
@@ -76,6 +91,12 @@ def test_features_are_finite_whatever_is_unknown():
     assert context_features(impossible, SAMPLE, MASK, ("draw",)).isfinite().all()
 
 
+def test_log_odds_tell_sure_tokens_apart_up_to_the_rounding_of_their_probabilities():
+    sure = context(draw_logprob=torch.tensor([[0.0, -1e-9, -1e-4, -1e-2, -math.inf]]))
+    found = context_features(sure, SAMPLE, MASK, ("draw_odds",))[0, :, 1]
+    assert found.tolist() == pytest.approx([1.2, 1.2, -math.log(1e-4) / 10, odds(-1e-2), -2.0], rel=1e-4)
+
+
 def test_a_text_that_nobody_watched_has_all_channels_zero():
     assert not context_features(None, SAMPLE, MASK, tuple(INPUTS)).any()
 
@@ -83,7 +104,7 @@ def test_a_text_that_nobody_watched_has_all_channels_zero():
 def test_forgotten_rows_are_texts_that_nobody_watched_and_others_stay():
     both = RunContext(**{k: torch.cat([v, v]) for k, v in vars(context()).items()})
     full = torch.where(SAMPLE == MASK, 1, SAMPLE).expand(2, -1)  # a finished text
-    names = tuple(name for name in INPUTS if name != "own")
+    names = tuple(name for name in INPUTS if not name.startswith("own"))
     forgotten = forget(both, torch.tensor([True, False]))
     found = context_features(forgotten, full, MASK, names)
     assert not found[0].any() and not forgotten.first_hidden[0].any() and forgotten.token_rows.all()
@@ -91,3 +112,4 @@ def test_forgotten_rows_are_texts_that_nobody_watched_and_others_stay():
     own = context_features(forgotten, full, MASK, ("own",))[0]  # one look at the text still gives it
     assert own[1].tolist() == pytest.approx([1, -0.1, -0.1, -0.1])
     assert own[2].tolist() == pytest.approx([1, -0.2, -0.2, -0.2])
+    assert context_features(forgotten, full, MASK, ("own_odds",))[0, 2].tolist() == pytest.approx([1, odds(-2.0)])

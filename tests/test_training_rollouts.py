@@ -20,7 +20,7 @@ from prism_pipelines.training.head_start import begin_neutral, fit_skip
 from prism_pipelines.training.held_out import MEASURES, HeadReport
 from prism_pipelines.training.rollout_losses import RolloutObjective, every
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
-from prism_pipelines.training.setup import build_objective
+from prism_pipelines.training.setup import CONTEXTS, build_objective
 
 WAYS = {
     "rollout": ("--objective=prism", "--states=rollout", "--freeze-backbone", "--puzzle-share=1"),
@@ -228,7 +228,7 @@ def test_a_head_on_rollouts_is_saved_calibrated_and_loaded_by_the_pipeline(tmp_p
     assert all(torch.equal(value, before[name]) for name, value in pipe.model.state_dict().items() if name in before)
     again = PrismPipeline.from_pretrained(str(pretrained), quality_head=str(tmp_path / "one"))
     config = again.quality_head.config
-    assert tuple(config.context) == ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill")
+    assert tuple(config.context) == CONTEXTS["truth"]
     assert config.temperature == pipe.quality_head.config.temperature and config.temperature > 0
     out = again(infill="1" + "." * 80, num_inference_steps=8, return_quality=True)
     assert out.texts[0][0] == "1" and out.confidence is not None

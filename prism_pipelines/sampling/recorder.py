@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.denoiser import MaskedDenoiser
-from ..schedulers.context import RunContext, check_inputs
+from ..schedulers.context import ODDS, RunContext, check_inputs
 from ..schedulers.token_sampling import chunk_rows, probabilities, true_positions
 
 
@@ -88,7 +88,8 @@ class RunRecorder:
     """
 
     def __init__(self, denoiser: MaskedDenoiser, generated: Tensor, reads: Iterable[str]) -> None:
-        self.denoiser, self.generated, self.reads = denoiser, generated, frozenset(check_inputs(list(reads)))
+        self.denoiser, self.generated = denoiser, generated
+        self.reads = frozenset(name.removesuffix(ODDS) for name in check_inputs(list(reads)))
         self.reads_first = not self.reads.isdisjoint(("prompt", "first_hidden"))
         self._sample: Tensor | None = None  # the canvas that the records belong to
         self._due: Tensor | None = None  # positions whose first forward pass is the next one
