@@ -30,7 +30,7 @@ from prism_pipelines import PrismPipeline, QualityHead, bundled, sudoku
 from prism_pipelines.cli.arguments import Parser
 from prism_pipelines.evaluation.detection import NAMES
 from prism_pipelines.schedulers.context import INPUTS, ODDS, context_features, first_channels
-from prism_pipelines.training.head_start import begin_neutral, fit_skip
+from prism_pipelines.training.head_start import begin_neutral, first_guess, fit_skip
 from prism_pipelines.training.rollout_losses import WARM_UP, every, label_loss, log_posterior
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
 from prism_pipelines.training.setup import CONTEXTS
@@ -162,7 +162,8 @@ def fit(states: States, variant: Variant, task: str, seed: int, steps: int) -> Q
 
     if channels:
         with torch.no_grad():
-            fit_skip(head, *judged(torch.randperm(len(labels))[: 4 * FIT_ROWS[task]]), loss_of)
+            guess = first_guess(variant.context, LOSSES[variant.target][0])
+            fit_skip(head, *judged(torch.randperm(len(labels))[: 4 * FIT_ROWS[task]]), loss_of, guess)
     optimizer = torch.optim.AdamW(head.parameters(), RATE[task], betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 30) * 0.5 * (1 + math.cos(math.pi * i / steps))

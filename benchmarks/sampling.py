@@ -11,7 +11,7 @@ clock's. The bare arms run one forward in eight and are scaled; the row floor ta
 Inside = the time in the model, its output head and the quality head, by hooks, in the first turn.
 Throughput counts generated tokens, not the prompt's. diffusers' LLaDA2Pipeline takes one turn. It grows its canvas
 block by block, as its block-causal models allow: its forwards see fewer positions than the others'. It cannot remask.
-"PRISM, judged by ..." is the arm "PRISM random order, sampling" with a head that reads a run context.
+"PRISM random order, judged by ..." samples as the arm before it, with a head that reads a run context.
 
     taskset -c 0 python -m benchmarks.sampling                        # CPU: 1 thread, 36M parameters, 126k vocabulary
     python -m benchmarks.sampling --shape llada-8b --device cuda      # a GPU of at least 24 GB
@@ -189,13 +189,11 @@ def arms_of(run: Run) -> dict[str, Callable[[], float]]:
         arms[f"LLaDA2Pipeline, {name}"] = llada2(run, temperature)
     random = PrismScheduler(order="random", num_remask=1)
     arms["PRISM random order, sampling"] = ours(run, random, 1.0)
-    reads: tuple[str, ...] = ()
-    for name, more in CONTEXTS.items():
-        reads += more
+    for count in range(1, 1 + len(CONTEXTS)):
+        reads = sum(list(CONTEXTS.values())[:count], ())
         head = QualityHead(run.shape.hidden, "mlp", context=reads).to(run.model.device)
-        arms[f"PRISM, judged by {', '.join(list(CONTEXTS)[: list(CONTEXTS).index(name) + 1])}"] = ours(
-            run, random, 1.0, head
-        )
+        name = f"PRISM random order, judged by {', '.join(list(CONTEXTS)[:count])}"
+        arms[name] = ours(run, random, 1.0, head)
     return arms
 
 

@@ -27,6 +27,7 @@ INPUTS = {
 ODDS = "_odds"  # ending of the inputs that are log-odds of what another input has as log-probabilities
 # Log-probabilities below this say no more: the token is wrong.
 LOG_FLOOR = -20.0
+SCALE = 0.1  # of log-probabilities, entropy and log-odds as channels
 # Log-odds above this are rounding errors of a float32 log-probability.
 ODDS_CAP = 12.0
 # Inputs that are log-probabilities, or an entropy. The first of each tells whether the input is known.
@@ -171,12 +172,12 @@ def _known(context: RunContext, fields: tuple[str, ...], scaled: Callable[[str, 
 
 def _logs(field: str, values: Tensor) -> Tensor:
     """Log-probabilities, or an entropy with a minus sign, so that all channels are at most 0."""
-    return (-values if field == "first_entropy" else values).clamp(min=LOG_FLOOR).mul(0.1)
+    return (-values if field == "first_entropy" else values).clamp(min=LOG_FLOOR).mul(SCALE)
 
 
 def _log_odds(field: str, values: Tensor) -> Tensor:
     """Log-odds of log-probabilities."""
-    return (values - (-values.expm1()).log()).clamp(LOG_FLOOR, ODDS_CAP).mul(0.1)
+    return (values - (-values.expm1()).log()).clamp(LOG_FLOOR, ODDS_CAP).mul(SCALE)
 
 
 def _age(context: RunContext) -> list[Tensor]:

@@ -16,7 +16,7 @@ from prism_pipelines import MDLMScheduler, MDMSpec, PrismPipeline, QualityHead
 from prism_pipelines.sampling.canvas import Canvas
 from prism_pipelines.schedulers.context import first_channels, num_features
 from prism_pipelines.training.arguments import RunArguments, check_run
-from prism_pipelines.training.head_start import begin_neutral, fit_skip
+from prism_pipelines.training.head_start import begin_neutral, first_guess, fit_skip
 from prism_pipelines.training.held_out import MEASURES, HeadReport
 from prism_pipelines.training.rollout_losses import RolloutObjective, every
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
@@ -143,7 +143,8 @@ def test_a_head_with_context_begins_at_the_linear_map_of_the_lowest_loss(archite
     labels = logsigmoid(features @ true_weight - 0.75)
     with torch.no_grad():
         before = head(hidden, None, features)
-        fit_skip(head, before.flatten(), features.flatten(0, 1), labels.flatten(), made.head_loss)
+        given = (before.flatten(), features.flatten(0, 1), labels.flatten(), made.head_loss)
+        fit_skip(head, *given, torch.zeros(features.shape[-1]))
         after = head(hidden, None, features)
     torch.testing.assert_close(head.context_skip.weight[0], true_weight, rtol=0.02, atol=0.02)
     torch.testing.assert_close(head.out.bias, torch.tensor([-0.75]), rtol=0.05, atol=0)
@@ -153,22 +154,40 @@ def test_a_head_with_context_begins_at_the_linear_map_of_the_lowest_loss(archite
     with torch.no_grad():  # what the rest of the head says is not said twice
         head.out.weight.normal_()
         rest = head(hidden) - head.out.bias
-        fit_skip(head, rest.flatten(), 0 * features.flatten(0, 1), logsigmoid(rest).flatten(), made.head_loss)
+        given = (rest.flatten(), 0 * features.flatten(0, 1), logsigmoid(rest).flatten(), made.head_loss)
+        fit_skip(head, *given, torch.zeros(features.shape[-1]))
     assert head.out.bias.abs() < 1 and head.context_skip.weight.abs().max() < 1e-3
 
 
 def test_training_begins_at_free_scores_and_nothing_judged_changes_nothing():
     made = objective("llada", objective="distill", label_stride=2)
     head = made.quality_head
-    fit_skip(head, torch.zeros(0), torch.zeros(0, num_features(head.reads_context)), torch.zeros(0), made.head_loss)
+    guess, nothing = first_guess(head.reads_context, "posterior"), torch.zeros(0, num_features(head.reads_context))
+    fit_skip(head, torch.zeros(0), nothing, torch.zeros(0), made.head_loss, guess)
     assert not head.context_skip.weight.any() and not head.out.bias.any()
     made.stride_checked = 1.0
     made.corrupt(**rows(6))
-    own = first_channels(head.reads_context)["own"]
-    assert head.context_skip.weight[0, own + 1 : own + 4].sum() > 0  # more probable now, better
+    assert head.context_skip.weight[0, first_channels(head.reads_context)["own_odds"] + 1] > 0  # more probable, better
     fitted = head.context_skip.weight.clone()
     made.corrupt(**rows(6))
     assert torch.equal(head.context_skip.weight, fitted)
+
+
+def test_few_tokens_leave_the_first_guess_nearly_as_it_is_and_many_do_not():
+    reads = ("draw", "own_odds")
+    guess = first_guess(reads, "posterior")
+    assert guess.tolist() == [0, 0, 0, 10] and not first_guess(reads, "truth").any()
+    torch.manual_seed(0)
+    features = torch.rand(20_000, 4) - 0.5
+    labels = logsigmoid(features @ torch.tensor([0.0, 3.0, 0.0, 2.0]))
+    loss = objective("llada", objective="distill", label_stride=2).head_loss
+    found = {}
+    for count in (4, 20_000):
+        head = QualityHead(8, "linear", context=reads)
+        fit_skip(head, torch.zeros(count), features[:count], labels[:count], loss, guess)
+        found[count] = head.context_skip.weight[0]
+    assert found[4][3] > 8 and found[4][1].abs() < 1
+    torch.testing.assert_close(found[20_000], torch.tensor([0.0, 3.0, 0.0, 2.0]), rtol=0.05, atol=0.05)
 
 
 def test_a_trained_map_of_the_context_is_not_fitted_again():

@@ -180,8 +180,11 @@ class QualityHead(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both declar
                 skip = self.context_skip(features.float()).squeeze(-1)
             for name, states in vectors.items():
                 if states is not None and name in self.reads_context:
-                    # This norm has no weight and bias, so that an unknown state, zeros, stays zeros.
-                    hidden = hidden + getattr(self, VECTORS[name])(layer_norm(states.float(), states.shape[-1:]))
+                    # These maps are H by H, and states are known at some positions only; the others stay as they are.
+                    index = states.any(-1).nonzero(as_tuple=True)
+                    known = states[index].float()
+                    added = getattr(self, VECTORS[name])(layer_norm(known, known.shape[-1:]))
+                    hidden = hidden.index_put(index, hidden[index] + added)
             if self.attends:
                 hidden = self.block(hidden, attention_mask)
             hidden = self.norm(hidden)

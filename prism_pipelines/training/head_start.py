@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..models.quality_head import QualityHead
+from ..schedulers.context import SCALE, first_channels, num_features
 
-# Weight of the squared norm of the linear map. It decides between channels that say the same, and keeps a map of tokens
-# that are all wrong finite.
-RIDGE = 1e-3
+# The squared distance from the first guess counts as much as the loss of so many tokens. So a few hundred tokens change
+# the guess where they agree, and keep it elsewhere. It also keeps a map of tokens that are all wrong finite.
+GUESS_TOKENS = 5.0
 MAX_ITER = 100
 NEARLY_ZERO = 0.05
 
@@ -55,12 +56,27 @@ def begin_from(head: Any, folder: str) -> None:
     head.load_state_dict(own | fitting)
 
 
+def first_guess(reads: tuple[str, ...], label: str) -> Tensor:
+    """A linear map from the context to the logit before anything is learned, float (F,): zeros, or the log-odds now.
+
+    Args:
+        reads: inputs of the head.
+        label: "posterior" if the head learns p(y_i | rest). The model's probability of y_i now is near it in models
+            that were trained on visible tokens too, such as BERT.
+    """
+    guess = torch.zeros(num_features(reads))
+    if label == "posterior" and "own_odds" in reads:
+        guess[first_channels(reads)["own_odds"] + 1] = 1 / SCALE
+    return guess
+
+
 def fit_skip(
     head: QualityHead,
     logits: Tensor,
     features: Tensor,
     labels: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
+    guess: Tensor,
 ) -> None:
     """Sets the map from the context to the logit, and the bias, to those of the lowest loss on some judged tokens.
 
@@ -73,19 +89,21 @@ def fit_skip(
         features: channels of the context, float (N, F).
         labels: what `loss` compares with, float (N,). Without any token the head stays as it is.
         loss: from logits and labels to the loss of each token, (N,); convex near its minimum.
+        guess: the map to begin at, and to stay near where the tokens say little, float (F,), see `first_guess`.
     """
     if not len(labels):
         return
     # In float64, which a GPU may lack: there are few numbers.
-    logits, features, labels = (values.detach().cpu().double() for values in (logits, features, labels))
-    before = head.context_skip.weight.detach().cpu().double()[0]
-    rest = logits - features @ before
-    weight, bias = before.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    numbers = (logits, features, labels, guess, head.context_skip.weight[0])
+    logits, features, labels, guess, before = (values.detach().cpu().double() for values in numbers)
+    rest, ridge = logits - features @ before, GUESS_TOKENS / len(labels)
+    weight, bias = guess.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITER, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        total = loss(rest + features @ weight + bias, labels).mean() + RIDGE * (weight.square().sum() + bias.square())
+        distance = (weight - guess).square().sum() + bias.square()
+        total = loss(rest + features @ weight + bias, labels).mean() + ridge * distance
         torch.autograd.backward(total)
         return total
 

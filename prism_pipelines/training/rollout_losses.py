@@ -21,7 +21,7 @@ from ..evaluation.statistics import rank_correlation
 from ..models.denoiser import MaskedDenoiser
 from ..schedulers.context import RunContext, forget
 from ..schedulers.functional import uniform
-from .head_start import fit_skip
+from .head_start import first_guess, fit_skip
 from .loss_terms import mean_where, share_of_all, split_positions
 from .losses import PRISMObjective, PRISMOutput
 from .rollouts import Rollout, RolloutPool, RolloutSettings
@@ -277,7 +277,8 @@ class RolloutObjective(PRISMObjective):
             pool.refill(**batch)
             found.append(self.judge_runs(pool, self.judged(pool)))
         logits, features, labels = (torch.cat(part) for part in zip(*found, strict=True))
-        fit_skip(self.quality_head, logits, features, labels, self.head_loss)
+        guess = first_guess(self.quality_head.reads_context, self.label)
+        fit_skip(self.quality_head, logits, features, labels, self.head_loss, guess)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for parameter in (self.quality_head.context_skip.weight, self.quality_head.out.bias):
                 torch.distributed.broadcast(parameter.data, 0)
