@@ -146,6 +146,8 @@ def heads_of(pipe, source: str, named: list[str]) -> dict[str, QualityHead]:
     is_bundled, ours = source in map(bundled, ("sudoku", "text")), Path(f"{source}-head")
     for words in [*([f"{KNOWS}={ours}"] if is_bundled else []), *named]:
         name, _, folder = words.partition("=")
+        if name in (*FREE_SCORES, *heads):
+            raise SystemExit(f"error: --heads has {words!r}, and {name!r} is another score. Take another name.")
         place = Path(folder) / "quality_head"
         heads[name] = QualityHead.from_pretrained(place if place.is_dir() else folder)
     size = pipe.model.config.hidden_size

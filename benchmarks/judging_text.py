@@ -34,20 +34,22 @@ CRITIC = {"name": "Token-Critic", "scheduler": "TokenCriticScheduler", "noise": 
 DISTILLED = {"scheduler": "PrismScheduler", "order": "random", "quality_threshold": 0.02, "max_share": 0.25}
 
 
-def load(head: str | None, model: str, dtype: torch.dtype) -> PrismPipeline:
+def load(head: str | None, model: str, dtype: torch.dtype, device: str) -> PrismPipeline:
     """A saved pipeline with this head, or with its own, without a progress bar."""
-    pipe = PrismPipeline.from_pretrained(model, quality_head=head).to(dtype)
+    pipe = PrismPipeline.from_pretrained(model, quality_head=head).to(torch.device(device), dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def all_arms(heads: list[str], critic: str | None, dtype: torch.dtype) -> tuple[list[dict], dict[str, PrismPipeline]]:
+def all_arms(
+    heads: list[str], critic: str | None, dtype: torch.dtype, device: str
+) -> tuple[list[dict], dict[str, PrismPipeline]]:
     """The arms, and the pipelines of those that have weights of their own. A cell must not outlive its weights."""
     wanted = [(DISTILLED | {"name": f"distilled head {Path(head).name}"}, head, bundled("text")) for head in heads]
     wanted += [] if critic is None else [(CRITIC, None, critic)]
     arms, models = list(RULES), {}
     for arm, head, folder in wanted:
-        pipe = load(head, folder, dtype)
+        pipe = load(head, folder, dtype, device)
         models[mark := pipeline_fingerprint(pipe)] = pipe
         arms.append(arm | {"model": mark})
     return arms, models
@@ -77,6 +79,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--forwards", type=int, nargs="+", default=list(FORWARDS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(ROOT / "runs" / "judging-text"), help="finished cells (%(default)s)")
     parser.add_argument("--table", type=Path, help="write the JSON there")
     return parser.parse_args(argv)
@@ -86,8 +89,8 @@ def main(argv=None) -> int:
     """Run every cell that is missing and print the table. Returns the exit status."""
     args = parse_args(argv)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    pipe = load(None, bundled("text"), dtype)
-    arms, models = all_arms(args.quality_head, args.critic, dtype)
+    pipe = load(None, bundled("text"), dtype, args.device)
+    arms, models = all_arms(args.quality_head, args.critic, dtype, args.device)
     count, seeds = (16, 1) if args.quick else (args.num_samples, args.num_seeds)
     found = run_comparison(
         pipe,
@@ -103,7 +106,7 @@ def main(argv=None) -> int:
         higher_is_better=False,
         reference="MDLM",
     )
-    result = {"settings": {"num_samples": count, "dtype": args.dtype}, **origin(), **found}
+    result = {"settings": {"num_samples": count, "dtype": args.dtype}, **origin(args.device), **found}
     print(docs_table(result))
     return give(result, args.table)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The heads that know the run, for both bundled models as they are: train, then copy into the package.
-# An hour of one core. Run again after an interruption and it goes on where it stopped.
+# Three quarters of an hour of one core. Run again after an interruption and it goes on where it stopped.
 # Environment: BIN, folder of the environment's commands (.venv/bin); RUNS, folder of the runs (runs).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@ import torch
 from test_cli import tiny_pipeline
 from torch.nn.functional import logsigmoid
 
-from benchmarks import head_ablation, judging_text
+from benchmarks import detection, head_ablation, judging_text
 from benchmarks.detection import RANDOM, canvases, docs_tables, judged_rows, measures
 from prism_pipelines import PrismPipeline, QualityHead, bundled
 from prism_pipelines.evaluation.detection import (
@@ -123,6 +123,13 @@ def test_the_shipped_heads_that_know_the_run_are_calibrated_and_named_by_their_w
         PrismPipeline.from_pretrained(
             bundled("text" if name == "sudoku" else "sudoku"), quality_head=bundled(f"{name}-head")
         )
+
+
+def test_a_head_does_not_take_the_name_of_another_score():
+    pipe = PrismPipeline.from_pretrained(bundled("text"))
+    for words in ("own=x", f"{detection.ONE_STEP}=x"):
+        with pytest.raises(SystemExit, match="is another score"):
+            detection.heads_of(pipe, bundled("text"), [words])
 
 
 def test_the_variants_of_a_head_differ_from_the_bundled_one_in_what_their_name_says():
