@@ -77,7 +77,8 @@ def variants(task: str) -> dict[str, Variant]:
     full = Variant(CONTEXTS[label], label, architecture="block_mlp" if task == "sudoku" else "block")
     found = {"as bundled": full}
     for name in full.context:
-        found[f"without {name}"] = replace(full, context=tuple(n for n in full.context if n != name))
+        dropped = (name, name + ODDS)  # log-odds say what the log-probabilities say
+        found[f"without {name}"] = replace(full, context=tuple(n for n in full.context if n not in dropped))
     found["without all log-odds"] = replace(full, context=tuple(n for n in full.context if not n.endswith(ODDS)))
     found["no context"] = replace(full, context=())
     if task == "sudoku":

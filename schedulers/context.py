@@ -176,7 +176,8 @@ def _logs(field: str, values: Tensor) -> Tensor:
 
 
 def _log_odds(field: str, values: Tensor) -> Tensor:
-    """Log-odds of log-probabilities."""
+    """Log-odds of log-probabilities, of which rounding may leave one above 0."""
+    values = values.clamp(max=0)
     return (values - (-values.expm1()).log()).clamp(LOG_FLOOR, ODDS_CAP).mul(SCALE)
 
 

@@ -92,7 +92,7 @@ def test_features_are_finite_whatever_is_unknown():
 
 
 def test_log_odds_tell_sure_tokens_apart_up_to_the_rounding_of_their_probabilities():
-    sure = context(draw_logprob=torch.tensor([[0.0, -1e-9, -1e-4, -1e-2, -math.inf]]))
+    sure = context(draw_logprob=torch.tensor([[1e-7, -1e-9, -1e-4, -1e-2, -math.inf]]))
     found = context_features(sure, SAMPLE, MASK, ("draw_odds",))[0, :, 1]
     assert found.tolist() == pytest.approx([1.2, 1.2, -math.log(1e-4) / 10, odds(-1e-2), -2.0], rel=1e-4)
 
