@@ -148,7 +148,7 @@ def context_features(context: RunContext | None, sample: Tensor, mask_token_id: 
     channels = []
     for name in names:
         if name in _LOGS:
-            channels += _known(context, _LOGS[name], _logs)
+            channels += _known(context, _LOGS[name], _log)
         elif name in _ODDS:
             channels += _known(context, _ODDS[name], _log_odds)
         elif name == "given":
@@ -162,23 +162,27 @@ def context_features(context: RunContext | None, sample: Tensor, mask_token_id: 
     return torch.stack([channel.float() for channel in channels], dim=-1)
 
 
-def _known(context: RunContext, fields: tuple[str, ...], scaled: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
-    """Is the input known, and its values, each made a channel by `scaled`; 0 where it is unknown."""
+def _known(context: RunContext, fields: tuple[str, ...], scaled: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Is the input known, and its values as channels; 0 where it is unknown.
+
+    Entropy gets a minus sign, so that `scaled` gets values of at most 0.
+    """
     read = [getattr(context, field) for field in fields]
     if read[0] is None:
         return [torch.zeros_like(context.draw_logprob)] * (1 + len(fields))
-    return [~read[0].isnan(), *(scaled(field, v).nan_to_num(0.0) for field, v in zip(fields, read, strict=True))]
+    values = [-v if field == "first_entropy" else v for field, v in zip(fields, read, strict=True)]
+    return [~read[0].isnan(), *(scaled(v).mul(SCALE).nan_to_num(0.0) for v in values)]
 
 
-def _logs(field: str, values: Tensor) -> Tensor:
-    """Log-probabilities, or an entropy with a minus sign, so that all channels are at most 0."""
-    return (-values if field == "first_entropy" else values).clamp(min=LOG_FLOOR).mul(SCALE)
+def _log(values: Tensor) -> Tensor:
+    """Log-probabilities down to the floor."""
+    return values.clamp(min=LOG_FLOOR)
 
 
-def _log_odds(field: str, values: Tensor) -> Tensor:
+def _log_odds(values: Tensor) -> Tensor:
     """Log-odds of log-probabilities, of which rounding may leave one above 0."""
     values = values.clamp(max=0)
-    return (values - (-values.expm1()).log()).clamp(LOG_FLOOR, ODDS_CAP).mul(SCALE)
+    return (values - (-values.expm1()).log()).clamp(LOG_FLOOR, ODDS_CAP)
 
 
 def _age(context: RunContext) -> list[Tensor]:
