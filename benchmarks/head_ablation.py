@@ -79,13 +79,13 @@ def variants(task: str) -> dict[str, Variant]:
     for name in full.context:
         dropped = (name, name + ODDS)  # log-odds say what the log-probabilities say
         found[f"without {name}"] = replace(full, context=tuple(n for n in full.context if n not in dropped))
-    found["without all log-odds"] = replace(full, context=tuple(n for n in full.context if not n.endswith(ODDS)))
     found["no context"] = replace(full, context=())
     if task == "sudoku":
         found["target: posterior"] = replace(full, target="posterior")
         found["one-step states"] = replace(full, states="one_step")
         found["one-step states, no context (PRISM)"] = replace(full, states="one_step", context=())
     else:
+        found["without log-odds"] = replace(full, context=tuple(n for n in full.context if not n.endswith(ODDS)))
         found["loss: cross-entropy"] = replace(full, target="soft")
         found["with the first canvas"] = replace(full, context=(*full.context, "prompt", "first_hidden"))
     found["linear"] = replace(full, architecture="linear")

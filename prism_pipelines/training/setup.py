@@ -48,7 +48,7 @@ RUN_CONFIG = "training_run.json"  # in the folder of a run: what it began from
 # Default of --context. If the answer is determined, the probability given the prompt is the best input; in free text,
 # the model's probability of the token since it was drawn.
 CONTEXTS = {
-    "truth": ("given", "prompt", "prompt_odds", "first_hidden", "draw", "draw_odds", "age", "remasks", "fill"),
+    "truth": ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill"),
     "posterior": ("given", "token", "draw", "draw_odds", "age", "remasks", "fill", "own", "own_odds"),
 }
 DISTILLED_BAR = 0.02  # quality below which a head from --objective distill remasks, see docs/judging.md
