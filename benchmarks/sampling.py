@@ -42,12 +42,9 @@ from prism_pipelines.cli.arguments import Parser
 
 MASK = 126336  # LLaDA's mask token; the model has random weights
 SEED = 0
-# What the heads with context read, each with all that the one before reads.
-CONTEXTS = {
-    "records": ("given", "prompt", "prompt_odds", "draw", "draw_odds", "age", "remasks", "fill"),
-    "rows": ("first_hidden", "token"),
-    "own": ("own", "own_odds"),
-}
+RECORDS = ("given", "prompt", "prompt_odds", "draw", "draw_odds", "age", "remasks", "fill")
+ROWS = (*RECORDS, "first_hidden", "token")
+CONTEXTS = {"records": RECORDS, "records, rows": ROWS, "records, rows, own": (*ROWS, "own", "own_odds")}  # of heads
 SCALE = 8  # a bare arm runs one in so many of its forwards, but at least as many as this
 
 
@@ -189,11 +186,9 @@ def arms_of(run: Run) -> dict[str, Callable[[], float]]:
         arms[f"LLaDA2Pipeline, {name}"] = llada2(run, temperature)
     random = PrismScheduler(order="random", num_remask=1)
     arms["PRISM random order, sampling"] = ours(run, random, 1.0)
-    for count in range(1, 1 + len(CONTEXTS)):
-        reads = sum(list(CONTEXTS.values())[:count], ())
+    for name, reads in CONTEXTS.items():
         head = QualityHead(run.shape.hidden, "mlp", context=reads).to(run.model.device)
-        name = f"PRISM random order, judged by {', '.join(list(CONTEXTS)[:count])}"
-        arms[name] = ours(run, random, 1.0, head)
+        arms[f"PRISM random order, judged by {name}"] = ours(run, random, 1.0, head)
     return arms
 
 

@@ -38,6 +38,16 @@ from prism_pipelines.training.rollouts import RolloutSettings
 from prism_pipelines.training.setup import CONTEXTS
 
 SEED = 0
+RATIOS = (
+    ("prism", "mdm"),
+    ("lora", "mdm"),
+    ("frozen", "two bodies"),
+    ("frozen", "two models"),
+    ("rollout", "mdm"),
+    ("rollout, lora", "mdm"),
+    ("distill", "frozen"),
+    ("distill, no own", "frozen"),
+)
 GOALS = {
     "prism / mdm": 2.2,
     "frozen / two bodies": 1.3,
@@ -210,7 +220,7 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default=None, help="JSON file to write besides")
     args = parser.parse_args(argv)
-    width, layers, batch, length, vocabulary = (256, 6, 4, 256, 4096)
+    width, layers, batch, length, vocabulary = 256, 6, 4, 256, 4096
     if args.quick:
         width, layers, batch, length = 64, 2, 2, 64
     elif args.large:
@@ -223,14 +233,8 @@ def main(argv=None) -> int:
     # The smallest time is the one that other work on the machine disturbed least; medians stand in the table.
     ratios = {}
     for stat in ("median_s", "min_s"):
-        ratios[f"prism / mdm, {stat}"] = by["prism"][stat] / by["mdm"][stat]
-        ratios[f"lora / mdm, {stat}"] = by["lora"][stat] / by["mdm"][stat]
-        ratios[f"frozen / two bodies, {stat}"] = by["frozen"][stat] / by["two bodies"][stat]
-        ratios[f"frozen / two models, {stat}"] = by["frozen"][stat] / by["two models"][stat]
-        ratios[f"rollout / mdm, {stat}"] = by["rollout"][stat] / by["mdm"][stat]
-        ratios[f"rollout, lora / mdm, {stat}"] = by["rollout, lora"][stat] / by["mdm"][stat]
-        ratios[f"distill / frozen, {stat}"] = by["distill"][stat] / by["frozen"][stat]
-        ratios[f"distill, no own / frozen, {stat}"] = by["distill, no own"][stat] / by["frozen"][stat]
+        for step_of, reference in RATIOS:
+            ratios[f"{step_of} / {reference}, {stat}"] = by[step_of][stat] / by[reference][stat]
     ratios["peak of prism / mdm"] = by["prism"]["peak_bytes"] / by["mdm"]["peak_bytes"]
     ratios["peak of prism, one backward / mdm"] = by["prism, one backward"]["peak_bytes"] / by["mdm"]["peak_bytes"]
     cells = [

@@ -11,7 +11,6 @@ from prism_pipelines import PrismPipeline, PrismScheduler
 from prism_pipelines.cli.main import main
 from prism_pipelines.cli.train_head import calibration_line
 from prism_pipelines.training.held_out import HeadReport
-from prism_pipelines.training.setup import CONTEXTS
 
 FAST = ("--max-steps=3", "--batch-size=4", "--max-length=24")
 
@@ -34,7 +33,8 @@ def test_one_command_makes_a_head_that_the_pipeline_uses(tmp_path, model, capsys
     assert status in (0, 1) and "this head" in shown and "Calibration error 0." in shown
     assert ("not recommended" in shown) == (status == 1)
     pipe = PrismPipeline.from_pretrained(model, quality_head=str(out))
-    assert pipe.quality_head.reads_context == CONTEXTS["posterior"]
+    reads = ("given", "token", "draw", "draw_odds", "age", "remasks", "fill", "own", "own_odds")
+    assert pipe.quality_head.reads_context == reads
     assert isinstance(pipe.scheduler, PrismScheduler) and pipe.scheduler.config.quality_threshold == 0.02
     result = pipe(num_samples=2, gen_length=24, num_inference_steps=12, return_quality=True, output_type="seq")
     assert not (result.sequences == pipe.mask_token_id).any() and result.quality.isfinite().all()

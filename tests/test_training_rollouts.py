@@ -20,7 +20,7 @@ from prism_pipelines.training.head_start import begin_neutral, first_guess, fit_
 from prism_pipelines.training.held_out import MEASURES, HeadReport
 from prism_pipelines.training.rollout_losses import RolloutObjective, every
 from prism_pipelines.training.rollouts import RolloutPool, RolloutSettings
-from prism_pipelines.training.setup import CONTEXTS, build_objective
+from prism_pipelines.training.setup import build_objective
 
 WAYS = {
     "rollout": ("--objective=prism", "--states=rollout", "--freeze-backbone", "--puzzle-share=1"),
@@ -167,7 +167,13 @@ def test_training_begins_at_free_scores_and_nothing_judged_changes_nothing():
     assert not head.context_skip.weight.any() and not head.out.bias.any()
     made.stride_checked = 1.0
     made.corrupt(**rows(6))
-    assert head.context_skip.weight[0, first_channels(head.reads_context)["own_odds"] + 1] > 0  # more probable, better
+    first, weight = first_channels(head.reads_context), head.context_skip.weight[0]
+    p = torch.tensor([0.1, 0.5, 0.9])
+    now = (
+        p.log() / 10 * weight[first["own"] + 1 : first["own"] + 4].sum()
+        + p.logit() / 10 * weight[first["own_odds"] + 1]
+    )
+    assert weight[first["own_odds"] + 1] > 0 and now[0] < now[1] < now[2]  # more probable now, better
     fitted = head.context_skip.weight.clone()
     made.corrupt(**rows(6))
     assert torch.equal(head.context_skip.weight, fitted)
@@ -247,7 +253,7 @@ def test_a_head_on_rollouts_is_saved_calibrated_and_loaded_by_the_pipeline(tmp_p
     assert all(torch.equal(value, before[name]) for name, value in pipe.model.state_dict().items() if name in before)
     again = PrismPipeline.from_pretrained(str(pretrained), quality_head=str(tmp_path / "one"))
     config = again.quality_head.config
-    assert tuple(config.context) == CONTEXTS["truth"]
+    assert tuple(config.context) == ("given", "prompt", "first_hidden", "draw", "age", "remasks", "fill")
     assert config.temperature == pipe.quality_head.config.temperature and config.temperature > 0
     out = again(infill="1" + "." * 80, num_inference_steps=8, return_quality=True)
     assert out.texts[0][0] == "1" and out.confidence is not None
